@@ -1,0 +1,32 @@
+"""Collects Deribit's market data and publishes it on ZeroMQ.
+
+The names below are the whole public interface; they are imported on first use, so that
+`import collector` stays cheap for the command line.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from collector.client import Control, Subscriber
+    from collector.config import Config, ConfigError, load_config
+    from collector.messages import ControlError
+
+_HOMES = {
+    "Config": "config",
+    "ConfigError": "config",
+    "Control": "client",
+    "ControlError": "messages",
+    "Subscriber": "client",
+    "load_config": "config",
+}
+
+__all__ = ["Config", "ConfigError", "Control", "ControlError", "Subscriber", "__version__", "load_config"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'collector' has no attribute {name!r}")
+    return getattr(import_module(f"collector.{_HOMES[name]}"), name)

@@ -1,0 +1,174 @@
+"""Deribit's channel names: what each one is, and the topic that it feeds. No I/O, no clock.
+
+Source: Deribit's subscription pages (docs.deribit.com, 2026). A name that no pattern here knows is still a
+channel: its messages are published as `other`.
+"""
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from collector.messages import EXCHANGE, Topic
+
+INTERVALS = ("raw", "100ms", "agg2")
+KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo", "any")
+CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR", "any")
+RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720", "1D")
+GROUPS = re.compile(r"none|\d+(d\d+)?\Z")
+DEPTHS = ("1", "10", "20")
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}\Z")
+_OPTION = re.compile(r"-\d{1,2}[A-Z]{3}\d{2}-[0-9d]+-[CP]\Z")
+_DATED = re.compile(r"-\d{1,2}[A-Z]{3}\d{2}\Z")
+
+
+class Channel(NamedTuple):
+    """What a channel name says.
+
+    `type` is the message type it feeds; `instrument` and `interval` are as in the topic, `instrument` is "" where
+    one channel feeds the topics of many instruments (then `kind` and `currency` say of which).
+    """
+
+    name: str
+    type: str
+    instrument: str
+    interval: str
+    kind: str = ""
+    currency: str = ""
+    grouped: bool = False
+
+    @property
+    def needs_login(self) -> bool:
+        """Whether Deribit gives it to logged-in connections only (error 13778 or 13009 otherwise)."""
+        return self.is_private or self.name.endswith(".raw")
+
+    @property
+    def is_private(self) -> bool:
+        """Whether it is subscribed by private/subscribe."""
+        return self.name.startswith(("user.", "block_rfq.maker", "block_rfq.taker", "block_trade_confirmations"))
+
+    @property
+    def topic(self) -> str | None:
+        """The one topic that it feeds; None where it feeds many."""
+        if not self.instrument:
+            return None
+        return str(Topic(EXCHANGE, self.type, self.instrument, self.interval))
+
+
+_SIMPLE = {
+    "quote": "quote",
+    "deribit_price_index": "index",
+    "deribit_volatility_index": "volatility",
+    "estimated_expiration_price": "expiration_price",
+}
+
+
+@lru_cache(maxsize=65536)
+def parse_channel(name: str) -> Channel:
+    """Say what a channel name means.
+
+    Raises ValueError, in one line, for text that cannot be a channel, and for a known family with a part that
+    Deribit does not offer (it would leave such a channel out in silence).
+    """
+    if not _NAME.match(name) or ".." in name or name.startswith(".") or name.endswith("."):
+        raise ValueError(f"{name[:80]!r} is not a channel name (letters, digits, . _ -)")
+    family, _, rest = name.partition(".")
+    parts = rest.split(".")
+    match family, parts:
+        case "trades", [instrument, interval]:
+            return Channel(name, "trade", instrument, _check("interval", interval, INTERVALS, name))
+        case "trades", [kind, currency, interval]:
+            _check("kind", kind, KINDS, name)
+            return Channel(name, "trade", "", _check("interval", interval, INTERVALS, name), kind, currency)
+        case "book", [instrument, interval]:
+            return Channel(name, "book", instrument, _check("interval", interval, INTERVALS, name))
+        case "book", [instrument, group, depth, interval]:
+            _check("depth", depth, DEPTHS, name)
+            _check("interval", interval, INTERVALS[1:], name)
+            if not GROUPS.match(group):
+                raise ValueError(f"{name!r}: group {group!r} is not offered (none, 1, 2, 5, 10, 25, 100, 250)")
+            return Channel(name, "book", instrument, f"{group}-{depth}-{interval}", grouped=True)
+        case "ticker", [instrument, interval]:
+            return Channel(name, "ticker", instrument, _check("interval", interval, INTERVALS, name))
+        case "incremental_ticker", [instrument] if instrument:
+            return Channel(name, "ticker", instrument, "incremental")
+        case "perpetual", [instrument, interval]:
+            return Channel(name, "funding", instrument, _check("interval", interval, INTERVALS, name))
+        case "chart", ["trades", instrument, resolution]:
+            return Channel(name, "candle", instrument, _check("resolution", resolution, RESOLUTIONS, name))
+        case "markprice", ["options", index]:
+            return Channel(name, "mark_prices", index, "raw")
+        case "instrument", ["state" | "creation", kind, currency]:
+            return Channel(name, "instrument", "", "raw", _check("kind", kind, KINDS, name), currency)
+        case "platform_state", _:
+            return Channel(name, "platform", "", "raw")
+        case _, [subject] if subject and family in _SIMPLE:
+            return Channel(name, _SIMPLE[family], subject, "raw")
+        case ("trades" | "book" | "ticker" | "perpetual" | "quote" | "incremental_ticker"), _:
+            raise ValueError(f"{name!r}: {family} channels have the form {_FORMS[family]}")
+    return Channel(name, "other", name.replace(".", ":"), "raw")
+
+
+_FORMS = {
+    "trades": "trades.INSTRUMENT.INTERVAL or trades.KIND.CURRENCY.INTERVAL",
+    "book": "book.INSTRUMENT.INTERVAL or book.INSTRUMENT.GROUP.DEPTH.INTERVAL",
+    "ticker": "ticker.INSTRUMENT.INTERVAL",
+    "perpetual": "perpetual.INSTRUMENT.INTERVAL",
+    "quote": "quote.INSTRUMENT",
+    "incremental_ticker": "incremental_ticker.INSTRUMENT",
+}
+
+
+def _check(what: str, value: str, offered: tuple[str, ...], name: str) -> str:
+    if value not in offered:
+        raise ValueError(f"{name!r}: {what} {value!r} is not offered ({', '.join(offered)})")
+    return value
+
+
+def guess_kind(instrument: str) -> str:
+    """The kind of an instrument by its name alone: future, option, spot, future_combo or option_combo."""
+    if instrument.endswith("-PERPETUAL") or _DATED.search(instrument):
+        return "future"
+    if _OPTION.search(instrument):
+        return "option"
+    if "-FS-" in instrument:
+        return "future_combo"
+    return "option_combo" if "-" in instrument else "spot"
+
+
+def guess_currencies(instrument: str) -> frozenset[str]:
+    """The currencies under which Deribit may file an instrument: of BTC_USDC-PERPETUAL both BTC and USDC."""
+    return frozenset(instrument.split("-", 1)[0].split("_"))
+
+
+def share_topic(one: Channel, other: Channel) -> bool:
+    """Whether two channels could feed the same topic. Such a pair must not run side by side.
+
+    instrument.state and instrument.creation (also platform_state and its sub-channel) are different
+    events on one topic: they may stand together on one connection, which numbers them in one row.
+    """
+    if one.type != other.type or one.interval != other.interval:
+        return False
+    if one.instrument and other.instrument:
+        return one.instrument == other.instrument
+    if one.type == "platform":
+        return True
+    return _overlap(one, other)
+
+
+def _overlap(one: Channel, other: Channel) -> bool:
+    wide, narrow = (one, other) if not one.instrument else (other, one)
+    if narrow.instrument:
+        return _kinds_meet(wide.kind, guess_kind(narrow.instrument)) and (
+            wide.currency == "any" or wide.currency in guess_currencies(narrow.instrument)
+        )
+    return _kinds_meet(wide.kind, narrow.kind) and (
+        "any" in (wide.currency, narrow.currency) or wide.currency == narrow.currency
+    )
+
+
+def _kinds_meet(one: str, other: str) -> bool:
+    if "any" in (one, other) or one == other:
+        return True
+    pair = {one, other}
+    return "combo" in pair and bool(pair & {"future_combo", "option_combo"})

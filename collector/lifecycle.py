@@ -1,0 +1,109 @@
+"""The lives of connections and worker processes: states and transitions as tables, exit codes, backoff delays.
+
+Each state machine is one table with one writer. A pair of state and event that a table lacks is a
+bug, and raises. No I/O and no clock here.
+"""
+
+from collections.abc import Callable, Mapping
+from enum import IntEnum
+
+Table = Mapping[tuple[str, str], str]
+
+CONNECTION: Table = {
+    ("closed", "connect"): "connecting",
+    ("connecting", "opened"): "bootstrapping",
+    ("connecting", "lost"): "backoff",
+    ("bootstrapping", "bootstrapped"): "live",
+    ("bootstrapping", "lost"): "backoff",
+    ("live", "lost"): "backoff",
+    ("backoff", "retry"): "connecting",
+    # refused: the exchange said no for good. exhausted: retry_count attempts in a row came to nothing.
+    ("connecting", "refused"): "failed",
+    ("bootstrapping", "refused"): "failed",
+    ("live", "refused"): "failed",
+    ("backoff", "exhausted"): "failed",
+    ("connecting", "close"): "closing",
+    ("bootstrapping", "close"): "closing",
+    ("live", "close"): "closing",
+    ("backoff", "close"): "closing",
+    ("closing", "lost"): "closing",
+    ("closing", "ended"): "closed",
+    ("failed", "close"): "failed",
+    ("closed", "close"): "closed",
+}
+"""One WebSocket connection, as its worker sees it. A new one is `closed`."""
+
+PROCESS: Table = {
+    ("stopped", "start"): "starting",
+    ("starting", "ready"): "running",
+    ("starting", "exited"): "backoff",
+    ("running", "exited"): "backoff",
+    ("backoff", "start"): "starting",
+    ("backoff", "give_up"): "failed",
+    ("starting", "stop"): "stopping",
+    ("running", "stop"): "stopping",
+    ("backoff", "stop"): "stopped",
+    ("stopping", "exited"): "stopped",
+}
+"""One worker process over its lives, as the supervisor sees it. A new one is `stopped`."""
+
+BOOK: Table = {
+    ("awaiting", "snapshot"): "synced",
+    ("synced", "snapshot"): "synced",
+    ("synced", "delta"): "synced",
+    ("synced", "broken"): "awaiting",
+    ("awaiting", "delta"): "awaiting",
+    ("awaiting", "lost"): "awaiting",
+    ("synced", "lost"): "awaiting",
+}
+"""The book of one channel: a delta is applied only while synced."""
+
+
+class Machine:
+    """One state machine: a table, the state now, and the one writer `apply`, which reports each change."""
+
+    def __init__(self, table: Table, state: str, report: Callable[[str, str, str], None] | None = None) -> None:
+        self.table = table
+        self.state = state
+        self._report = report
+
+    def apply(self, event: str) -> str:
+        """Go where the table says; call report(old, event, new) if the state changed. Raises KeyError on a bug."""
+        old = self.state
+        self.state = self.table[old, event]
+        if self.state != old and self._report is not None:
+            self._report(old, event, self.state)
+        return self.state
+
+    def allows(self, event: str) -> bool:
+        """Whether the event is possible in the state now."""
+        return (self.state, event) in self.table
+
+
+class Exit(IntEnum):
+    """Exit codes of worker processes: why a life ended. `collector run` itself uses only 0, 1, 2, 3."""
+
+    STOPPED = 0  # asked to stop
+    CRASHED = 1  # an error that nobody foresaw
+    BAD_SPEC = 2  # the spec does not describe something that this kind can run (endpoint already bound, ...)
+    CREDENTIALS = 3  # the exchange refused the credentials
+    BANNED = 4  # the exchange refuses this host or account for good
+    GAVE_UP = 5  # retry_count attempts in a row came to nothing
+    ORPHANED = 6  # the supervisor is gone
+
+
+FINAL_EXITS = frozenset({Exit.BAD_SPEC, Exit.CREDENTIALS, Exit.BANNED})
+"""Exits after which another start could not help."""
+
+BACKOFF_CAP = 60.0
+"""Seconds: no backoff is longer."""
+
+
+def backoff_delay(attempt: int, first: float, jitter: float) -> float:
+    """Seconds to wait after failed attempt number `attempt` (1, 2 ...).
+
+    Doubles from `first`, capped at BACKOFF_CAP; `jitter` in [0, 1) takes up to half of it away,
+    so that many connections that were cut together do not come back together.
+    """
+    delay = min(BACKOFF_CAP, first * 2.0 ** min(attempt - 1, 32))
+    return delay * (1.0 - jitter / 2.0)

@@ -1,0 +1,102 @@
+"""What tests share: real programs started as processes, and waiting for facts instead of time."""
+
+import os
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+FRAMES = os.environ.get("COLLECTOR_FRAMES", "")
+
+
+def wait_until(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+    """Return fact() as soon as it is true; fail with `what` if it does not become true."""
+    end = time.monotonic() + timeout
+    while True:
+        value = fact()
+        if value:
+            return value
+        if time.monotonic() > end:
+            raise AssertionError(f"waited {timeout:.0f} s in vain for {what}")
+        time.sleep(0.01)
+
+
+class Program:
+    """One real process; its output is read line by line as it comes."""
+
+    def __init__(self, *argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
+        self.process = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}, cwd=cwd or REPOSITORY,
+        )  # fmt: skip
+        self.out: list[str] = []
+        self.err: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read, args=(pipe, lines), daemon=True)
+            for pipe, lines in ((self.process.stdout, self.out), (self.process.stderr, self.err))
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read(self, pipe: Any, lines: list[str]) -> None:
+        for line in pipe:
+            lines.append(line.rstrip("\n"))
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def wait_line(self, pattern: str, timeout: float = 20.0, stream: str = "any") -> re.Match[str]:
+        """Return the first match of the pattern in a line of stdout or stderr, when it comes."""
+
+        def find() -> re.Match[str] | None:
+            lines = {"out": self.out, "err": self.err, "any": self.out + self.err}[stream]
+            return next((m for line in list(lines) if (m := re.search(pattern, line))), None)
+
+        try:
+            found: re.Match[str] = wait_until(find, f"a line like {pattern!r}", timeout)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it printed:\n{self.text()[-4000:]}") from None
+        return found
+
+    def wait_exit(self, timeout: float = 20.0) -> int:
+        """Wait for the end; return the exit code."""
+        code = self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(5)
+        return code
+
+    def text(self) -> str:
+        """All that it has printed so far, stdout first."""
+        return "\n".join([*self.out, *self.err])
+
+    def end(self) -> None:
+        """Make sure that it is gone."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(8)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        self.wait_exit()
+
+
+@contextmanager
+def running(*argv: str, env: dict[str, str] | None = None) -> Iterator[Program]:
+    """Run a program for the length of a `with` block."""
+    program = Program(*argv, env=env)
+    try:
+        yield program
+    finally:
+        program.end()
+
+
+def collector(*arguments: str) -> tuple[str, ...]:
+    """The command line of this checkout's `collector`."""
+    return (sys.executable, "-m", "collector", *arguments)
