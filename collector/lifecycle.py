@@ -95,6 +95,27 @@ class Exit(IntEnum):
 FINAL_EXITS = frozenset({Exit.BAD_SPEC, Exit.CREDENTIALS, Exit.BANNED})
 """Exits after which another start could not help."""
 
+BEAT_INTERVAL = 1.0
+"""Seconds between two beats of a worker."""
+
+BEATS_MISSED = 4.0
+"""Seconds without a beat after which a worker counts as stuck: three beats and some slack."""
+
+READY_TIMEOUT = 15.0
+"""Seconds that a worker may take from its start to `ready`."""
+
+STEADY_AFTER = 10.0
+"""Seconds that a life must last, once live, to count as a good start: then restarts back off from the beginning."""
+
+MAX_RESTARTS = 5
+"""Restarts in a row of a worker that was never live, after which it ends for good."""
+
+STOP_TIMEOUT = 5.0
+"""Seconds within which everything has stopped in order."""
+
+ORPHAN_GRACE = 2.0
+"""Seconds that a worker has to end in order once the supervisor is gone."""
+
 BACKOFF_CAP = 60.0
 """Seconds: no backoff is longer."""
 

@@ -1,0 +1,235 @@
+"""What all kinds of worker share: the spec and the lifeline, ready, beats, requests, stop, and the exit code.
+
+A worker process is this shell around one object of its kind, made by `create_worker(spec)` in
+`workers/<kind>/worker.py`. The shell talks with the supervisor over the link (see collector/link.py); what the
+worker does for a living goes on beside it in the same event loop, so that a stuck loop shows as missed beats.
+"""
+
+import asyncio
+import gc
+import logging
+import os
+import resource
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from importlib import import_module
+from typing import Any, Protocol
+
+import setproctitle
+import zmq
+
+from collector.lifecycle import BEAT_INTERVAL, ORPHAN_GRACE, Exit
+from collector.link import open_link
+from collector.log import start_log
+from collector.messages import ControlError
+
+new_event_loop: Callable[[], asyncio.AbstractEventLoop]
+try:
+    from uvloop import new_event_loop
+except ImportError:  # it is not built for every platform; asyncio's own loop does the same more slowly
+    from asyncio import new_event_loop
+
+log = logging.getLogger("actor")
+
+
+class Worker(Protocol):
+    """What a kind of worker must offer."""
+
+    async def start(self) -> dict[str, Any]:
+        """Bind the sockets; return the endpoints for `ready`. Raises OSError or zmq.ZMQError if it cannot bind."""
+
+    async def run(self) -> Exit:
+        """Live until done; return why it ended."""
+
+    def report(self) -> dict[str, Any]:
+        """The small map that goes with each beat."""
+
+    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+        """Carry out one request before `deadline` (ns since 1970). Raises ControlError to refuse it."""
+
+    def stop(self) -> None:
+        """Have run() return Exit.STOPPED soon."""
+
+
+def main(kind: str, end: socket.socket) -> None:
+    """Live one life of one worker at the end of a link, then leave with its exit code."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides what it means
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    gc.freeze()  # what the forkserver loaded stays shared: a collection would touch, and so copy, every page of it
+    _watch_lifeline(end)
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
+        code = runner.run(_live(kind, end))
+    sys.exit(int(code))
+
+
+async def _live(kind: str, end: socket.socket) -> Exit:
+    return await Actor(kind).live(end)
+
+
+def _watch_lifeline(end: socket.socket) -> None:
+    """End the process some seconds after its supervisor, even if its event loop is stuck."""
+    watched = end.dup()
+
+    def wait() -> None:
+        poll = select.poll()
+        poll.register(watched, 0)  # 0: report nothing but the hang-up
+        poll.poll()
+        time.sleep(ORPHAN_GRACE)
+        os._exit(Exit.ORPHANED)
+
+    threading.Thread(target=wait, name="lifeline", daemon=True).start()
+
+
+class Actor:
+    """One worker's life as the supervisor sees it."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._spec: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
+        self._worker: Worker | None = None
+        self._stopping = False
+        self._link_ended = asyncio.Event()
+        self._answering: set[asyncio.Task[None]] = set()
+        self._usage = Usage()
+
+    async def live(self, end: socket.socket) -> Exit:
+        """Take the spec, start, run; return why it ended."""
+        self._link = await open_link(end, self._receive, self._lose_link)
+        spec = await self._spec
+        if spec is None:
+            return Exit.ORPHANED
+        setproctitle.setproctitle(f"collector: {spec['name']}")
+        start_log(spec["name"], spec["log_level"])
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._stop)
+        code = await self._start(spec)
+        orphaned = self._link_ended.is_set()
+        await self._leave()
+        return Exit.ORPHANED if orphaned else code
+
+    async def _start(self, spec: dict[str, Any]) -> Exit:
+        try:
+            worker: Worker = import_module(f"workers.{self._kind}.worker").create_worker(spec)
+            endpoints = await worker.start()
+        except (OSError, zmq.ZMQError, ValueError) as error:
+            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}")
+        except Exception as error:
+            return self._crash(error)
+        self._link.send({"kind": "ready", "endpoints": endpoints})
+        self._worker = worker
+        if self._stopping:
+            worker.stop()
+        try:
+            return await self._run(worker)
+        except Exception as error:
+            return self._crash(error)
+
+    async def _run(self, worker: Worker) -> Exit:
+        beats = asyncio.create_task(self._send_beats(worker))
+        run = asyncio.create_task(worker.run())
+        await asyncio.wait((beats, run), return_when=asyncio.FIRST_COMPLETED)
+        if not run.done():
+            await beats  # it ends only by an error, which is the worker's
+        beats.cancel()
+        code = await run
+        self._send_report(worker.report())
+        return code
+
+    def _crash(self, error: Exception) -> Exit:
+        log.error("crashed", exc_info=error)
+        return self._fail(Exit.CRASHED, f"{type(error).__name__}: {error}")
+
+    def _fail(self, code: Exit, message: str) -> Exit:
+        log.error("%s", message)
+        self._send_report({"last_error": {"message": message[:500]}})
+        return code
+
+    async def _send_beats(self, worker: Worker) -> None:
+        while True:
+            self._send_report(worker.report())
+            await asyncio.sleep(BEAT_INTERVAL)
+
+    def _send_report(self, report: dict[str, Any]) -> None:
+        self._link.send({"kind": "beat", "report": report | self._usage.measure()})
+
+    async def _leave(self) -> None:
+        """Close the link once the supervisor has the last report; a stopped one is not waited for."""
+        self._link.close()
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._link_ended.wait(), ORPHAN_GRACE)
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        match message:
+            case {"kind": "request", "id": number, "op": op, "deadline": deadline, "arguments": arguments}:
+                task = asyncio.create_task(self._answer(number, op, arguments, deadline))
+                self._answering.add(task)
+                task.add_done_callback(self._answering.discard)
+            case {"kind": "stop"}:
+                self._stop()
+            case {"kind": "spec", "spec": spec} if not self._spec.done():
+                self._spec.set_result(spec)
+            case _:
+                log.error("not understood on the link: %.100r", message.get("kind"))
+
+    def _lose_link(self, reason: str) -> None:
+        if not self._link_ended.is_set():
+            log.debug("link: %s", reason)
+        self._link_ended.set()
+        if not self._spec.done():
+            self._spec.set_result(None)
+        self._stop()
+
+    def _stop(self) -> None:
+        self._stopping = True
+        if self._worker is not None:
+            self._worker.stop()
+
+    async def _answer(self, number: int, op: str, arguments: dict[str, Any], deadline: int) -> None:
+        try:
+            result = await self._carry_out(op, arguments, deadline)
+            reply = {"kind": "reply", "id": number, "ok": True, "result": result}
+        except ControlError as error:
+            reply = {"kind": "reply", "id": number, "ok": False, "error": error.to_map()}
+        except Exception:
+            log.exception("%s failed", op)
+            refusal = ControlError("internal", "the worker failed to answer; see its log").to_map()
+            reply = {"kind": "reply", "id": number, "ok": False, "error": refusal}
+        self._link.send(reply)
+
+    async def _carry_out(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+        left = (deadline - time.time_ns()) / 1e9
+        if left <= 0:  # this process may have been stopped for a while: an old request must not be carried out
+            raise ControlError("expired", "the deadline had passed before the worker saw the request")
+        if self._worker is None:
+            raise ControlError("not_connected", "the worker is still starting")
+        try:
+            async with asyncio.timeout(left):
+                return await self._worker.answer(op, arguments, deadline)
+        except TimeoutError:
+            raise ControlError(
+                "timeout", "no answer within the deadline; whether it was carried out is not known"
+            ) from None
+
+
+class Usage:
+    """What this process uses: measured from one beat to the next."""
+
+    def __init__(self) -> None:
+        self._seen = time.monotonic(), time.process_time()
+        self._page = resource.getpagesize()
+
+    def measure(self) -> dict[str, Any]:
+        """CPU as a share of one core since the last call (1.0: all of it), resident memory in bytes."""
+        now, used = time.monotonic(), time.process_time()
+        then, before = self._seen
+        self._seen = now, used
+        return {"cpu": round((used - before) / max(now - then, 1e-3), 4), "memory": self._measure_memory()}
+
+    def _measure_memory(self) -> int:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * self._page
