@@ -1,0 +1,152 @@
+"""What a reader of the wire gets: messages, and losses on the way to this reader. No I/O, no clock.
+
+What comes in is hostile until `read_message` has taken it: bounded in size, of the right shape, its topic and
+payload saying the same.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+from collector.messages import Topic, decode, parse_topic
+from collector.schema import ENVELOPE, SCHEMA, find_faults
+
+MAX_PAYLOAD = 32 << 20
+"""Bytes of one payload; a larger one is malformed."""
+
+MAX_TOPICS = 200_000
+"""Topics that one reader follows."""
+
+ON_DATA_TOPICS = frozenset({"gap", "repair", "status"})
+"""Types that also stand on the topics of other types, in order with the data."""
+
+
+class Message(Mapping[str, Any]):
+    """One message: the keys of the envelope as attributes, every key by `message["price"]` or `message.get("iv")`.
+
+    `topic` is a named tuple (exchange, type, instrument, interval). `type` is the payload's own: on a `trade` topic
+    it may also be gap, repair or status. `epoch` is the life of the worker that sent it, `seq` the number on its topic
+    in that life, `exchange_ts` and `receive_ts` are ns since 1970 UTC, `is_join` marks a repeat for a late subscriber.
+    """
+
+    __slots__ = (
+        "epoch",
+        "exchange_ts",
+        "instrument",
+        "interval",
+        "is_join",
+        "payload",
+        "receive_ts",
+        "seq",
+        "topic",
+        "type",
+    )
+
+    def __init__(self, topic: Topic, payload: dict[str, Any]) -> None:
+        self.topic = topic
+        self.payload = payload
+        self.instrument = topic.instrument
+        self.interval = topic.interval
+        self.type: str = payload["type"]
+        self.epoch: int = payload["epoch"]
+        self.seq: int = payload["seq"]
+        self.exchange_ts: int = payload["exchange_ts"]
+        self.receive_ts: int = payload["receive_ts"]
+        self.is_join = "join" in payload
+
+    def __getitem__(self, key: str) -> Any:
+        return self.payload[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.payload)
+
+    def __len__(self) -> int:
+        return len(self.payload)
+
+    def __repr__(self) -> str:
+        return f"Message({str(self.topic)!r}, {self.payload!r})"
+
+
+class Loss(NamedTuple):
+    """What this reader could not have: nobody else may have lost it (what the collector lost is a `gap` message).
+
+    `reason`: `sequence` (messages `first` to `last` of the topic were dropped on the way), `repeated` (a number came
+    again), `epoch` (a message of an earlier life), `malformed` (a message that cannot be read; `detail` says why).
+    """
+
+    topic: str
+    reason: str
+    epoch: int = 0
+    first: int = 0
+    last: int = 0
+    detail: str = ""
+
+    def __str__(self) -> str:
+        if self.reason == "sequence":
+            return f"{self.topic}: messages {self.first} to {self.last} were lost on the way to this subscriber"
+        return f"{self.topic}: {self.reason}: {self.detail}"
+
+
+class LossError(Exception):
+    """Raised by a Subscriber that was not told to report losses; the next call goes on behind it."""
+
+    def __init__(self, loss: Loss) -> None:
+        super().__init__(str(loss))
+        self.loss = loss
+
+
+def read_message(topic: bytes, payload: bytes) -> Message:
+    """Read one message. Raises ValueError, in one line, for bytes that are none."""
+    parsed = read_topic(topic)
+    body = decode(payload, MAX_PAYLOAD)
+    if not isinstance(body, dict):
+        raise ValueError(f"the payload is a {type(body).__name__}, not a map")
+    faults = find_faults(body, ENVELOPE)
+    if faults:
+        raise ValueError("; ".join(faults))
+    if body["type"] != parsed.type and body["type"] not in ON_DATA_TOPICS:
+        raise ValueError(f"type {body['type']!r:.60} on a topic of {parsed.type}")
+    if body["exchange"] != parsed.exchange or body["instrument"] != parsed.instrument:
+        raise ValueError(f"the payload is of {body['exchange']!r:.60} {body['instrument']!r:.60}, the topic is not")
+    return Message(parsed, body)
+
+
+@lru_cache(maxsize=65536)
+def read_topic(topic: bytes) -> Topic:
+    """Read a topic frame. Raises ValueError if it is no topic, or of a type that the wire does not have."""
+    try:
+        parsed = parse_topic(topic[:1000].decode())
+    except UnicodeDecodeError:
+        raise ValueError(f"not a topic: {topic[:100]!r}") from None
+    if parsed.type not in SCHEMA:
+        raise ValueError(f"there is no type {parsed.type!r:.60}")
+    return parsed
+
+
+class SequenceCheck:
+    """Follows the numbers of each topic. A greater epoch is a new life: its numbers start again with 1."""
+
+    def __init__(self) -> None:
+        self._last: dict[Topic, tuple[int, int]] = {}
+
+    def follow(self, message: Message) -> Loss | None:
+        """Take the next message of a topic; return what is wrong with its number, if anything."""
+        topic, epoch, seq = message.topic, message.epoch, message.seq
+        if topic not in self._last:
+            return self._start(topic, epoch, seq)
+        last_epoch, last = self._last[topic]
+        if epoch < last_epoch:
+            return Loss(str(topic), "epoch", epoch, detail=f"epoch {epoch} after {last_epoch}")
+        if epoch > last_epoch:
+            last = 0
+        if not message.is_join and seq <= last:
+            return Loss(str(topic), "repeated", epoch, seq, seq, f"seq {seq} after {last}")
+        missed_to = seq if message.is_join else seq - 1  # a join says the last number used, and takes none
+        self._last[topic] = (epoch, max(last, seq))
+        return Loss(str(topic), "sequence", epoch, last + 1, missed_to) if missed_to > last else None
+
+    def _start(self, topic: Topic, epoch: int, seq: int) -> Loss | None:
+        if len(self._last) >= MAX_TOPICS:
+            return Loss(str(topic), "malformed", epoch, detail=f"more than {MAX_TOPICS} topics")
+        self._last[topic] = (epoch, seq)
+        return None

@@ -1,0 +1,279 @@
+"""The verifier: a good stream passes, and each rule, broken alone, is named."""
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collector.messages import encode
+from collector.verify import RULES, Ranges, Verifier
+
+SECOND = 1_000_000_000
+START = 1_790_000_000 * SECOND
+BOOK = "deribit.book.BTC-PERPETUAL.100ms"
+TRADE = "deribit.trade.BTC-PERPETUAL.100ms"
+
+
+class Wire:
+    """Writes messages as a publisher does, and has each one checked."""
+
+    def __init__(self) -> None:
+        self.verifier = Verifier()
+        self.now = START
+        self.epoch = START
+        self.seq: dict[str, int] = {}
+        self.found: list[str] = []
+
+    def say(self, topic: str, type: str | None = None, **keys: Any) -> list[str]:
+        """Publish one message; return the rules that it breaks."""
+        parts = topic.split(".")
+        self.now += SECOND // 100
+        if "join" not in keys:
+            self.seq[topic] = self.seq.get(topic, 0) + 1
+        payload = {
+            "type": type or parts[1], "exchange": parts[0], "instrument": parts[2], "epoch": self.epoch,
+            "seq": self.seq.get(topic, 0), "exchange_ts": 0, "receive_ts": self.now, **keys,
+        }  # fmt: skip
+        return self.send(topic.encode(), encode(payload))
+
+    def send(self, topic: bytes, payload: bytes) -> list[str]:
+        rules = [finding.rule for finding in self.verifier.check(topic, payload, self.now)]
+        self.found += rules
+        return rules
+
+    def snapshot(self, change: int, **keys: Any) -> list[str]:
+        levels = {"bids": [[100.0, 1.0], [99.0, 2.0]], "asks": [[101.0, 1.0], [102.0, 5.0]], "reason": "subscribe"}
+        return self.say(BOOK, kind="snapshot", change_id=change, **{**levels, **keys})
+
+    def delta(self, change: int, before: int, **keys: Any) -> list[str]:
+        return self.say(BOOK, kind="delta", change_id=change, prev_change_id=before, **{"bids": [], "asks": [], **keys})
+
+    def trade(self, number: int, **keys: Any) -> list[str]:
+        prices = {"price": 100.5, "mark_price": 100.4, "index_price": 100.3, "amount": 10.0}
+        trade = {**prices, "side": "buy", "trade_id": str(number), "trade_seq": number, "tick_direction": 0}
+        return self.say(TRADE, **{**trade, **keys})
+
+    def gap(self, topic: str, id: int = 1, reason: str = "disconnect", **keys: Any) -> list[str]:
+        return self.say(topic, "gap", id=id, reason=reason, from_ts=self.now, to_ts=self.now + 1, **keys)
+
+    def restart(self) -> None:
+        self.epoch += SECOND
+        self.seq.clear()
+
+
+@pytest.fixture
+def wire() -> Wire:
+    return Wire()
+
+
+def test_good_stream_breaks_no_rule(wire: Wire) -> None:
+    wire.say("deribit.heartbeat.futures.1s", wire=1, connection="futures", state="live", published=0, lag=0.01)
+    wire.snapshot(10)
+    wire.delta(12, 10, bids=[[100.0, 0.0], [99.5, 3.0]])
+    wire.snapshot(12, join=True, bids=[[99.5, 3.0], [99.0, 2.0]])
+    wire.delta(13, 12, asks=[[101.0, 7.0]])
+    wire.gap(BOOK, last_change_id=13)
+    wire.snapshot(90, reason="resync")
+    wire.delta(91, 90, asks=[[101.0, 7.0]])
+    wire.trade(1)
+    wire.trade(2)
+    wire.gap(TRADE, 2, missing_from=3, healing=True)
+    wire.trade(7)
+    wire.trade(3, backfilled=True)
+    wire.trade(4, backfilled=True)
+    wire.say(TRADE, "repair", gap=2, repaired=2, missing=[[5, 6]])
+    wire.say(TRADE, "status", state="live", reason="", connection="futures")
+    wire.restart()
+    wire.gap(TRADE, 1, "restart", missing_from=8, healing=True)
+    wire.trade(9)
+    wire.trade(7, backfilled=True)
+    wire.trade(8, backfilled=True)
+    wire.say(TRADE, "repair", gap=1, repaired=2, missing=[])
+    assert wire.found == []
+    assert wire.verifier.finish(wire.now) == []
+    untested = {rule for rule in RULES if not wire.verifier.count_checks()[rule]}
+    assert untested == set()
+
+
+def test_restarted_collector_starts_anew_without_gaps(wire: Wire) -> None:
+    wire.snapshot(10)
+    wire.trade(5)
+    wire.restart()
+    wire.snapshot(3)
+    wire.delta(4, 3)
+    wire.trade(1)
+    wire.trade(2)
+    assert wire.found == []
+
+
+def break_book(wire: Wire) -> dict[str, list[str]]:
+    wire.snapshot(10)
+    broken = {"chain: foreign change": wire.delta(12, 11)}
+    wire.gap(BOOK, 1)
+    broken["chain: delta after gap"] = wire.delta(13, 12)
+    wire.snapshot(20)
+    broken["chain: gap names another change"] = wire.gap(BOOK, 2, last_change_id=19)
+    wire.snapshot(30)
+    broken["crossed: bid over ask"] = wire.delta(31, 30, bids=[[101.5, 1.0]])
+    broken["join: another change"] = wire.snapshot(29, join=True)
+    broken["join: another book"] = wire.snapshot(31, join=True)
+    broken["join: a delta"] = wire.delta(31, 31, join=True)
+    broken["schema: no reason"] = wire.say(BOOK, kind="snapshot", change_id=40, bids=[], asks=[])
+    broken["schema: negative amount"] = wire.delta(41, 40, bids=[[99.0, -1.0]])
+    broken["schema: not a number"] = wire.snapshot(42, bids=[[math.nan, 1.0]])
+    return broken
+
+
+def break_trades(wire: Wire) -> dict[str, list[str]]:
+    wire.trade(5)
+    broken = {"duplicate: again": wire.trade(5), "duplicate: marked without restart": wire.trade(5, backfilled=True)}
+    broken["hole: nothing said"] = wire.trade(8)
+    broken["hole: late and unmarked"] = wire.trade(7)
+    wire.gap(TRADE, 1, missing_from=10)
+    broken["hole: the gap says less"] = wire.trade(12)
+    wire.gap(TRADE, 2, missing_from=13)
+    wire.trade(16)
+    wire.trade(13, backfilled=True)
+    broken["repair: one neither came nor named"] = wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[14, 14]])
+    broken["repair: again"] = wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[14, 15]])
+    wire.gap(TRADE, 3, missing_from=17, missing_to=18)
+    wire.trade(17, backfilled=True)
+    broken["repair: named but came"] = wire.say(TRADE, "repair", gap=3, repaired=1, missing=[[17, 18]])
+    broken["schema: a price as text"] = wire.trade(19, price="1")
+    broken["join: a trade"] = wire.trade(18, join=True)
+    return broken
+
+
+def break_envelope(wire: Wire) -> dict[str, list[str]]:
+    wire.trade(1)
+    good = {
+        "type": "index", "exchange": "deribit", "instrument": "btc_usd", "epoch": START, "seq": 1, "exchange_ts": 0,
+        "receive_ts": START, "price": 1.0,
+    }  # fmt: skip
+    topic = b"deribit.index.btc_usd.raw"
+    broken = {
+        "envelope: three parts": wire.send(b"deribit.index.btc_usd", encode(good)),
+        "envelope: no text": wire.send(b"\xff\xfe.a.b.c", encode(good)),
+        "envelope: no such type": wire.send(b"deribit.nonsense.btc_usd.raw", encode(good)),
+        "envelope: another instrument": wire.send(b"deribit.index.eth_usd.raw", encode(good)),
+        "envelope: another type": wire.send(b"deribit.quote.btc_usd.raw", encode(good)),
+        "envelope: no map": wire.send(topic, encode([1, 2])),
+        "envelope: no MessagePack": wire.send(topic, b"\xc1"),
+        "envelope: cut": wire.send(topic, encode(good)[:-1]),
+        "envelope: deep": wire.send(topic, b"\x91" * 100_000),
+        "envelope: claims 4 billion": wire.send(topic, b"\xdd\xff\xff\xff\xff"),
+        "envelope: seq is true": wire.send(topic, encode({**good, "seq": True})),
+        "envelope: join is false": wire.send(topic, encode({**good, "join": False})),
+        "envelope: no epoch": wire.send(topic, encode({k: v for k, v in good.items() if k != "epoch"})),
+        "schema: no price": wire.send(topic, encode({k: v for k, v in good.items() if k != "price"})),
+    }
+    wire.seq[TRADE] += 1
+    broken["sequence: one dropped"] = wire.trade(2)
+    wire.seq[TRADE] -= 1
+    broken["sequence: a number again"] = wire.trade(2)
+    broken["time: the future"] = wire.trade(3, receive_ts=wire.now + 60 * SECOND)
+    broken["time: falls"] = wire.trade(4)
+    broken["epoch: falls"] = wire.trade(5, epoch=START - 1)
+    return broken
+
+
+def break_rest(wire: Wire) -> dict[str, list[str]]:
+    wire.trade(1)
+    wire.gap(TRADE, 4, missing_from=2)
+    broken = {"gap: no data between": wire.gap(TRADE, 5)}
+    wire.trade(2)
+    broken["gap: id falls"] = wire.gap(TRADE, 3)
+    wire.trade(3)
+    broken["gap: backwards"] = wire.say(TRADE, "gap", id=6, reason="sequence", from_ts=2, to_ts=1)
+    broken["schema: reason"] = wire.gap(TRADE, 7, "boredom")
+    broken["status: word"] = wire.say(TRADE, "status", state="fine", reason="", connection="futures")
+    topic = "deribit.status.futures.connection"
+    wire.say(topic, state="bootstrapping", reason="", connection="futures")
+    broken["status: of a connection"] = wire.say(topic, state="recovering", reason="", connection="futures")
+    beat = {"wire": 1, "connection": "futures", "state": "live", "published": 10, "lag": None}
+    wire.say("deribit.heartbeat.futures.1s", **beat)
+    broken["heartbeat: published falls"] = wire.say("deribit.heartbeat.futures.1s", **{**beat, "published": 9})
+    broken["heartbeat: wire 2"] = wire.say("deribit.heartbeat.futures.1s", **{**beat, "wire": 2})
+    wire.now += 4 * SECOND
+    broken["heartbeat: silence"] = wire.say("deribit.heartbeat.futures.1s", **beat)
+    late = wire.verifier.finish(wire.now + 4 * SECOND)
+    broken["heartbeat: silence at the end"] = [finding.rule for finding in late]
+    return broken
+
+
+@pytest.mark.parametrize("scene", [break_book, break_trades, break_envelope, break_rest])
+def test_each_broken_rule_is_named_alone(scene: Any, wire: Wire) -> None:
+    broken = scene(wire)
+    assert {what: rules for what, rules in broken.items() if rules != [what.split(":")[0]]} == {}
+
+
+def test_scenes_break_every_rule(wire: Wire) -> None:
+    named = {
+        what.split(":")[0] for scene in (break_book, break_trades, break_envelope, break_rest) for what in scene(Wire())
+    }
+    assert named == set(RULES)
+
+
+def test_loss_on_the_way_does_not_accuse_book_or_trades(wire: Wire) -> None:
+    wire.snapshot(10)
+    wire.trade(1)
+    wire.seq[BOOK] += 3
+    wire.seq[TRADE] += 3
+    assert wire.delta(17, 16) == ["sequence"]
+    assert wire.delta(18, 17) == []
+    assert wire.trade(6) == ["sequence"]
+    assert wire.trade(7) == []
+
+
+@given(st.binary(max_size=200), st.binary(max_size=400))
+def test_any_bytes_give_findings_and_never_an_exception(topic: bytes, payload: bytes) -> None:
+    assert Verifier().check(topic, payload, START)
+
+
+WORDS = st.sampled_from(["type", "seq", "epoch", "kind", "bids", "change_id", "reason", "join", "state", "trade_seq"])
+VALUES = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**64 - 1)
+    | st.floats()
+    | st.text(max_size=5)
+    | st.binary(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["snapshot", "delta", "trade", "gap"]), st.dictionaries(WORDS, VALUES)), max_size=6
+    )
+)
+def test_any_values_in_known_keys_never_raise(messages: list[tuple[str, dict[str, Any]]]) -> None:
+    wire = Wire()
+    for what, keys in messages:
+        match what:
+            case "snapshot":
+                wire.say(
+                    BOOK, **{"kind": "snapshot", "change_id": 1, "bids": [], "asks": [], "reason": "resync", **keys}
+                )
+            case "delta":
+                wire.say(BOOK, **{"kind": "delta", "change_id": 1, "bids": [[1.0, 2.0]], "asks": [], **keys})
+            case "trade":
+                wire.say(TRADE, **{"price": 1.0, "amount": 1.0, "side": "buy", "trade_id": "1", "trade_seq": 1, **keys})
+            case "gap":
+                wire.say(BOOK, **{"type": "gap", "id": 1, "reason": "restart", "from_ts": 0, "to_ts": 0, **keys})
+    wire.verifier.finish(wire.now)
+
+
+@given(st.lists(st.tuples(st.integers(0, 60), st.integers(0, 6)), max_size=25), st.integers(0, 60), st.integers(0, 20))
+def test_ranges_are_a_set(parts: list[tuple[int, int]], first: int, length: int) -> None:
+    ranges, plain = Ranges(), set[int]()
+    for start, count in parts:
+        ranges.add(start, start + count)
+        plain.update(range(start, start + count + 1))
+    assert {number for number in range(-2, 80) if number in ranges} == plain
+    wanted = set(range(first, first + length + 1))
+    missing = ranges.find_missing(first, first + length)
+    assert {n for low, high in missing for n in range(low, high + 1)} == wanted - plain
