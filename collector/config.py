@@ -209,7 +209,7 @@ def _read_endpoint(text: str, default: str, where: str) -> str:
     try:
         return str(parse_endpoint(text or default))
     except ValueError as error:
-        cure = "" if text else " runtime_dir under [collector] (this is the default)"
+        cure = "" if text else " (it is the default: shorten runtime_dir under [collector])"
         raise ConfigError(f"{where} {show_endpoint(text or default)} {error}{cure}") from None
 
 

@@ -49,7 +49,7 @@ def _check_path(path: str) -> str:
         raise ValueError("names a directory; write for example ipc:///run/collector/NAME.pub")
     size = len(os.fsencode(path))
     if size > MAX_IPC_PATH:
-        raise ValueError(f"has a path of {size} bytes, the system takes {MAX_IPC_PATH}; write a shorter one")
+        raise ValueError(f"has a path of {size} bytes, the system takes {MAX_IPC_PATH}; write a shorter path")
     return os.path.normpath(path).replace("//", "/")
 
 

@@ -58,7 +58,7 @@ KEYS: dict[str, dict[str, Key]] = {
         "url": Key("string", REQUIRED, '"wss://www.deribit.com/ws/api/v2"', 'the WebSocket, or "practice"', 1, 2000),
         "channels": Key("list of strings", (), '["book.BTC-PERPETUAL.100ms"]', "what to subscribe to", 1, 200),
         "publish": Key("string", "", '"tcp://127.0.0.1:5601"', "endpoint that subscribers connect to"),
-        "headers": Key("table of strings", {}, '{ "User-Agent" = "desk-7" }', "sent with the upgrade", 0, 4000),
+        "headers": Key("table of strings", {}, '{ "User-Agent" = "desk-7" }', "sent with the upgrade"),
         "timeout": Key("seconds", 5.0, "5.0", "bound of one connection attempt and of one request", 0.05, 120),
         "retry_count": Key("integer", 3, "3", "attempts in a row before the worker gives up", 1, 1_000_000),
         "retry_delay": Key("seconds", 1.0, "1.0", "first backoff; doubles, at most 60 s, with jitter", 0.01, 60),
@@ -154,21 +154,25 @@ def show(value: Any) -> str:
 
 
 def _read_value(table: Mapping[str, Any], name: str, key: Key, where: str) -> Any:
-    if name not in table:
+    value = table.get(name)
+    if value is None:  # never in TOML, but a program may say so through the control channel
         if key.default is REQUIRED:
             raise ConfigError(f"{where} is missing; write for example {name} = {key.example}")
         return key.default
-    value: Any = table[name]
-    types, words = KINDS[key.kind]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ConfigError(f"{where} must be {words}; write for example {name} = {key.example}")
+    _check_type(value, name, key, where)
     if key.kind in ("seconds", "integer"):
         return _read_number(value, key, where)
     if key.kind == "list of strings":
         return _read_list(value, name, key, where)
-    if key.kind == "string" and value and len(value) > key.high:
+    if key.kind == "string" and len(value) > key.high:
         raise ConfigError(f"{where} is {len(value)} characters long; write at most {key.high:.0f}")
     return value
+
+
+def _check_type(value: Any, name: str, key: Key, where: str) -> None:
+    types, words = KINDS[key.kind]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ConfigError(f"{where} must be {words}; write for example {name} = {key.example}")
 
 
 def _read_number(value: float, key: Key, where: str) -> float:

@@ -1,0 +1,75 @@
+"""`collector plan`: what a configuration would do, and whether the exchange's limits allow it."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+import click
+
+from collector.config import ConfigError, load_config
+from collector.plan import Plan, PlannedConnection, make_plan
+
+
+@click.command()
+@click.argument("file", type=click.Path())
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+def plan(file: str, as_json: bool) -> None:
+    """Say what FILE would do: connections, channels, endpoints, calls, and time at the exchange's rates.
+
+    Ends with 2 if the configuration is refused. Nothing is started and nobody is contacted.
+    """
+    try:
+        made = make_plan(load_config(file, os.environ))
+    except ConfigError as error:
+        click.echo(f"collector: {error}", err=True)
+        sys.exit(2)
+    click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
+
+
+def write_plan(plan: Plan) -> Iterator[str]:
+    """Write a plan as lines for people."""
+    yield f"{plan.path}: {len(plan.connections)} of {plan.connections_limit} connections"
+    yield ""
+    yield from _write_table([_HEADINGS, *map(_write_row, plan.connections)])
+    yield ""
+    yield f"control      {plan.control}"
+    if plan.exchange:
+        yield f"exchange     {plan.exchange}, the practice exchange"
+    for pool in plan.pools:
+        login = f"as {pool.login}" if pool.login else "without login"
+        yield (
+            f"subscribed   {', '.join(pool.connections)} at {pool.host} {login}: "
+            f"{_count(pool.calls, 'call')}, {_say_seconds(pool.seconds)}"
+        )
+    for note in plan.notes:
+        yield f"note         {note}"
+
+
+_HEADINGS = ("connection", "publish", "channels", "calls", "largest", "login")
+
+
+def _write_row(connection: PlannedConnection) -> tuple[str, ...]:
+    types = ", ".join(f"{number} {type}" for type, number in connection.types.items())
+    return (
+        connection.name,
+        connection.publish,
+        f"{len(connection.channels)}{f' ({types})' if types else ''}",
+        str(len(connection.calls)),
+        f"{max((call.bytes for call in connection.calls), default=0)} B",
+        connection.login or "no",
+    )
+
+
+def _write_table(rows: list[tuple[str, ...]]) -> Iterator[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
+
+
+def _say_seconds(seconds: float) -> str:
+    return f"{seconds:.1f} s and the round trips" if seconds else "at once"

@@ -1,0 +1,158 @@
+"""What a configuration would do at the exchange, and what that costs there. Pure: no I/O, no clock."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from collector.channels import parse_channel
+from collector.config import Config, Connection
+from collector.limits import (
+    CALL_COST,
+    CALL_POOL,
+    MAX_CONNECTIONS,
+    SUBSCRIBE_COST,
+    SUBSCRIBE_POOL,
+    chunk_channels,
+    estimate_seconds,
+    measure_call,
+)  # fmt: skip
+
+BOOTSTRAP = ("public/hello", "public/set_heartbeat", "public/get_time")
+"""Calls of each bootstrap besides subscribing."""
+
+
+class Call(NamedTuple):
+    """One subscribe call: how many channels, and bytes of JSON."""
+
+    method: str
+    channels: int
+    bytes: int
+
+
+class PlannedConnection(NamedTuple):
+    """One worker. `types` counts its channels by the type of message they feed."""
+
+    name: str
+    url: str
+    publish: str
+    login: str
+    channels: tuple[str, ...]
+    types: dict[str, int]
+    bootstrap: tuple[str, ...]
+    calls: tuple[Call, ...]
+    seconds: float
+
+
+class Pool(NamedTuple):
+    """Connections that draw on the same credits, and the seconds until all of them are subscribed."""
+
+    host: str
+    login: str
+    connections: tuple[str, ...]
+    calls: int
+    seconds: float
+
+
+class Plan(NamedTuple):
+    """The whole: `notes` say what works, but may surprise."""
+
+    path: str
+    runtime_dir: str
+    control: str
+    exchange: str
+    connections: tuple[PlannedConnection, ...]
+    pools: tuple[Pool, ...]
+    connections_limit: int
+    notes: tuple[str, ...]
+
+    def to_map(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        plan = self._asdict()
+        plan["connections"] = [c._asdict() | {"calls": [k._asdict() for k in c.calls]} for c in self.connections]
+        plan["pools"] = [pool._asdict() for pool in self.pools]
+        return plan
+
+
+def make_plan(config: Config) -> Plan:
+    """Work out what a checked configuration would do."""
+    connections = tuple(map(_plan_connection, config.connections))
+    pools = tuple(_plan_pools(connections))
+    return Plan(
+        path=str(config.path),
+        runtime_dir=str(config.runtime_dir),
+        control=config.control,
+        exchange=f"127.0.0.1:{config.exchange.port or '*'}" if config.exchange else "",
+        connections=connections,
+        pools=pools,
+        connections_limit=MAX_CONNECTIONS,
+        notes=tuple(_find_notes(connections, pools)),
+    )
+
+
+def _plan_connection(connection: Connection) -> PlannedConnection:
+    calls = tuple(plan_calls(connection.channels))
+    return PlannedConnection(
+        name=connection.name,
+        url=connection.url,
+        publish=connection.publish,
+        login=connection.credentials or "",
+        channels=connection.channels,
+        types=_count_types(connection.channels),
+        bootstrap=_list_bootstrap(connection),
+        calls=calls,
+        seconds=estimate_seconds(len(calls), SUBSCRIBE_COST, SUBSCRIBE_POOL),
+    )
+
+
+def plan_calls(channels: Iterable[str]) -> Iterable[Call]:
+    """Cut channels into the subscribe calls that ask for them, public ones first."""
+    by_method: dict[str, list[str]] = {"public/subscribe": [], "private/subscribe": []}
+    for name in channels:
+        by_method["private/subscribe" if parse_channel(name).is_private else "public/subscribe"].append(name)
+    for method, names in by_method.items():
+        for chunk in chunk_channels(names, method):
+            yield Call(method, len(chunk), measure_call(chunk, method))
+
+
+def _count_types(channels: Iterable[str]) -> dict[str, int]:
+    types: dict[str, int] = defaultdict(int)
+    for name in channels:
+        types[parse_channel(name).type] += 1
+    return dict(types)
+
+
+def _list_bootstrap(connection: Connection) -> tuple[str, ...]:
+    login = ("public/auth",) if connection.credentials else ()
+    cancel = ("private/enable_cancel_on_disconnect",) if connection.cancel_on_disconnect else ()
+    return (*login, *BOOTSTRAP, *cancel)
+
+
+def _plan_pools(connections: Iterable[PlannedConnection]) -> Iterable[Pool]:
+    members: dict[tuple[str, str], list[PlannedConnection]] = defaultdict(list)
+    for connection in connections:
+        members[_find_host(connection.url), connection.login].append(connection)
+    for (host, login), group in members.items():
+        calls = sum(len(connection.calls) for connection in group)
+        others = sum(len(connection.bootstrap) for connection in group)
+        seconds = max(estimate_seconds(calls), estimate_seconds(others, CALL_COST, CALL_POOL))
+        yield Pool(host, login, tuple(connection.name for connection in group), calls, seconds)
+
+
+def _find_host(url: str) -> str:
+    return url.partition("?")[0].partition("://")[2].partition("/")[0] or "practice"
+
+
+def _find_notes(connections: tuple[PlannedConnection, ...], pools: tuple[Pool, ...]) -> Iterable[str]:
+    if len(connections) == MAX_CONNECTIONS:
+        yield f"all {MAX_CONNECTIONS} connections are used: none is left for REST requests or a browser on this address"
+    for connection in connections:
+        if not connection.channels:
+            yield f"{connection.name} has no channels until control subscribes it to some"
+    for pool in pools:
+        if pool.calls * SUBSCRIBE_COST > SUBSCRIBE_POOL and len(pool.connections) > 1:
+            yield (
+                f"{len(pool.connections)} connections draw on one pool of credits at {pool.host} and make "
+                f"{pool.calls} subscribe calls, more than the 10 it allows at once"
+            )
+        if not pool.login and pool.host != "practice":
+            yield f"{pool.host} without login: what it allows an address is unpublished; reckoned as for an account"
