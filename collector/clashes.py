@@ -87,7 +87,8 @@ def _check_topics(placed: list[Placed], prefix: str) -> None:
     for here in placed:
         for other in _find_wide(here[1], wide):
             if other[1] is not here[1] and share_topic(other[1], here[1]) and not _may_share(other, here):
-                _refuse_pair(other, here, prefix)
+                first, second = sorted((other, here), key=placed.index)
+                _refuse_pair(first, second, prefix)
 
 
 def _find_wide(channel: Channel, wide: dict[tuple[str, str, str], list[Placed]]) -> Iterator[Placed]:

@@ -177,7 +177,7 @@ def _check_type(value: Any, name: str, key: Key, where: str) -> None:
 
 def _read_number(value: float, key: Key, where: str) -> float:
     if not key.low <= value <= key.high:  # also catches nan
-        if key.kind == "seconds" and value >= 100 and key.low <= value / 1000 <= key.high:
+        if key.kind == "seconds" and value >= 100 and 1000 * key.low <= value <= 1000 * key.high:
             raise ConfigError(f"{where} = {value} looks like milliseconds; times are in seconds, write {value / 1000}")
         raise ConfigError(
             f"{where} = {show(value)} is out of range; write {_say_range(key)}, for example {key.example}"

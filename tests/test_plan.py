@@ -1,0 +1,178 @@
+"""The plan: calls cut to Deribit's limits, their time by its credits, and the command that prints it."""
+
+import json
+import os
+import subprocess
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collector.config import load_config
+from collector.limits import (
+    CALL_COST,
+    CALL_POOL,
+    MAX_CHANNELS,
+    MAX_FRAME,
+    SUBSCRIBE_COST,
+    Credits,
+    chunk_channels,
+    estimate_seconds,
+    measure_call,
+)
+from collector.plan import make_plan, plan_calls
+from tests.support import REPOSITORY, collector
+
+METHOD = "public/subscribe"
+CHANNELS = st.lists(st.text("ABC-123.", min_size=1, max_size=200), max_size=300)
+
+
+def write_call(channels: list[str], method: str) -> bytes:
+    """The frame in the widest spelling that a JSON writer of ours could choose."""
+    request = {"jsonrpc": "2.0", "id": 2**63, "method": method, "params": {"channels": channels}}
+    return json.dumps(request).encode()
+
+
+@given(CHANNELS, st.integers(1, 50), st.integers(300, 5_000), st.integers(0, 100))
+def test_chunks_hold_every_channel_in_order_within_both_limits(
+    channels: list[str], count: int, size: int, reserve: int
+) -> None:
+    chunks = chunk_channels(channels, METHOD, reserve, count, size)
+    assert [channel for chunk in chunks for channel in chunk] == channels
+    for chunk in chunks:
+        assert 1 <= len(chunk) <= count
+        assert (
+            len(chunk) == 1 or len(write_call(chunk, METHOD)) + reserve <= measure_call(chunk, METHOD, reserve) <= size
+        )
+    for chunk, following in pairwise(chunks):
+        assert len(chunk) == count or measure_call([*chunk, following[0]], METHOD, reserve) > size
+
+
+def test_long_names_are_cut_by_bytes_and_short_ones_by_count() -> None:
+    short = [f"quote.BTC-{number}" for number in range(1_200)]
+    assert [len(chunk) for chunk in chunk_channels(short, METHOD)] == [500, 500, 200]
+    long = [f"book.BTC-CCOND-27MAR26-80000_90000_110000_120000-{number:04}.none.10.100ms" for number in range(1_300)]
+    chunks = chunk_channels(long, METHOD)
+    assert all(len(chunk) < MAX_CHANNELS and len(write_call(chunk, METHOD)) < MAX_FRAME for chunk in chunks)
+    assert len(chunks) == 4
+
+
+def test_ten_subscribe_calls_go_at_once_and_then_ten_in_three_seconds() -> None:
+    credits = Credits()
+    waits = [credits.take(SUBSCRIBE_COST, 0.0) for _ in range(20)]
+    assert waits[:10] == [0.0] * 10
+    assert waits[10:] == pytest.approx([0.3 * number for number in range(1, 11)])
+    assert credits.take(SUBSCRIBE_COST, 3.0) == pytest.approx(0.3)
+    assert credits.take(SUBSCRIBE_COST, 100.0) == 0.0
+    assert estimate_seconds(20) == pytest.approx(waits[-1])
+
+
+def test_other_calls_draw_on_a_pool_of_their_own() -> None:
+    credits = Credits(CALL_POOL)
+    waits = [credits.take(CALL_COST, 0.0) for _ in range(120)]
+    assert waits[:100] == [0.0] * 100
+    assert waits[-1] == pytest.approx(1.0) == pytest.approx(estimate_seconds(120, CALL_COST, CALL_POOL))
+
+
+@given(st.lists(st.tuples(st.integers(1, 3_000), st.floats(0, 2)), max_size=200))
+def test_who_waits_as_told_never_overdraws_the_exchanges_pool(calls: list[tuple[int, float]]) -> None:
+    credits = Credits()
+    asked, sent, level, since = 0.0, 0.0, 30_000.0, 0.0
+    for cost, pause in calls:
+        asked += pause
+        told = asked + credits.take(cost, asked)
+        assert told >= sent - 1e-6, "calls keep their order"
+        sent = max(sent, told)
+        level, since = min(30_000.0, level + (sent - since) * 10_000.0), sent
+        level -= cost
+        assert level >= -1e-3
+
+
+def test_a_clock_that_goes_back_gives_nothing_away() -> None:
+    credits = Credits(pool=1_000, refill=100.0, now=50.0)
+    assert credits.take(1_000, 50.0) == 0.0
+    assert credits.take(500, 10.0) == pytest.approx(5.0)
+    assert credits.take(0, 50.0) == pytest.approx(5.0)
+
+
+def test_private_channels_are_asked_for_by_a_call_of_their_own() -> None:
+    calls = list(plan_calls(["user.portfolio.any", "quote.X", "user.lock"]))
+    assert [(call.method, call.channels) for call in calls] == [("public/subscribe", 1), ("private/subscribe", 2)]
+
+
+def write_file(folder: Path, text: str) -> str:
+    path = folder / "desk.toml"
+    path.write_text(text)
+    return str(path)
+
+
+def write_connection(name: str, channels: list[str], more: str = "") -> str:
+    url = "wss://www.deribit.com/ws/api/v2"
+    return f'[[connection]]\nname = "{name}"\nurl = "{url}"\nchannels = {channels}\n{more}\n'
+
+
+def test_a_plan_counts_calls_time_and_login(tmp_path: Path) -> None:
+    environ = {"DESK_CLIENT_ID": "anna", "DESK_CLIENT_SECRET": "hush"}
+    login = 'credentials = "DESK"\ncancel_on_disconnect = true'
+    first = write_connection("a", [f"quote.A-{number}" for number in range(3_000)], login)
+    second = write_connection("b", [f"quote.B-{number}" for number in range(3_000)], login)
+    plan = make_plan(load_config(write_file(tmp_path, first + second), environ))
+    assert [len(connection.calls) for connection in plan.connections] == [6, 6]
+    assert [connection.seconds for connection in plan.connections] == [0.0, 0.0]
+    assert plan.connections[0].login == "DESK"
+    assert plan.connections[0].bootstrap == (
+        "public/auth", "public/hello", "public/set_heartbeat", "public/get_time", "private/enable_cancel_on_disconnect",
+    )  # fmt: skip
+    (pool,) = plan.pools
+    assert (pool.host, pool.login, pool.connections, pool.calls) == ("www.deribit.com", "DESK", ("a", "b"), 12)
+    assert pool.seconds == pytest.approx(0.6)
+    assert any("2 connections draw on one pool" in note for note in plan.notes)
+    assert "hush" not in json.dumps(plan.to_map())
+
+
+def test_connections_with_other_keys_draw_on_other_pools(tmp_path: Path) -> None:
+    environ = {f"{who}_CLIENT_{part}": "x" for who in ("ANNA", "BERT") for part in ("ID", "SECRET")}
+    text = "".join(
+        write_connection(who.lower(), [f"quote.{who}"], f'credentials = "{who}"') for who in ("ANNA", "BERT")
+    ) + write_connection("none", [])
+    plan = make_plan(load_config(write_file(tmp_path, text), environ))
+    assert [(pool.login, pool.connections) for pool in plan.pools] == [
+        ("ANNA", ("anna",)), ("BERT", ("bert",)), ("", ("none",)),
+    ]  # fmt: skip
+    assert any(note.startswith("none has no channels") for note in plan.notes)
+
+
+def run_plan(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    environ = {name: value for name, value in os.environ.items() if not name.startswith("DERIBIT_TEST_")}
+    command = collector("plan", *arguments)
+    return subprocess.run(command, cwd=REPOSITORY, env=environ, capture_output=True, text=True, timeout=30)
+
+
+def test_the_command_prints_a_table_for_people() -> None:
+    done = run_plan("configs/deribit.toml")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "configs/deribit.toml: 3 of 32 connections" in done.stdout
+    assert "tcp://127.0.0.1:5602" in done.stdout
+    assert "subscribed   futures, options, reference at www.deribit.com without login: 3 calls, at once" in done.stdout
+
+
+def test_the_command_prints_json_for_programs() -> None:
+    done = run_plan("configs/demo.toml", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    plan = json.loads(done.stdout)
+    assert [connection["name"] for connection in plan["connections"]] == ["futures", "options"]
+    assert plan["connections"][0]["calls"] == [{"method": METHOD, "channels": 9, "bytes": 359}]
+    assert plan["connections_limit"] == 32
+
+
+def test_the_command_refuses_in_one_line_and_ends_with_2(tmp_path: Path) -> None:
+    path = write_file(tmp_path, write_connection("a", ["book.BTC-PERPETUAL.50ms"]))
+    done = run_plan(path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == (
+        f"collector: {path}: [[connection]] a: channels: 'book.BTC-PERPETUAL.50ms': "
+        "interval '50ms' is not offered (raw, 100ms, agg2)\n"
+    )
+    assert run_plan("configs/testnet.toml").returncode == 2
