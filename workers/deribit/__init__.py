@@ -1,0 +1,7 @@
+"""One connection to Deribit. `Client` can be used by itself: one WebSocket that stays connected, five functions."""
+
+from workers.deribit.bootstrap import Login
+from workers.deribit.connection import Client, Listener
+from workers.deribit.errors import ExchangeError, Lost, NotConnected, Refused
+
+__all__ = ["Client", "ExchangeError", "Listener", "Login", "Lost", "NotConnected", "Refused"]

@@ -1,0 +1,395 @@
+"""One WebSocket to Deribit: connect, send, subscribe, unsubscribe, get_state, close - and stay connected in between.
+
+The only module that imports aiohttp. A `Client` can be used by itself from any asyncio program:
+
+    client = Client("wss://www.deribit.com/ws/api/v2", listener=MyListener())
+    await client.connect()
+    await client.subscribe(["trades.BTC-PERPETUAL.100ms"])
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+
+from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
+from workers.deribit.bootstrap import Login
+from workers.deribit.errors import ExchangeError, Lost, NotConnected, Refused
+from workers.deribit.reconcile import Reconciler
+from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, decode_frame, encode_request
+from workers.deribit.session import Session
+
+MAX_FRAME = 16 << 20
+"""Bytes of one frame that are taken; Deribit's largest (an instrument list) was measured at 5.1 MB."""
+
+CLOSE_TIMEOUT = 1.0
+"""Seconds that a peer gets to answer our close frame."""
+
+LASTED = 10.0
+"""Seconds live after which failed attempts are forgotten."""
+
+UPKEEP = 0.25
+"""Seconds between looks at silence, tokens and subscriptions."""
+
+CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
+"""What aiohttp raises for a send on a socket that has just gone."""
+
+
+class Listener:
+    """What a client tells its owner; override what is of use."""
+
+    def take_frame(self, frame: bytes, receive_ts: int) -> None:
+        """A data frame, read at `receive_ts` (ns)."""
+
+    def take_malformed(self, frame: bytes, reason: str) -> None:
+        """A frame that is not Deribit's protocol."""
+
+    def end_burst(self, receive_ts: int) -> None:
+        """All that was read at `receive_ts` has been handed out."""
+
+    def change_state(self, state: str, reason: str) -> None:
+        """The connection went into another state (words of lifecycle.CONNECTION)."""
+
+    def confirm_channels(self, names: list[str]) -> None:
+        """The exchange now sends these."""
+
+    def refuse_channels(self, names: list[str], reason: str) -> None:
+        """The exchange would not give these."""
+
+
+class Client:
+    """One connection, with the six connection settings; times in seconds.
+
+    `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 5.0,
+        retry_count: int = 3,
+        retry_delay: float = 1.0,
+        heartbeat_interval: float = 30.0,
+        *,
+        login: Login | None = None,
+        cancel_on_disconnect: bool = False,
+        listener: Listener | None = None,
+    ) -> None:
+        self.url = url
+        self.headers = dict(headers or {})
+        self.timeout = timeout
+        self.retry_count = retry_count
+        self.retry_delay = retry_delay
+        self.heartbeat_interval = heartbeat_interval
+        self.listener = listener or Listener()
+        self.session = Session(self.send, login, heartbeat_interval, cancel_on_disconnect)
+        self.reconciler = Reconciler(self.send, self.listener.confirm_channels, self.listener.refuse_channels)
+        self.machine = Machine(CONNECTION, "closed", self._note_change)
+        self.since = time.time_ns()
+        self.exit = Exit.STOPPED
+        self.failure = "closed"
+        self.attempts = 0
+        self.reconnects = 0
+        self.frames = 0
+        self.bytes = 0
+        self.malformed = 0
+        self.last_error: Any = None
+        self._reason = ""
+        self._number = 0
+        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self._socket: aiohttp.ClientWebSocketResponse[Any] | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._live = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._stamp = 0
+        self._heard = 0.0
+
+    # -- the five functions -------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connect and return once live; from then on stay connected. Raises Lost or Refused if that fails for good."""
+        if self._life is None:
+            self._life = asyncio.create_task(self.run())
+        live = asyncio.create_task(self._live.wait())
+        await asyncio.wait({live, self._life}, return_when=asyncio.FIRST_COMPLETED)
+        live.cancel()
+        if not self._live.is_set():
+            raise Lost(self.failure) if self.exit is Exit.GAVE_UP else Refused(self.failure, self.exit)
+
+    async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
+        socket = self._socket
+        if socket is None or self.machine.state not in ("bootstrapping", "live"):
+            raise NotConnected(f"the connection is {self.machine.state}")
+        self._number += 1
+        number = self._number
+        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout or self.timeout):
+                await socket.send_str(encode_request(number, method, params or {}))
+                return await answer
+        except CUT as error:
+            raise Lost(f"cut while sending {method}: {error}") from None
+        except ExchangeError as error:
+            self.last_error = error.raw
+            raise
+        finally:
+            del self._pending[number]
+
+    async def subscribe(self, channels: list[str]) -> dict[str, Any]:
+        """Ask for channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
+
+        While the connection is not live the wish is kept. Raises ValueError for a name that cannot be a channel, Lost.
+        """
+        self.reconciler.subscriptions.ask(channels)
+        if self.machine.state == "live":
+            await self.reconciler.reconcile()
+        return {name: self.reconciler.describe_wish(name) for name in channels}
+
+    async def unsubscribe(self, channels: list[str]) -> dict[str, Any]:
+        """Want these channels no more. Returns {name: True} for each. Raises Lost."""
+        self.reconciler.subscriptions.drop(channels)
+        if self.machine.state == "live":
+            await self.reconciler.reconcile()
+        return dict.fromkeys(channels, True)
+
+    def get_state(self) -> dict[str, Any]:
+        """The connection as it is now; times in ns since 1970, the clock's offset and its error in ns."""
+        subscriptions = self.reconciler.subscriptions
+        return {
+            "state": self.machine.state,
+            "since": self.since,
+            "url": self.url,
+            "attempts": self.attempts,
+            "reconnects": self.reconnects,
+            "authenticated": self.session.authenticated,
+            "channels": {
+                "asked": list(subscriptions.asked),
+                "confirmed": sorted(subscriptions.confirmed),
+                "refused": dict(subscriptions.refused),
+            },
+            "messages": self.frames,
+            "bytes": self.bytes,
+            "malformed": self.malformed,
+            "clock_offset": self.session.clock_offset,
+            "clock_error": self.session.clock_error,
+            "last_error": self.last_error,
+        }
+
+    async def close(self) -> None:
+        """Close in order: close frame, its answer awaited for CLOSE_TIMEOUT at most, then the socket."""
+        if not self._closing.is_set() and self.machine.allows("close"):
+            self._apply("close", "asked to")
+        self._closing.set()
+        if self._life is not None:
+            await self._life
+
+    # -- staying connected --------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Live until closed or failed for good; `exit` and `failure` then say why."""
+        if self._closing.is_set():
+            return
+        self._apply("connect", "")
+        while not (self._closing.is_set() or self.machine.state == "failed"):
+            try:
+                await self._until_closing(self._run_session())
+            except (Lost, NotConnected) as error:
+                await self._back_off(str(error))
+            except Refused as error:
+                self._fail("refused", error.exit, str(error))
+        if self.machine.state == "closing":
+            self._apply("ended", "")
+
+    async def _until_closing(self, work: Coroutine[Any, Any, None]) -> None:
+        task, closing = asyncio.create_task(work), asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _back_off(self, reason: str) -> None:
+        if self._closing.is_set():
+            return
+        self.last_error = self.last_error or {"message": reason}
+        self.reconnects += self.machine.state == "live"
+        self._apply("lost", reason)
+        if self.attempts >= max(1, self.retry_count):
+            return self._fail("exhausted", Exit.GAVE_UP, f"{self.attempts} attempts failed; the last: {reason}")
+        # After a good life the first attempt comes almost at once; only failures wait.
+        first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
+        delay = backoff_delay(max(1, self.attempts), first, random.random())
+        await self._until_closing(asyncio.sleep(delay))
+        if not self._closing.is_set():
+            self._apply("retry", f"after {delay:.2f} s")
+
+    def _fail(self, event: str, code: Exit, failure: str) -> None:
+        self.exit, self.failure = code, failure
+        self._apply(event, failure)
+
+    async def _run_session(self) -> None:
+        self.attempts += 1
+        self.last_error = None
+        tasks: list[asyncio.Task[None]] = []
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+            try:
+                self._socket = await self._open(session)
+                self._heard = time.monotonic()
+                self._apply("opened", "")
+                tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._serve())]
+                await asyncio.gather(*tasks)
+            finally:
+                await self._end_session(tasks)
+
+    async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
+        self._live.clear()
+        for answer in self._pending.values():
+            if not answer.done():
+                answer.set_exception(Lost("the connection ended before the answer came"))
+                answer.exception()  # where nobody waits any more, nobody need be told
+        for task in (*tasks, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            with suppress(TimeoutError, *CUT):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await socket.close()
+        self.session.end()
+        self.reconciler.end()
+
+    async def _open(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[Any]:
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await session.ws_connect(
+                    self.url,
+                    headers=self.headers,
+                    max_msg_size=MAX_FRAME,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
+                    decode_text=False,
+                )
+        except aiohttp.WSServerHandshakeError as error:
+            hint = " (32 connections are allowed from one address)" if error.status == 429 else ""
+            raise Lost(f"HTTP {error.status} instead of a WebSocket{hint}") from None
+        except TimeoutError:
+            raise Lost(f"no connection within {self.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Lost(f"cannot connect: {error or type(error).__name__}") from None
+
+    async def _serve(self) -> None:
+        reconcile = self.reconciler.reconcile
+        await asyncio.gather(self.session.take_round(1), reconcile(self.session.awaits_login))
+        self.reconciler.logged_in = self.session.authenticated
+        await asyncio.gather(self.session.take_round(2), reconcile())
+        self._apply("bootstrapped", "")
+        self._live.set()
+        live_since = time.monotonic()
+        while True:
+            await asyncio.sleep(UPKEEP)
+            now = time.monotonic()
+            if now - live_since > LASTED:
+                self.attempts = 0
+            if now - self._heard > 1.5 * self.heartbeat_interval:
+                await self._prove_life()
+            await self.session.keep_up(now)
+            await reconcile()
+
+    async def _prove_life(self) -> None:
+        """A half-open socket gives no sign at all: ask before it is cut. Raises Lost if there is no answer."""
+        try:
+            await self.send("public/test")
+        except ExchangeError:
+            pass  # an answer all the same
+        except TimeoutError:
+            silence = time.monotonic() - self._heard
+            raise Lost(f"no frame for {silence:.1f} s and no answer to public/test") from None
+
+    # -- frames -------------------------------------------------------------------------------------------------------
+
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse[Any]) -> None:
+        receive, take_frame = socket.receive, self.listener.take_frame
+        text = aiohttp.WSMsgType.TEXT
+        while True:
+            message = await receive()
+            if message.type is not text:
+                self._take_control(socket, message)
+                continue
+            frame = message.data
+            self.frames += 1
+            self.bytes += len(frame)
+            stamp = self._stamp or self._start_burst()
+            if frame.startswith(DATA_PREFIX):
+                take_frame(frame, stamp)
+            else:
+                self._take_other(frame, stamp)
+
+    def _start_burst(self) -> int:
+        """Stamp all that is read before the loop comes round again with one time."""
+        self._stamp = time.time_ns()
+        self._heard = time.monotonic()
+        asyncio.get_running_loop().call_soon(self._end_burst)
+        return self._stamp
+
+    def _end_burst(self) -> None:
+        stamp, self._stamp = self._stamp, 0
+        self.listener.end_burst(stamp)
+
+    def _take_control(self, socket: aiohttp.ClientWebSocketResponse[Any], message: Any) -> None:
+        if message.type is aiohttp.WSMsgType.BINARY:
+            return self._take_bad(message.data, "a binary frame")
+        if message.type is aiohttp.WSMsgType.ERROR:
+            raise Lost(f"broken frame: {message.data}")
+        if message.type is aiohttp.WSMsgType.CLOSE:
+            raise Lost(f"closed by the exchange: {message.data} {message.extra or ''}".rstrip())
+        if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
+            raise Lost(f"the connection broke off (code {socket.close_code})")
+
+    def _take_other(self, frame: bytes, stamp: int) -> None:
+        try:
+            found = decode_frame(frame)
+        except ValueError as error:
+            return self._take_bad(frame, str(error))
+        if isinstance(found, Data):
+            self.listener.take_frame(frame, stamp)
+        elif isinstance(found, Heartbeat):
+            if found.kind == "test_request":
+                self._answer_test()
+        elif found.number is not None and (answer := self._pending.get(found.number)) is not None:
+            if not answer.done():
+                answer.set_exception(found.error) if found.error else answer.set_result(found.result)
+        elif found.error is not None:
+            self.last_error = found.error.raw
+            self._take_bad(frame, f"an error that answers no request of ours: {found.error}")
+        else:
+            self._take_bad(frame, "an answer to no request of ours")
+
+    def _take_bad(self, frame: bytes, reason: str) -> None:
+        self.malformed += 1
+        self.listener.take_malformed(frame, reason)
+
+    def _answer_test(self) -> None:
+        """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
+        task = asyncio.create_task(self._answer())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self) -> None:
+        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
+            await self.send("public/test")
+
+    def _apply(self, event: str, reason: str) -> None:
+        self._reason = reason
+        self.machine.apply(event)
+
+    def _note_change(self, old: str, event: str, new: str) -> None:
+        self.since = time.time_ns()
+        self.listener.change_state(new, self._reason)

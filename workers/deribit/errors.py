@@ -1,0 +1,93 @@
+"""What can go wrong with a connection, and what each of Deribit's error codes asks of us. No I/O, no clock."""
+
+from enum import Enum
+from typing import Any
+
+from collector.lifecycle import Exit
+
+
+class Lost(Exception):
+    """The connection cannot go on, but another attempt may."""
+
+
+class Refused(Exception):
+    """The exchange said no for good; `exit` says which no. Another attempt would be harmful."""
+
+    def __init__(self, message: str, exit: Exit) -> None:
+        super().__init__(message)
+        self.exit = exit
+
+
+class NotConnected(Exception):
+    """The connection is not live just now."""
+
+
+class ExchangeError(Exception):
+    """The exchange answered with an error; `raw` is its own error object, unchanged."""
+
+    def __init__(self, raw: dict[str, Any]) -> None:
+        self.raw = raw
+        code = raw.get("code")
+        self.code = code if isinstance(code, int) else 0
+        data = raw.get("data")
+        detail = f" ({data})" if data is not None else ""
+        super().__init__(f"{self.code} {raw.get('message', '')}{detail}")
+
+
+class Reaction(Enum):
+    """What an error code asks of us."""
+
+    RETRY = "retry"  # the same request again, soon
+    REFRESH = "refresh"  # log in again once, then stop
+    BACK_OFF = "back off"  # expect the connection to end; come back later
+    LOG_IN = "log in"  # needs credentials: without them this can not be had
+    REFUSED = "refused"  # the credentials are no good: never loop
+    BANNED = "banned"  # this host or account is shut out: never loop
+    DROP = "drop"  # this one channel or instrument is not to be had
+    SPLIT = "split"  # the request was too large
+    FAULT = "fault"  # our request was wrong: report it, go on
+
+
+REACTIONS: dict[int, Reaction] = {
+    10000: Reaction.REFRESH,
+    10001: Reaction.RETRY,
+    10012: Reaction.DROP,
+    10020: Reaction.DROP,
+    10028: Reaction.BACK_OFF,
+    10040: Reaction.RETRY,
+    10041: Reaction.RETRY,
+    10047: Reaction.BACK_OFF,
+    10066: Reaction.BACK_OFF,
+    11042: Reaction.REFUSED,
+    11045: Reaction.DROP,
+    11051: Reaction.BACK_OFF,
+    11052: Reaction.RETRY,
+    11056: Reaction.LOG_IN,
+    11094: Reaction.RETRY,
+    11098: Reaction.BANNED,
+    12003: Reaction.BACK_OFF,
+    12005: Reaction.BANNED,
+    12998: Reaction.BACK_OFF,
+    13004: Reaction.REFUSED,
+    13007: Reaction.REFUSED,
+    13008: Reaction.RETRY,
+    13009: Reaction.REFRESH,
+    13012: Reaction.REFUSED,
+    13019: Reaction.DROP,
+    13020: Reaction.DROP,
+    13021: Reaction.REFUSED,
+    13025: Reaction.BACK_OFF,
+    13028: Reaction.BACK_OFF,
+    13403: Reaction.REFUSED,
+    13503: Reaction.BACK_OFF,
+    13668: Reaction.REFUSED,
+    13778: Reaction.LOG_IN,
+    13888: Reaction.RETRY,
+    -32600: Reaction.SPLIT,
+}
+"""Error code to reaction; a code that is not here is a FAULT. Source: Deribit's table of RPC errors (2026)."""
+
+
+def find_reaction(code: int) -> Reaction:
+    """What the error code asks of us."""
+    return REACTIONS.get(code, Reaction.FAULT)

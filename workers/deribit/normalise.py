@@ -1,0 +1,446 @@
+"""From Deribit's data frames to wire messages: one feed per channel. No I/O, no clock; times come in as arguments.
+
+The busy families (book, trades, quote) are decoded by typed decoders straight to what is needed; all others as maps, so
+that what Deribit adds to them one day is passed on as well. A frame that a typed decoder refuses is read once more,
+laxly (numbers as strings), before it counts as malformed.
+"""
+
+from typing import Any, Generic, TypeVar
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from collector.channels import Channel
+from collector.messages import EXCHANGE
+from workers.deribit.book import BookState
+from workers.deribit.payloads import Book, Number, Quote, Trade
+from workers.deribit.streams import Malformed, Message, Published, Stream, Topics
+
+T = TypeVar("T")
+MS = 1_000_000
+"""Deribit's timestamps are ms; ours are ns."""
+
+Scalar = float | str | bool | None
+
+
+class _Params(msgspec.Struct, Generic[T], gc=False):
+    data: T
+
+
+class _Frame(msgspec.Struct, Generic[T], gc=False):
+    params: _Params[T]
+
+
+class _BookData(msgspec.Struct, gc=False):
+    change_id: int
+    bids: list[tuple[str, float, float]]
+    asks: list[tuple[str, float, float]]
+    timestamp: int = 0
+    type: str | None = None
+    prev_change_id: int | None = None
+
+
+class _WindowData(msgspec.Struct, gc=False):
+    change_id: int
+    bids: list[tuple[float, float]]
+    asks: list[tuple[float, float]]
+    timestamp: int = 0
+
+
+class _TradeData(msgspec.Struct, gc=False):
+    instrument_name: str
+    trade_seq: int
+    trade_id: str | int
+    price: float
+    amount: float
+    direction: str
+    timestamp: int = 0
+    mark_price: Number = UNSET
+    index_price: Number = UNSET
+    tick_direction: int | UnsetType = UNSET
+    iv: Number = UNSET
+    liquidation: str | UnsetType = UNSET
+    block_trade_id: str | int | UnsetType = UNSET
+    combo_id: str | UnsetType = UNSET
+    combo_trade_id: str | int | UnsetType = UNSET
+    contracts: Number = UNSET
+
+
+class _QuoteData(msgspec.Struct, gc=False):
+    best_bid_price: Number = UNSET
+    best_bid_amount: Number = UNSET
+    best_ask_price: Number = UNSET
+    best_ask_amount: Number = UNSET
+    timestamp: int = 0
+
+
+_Nested = dict[str, Scalar]
+_TickerData = dict[str, Scalar | _Nested | list[Any]]
+_json = msgspec.json.Decoder()
+
+
+class _Reader(Generic[T]):
+    """Decodes the data of a frame to one type: strictly, else laxly, else it is Malformed."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+        self._decode = msgspec.json.Decoder(_Frame[kind]).decode
+
+    def read(self, frame: bytes) -> T:
+        try:
+            data: T = self._decode(frame).params.data
+            return data
+        except msgspec.ValidationError:
+            return self.read_laxly(frame)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Malformed(str(error)) from None
+
+    def read_laxly(self, frame: bytes) -> T:
+        try:
+            data: T = msgspec.convert(_json.decode(frame)["params"]["data"], self._kind, strict=False)
+            return data
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError, KeyError, ValueError) as error:
+            raise Malformed(str(error)) from None
+
+
+_books: _Reader[_BookData] = _Reader(_BookData)
+_windows: _Reader[_WindowData] = _Reader(_WindowData)
+_trades: _Reader[list[_TradeData]] = _Reader(list[_TradeData])
+_quotes: _Reader[_QuoteData] = _Reader(_QuoteData)
+_tickers: _Reader[_TickerData] = _Reader(_TickerData)
+_any: _Reader[Any] = _Reader(Any)
+
+
+class Feed:
+    """One channel: takes its frames, gives messages.
+
+    `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
+    `condition` is the (state, reason) last said on its topics. `dropped`, `crossed` and `emptied` count oddities.
+    """
+
+    is_complete = True
+    changed = False
+    dropped = 0
+    crossed = 0
+    emptied = 0
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        self.channel = channel
+        self.topics = topics
+        self.epoch = topics.epoch
+        self.condition = ("recovering", "subscribe")
+        self.streams: dict[str, Stream] = {}
+        if channel.instrument:
+            self.stream = self.find_stream(channel.instrument)
+
+    def find_stream(self, instrument: str) -> Stream:
+        """The stream of one instrument on this channel, made at need. Raises Malformed for a bad name."""
+        stream = self.streams.get(instrument)
+        if stream is None:
+            stream = self.topics.find(self.channel.type, instrument, self.channel.interval)
+            self.streams[instrument] = stream
+        return stream
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """What a frame of this channel says. Raises Malformed if it is not one."""
+        raise NotImplementedError
+
+    def lose(self, reason: str, now: int) -> None:
+        """All that was on its way has been lost (`now` in ns)."""
+        for stream in self.streams.values():
+            stream.lose(reason, self.topics, now)
+
+
+class BookFeed(Feed):
+    """A full book: checks the chain of change ids and keeps the levels."""
+
+    is_complete = False
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        super().__init__(channel, topics)
+        self.book = BookState()
+        self.stream.describe = self._build_snapshot
+
+    def _build_snapshot(self) -> Message | None:
+        if not self.is_complete:
+            return None
+        return self.book.build_snapshot(self.stream.instrument, self.epoch, self.stream.last_ts, "subscribe")
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """A snapshot, a delta, a gap where the chain is broken, or nothing while a snapshot is awaited."""
+        data = _books.read(frame)
+        book, stream = self.book, self.stream
+        bids = [(price, amount) for _, price, amount in data.bids]
+        asks = [(price, amount) for _, price, amount in data.asks]
+        change_id = data.change_id
+        previous = data.prev_change_id
+        # Frames of 2019 and older bear no type: there a snapshot is what has no previous id.
+        if data.type == "snapshot" or (data.type is None and not previous):
+            reason: str | UnsetType = book.replace(bids, asks, change_id)
+            kind, previous = "snapshot", None
+            if not self.is_complete:
+                self.is_complete = self.changed = True
+        elif not self.is_complete:
+            self.dropped += 1
+            return []
+        elif previous != book.change_id or not previous:
+            return self._break(change_id, receive_ts)
+        else:
+            book.apply(bids, asks, change_id)
+            self.crossed, self.emptied = book.crossed, book.emptied
+            kind, reason = "delta", UNSET
+        stream.last_id = change_id
+        book.exchange_ts = exchange_ts = data.timestamp * MS
+        message = Book(
+            EXCHANGE, stream.instrument, self.epoch, 0, exchange_ts, receive_ts,
+            kind, change_id, bids, asks, UNSET if previous is None else previous, reason,
+        )  # fmt: skip
+        return [(stream, message)]
+
+    def _break(self, change_id: int, receive_ts: int) -> Published:
+        self.book.await_snapshot("resync", "broken")
+        self.is_complete, self.changed = False, True
+        gap = self.stream.lose("sequence", self.topics, receive_ts)
+        if gap is None:
+            return []
+        gap.next_change_id = change_id
+        self.stream.due, self.stream.gap = None, gap
+        return [(self.stream, gap)]
+
+    def lose(self, reason: str, now: int) -> None:
+        """The connection is gone: the next snapshot is for a new subscription."""
+        super().lose(reason, now)
+        self.is_complete = self.changed = False
+        self.book.await_snapshot("subscribe", "lost")
+
+
+class WindowFeed(Feed):
+    """A grouped book: each frame is the whole window, so each is a snapshot; a lost frame can not be seen."""
+
+    _reason = "subscribe"
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One snapshot."""
+        data = _windows.read(frame)
+        stream = self.stream
+        stream.last_id = data.change_id
+        message = Book(
+            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            "snapshot", data.change_id, data.bids, data.asks, UNSET, self._reason,
+        )  # fmt: skip
+        self._reason = "exchange"
+        stream.current = message
+        return [(stream, message)]
+
+    def lose(self, reason: str, now: int) -> None:
+        """The connection is gone: the next window is for a new subscription."""
+        super().lose(reason, now)
+        self._reason = "subscribe"
+
+
+class TradeFeed(Feed):
+    """Trades of one instrument or of many: one message each, on the instrument's own topic."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """The trades of one frame, in the exchange's order."""
+        return [self.build_trade(data, receive_ts) for data in _trades.read(frame)]
+
+    def build_trade(self, data: _TradeData, receive_ts: int) -> tuple[Stream, Trade]:
+        """One trade as a message."""
+        stream = self.find_stream(data.instrument_name)
+        stream.last_id = data.trade_seq
+        message = Trade(
+            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            data.price, data.amount, data.direction, str(data.trade_id), data.trade_seq,
+            data.mark_price, data.index_price, data.tick_direction, data.iv, data.liquidation,
+            _text(data.block_trade_id), data.combo_id, _text(data.combo_trade_id), data.contracts,
+        )  # fmt: skip
+        return stream, message
+
+
+def _text(value: str | int | UnsetType) -> str | UnsetType:
+    return str(value) if isinstance(value, int) else value
+
+
+class QuoteFeed(Feed):
+    """The top of one book."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One quote."""
+        data = _quotes.read(frame)
+        stream = self.stream
+        message = Quote(
+            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            data.best_bid_price, data.best_bid_amount, data.best_ask_price, data.best_ask_amount,
+        )  # fmt: skip
+        stream.current = message
+        return [(stream, message)]
+
+
+class TickerFeed(Feed):
+    """A ticker, always complete: incremental ones are merged into the last full one."""
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        super().__init__(channel, topics)
+        self._incremental = channel.interval == "incremental"
+        self._merged: dict[str, Any] | None = None
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One full ticker, or nothing while the first full one is awaited."""
+        data: dict[str, Any] = _tickers.read(frame)
+        for nested in ("stats", "greeks"):
+            members = data.pop(nested, None)
+            if isinstance(members, dict):
+                data.update(members)
+        exchange_ts = _take_timestamp(data)
+        data.pop("instrument_name", None)
+        if self._incremental:
+            if data.pop("type", None) == "snapshot":
+                self._merged = data
+            elif self._merged is None:
+                return []
+            else:
+                self._merged.update(data)
+            data = dict(self._merged)
+        stream = self.stream
+        data.update(stream.build_envelope(receive_ts, exchange_ts))
+        stream.current = data
+        return [(stream, data)]
+
+    def lose(self, reason: str, now: int) -> None:
+        """The connection is gone: a change alone would no longer make a full ticker."""
+        super().lose(reason, now)
+        self._merged = None
+
+
+def _take_timestamp(data: dict[str, Any]) -> int:
+    value = data.pop("timestamp", 0)
+    if isinstance(value, (int, float)) and 0 <= value < 1e15:
+        return int(value) * MS
+    raise Malformed(f"timestamp {value!r:.60} is no time")
+
+
+PLAIN_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
+    "index": {"price": (float, int)},
+    "volatility": {"volatility": (float, int)},
+    "expiration_price": {"price": (float, int), "seconds": (int,), "is_estimated": (bool,)},
+    "funding": {"interest": (float, int), "index_price": (float, int)},
+    "candle": {
+        "open": (float, int), "high": (float, int), "low": (float, int), "close": (float, int),
+        "volume": (float, int), "cost": (float, int), "tick": (int,),
+    },
+}  # fmt: skip
+"""Of the small types: which keys go out, and what may stand in them. A number that may be a float becomes one."""
+
+
+class PlainFeed(Feed):
+    """The small types: a fixed set of keys, the current value of one thing."""
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        super().__init__(channel, topics)
+        self._keys = PLAIN_KEYS[channel.type]
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message."""
+        data = _read_map(frame)
+        stream = self.stream
+        message = stream.build_envelope(receive_ts, _take_timestamp(data))
+        for key, kinds in self._keys.items():
+            if key in data:
+                message[key] = _check_value(key, data[key], kinds)
+        if not any(key in message for key in self._keys):
+            raise Malformed(f"none of {', '.join(self._keys)}")
+        stream.current = message
+        return [(stream, message)]
+
+
+def _check_value(key: str, value: Any, kinds: tuple[type, ...]) -> Any:
+    if value is None or (type(value) in kinds and float not in kinds):
+        return value
+    if float in kinds:
+        try:
+            return float(value)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise Malformed(f"{key} is {value!r:.60}")
+
+
+class MarkPricesFeed(Feed):
+    """The mark prices of all options of one index."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message with all marks of the frame; its time is the newest one's."""
+        rows = _any.read(frame)
+        if not isinstance(rows, list):
+            raise Malformed("not a list of marks")
+        newest = 0
+        marks = []
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("instrument_name"), str):
+                raise Malformed(f"a mark is {row!r:.60}")
+            newest = max(newest, _take_timestamp(row))
+            mark = {"instrument": row["instrument_name"]}
+            mark |= {k: _check_value(k, row[k], (float,)) for k in ("mark_price", "iv") if k in row}
+            marks.append(mark)
+        message = self.stream.build_envelope(receive_ts, newest)
+        message["marks"] = marks
+        self.stream.current = message
+        return [(self.stream, message)]
+
+
+class EventFeed(Feed):
+    """Instruments and the platform: what Deribit sends, on the topic of the thing that it is about."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message."""
+        data = _read_map(frame)
+        if self.channel.type == "platform":
+            subject = data.get("price_index") or "all"
+        else:
+            subject = data.pop("instrument_name", None)
+        if not isinstance(subject, str):
+            raise Malformed("it names no instrument")
+        stream = self.find_stream(subject)
+        exchange_ts = _take_timestamp(data)
+        data.update(stream.build_envelope(receive_ts, exchange_ts))
+        stream.current = data
+        return [(stream, data)]
+
+
+class OtherFeed(Feed):
+    """Every other channel: its data as decoded."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message."""
+        data = _any.read(frame)
+        timestamp = data.get("timestamp") if isinstance(data, dict) else None
+        exchange_ts = timestamp * MS if type(timestamp) is int and 0 <= timestamp < 1 << 43 else 0
+        message = self.stream.build_envelope(receive_ts, exchange_ts)
+        message["channel"] = self.channel.name
+        message["data"] = data
+        return [(self.stream, message)]
+
+
+def _read_map(frame: bytes) -> dict[str, Any]:
+    data = _any.read(frame)
+    if not isinstance(data, dict):
+        raise Malformed(f"data is {data!r:.60}, not an object")
+    return data
+
+
+_FEEDS: dict[str, type[Feed]] = {
+    "book": BookFeed,
+    "trade": TradeFeed,
+    "quote": QuoteFeed,
+    "ticker": TickerFeed,
+    "mark_prices": MarkPricesFeed,
+    "instrument": EventFeed,
+    "platform": EventFeed,
+    "other": OtherFeed,
+} | dict.fromkeys(PLAIN_KEYS, PlainFeed)
+
+
+def create_feed(channel: Channel, topics: Topics) -> Feed:
+    """The feed for a channel."""
+    kind = WindowFeed if channel.grouped else _FEEDS[channel.type]
+    return kind(channel, topics)

@@ -1,0 +1,118 @@
+"""Which channels are asked for, which the exchange has confirmed, and the calls that make the two equal. Pure.
+
+Facts (Deribit): the answer to public/subscribe lists what is now subscribed of what was asked for; a bad channel is
+left out in silence; a second subscribe of the same channel gives no second snapshot.
+"""
+
+from typing import NamedTuple
+
+from collector.channels import Channel, parse_channel
+from collector.limits import chunk_channels
+
+TRIES = 2
+"""How often a channel that the exchange leaves out is asked for before it is refused."""
+
+LEFT_OUT = "the exchange left it out of its answer: no such instrument, or not offered"
+
+
+class Call(NamedTuple):
+    """One subscribe or unsubscribe request to be sent."""
+
+    method: str
+    channels: tuple[str, ...]
+
+
+class Subscriptions:
+    """The channels of one connection. `refused` holds the reason for each that the exchange would not give."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, Channel] = {}
+        self.confirmed: set[str] = set()
+        self.refused: dict[str, str] = {}
+        self._in_flight: set[str] = set()
+        self._tries: dict[str, int] = {}
+
+    def ask(self, names: list[str]) -> None:
+        """Want these channels (again, if they were refused). Raises ValueError for text that is no channel."""
+        channels = [parse_channel(name) for name in names]
+        for channel in channels:
+            self.asked[channel.name] = channel
+            self._give_another_chance(channel.name)
+
+    def drop(self, names: list[str]) -> None:
+        """Want these no more."""
+        for name in names:
+            self.asked.pop(name, None)
+            self._give_another_chance(name)
+
+    def forget(self) -> None:
+        """The connection is gone: nothing is confirmed, nothing on its way, the refused get another chance."""
+        self.confirmed.clear()
+        self._in_flight.clear()
+        self._tries.clear()
+        self.refused.clear()
+
+    def _give_another_chance(self, name: str) -> None:
+        self.refused.pop(name, None)
+        self._tries.pop(name, None)
+
+    def plan_calls(self, logged_in: bool, waiting_for_login: bool = False) -> list[Call]:
+        """The calls that are needed now; their channels count as on their way until `settle` or `abandon`.
+
+        `waiting_for_login` leaves those out that need a login which is still to come.
+        """
+        wanted = [c for name, c in self.asked.items() if self._is_missing(name)]
+        if waiting_for_login:
+            wanted = [c for c in wanted if not c.needs_login]
+        public = [c.name for c in wanted if not (c.is_private and logged_in)]
+        private = [c.name for c in wanted if c.is_private and logged_in]
+        unwanted = [n for n in self.confirmed if n not in self.asked and n not in self._in_flight]
+        calls = [
+            Call(method, tuple(chunk))
+            for method, names in (
+                ("public/subscribe", public),
+                ("private/subscribe", private),
+                ("public/unsubscribe", [n for n in unwanted if not parse_channel(n).is_private]),
+                ("private/unsubscribe", [n for n in unwanted if parse_channel(n).is_private]),
+            )
+            for chunk in chunk_channels(names, method)
+        ]
+        for call in calls:
+            self._in_flight.update(call.channels)
+        return calls
+
+    def _is_missing(self, name: str) -> bool:
+        return name not in self.confirmed and name not in self.refused and name not in self._in_flight
+
+    def settle(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
+        """Take the answer to a call. Returns (newly confirmed, newly refused)."""
+        self._in_flight.difference_update(call.channels)
+        present = set(answered)
+        if call.method.endswith("unsubscribe"):
+            self.confirmed.difference_update(call.channels)
+            return [], []
+        gained = [n for n in call.channels if n in present]
+        self.confirmed.update(gained)
+        for name in gained:
+            self._tries.pop(name, None)
+        return gained, self.refuse([n for n in call.channels if n not in present], LEFT_OUT, TRIES)
+
+    def refuse(self, names: list[str], reason: str, tries: int = 1) -> list[str]:
+        """Count one more refusal of each; those that have had `tries` are given up and returned."""
+        self._in_flight.difference_update(names)
+        given_up = []
+        for name in names:
+            self._tries[name] = self._tries.get(name, 0) + 1
+            if name in self.asked and self._tries[name] >= tries:
+                self.refused[name] = reason
+                given_up.append(name)
+        return given_up
+
+    def abandon(self, call: Call) -> None:
+        """A call came to nothing: its channels are missing again."""
+        self._in_flight.difference_update(call.channels)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether asked-for and confirmed are equal, but for what was refused."""
+        return not self._in_flight and self.confirmed == {n for n in self.asked if n not in self.refused}

@@ -1,0 +1,299 @@
+"""The worker process of one Deribit connection: client, feeds and publisher put together."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from itertools import count
+from typing import Any
+
+from collector.lifecycle import Exit
+from collector.messages import EXCHANGE, WIRE, ControlError
+from workers.deribit.bootstrap import Login
+from workers.deribit.connection import Client, Listener
+from workers.deribit.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.joins import Joins
+from workers.deribit.normalise import Feed, create_feed
+from workers.deribit.payloads import ConnectionHeartbeat, Status
+from workers.deribit.publisher import Publisher
+from workers.deribit.rpc import DATA_PREFIX, Data, decode_frame
+from workers.deribit.spread import Spread
+from workers.deribit.streams import Published, Stream, Topics
+
+log = logging.getLogger("deribit")
+
+STATUS_EVERY = 60
+"""Seconds between repeats of each topic's status: its seq shows a subscriber what ZeroMQ dropped last."""
+
+START = len(DATA_PREFIX)
+
+
+def create_worker(spec: dict[str, Any]) -> "Worker":
+    """The worker that a spec describes (see workers.actor)."""
+    return Worker(spec)
+
+
+class Worker(Listener):
+    """One connection of the configuration."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        settings, login = spec["connection"], spec.get("credentials")
+        self.name: str = spec["name"]
+        self.epoch: int = spec["epoch"]
+        self.feeds: dict[bytes, Feed] = {}
+        self.topics = Topics(self.epoch)
+        self.malformed = 0
+        self.unknown = 0
+        self.resyncs = 0
+        self.last_ts = 0
+        self.rate = 0.0
+        self.lag = Spread()
+        self.latency = Spread()
+        self._counted = 0
+        self._newest: Published = []
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.publisher = Publisher(settings["publish"], settings["queue"])
+        self.joins = Joins(self.publisher, self.topics)
+        self.client = Client(
+            settings["url"], settings["headers"], settings["timeout"], settings["retry_count"],
+            settings["retry_delay"], settings["heartbeat_interval"],
+            login=Login(login["client_id"], login["client_secret"]) if login else None,
+            cancel_on_disconnect=settings["cancel_on_disconnect"], listener=self,
+        )  # fmt: skip
+        self._add_channels(spec["channels"])
+        self._state = self.topics.find("status", self.name, "connection")
+        self._heartbeat = self.topics.find("heartbeat", self.name, "1s")
+
+    def _add_channels(self, names: list[str]) -> None:
+        self.client.reconciler.subscriptions.ask(names)
+        for name, channel in self.client.reconciler.subscriptions.asked.items():
+            if name.encode() not in self.feeds:
+                self.feeds[name.encode()] = create_feed(channel, self.topics)
+
+    # -- the life of a worker (see workers.actor) ---------------------------------------------------------------------
+
+    async def start(self) -> dict[str, Any]:
+        """Bind the publisher. Raises OSError if its endpoint is taken."""
+        endpoint = self.publisher.bind()
+        self.joins.watch()
+        return {"publish": endpoint}
+
+    async def run(self) -> Exit:
+        """Collect until stopped or failed for good."""
+        beating = asyncio.create_task(self._beat_each_second())
+        try:
+            await self.client.run()
+        finally:
+            beating.cancel()
+            self.joins.end()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.to_thread(self.publisher.close)
+        return self.client.exit
+
+    def stop(self) -> None:
+        """End in order: close frame, then what is still queued for subscribers."""
+        self._spawn(self.client.close())
+
+    def report(self) -> dict[str, Any]:
+        """What each beat tells the supervisor."""
+        return {
+            "state": self.client.machine.state,
+            "messages": self.publisher.published,
+            "bytes": self.client.bytes,
+            "rate": self.rate,
+            "last_message_ts": self.last_ts,
+            "reconnects": self.client.reconnects,
+            "attempts": self.client.attempts,
+            "last_error": self.client.last_error,
+        }
+
+    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+        """Carry out one command within its deadline (ns). Raises ControlError."""
+        commands = {
+            "subscribe": self._subscribe, "unsubscribe": self._unsubscribe,
+            "send": self._send, "get_state": self._get_state,
+        }  # fmt: skip
+        if op not in commands:
+            raise ControlError("unknown_op", f"a connection has no op {op!r}")
+        remaining = (deadline - time.time_ns()) / 1e9
+        try:
+            async with asyncio.timeout(remaining):
+                return await commands[op](arguments)
+        except TimeoutError:
+            raise ControlError("timeout", f"the exchange did not answer within {remaining:.1f} s") from None
+        except ExchangeError as error:
+            raise ControlError("exchange_error", str(error), error.raw) from None
+        except (NotConnected, Lost) as error:
+            raise ControlError("not_connected", str(error)) from None
+        except ValueError as error:
+            raise ControlError("bad_request", str(error)) from None
+
+    async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        names = arguments["channels"]
+        self._add_channels(names)
+        return {"channels": await self.client.subscribe(names)}
+
+    async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        names = arguments["channels"]
+        result = await self.client.unsubscribe(names)
+        for name in names:
+            if (feed := self.feeds.pop(name.encode(), None)) is not None:
+                self._tell(feed, "closed", "unsubscribed")
+                for stream in feed.streams.values():
+                    stream.reset()
+        return {"channels": result}
+
+    async def _send(self, arguments: dict[str, Any]) -> Any:
+        # The deadline of the command bounds it, not the connection's own timeout.
+        return await self.client.send(arguments["method"], arguments.get("params"), timeout=3600)
+
+    async def _get_state(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        feeds = self.feeds.values()
+        return (
+            self.client.get_state()
+            | self.report()
+            | {
+                "epoch": self.epoch,
+                "publish": self.publisher.endpoint,
+                "lag": self.lag.describe(),
+                "latency": self.latency.describe(),
+                "gaps": self.topics.gaps,
+                "resyncs": self.resyncs,
+                "dropped": sum(feed.dropped for feed in feeds),
+                "crossed": sum(feed.crossed for feed in feeds),
+                "emptied": sum(feed.emptied for feed in feeds),
+                "malformed": self.malformed,
+                "unknown": self.unknown,
+            }
+        )
+
+    # -- what the client tells (see connection.Listener) --------------------------------------------------------------
+
+    def take_frame(self, frame: bytes, receive_ts: int) -> None:
+        """The path of each message: find the feed by the channel in the bytes, normalise, publish."""
+        feed = self.feeds.get(frame[START : frame.find(b'"', START)]) or self._find_feed(frame)
+        if feed is None:
+            return
+        try:
+            published = feed.take(frame, receive_ts)
+            if published:
+                self.publisher.publish(published, receive_ts)
+                self.last_ts = receive_ts
+                self._newest = published
+        except ValueError as error:
+            self.take_malformed(frame, f"{feed.channel.name}: {error}")
+        if feed.changed:
+            self._attend(feed)
+
+    def _find_feed(self, frame: bytes) -> Feed | None:
+        """The feed of a frame with its keys in another order; None, counted, for a channel that nobody asked for."""
+        try:
+            found = decode_frame(frame)
+        except ValueError as error:
+            self.take_malformed(frame, str(error))
+            return None
+        feed = self.feeds.get(found.channel.encode()) if isinstance(found, Data) else None
+        if feed is None:
+            self.unknown += 1
+            log.debug("data of a channel that was not asked for: %.200r", frame)
+        return feed
+
+    def take_malformed(self, frame: bytes, reason: str) -> None:
+        """Count and log a frame that is not what it should be; the log is kept short when many come."""
+        self.malformed += 1
+        if self.malformed <= 10 or self.malformed % 1000 == 0:
+            log.warning("malformed frame %d: %.300s: %.120r", self.malformed, reason, frame)
+
+    def end_burst(self, receive_ts: int) -> None:
+        """Sample latency and lag, once for all that was read together."""
+        self.latency.add(time.time_ns() - receive_ts)
+        if self._newest:
+            message = self._newest[-1][1]
+            exchange_ts = message["exchange_ts"] if type(message) is dict else message.exchange_ts  # type: ignore[union-attr]
+            if exchange_ts:
+                self.lag.add(receive_ts + self.client.session.clock_offset - exchange_ts)
+            self._newest = []
+        self.joins.notice()
+
+    def change_state(self, state: str, reason: str) -> None:
+        """Say it on the connection's status topic; a lost connection is a loss on every topic."""
+        log.log(logging.WARNING if state in ("backoff", "failed") else logging.INFO, "%s %s", state, reason)
+        now = time.time_ns()
+        if state in ("backoff", "failed"):
+            for feed in self.feeds.values():
+                feed.lose("disconnect", now)
+                self._tell(feed, "recovering", "disconnect")
+        self._say_status(self._state, state, reason, now)
+
+    def confirm_channels(self, names: list[str]) -> None:
+        """A channel with no state of its own to build up is live once the exchange sends it."""
+        for name in names:
+            feed = self.feeds.get(name.encode())
+            if feed is not None and feed.is_complete:
+                self._tell(feed, "live", "")
+
+    def refuse_channels(self, names: list[str], reason: str) -> None:
+        """Say on the topic of each that it will not come."""
+        log.warning("%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
+        for name in names:
+            if (feed := self.feeds.get(name.encode())) is not None:
+                self._tell(feed, "refused", reason)
+
+    # -- what follows from it -----------------------------------------------------------------------------------------
+
+    def _attend(self, feed: Feed) -> None:
+        """A feed's book has come into or out of step."""
+        feed.changed = False
+        if feed.is_complete:
+            self._tell(feed, "live", "")
+        else:
+            self._tell(feed, "recovering", "sequence")
+            self.resyncs += 1
+            self._spawn(self._resync(feed.channel.name))
+
+    async def _resync(self, channel: str) -> None:
+        with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
+            await self.client.reconciler.resubscribe(channel)
+
+    def _tell(self, feed: Feed, state: str, reason: str) -> None:
+        """Say a change of a channel's state on each of its topics."""
+        if (state, reason) != feed.condition:
+            feed.condition = (state, reason)
+            now = time.time_ns()
+            for stream in feed.streams.values():
+                self._say_status(stream, state, reason, now)
+
+    def _say_status(self, stream: Stream, state: str, reason: str, now: int) -> None:
+        self.publisher.say(stream, Status(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, state, reason, self.name))
+
+    async def _beat_each_second(self) -> None:
+        due = time.monotonic()
+        for second in count():
+            due += 1.0
+            await asyncio.sleep(max(0.0, due - time.monotonic()))
+            now = time.time_ns()
+            published = self.publisher.published
+            self.rate, self._counted = float(published - self._counted), published
+            self.publisher.say(self._heartbeat, self._build_heartbeat(now))
+            self._repeat_statuses(second % STATUS_EVERY, now)
+            self.joins.notice()
+
+    def _build_heartbeat(self, now: int) -> ConnectionHeartbeat:
+        return ConnectionHeartbeat(
+            EXCHANGE, self.name, self.epoch, 0, 0, now,
+            WIRE, self.name, self.client.machine.state, self.publisher.published, self.lag.newest / 1e9,
+        )  # fmt: skip
+
+    def _repeat_statuses(self, part: int, now: int) -> None:
+        """Say again the status of one part in STATUS_EVERY of all topics, so that all have been said in that time."""
+        for position, feed in enumerate(self.feeds.values()):
+            for place, stream in enumerate(feed.streams.values(), position):
+                if place % STATUS_EVERY == part and stream.seq:
+                    self._say_status(stream, *feed.condition, now)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
