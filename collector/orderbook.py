@@ -28,12 +28,13 @@ class Side:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def replace(self, levels: Iterable[Iterable[float]]) -> None:
+    def replace(self, levels: Iterable[Level]) -> None:
         """Forget all levels and take these ([price, amount])."""
-        self._amounts = {price: amount for price, amount in levels if amount}
+        amounts = dict(levels)
+        self._amounts = {price: amount for price, amount in amounts.items() if amount}
         self._keys = sorted(self._sign * price for price in self._amounts)
 
-    def apply(self, levels: Iterable[Iterable[float]]) -> None:
+    def apply(self, levels: Iterable[Level]) -> None:
         """Set the amount at each price; 0 removes the level, also one that is not there."""
         for price, amount in levels:
             key = self._sign * price
@@ -92,7 +93,7 @@ class OrderBook:
     def apply(self, item: Message | Loss) -> bool:
         """Take the next message, or a loss that the subscriber reports. Returns whether levels were set by it."""
         if isinstance(item, Loss):
-            if self.topic is not None and item.topic == str(self.topic):
+            if self.topic is not None and item.topic == self.topic:
                 self._break(f"messages were lost on the way to this subscriber ({item.reason})")
             return False
         if self.topic is None and item.topic.type == "book":

@@ -71,10 +71,11 @@ class Loss(NamedTuple):
     """What this reader could not have: nobody else may have lost it (what the collector lost is a `gap` message).
 
     `reason`: `sequence` (messages `first` to `last` of the topic were dropped on the way), `repeated` (a number came
-    again), `epoch` (a message of an earlier life), `malformed` (a message that cannot be read; `detail` says why).
+    again), `epoch` (a message of an earlier life), `malformed` (a message that cannot be read; `detail` says why, and
+    `topic` is None if even that could not be read).
     """
 
-    topic: str
+    topic: Topic | None
     reason: str
     epoch: int = 0
     first: int = 0
@@ -84,7 +85,7 @@ class Loss(NamedTuple):
     def __str__(self) -> str:
         if self.reason == "sequence":
             return f"{self.topic}: messages {self.first} to {self.last} were lost on the way to this subscriber"
-        return f"{self.topic}: {self.reason}: {self.detail}"
+        return f"{self.topic or 'unknown topic'}: {self.reason}: {self.detail}"
 
 
 class LossError(Exception):
@@ -96,7 +97,16 @@ class LossError(Exception):
 
 
 def read_message(topic: bytes, payload: bytes) -> Message:
-    """Read one message. Raises ValueError, in one line, for bytes that are none."""
+    """Read one message, with all that its type promises. Raises ValueError, in one line, for bytes that are none."""
+    message = read_envelope(topic, payload)
+    faults = find_faults(message.payload, SCHEMA[message.type])
+    if faults:
+        raise ValueError("; ".join(faults))
+    return message
+
+
+def read_envelope(topic: bytes, payload: bytes) -> Message:
+    """Read a message whose further keys are not looked at. Raises ValueError."""
     parsed = read_topic(topic)
     body = decode(payload, MAX_PAYLOAD)
     if not isinstance(body, dict):
@@ -109,6 +119,15 @@ def read_message(topic: bytes, payload: bytes) -> Message:
     if body["exchange"] != parsed.exchange or body["instrument"] != parsed.instrument:
         raise ValueError(f"the payload is of {body['exchange']!r:.60} {body['instrument']!r:.60}, the topic is not")
     return Message(parsed, body)
+
+
+def describe_malformed(topic: bytes, error: ValueError) -> Loss:
+    """The loss that a message which read_message refuses is."""
+    try:
+        parsed = read_topic(topic)
+    except ValueError:
+        parsed = None
+    return Loss(parsed, "malformed", detail=str(error))
 
 
 @lru_cache(maxsize=65536)
@@ -136,17 +155,17 @@ class SequenceCheck:
             return self._start(topic, epoch, seq)
         last_epoch, last = self._last[topic]
         if epoch < last_epoch:
-            return Loss(str(topic), "epoch", epoch, detail=f"epoch {epoch} after {last_epoch}")
+            return Loss(topic, "epoch", epoch, detail=f"epoch {epoch} after {last_epoch}")
         if epoch > last_epoch:
             last = 0
         if not message.is_join and seq <= last:
-            return Loss(str(topic), "repeated", epoch, seq, seq, f"seq {seq} after {last}")
+            return Loss(topic, "repeated", epoch, seq, seq, f"seq {seq} after {last}")
         missed_to = seq if message.is_join else seq - 1  # a join says the last number used, and takes none
         self._last[topic] = (epoch, max(last, seq))
-        return Loss(str(topic), "sequence", epoch, last + 1, missed_to) if missed_to > last else None
+        return Loss(topic, "sequence", epoch, last + 1, missed_to) if missed_to > last else None
 
     def _start(self, topic: Topic, epoch: int, seq: int) -> Loss | None:
         if len(self._last) >= MAX_TOPICS:
-            return Loss(str(topic), "malformed", epoch, detail=f"more than {MAX_TOPICS} topics")
+            return Loss(topic, "malformed", epoch, detail=f"more than {MAX_TOPICS} topics")
         self._last[topic] = (epoch, seq)
         return None

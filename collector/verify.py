@@ -13,7 +13,7 @@ from collector.lifecycle import CONNECTION
 from collector.messages import WIRE, Topic
 from collector.orderbook import Side
 from collector.schema import SCHEMA, find_faults
-from collector.stream import ON_DATA_TOPICS, Message, SequenceCheck, read_message
+from collector.stream import ON_DATA_TOPICS, Message, SequenceCheck, read_envelope
 
 RULES = {
     "envelope": "two frames: a topic of four parts, and a map with the seven keys that says the same",
@@ -88,7 +88,7 @@ class Verifier:
         """Check the next message, which came at `now_ns`. Returns what is wrong with it."""
         self.messages += 1
         try:
-            message = read_message(topic, payload)
+            message = read_envelope(topic, payload)
         except ValueError as error:
             return self._count(topic[:200].decode(errors="replace"), [("envelope", str(error))])
         return self._count(str(message.topic), self._find_faults(message, now_ns))

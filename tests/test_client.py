@@ -1,0 +1,276 @@
+"""Control and Subscriber on real sockets, against a peer that the test drives message by message."""
+
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+
+from collector import Control, ControlError, Subscriber
+from collector.messages import decode, encode
+from collector.stream import Loss, LossError, Message
+
+START = 1_790_000_000_000_000_000
+TOPIC = "deribit.index.btc_usd.raw"
+
+
+@pytest.fixture
+def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
+    context = zmq.Context()
+    yield context
+    context.destroy(linger=0)
+
+
+@pytest.fixture
+def peer(context: Any, tmp_path: Path) -> Any:
+    """A control endpoint whose answers the test writes itself."""
+    router = context.socket(zmq.ROUTER)
+    router.bind(f"ipc://{tmp_path}/control")
+    return router
+
+
+@pytest.fixture
+def publisher(context: Any) -> Any:
+    xpub = context.socket(zmq.XPUB)
+    xpub.bind("tcp://127.0.0.1:*")
+    return xpub
+
+
+def endpoint_of(bound: Any) -> str:
+    return str(bound.getsockopt_string(zmq.LAST_ENDPOINT))
+
+
+def take_request(peer: Any) -> tuple[list[bytes], dict[str, Any]]:
+    assert peer.poll(10_000), "no request came"
+    *envelope, body = peer.recv_multipart()
+    return envelope, decode(body)
+
+
+def in_thread(work: Callable[[], Any]) -> Callable[[], Any]:
+    """Start work; return a function that waits for it and gives its result, or what it raised."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append(work())
+        except Exception as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def join() -> Any:
+        thread.join(20)
+        assert outcome, "it did not end"
+        return outcome[0]
+
+    return join
+
+
+def wait_subscribed(publisher: Any, count: int = 1) -> None:
+    for _ in range(count):
+        assert publisher.poll(10_000), "nobody subscribed"
+        assert publisher.recv()[0] == 1
+
+
+def index_message(seq: int, price: float = 1.0, **keys: Any) -> list[bytes]:
+    payload = {
+        "type": "index", "exchange": "deribit", "instrument": "btc_usd", "epoch": START, "seq": seq,
+        "exchange_ts": START, "receive_ts": START, "price": price, **keys,
+    }  # fmt: skip
+    return [TOPIC.encode(), encode(payload)]
+
+
+# -- Control --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        (lambda c: c.get_state(), {"op": "get_state"}),
+        (lambda c: c.get_state("futures"), {"op": "get_state", "connection": "futures"}),
+        (lambda c: c.subscribe("futures", ["a.b"]), {"op": "subscribe", "connection": "futures", "channels": ["a.b"]}),
+        (lambda c: c.unsubscribe("f", ("a.b",)), {"op": "unsubscribe", "connection": "f", "channels": ["a.b"]}),
+        (lambda c: c.connect({"name": "f"}), {"op": "connect", "connection": {"name": "f"}}),
+        (lambda c: c.close("f"), {"op": "close", "connection": "f"}),
+        (lambda c: c.send("f", "public/test"), {"op": "send", "connection": "f", "method": "public/test"}),
+        (
+            lambda c: c.send("f", "public/x", {"a": 1}),
+            {"op": "send", "connection": "f", "method": "public/x", "params": {"a": 1}},
+        ),
+    ],
+)
+def test_each_method_sends_its_request_and_returns_the_result(peer: Any, call: Any, expected: dict[str, Any]) -> None:
+    with Control(endpoint_of(peer), timeout=7) as control:
+        answer = in_thread(lambda: call(control))
+        before = time.time_ns()
+        envelope, request = take_request(peer)
+        assert abs(request.pop("deadline") - before - 7_000_000_000) < 5_000_000_000
+        assert request == expected
+        peer.send_multipart([*envelope, encode({"ok": True, "result": {"done": 1}})])
+        assert answer() == {"done": 1}
+
+
+def test_refusal_carries_code_message_and_the_exchanges_own_error(peer: Any) -> None:
+    with Control(endpoint_of(peer)) as control:
+        answer = in_thread(lambda: control.send("f", "public/auth"))
+        envelope, _ = take_request(peer)
+        raw = {"code": 13004, "message": "invalid_credentials"}
+        error = {"code": "exchange_error", "message": "refused", "data": raw}
+        peer.send_multipart([*envelope, encode({"ok": False, "error": error})])
+        raised = answer()
+        assert isinstance(raised, ControlError)
+        assert (raised.code, raised.message, raised.data) == ("exchange_error", "refused", raw)
+
+
+def test_lost_reply_blocks_nothing_and_a_late_one_answers_nobody(peer: Any) -> None:
+    with Control(endpoint_of(peer), timeout=0.1) as control:
+        lost = in_thread(control.get_state)
+        first, _ = take_request(peer)
+        raised = lost()
+        assert isinstance(raised, ControlError)
+        assert raised.code == "timeout"
+        assert endpoint_of(peer) in raised.message
+        control.timeout = 10
+        answer = in_thread(lambda: control.get_state("second"))
+        second, request = take_request(peer)
+        assert request["connection"] == "second"
+        peer.send_multipart([*first, encode({"ok": True, "result": {"for": "first"}})])
+        peer.send_multipart([*second, encode({"ok": True, "result": {"for": "second"}})])
+        assert answer() == {"for": "second"}
+
+
+@pytest.mark.parametrize("reply", [b"", b"\xc1", encode([1]), encode({"ok": False}), b"\x91" * 5000, encode({"ok": 1})])
+def test_garbage_for_an_answer_is_an_internal_error(peer: Any, reply: bytes) -> None:
+    with Control(endpoint_of(peer)) as control:
+        answer = in_thread(control.get_state)
+        envelope, _ = take_request(peer)
+        peer.send_multipart([*envelope, reply])
+        raised = answer()
+        assert isinstance(raised, ControlError)
+        assert raised.code == "internal"
+
+
+def test_missing_or_abandoned_socket_file_is_said_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "control"
+    with Control(f"ipc://{path}", timeout=3600) as control:
+        with pytest.raises(
+            ControlError, match=r"timeout: no collector answers at ipc:///.*there is no such socket file"
+        ):
+            control.get_state()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(path))
+        with pytest.raises(ControlError, match="left behind"):
+            control.get_state()
+
+
+def test_no_endpoint_is_refused_with_what_to_write() -> None:
+    with pytest.raises(ValueError, match="write ipc:///path or tcp://host:port"):
+        Control("nonsense")
+
+
+def test_import_takes_no_event_loop_along() -> None:
+    program = "import sys, collector.client; print(*{'asyncio', 'aiohttp', 'rich', 'workers'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+# -- Subscriber -----------------------------------------------------------------------------------------------------
+
+
+def test_messages_come_typed(publisher: Any) -> None:
+    with Subscriber(endpoint_of(publisher), ["deribit.index."]) as subscriber:
+        wait_subscribed(publisher)
+        publisher.send_multipart(index_message(1, price=5.5))
+        message = subscriber.receive(10)
+        assert isinstance(message, Message)
+        assert str(message.topic) == TOPIC
+        assert (message.type, message.instrument, message.interval, message.seq) == ("index", "btc_usd", "raw", 1)
+        assert (message.epoch, message.exchange_ts, message.receive_ts, message.is_join) == (START, START, START, False)
+        assert message["price"] == 5.5
+        assert message.get("iv") is None
+        assert dict(message)["type"] == "index"
+        assert subscriber.receive(0.01) is None
+
+
+def test_loss_on_the_way_is_raised_and_the_reader_goes_on_behind_it(publisher: Any) -> None:
+    with Subscriber(endpoint_of(publisher)) as subscriber:
+        wait_subscribed(publisher)
+        for seq in (1, 2, 7):
+            publisher.send_multipart(index_message(seq))
+        items = iter(subscriber)
+        assert [next(items)["seq"], next(items)["seq"]] == [1, 2]
+        with pytest.raises(LossError, match="messages 3 to 6 were lost on the way to this subscriber") as raised:
+            subscriber.receive(10)
+        assert raised.value.loss[1:5] == ("sequence", START, 3, 6)
+        after = subscriber.receive(10)
+        assert after is not None
+        assert after.seq == 7  # type: ignore[union-attr]
+
+
+def test_reported_losses_stand_in_the_stream(publisher: Any) -> None:
+    later = START + 5
+    sent = [
+        index_message(4, join=True),
+        index_message(5),
+        index_message(5, join=True),
+        index_message(5),
+        index_message(9, join=True),
+        index_message(10),
+        index_message(1, epoch=later),
+        index_message(11),
+        index_message(3, epoch=later),
+    ]
+    expected: list[Any] = [
+        4, 5, 5, ("repeated", 5, 5), ("sequence", 6, 9), 9, 10, 1, ("epoch", 0, 0), ("sequence", 2, 2), 3,
+    ]  # fmt: skip
+    with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
+        wait_subscribed(publisher)
+        for frames in sent:
+            publisher.send_multipart(frames)
+        got = [subscriber.receive(10) for _ in expected]
+    shown = [(item.reason, item.first, item.last) if isinstance(item, Loss) else item and item.seq for item in got]
+    assert shown == expected
+
+
+def test_what_cannot_be_read_is_a_loss_and_hurts_nobody(publisher: Any) -> None:
+    good = index_message(1)
+    bad = [
+        [b"", b""], [b"x"], [*good, b"third"], [good[0], b"\xc1"], [good[0], good[1][:-3]], [b"\xff.b.c.d", good[1]],
+        [b"deribit.quote.btc_usd.raw", good[1]], [good[0], b"\xdf\xff\xff\xff\xff"], [good[0], b"\x81" * 9000],
+    ]  # fmt: skip
+    with Subscriber(endpoint_of(publisher), on_loss="report") as subscriber:
+        wait_subscribed(publisher)
+        for frames in [*bad, good]:
+            publisher.send_multipart(frames)
+        losses = [subscriber.receive(10) for _ in bad]
+        assert [loss.reason for loss in losses if isinstance(loss, Loss)] == ["malformed"] * len(bad)
+        assert isinstance(subscriber.receive(10), Message)
+
+
+def test_endpoints_are_found_by_the_control_channel_also_later_ones(context: Any, peer: Any, publisher: Any) -> None:
+    second = context.socket(zmq.XPUB)
+    second.bind("tcp://127.0.0.1:*")
+
+    def answer(states: dict[str, Any]) -> None:
+        envelope, request = take_request(peer)
+        assert request["op"] == "get_state"
+        peer.send_multipart([*envelope, encode({"ok": True, "result": states})])
+
+    started = in_thread(lambda: Subscriber(control=endpoint_of(peer)))
+    states = {"one": {"publish": endpoint_of(publisher)}, "odd": 5, "starting": {"publish": None}}
+    answer(states)
+    with started() as subscriber:
+        wait_subscribed(publisher)
+        received = in_thread(lambda: subscriber.receive(20))
+        take_request(peer)  # this one is never answered, as if the collector were restarting
+        answer({**states, "two": {"publish": endpoint_of(second)}})
+        wait_subscribed(second)
+        second.send_multipart(index_message(1))
+        assert received().seq == 1
+        assert subscriber.endpoints == {endpoint_of(publisher), endpoint_of(second)}
