@@ -21,6 +21,9 @@ REFILL = 10_000.0
 SUBSCRIBE_COST, SUBSCRIBE_POOL = 3_000, 30_000
 """public/subscribe and private/subscribe: 10 at once, then 3.3 a second."""
 
+SUBSCRIBE_BURST = SUBSCRIBE_POOL - SUBSCRIBE_COST
+"""What we use of that pool: calls that bunch up on the way must not overdraw it, which would end the session."""
+
 CALL_COST, CALL_POOL = 500, 50_000
 """All other calls of a bootstrap: 100 at once, then 20 a second."""
 
@@ -30,7 +33,7 @@ _ENVELOPE = len('{"jsonrpc": "2.0", "id": 18446744073709551615, "method": "", "p
 class Credits:
     """One pool of credits, full at first. Times are in seconds on any clock that does not go back."""
 
-    def __init__(self, pool: float = SUBSCRIBE_POOL, refill: float = REFILL, now: float = 0.0) -> None:
+    def __init__(self, pool: float = SUBSCRIBE_BURST, refill: float = REFILL, now: float = 0.0) -> None:
         self.pool = pool
         self.refill = refill
         self._level = pool
@@ -68,6 +71,6 @@ def chunk_channels(
     return chunks
 
 
-def estimate_seconds(calls: int, cost: int = SUBSCRIBE_COST, pool: int = SUBSCRIBE_POOL) -> float:
-    """How long that many calls take that are sent as fast as a full pool allows, without their round trips."""
+def estimate_seconds(calls: int, cost: int = SUBSCRIBE_COST, pool: int = SUBSCRIBE_BURST) -> float:
+    """Seconds until the last of so many calls may be sent, from a full pool on; round trips are not counted."""
     return max(0.0, (calls * cost - pool) / REFILL)

@@ -100,7 +100,7 @@ def _plan_connection(connection: Connection) -> PlannedConnection:
         types=_count_types(connection.channels),
         bootstrap=_list_bootstrap(connection),
         calls=calls,
-        seconds=estimate_seconds(len(calls), SUBSCRIBE_COST, SUBSCRIBE_POOL),
+        seconds=estimate_seconds(len(calls)),
     )
 
 

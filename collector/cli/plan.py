@@ -29,7 +29,8 @@ def plan(file: str, as_json: bool) -> None:
 
 def write_plan(plan: Plan) -> Iterator[str]:
     """Write a plan as lines for people."""
-    yield f"{plan.path}: {len(plan.connections)} of {plan.connections_limit} connections"
+    used = f"{len(plan.connections)} of {plan.connections_limit} connections"
+    yield f"{plan.path}: {used} (REST requests in flight count too)"
     yield ""
     yield from _write_table([_HEADINGS, *map(_write_row, plan.connections)])
     yield ""
