@@ -86,7 +86,7 @@ def _check_topics(placed: list[Placed], prefix: str) -> None:
             topics[channel.topic] = (owner, channel)
     for here in placed:
         for other in _find_wide(here[1], wide):
-            if other[1] is not here[1] and share_topic(other[1], here[1]) and not _may_share(other, here):
+            if other[1] is not here[1] and share_topic(other[1], here[1]) and not may_share(other, here):
                 first, second = sorted((other, here), key=placed.index)
                 _refuse_pair(first, second, prefix)
 
@@ -97,7 +97,7 @@ def _find_wide(channel: Channel, wide: dict[tuple[str, str, str], list[Placed]])
         yield from wide.get((channel.type, channel.interval, currency), ())
 
 
-def _may_share(one: Placed, other: Placed) -> bool:
+def may_share(one: Placed, other: Placed) -> bool:
     """Different events of one connection on one topic are numbered in one row, so they may stand together."""
     if one[0] != other[0]:
         return False

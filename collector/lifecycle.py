@@ -110,8 +110,8 @@ STEADY_AFTER = 10.0
 MAX_RESTARTS = 5
 """Restarts in a row of a worker that was never live, after which it ends for good."""
 
-STOP_TIMEOUT = 5.0
-"""Seconds within which everything has stopped in order."""
+STOP_GRACE = 3.0
+"""Seconds that a worker has to end in order when it is asked to; then it is killed."""
 
 ORPHAN_GRACE = 2.0
 """Seconds that a worker has to end in order once the supervisor is gone."""

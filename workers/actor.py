@@ -9,7 +9,6 @@ import asyncio
 import gc
 import logging
 import os
-import resource
 import select
 import signal
 import socket
@@ -96,7 +95,6 @@ class Actor:
         self._stopping = False
         self._link_ended = asyncio.Event()
         self._answering: set[asyncio.Task[None]] = set()
-        self._usage = Usage()
 
     async def live(self, end: socket.socket) -> Exit:
         """Take the spec, start, run; return why it ended."""
@@ -155,7 +153,8 @@ class Actor:
             await asyncio.sleep(BEAT_INTERVAL)
 
     def _send_report(self, report: dict[str, Any]) -> None:
-        self._link.send({"kind": "beat", "report": report | self._usage.measure()})
+        if not self._send({"kind": "beat", "report": report}):
+            self._send({"kind": "beat", "report": {}})  # alive all the same
 
     async def _leave(self) -> None:
         """Close the link once the supervisor has the last report; a stopped one is not waited for."""
@@ -199,7 +198,18 @@ class Actor:
             log.exception("%s failed", op)
             refusal = ControlError("internal", "the worker failed to answer; see its log").to_map()
             reply = {"kind": "reply", "id": number, "ok": False, "error": refusal}
-        self._link.send(reply)
+        if not self._send(reply):
+            failure = ControlError("internal", "the answer cannot be put into MessagePack").to_map()
+            self._send({"kind": "reply", "id": number, "ok": False, "error": failure})
+
+    def _send(self, message: dict[str, Any]) -> bool:
+        """Send what may hold anything that the exchange wrote; False if that has no form in MessagePack."""
+        try:
+            self._link.send(message)
+        except (ValueError, TypeError, OverflowError) as error:
+            log.error("%s cannot be sent to the supervisor: %s", message["kind"], error)
+            return False
+        return True
 
     async def _carry_out(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         left = (deadline - time.time_ns()) / 1e9
@@ -214,22 +224,3 @@ class Actor:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"
             ) from None
-
-
-class Usage:
-    """What this process uses: measured from one beat to the next."""
-
-    def __init__(self) -> None:
-        self._seen = time.monotonic(), time.process_time()
-        self._page = resource.getpagesize()
-
-    def measure(self) -> dict[str, Any]:
-        """CPU as a share of one core since the last call (1.0: all of it), resident memory in bytes."""
-        now, used = time.monotonic(), time.process_time()
-        then, before = self._seen
-        self._seen = now, used
-        return {"cpu": round((used - before) / max(now - then, 1e-3), 4), "memory": self._measure_memory()}
-
-    def _measure_memory(self) -> int:
-        with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * self._page

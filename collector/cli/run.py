@@ -1,0 +1,115 @@
+"""`collector run`: start the supervisor and stay until asked to stop."""
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import click
+import zmq
+
+from collector import __version__
+from collector.commands import Commands, hide_secrets
+from collector.config import Config, ConfigError, load_config
+from collector.control import ControlServer
+from collector.log import start_log
+from collector.runtime import Unavailable, lock_runtime_dir, remove_socket
+from collector.supervisor import Supervisor
+
+log = logging.getLogger(__name__)
+
+
+@click.command()
+@click.argument("file", type=click.Path(path_type=Path))
+@click.option("--watch", "live_view", is_flag=True, help="Show the messages as they are published.")
+@click.pass_context
+def run(ctx: click.Context, file: Path, live_view: bool) -> None:
+    """Run the collector on FILE until it is asked to stop (Ctrl-C, SIGTERM).
+
+    Exit codes: 0 asked to stop, 1 something failed for good, 2 wrong configuration, 3 the exchange refused the
+    credentials, 130 or 143 if a second signal forced the end.
+    """
+    start_log("supervisor", ctx.obj["log_level"])
+    try:
+        config = load_config(file, os.environ)
+        lock = lock_runtime_dir(config.runtime_dir)
+    except ConfigError as error:
+        _refuse(2, error)
+    except Unavailable as error:
+        _refuse(1, error)
+    try:
+        code = asyncio.run(_collect(config, ctx.obj["log_level"], live_view))
+    except zmq.ZMQError as error:
+        _refuse(1, f"control {config.control} cannot be bound: {error}")
+    os.close(lock)
+    sys.exit(code)
+
+
+def _refuse(code: int, error: object) -> None:
+    click.echo(f"collector: {error}", err=True)
+    sys.exit(code)
+
+
+async def _collect(config: Config, log_level: str, live_view: bool) -> int:
+    supervisor = Supervisor(config, log_level)
+    stopping = Stopping(supervisor)
+    for endpoint in (config.control, *(connection.publish for connection in config.connections)):
+        remove_socket(endpoint)
+    commands = Commands(supervisor, config.control)
+    control = ControlServer(config.control, commands.answer)
+    serving = asyncio.create_task(control.serve())
+    _greet(config, control.endpoint)
+    viewing = _start_view(control.endpoint) if live_view else None
+    try:
+        code = await supervisor.run()
+    finally:
+        if viewing is not None:
+            viewing.set()
+        serving.cancel()
+        control.close()
+        remove_socket(config.control)
+    log.info("ended")
+    return stopping.forced or code
+
+
+def _greet(config: Config, control: str) -> None:
+    log.info("collector %s, %s", __version__, config.path)
+    for connection in config.connections:
+        log.info("%s: %d channels of %s", connection.name, len(connection.channels), hide_secrets(connection.url))
+    log.info("control on %s", control)
+    log.info("Ctrl-C stops (SIGTERM to pid %d does too)", os.getpid())
+
+
+class Stopping:
+    """Signals: the first one asks for an end in order, the second forces it."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self.forced = 0
+        self._asked = False
+        self._supervisor = supervisor
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
+                loop.add_signal_handler(number, self._take, number)
+
+    def _take(self, number: signal.Signals) -> None:
+        if not self._asked:
+            self._asked = True
+            log.info("%s: stopping", number.name)
+            self._supervisor.end(0)
+            return
+        self.forced = 128 + number
+        log.warning("%s again: forced", number.name)
+        self._supervisor.kill()
+        asyncio.get_running_loop().call_later(1.0, os._exit, self.forced)  # whatever still hangs
+
+
+def _start_view(control: str) -> threading.Event:
+    from collector.cli.tail import watch
+
+    stop = threading.Event()
+    threading.Thread(target=watch, args=(control, stop), name="view", daemon=True).start()
+    return stop

@@ -1,0 +1,98 @@
+"""The control socket: takes requests from plain REQ clients, answers each on its own, survives whatever comes."""
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import zmq
+import zmq.asyncio
+
+from collector.messages import ControlError, Request, decode_request, encode_reply
+
+MAX_REQUEST = 64 << 20
+"""Bytes of a frame up to which an answer is given (bad_request beyond messages.MAX_CONTROL); then the peer is cut."""
+
+MAX_PENDING = 512
+"""Requests that are worked on at the same time; one more is answered at once, undone."""
+
+log = logging.getLogger(__name__)
+
+
+class ControlServer:
+    """Answers control requests by `answer(request)`, one task for each, so that a slow one holds up nobody."""
+
+    def __init__(self, endpoint: str, answer: Callable[[Request], Awaitable[Any]]) -> None:
+        self._answer = answer
+        self._pending: set[asyncio.Task[None]] = set()
+        self._context = zmq.asyncio.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST)
+        self._bind(endpoint)
+
+    def _bind(self, endpoint: str) -> None:
+        mask = os.umask(0o177)  # an ipc socket is for its owner alone, wherever it lies
+        try:
+            self._socket.bind(endpoint)
+        except zmq.ZMQError:
+            self.close()
+            raise
+        finally:
+            os.umask(mask)
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    async def serve(self) -> None:
+        """Take requests until cancelled."""
+        while True:
+            frames = await self._socket.recv_multipart()
+            task = asyncio.create_task(self._handle(frames, len(self._pending) >= MAX_PENDING))
+            self._pending.add(task)
+            task.add_done_callback(self._pending.discard)
+            await asyncio.sleep(0)  # under a flood recv never waits, and all else would
+
+    async def _handle(self, frames: list[bytes], full: bool) -> None:
+        envelope, body = _open_envelope(frames)
+        try:
+            reply = encode_reply(await self._work(body, full))
+        except ControlError as error:
+            reply = encode_reply(error=error)
+        except Exception:
+            log.exception("a control request failed")
+            reply = encode_reply(error=ControlError("internal", "a fault of the collector; see its log"))
+        await self._socket.send_multipart([*envelope, reply])
+
+    async def _work(self, body: bytes | None, full: bool) -> Any:
+        now = time.time_ns()
+        if body is None:
+            raise ControlError("bad_request", "a request is an empty frame and one MessagePack map (a REQ socket's)")
+        request = decode_request(body, now)
+        if full:
+            raise ControlError(
+                "internal", f"{MAX_PENDING} requests are waiting; this one was not carried out, try later"
+            )
+        if request.deadline <= now:
+            raise ControlError("expired", "the deadline had passed on arrival")
+        try:
+            async with asyncio.timeout((request.deadline - now) / 1e9):
+                return await self._answer(request)
+        except TimeoutError:
+            raise ControlError("timeout", f"{request.op}: no answer within the deadline") from None
+
+    def close(self) -> None:
+        """Stop listening; who still waits gets no answer."""
+        for task in self._pending:
+            task.cancel()
+        self._context.destroy(linger=200)
+
+
+def _open_envelope(frames: list[bytes]) -> tuple[list[bytes], bytes | None]:
+    """Split what came into the frames that lead the answer back and the request; None if it is no request."""
+    try:
+        end = frames.index(b"", 1) + 1
+    except ValueError:
+        return frames[:1], None
+    body = frames[end:]
+    return frames[:end], body[0] if len(body) == 1 else None

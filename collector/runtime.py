@@ -1,0 +1,63 @@
+"""The runtime directory: private to its owner, locked by one collector at a time, free of stale sockets."""
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+
+class Unavailable(Exception):
+    """The runtime directory cannot be used; the text says why and what to do."""
+
+
+def lock_runtime_dir(path: Path) -> int:
+    """Create the directory if need be, make sure that it is ours alone, and lock it; return the lock's descriptor.
+
+    The lock goes with this process, however it ends. Raises Unavailable, naming the pid that holds it.
+    """
+    directory = _open_private(path)
+    try:
+        lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
+    except OSError as error:
+        raise Unavailable(f"{path}/lock cannot be opened ({error.strerror})") from None
+    finally:
+        os.close(directory)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise Unavailable(f"a collector runs on {path} already (pid {holder}); stop it, or set runtime_dir") from None
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return lock
+
+
+def _open_private(path: Path) -> int:
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise Unavailable(f"runtime_dir {path} cannot be used ({error.strerror}); set another") from None
+    facts = os.fstat(directory)
+    fault = ""
+    if facts.st_uid != os.getuid():
+        fault = f"belongs to user {facts.st_uid}; remove it or set another"
+    elif facts.st_mode & 0o077:
+        fault = f"is open to others (mode {stat.S_IMODE(facts.st_mode):o}); chmod 700 it or set another"
+    if fault:
+        os.close(directory)
+        raise Unavailable(f"runtime_dir {path} {fault}")
+    return directory
+
+
+def remove_socket(endpoint: str) -> None:
+    """Remove what a killed process left of an ipc endpoint. Only for one who holds the lock."""
+    scheme, _, path = endpoint.partition("://")
+    if scheme != "ipc":
+        return
+    try:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            os.unlink(path)
+    except OSError:
+        return  # it is gone, or not ours to remove

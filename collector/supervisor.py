@@ -1,0 +1,199 @@
+"""The supervisor: one keeper for each connection, and one for the practice exchange; starts, watches and stops them."""
+
+import asyncio
+import logging
+import time
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from collector.config import Config, Connection
+from collector.keeper import Keeper
+from collector.lifecycle import Exit
+from collector.process import Spawner
+from collector.runtime import remove_socket
+
+EXCHANGE_NAME = "exchange"
+
+TICK = 0.5
+"""Seconds between two looks at who is overdue."""
+
+EXCHANGE_GRACE = 0.8
+"""Seconds that the practice exchange has to stop: with STOP_GRACE before it, all is over within 5 s."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """One connection: how it is configured, the channels asked for now, and its keeper."""
+
+    connection: Connection
+    channels: dict[str, None]
+    keeper: Keeper
+    keeping: asyncio.Task[None]
+    from_file: bool
+
+    @property
+    def bound(self) -> str:
+        """Where it publishes: as bound once it is, else as configured."""
+        return str(self.keeper.endpoints.get("publish", self.connection.publish))
+
+
+class Supervisor:
+    """All workers of one collector. `run` is its life; `entries` are the connections by name."""
+
+    def __init__(self, config: Config, log_level: str) -> None:
+        self.config = config
+        self.entries: dict[str, Entry] = {}
+        self.exchange: Keeper | None = None
+        self._log_level = log_level
+        self._spawner = Spawner()
+        self._epochs: dict[str, int] = {}
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._keeping: set[asyncio.Task[None]] = set()
+
+    async def run(self) -> int:
+        """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            if await self._start_exchange():
+                for connection in self.config.connections:
+                    self.start_connection(connection, from_file=True)
+            return await self._ended
+        finally:
+            await self._stop()
+            watching.cancel()
+            self._spawner.close()
+
+    def end(self, code: int) -> None:
+        """Have `run` stop all in order and return the code."""
+        if not self._ended.done():
+            self._ended.set_result(code)
+
+    def kill(self) -> None:
+        """Kill all workers at once: a second signal forces the end."""
+        for keeper in self._keepers():
+            keeper.stop()
+            keeper.kill()
+
+    def _keepers(self) -> list[Keeper]:
+        keepers = [entry.keeper for entry in self.entries.values()]
+        return [*keepers, self.exchange] if self.exchange is not None else keepers
+
+    # the practice exchange
+
+    async def _start_exchange(self) -> bool:
+        """Start the practice exchange, if one is wanted; False if that came to nothing."""
+        if self.config.exchange is None:
+            return True
+        self.exchange = Keeper(EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._build_exchange_spec)
+        self._keep(self.exchange)
+        settled = asyncio.ensure_future(self.exchange.wait_settled())
+        await asyncio.wait((settled, self._ended), return_when=asyncio.FIRST_COMPLETED)
+        settled.cancel()
+        if self.exchange.is_over:
+            log.error("the practice exchange cannot run: %s", self.exchange.report.get("last_error"))
+            self.end(1)
+        return not self._ended.done()
+
+    @property
+    def exchange_port(self) -> int:
+        """The port of the practice exchange. Workers know it by that of its first life: later ones take the same."""
+        assert self.exchange is not None
+        assert self.config.exchange is not None
+        return urlsplit(self.exchange.endpoints.get("url", "")).port or self.config.exchange.port
+
+    def _build_exchange_spec(self, keeper: Keeper) -> dict[str, Any]:
+        assert self.config.exchange is not None
+        return self._build_spec(keeper) | {"port": self.exchange_port, "faults": self.config.exchange.faults}
+
+    # connections
+
+    def start_connection(self, connection: Connection, *, from_file: bool) -> Entry:
+        """Start a connection that was checked to stand beside the others, and keep it."""
+
+        name = connection.name
+        keeper = Keeper(name, "deribit", connection.retry_delay, self._spawner, self._build_connection_spec)
+        keeper.epoch = self._epochs.get(name, 0)
+        entry = Entry(connection, dict.fromkeys(connection.channels), keeper, self._keep(keeper), from_file)
+        self.entries[name] = entry
+        entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
+        return entry
+
+    def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
+        entry = self.entries[keeper.name]
+        connection = entry.connection
+        login = self.config.secrets[connection.credentials] if connection.credentials else None
+        return self._build_spec(keeper) | {
+            "connection": connection.to_map() | {"url": self.resolve_url(connection)},
+            "channels": list(entry.channels),
+            "credentials": {"client_id": login.client_id, "client_secret": login.client_secret} if login else None,
+        }
+
+    def _build_spec(self, keeper: Keeper) -> dict[str, Any]:
+        return {
+            "name": keeper.name,
+            "kind": keeper.kind,
+            "epoch": keeper.epoch,
+            "runtime_dir": str(self.config.runtime_dir),
+            "log_level": self._log_level,
+        }
+
+    def resolve_url(self, connection: Connection) -> str:
+        """The URL to connect to: `practice` stands for that of the practice exchange."""
+        if not connection.is_practice or self.exchange is None:
+            return connection.url
+        query = urlsplit(connection.url).query
+        return urlunsplit(urlsplit(str(self.exchange.endpoints["url"]))._replace(query=query))
+
+    def _end_connection(self, entry: Entry) -> None:
+        """A connection has ended for good. The collector goes on while another one runs."""
+        keeper = entry.keeper
+        self._epochs[keeper.name] = keeper.epoch
+        remove_socket(entry.connection.publish)
+        if keeper.machine.state != "failed" or not (entry.from_file or keeper.was_live):
+            return
+        keepers = [other.keeper for other in self.entries.values()]
+        if all(keeper.is_over for keeper in keepers):
+            log.error("no connection is left")
+            self.end(3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in keepers) else 1)
+
+    def _keep(self, keeper: Keeper) -> asyncio.Task[None]:
+        task = asyncio.create_task(keeper.keep(), name=keeper.name)
+        self._keeping.add(task)
+        task.add_done_callback(self._drop_task)
+        return task
+
+    def _drop_task(self, task: asyncio.Task[None]) -> None:
+        self._keeping.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("a fault of the supervisor itself", exc_info=error)
+            self.end(1)
+
+    # all of them
+
+    async def _watch(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            # Who was stopped or starved itself cannot tell a late beat from one that it has not read yet.
+            pause = max(0.0, now - last - 2 * TICK)
+            last = now
+            for keeper in self._keepers():
+                keeper.watch(now, pause)
+
+    async def _stop(self) -> None:
+        """End all in order: the connections, then the exchange that they talk with. The watch kills stragglers."""
+        exchange = self.exchange
+        for entry in self.entries.values():
+            entry.keeper.stop()
+        await self._wait_ended([entry.keeping for entry in self.entries.values()])
+        if exchange is not None:
+            exchange.stop(EXCHANGE_GRACE)
+        await self._wait_ended(list(self._keeping))
+
+    async def _wait_ended(self, tasks: list[asyncio.Task[None]]) -> None:
+        if tasks:
+            await asyncio.wait(tasks)
