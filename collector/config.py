@@ -266,13 +266,11 @@ def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Cre
 def _check_channel(name: str, login: bool, where: str) -> None:
     where = f"{where}: channels"
     if "*" in name or "{" in name:
-        raise ConfigError(
-            f"{where}: {show(name)}: patterns come later; name each channel, or a kind: trades.option.any.100ms"
-        )
+        advice = "patterns come later; name each channel, or a kind: trades.option.any.100ms"
+        raise ConfigError(f"{where}: {show(name)}: {advice}")
     family = name.partition(".")[0]
-    meant = suggest(family, FAMILIES, 0.7)
-    if family not in FAMILIES and meant:
-        raise ConfigError(f"{where}: {show(name)}: no channels are called {family}; did you mean {meant}?")
+    if family not in FAMILIES and (meant := suggest(family, FAMILIES, 0.7)):
+        raise ConfigError(f"{where}: {show(name)}: no channels are called {show(family)}; did you mean {meant}?")
     try:
         channel = parse_channel(name)
     except ValueError as error:

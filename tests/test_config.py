@@ -662,6 +662,7 @@ def test_a_connection_is_read_or_refused(table: dict[str, Any], publish: str, ch
         connection = read_connection(whole, "connect", Path("/run"), secrets)
         check_together([connection])
         assert Connection.from_map(connection.to_map()) == connection
+        assert read_connection(connection.to_map(), "again", Path("/run"), secrets) == connection
     except ConfigError as error:
         refusal = str(error)
     else:
