@@ -135,7 +135,7 @@ def _is_level(value: Any) -> bool:
 
 def _is_mark(value: Any) -> bool:
     return isinstance(value, dict) and not find_faults(
-        value, {"instrument": "str", "mark_price": "float", "iv": "float"}
+        value, {"instrument": "str", "mark_price": "float or nil", "iv": "float or nil"}
     )
 
 

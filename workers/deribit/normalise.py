@@ -5,13 +5,15 @@ that what Deribit adds to them one day is passed on as well. A frame that a type
 laxly (numbers as strings), before it counts as malformed.
 """
 
-from typing import Any, Generic, TypeVar
+import math
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
 from collector.channels import Channel
 from collector.messages import EXCHANGE
+from collector.schema import SCHEMA
 from workers.deribit.book import BookState
 from workers.deribit.payloads import Book, Number, Quote, Trade
 from workers.deribit.streams import Malformed, Message, Published, Stream, Topics
@@ -20,7 +22,13 @@ T = TypeVar("T")
 MS = 1_000_000
 """Deribit's timestamps are ms; ours are ns."""
 
+MAX_MS = 9_000_000_000_000
+"""The year 2255: as ns it still fits what MessagePack and others take for an int."""
+
 Scalar = float | str | bool | None
+Time = Annotated[int, Meta(ge=0, le=MAX_MS)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[float, Meta(ge=0)]
 
 
 class _Params(msgspec.Struct, Generic[T], gc=False):
@@ -32,32 +40,32 @@ class _Frame(msgspec.Struct, Generic[T], gc=False):
 
 
 class _BookData(msgspec.Struct, gc=False):
-    change_id: int
-    bids: list[tuple[str, float, float]]
-    asks: list[tuple[str, float, float]]
-    timestamp: int = 0
+    change_id: Count
+    bids: list[tuple[str, float, Amount]]
+    asks: list[tuple[str, float, Amount]]
+    timestamp: Time = 0
     type: str | None = None
-    prev_change_id: int | None = None
+    prev_change_id: Count | None = None
 
 
 class _WindowData(msgspec.Struct, gc=False):
-    change_id: int
-    bids: list[tuple[float, float]]
-    asks: list[tuple[float, float]]
-    timestamp: int = 0
+    change_id: Count
+    bids: list[tuple[float, Amount]]
+    asks: list[tuple[float, Amount]]
+    timestamp: Time = 0
 
 
 class _TradeData(msgspec.Struct, gc=False):
     instrument_name: str
-    trade_seq: int
+    trade_seq: Count
     trade_id: str | int
     price: float
     amount: float
-    direction: str
-    timestamp: int = 0
+    direction: Literal["buy", "sell"]
+    timestamp: Time = 0
     mark_price: Number = UNSET
     index_price: Number = UNSET
-    tick_direction: int | UnsetType = UNSET
+    tick_direction: Count | UnsetType = UNSET
     iv: Number = UNSET
     liquidation: str | UnsetType = UNSET
     block_trade_id: str | int | UnsetType = UNSET
@@ -67,15 +75,15 @@ class _TradeData(msgspec.Struct, gc=False):
 
 
 class _QuoteData(msgspec.Struct, gc=False):
-    best_bid_price: Number = UNSET
-    best_bid_amount: Number = UNSET
-    best_ask_price: Number = UNSET
-    best_ask_amount: Number = UNSET
-    timestamp: int = 0
+    timestamp: Time
+    best_bid_price: float | None = None
+    best_bid_amount: float | None = None
+    best_ask_price: float | None = None
+    best_ask_amount: float | None = None
 
 
 _Nested = dict[str, Scalar]
-_TickerData = dict[str, Scalar | _Nested | list[Any]]
+_TickerData = dict[str, Scalar | _Nested | list[Scalar | _Nested]]
 _json = msgspec.json.Decoder()
 
 
@@ -97,9 +105,11 @@ class _Reader(Generic[T]):
 
     def read_laxly(self, frame: bytes) -> T:
         try:
-            data: T = msgspec.convert(_json.decode(frame)["params"]["data"], self._kind, strict=False)
+            loose = msgspec.convert(_json.decode(frame)["params"]["data"], self._kind, strict=False)
+            # The lax way takes the text "nan" for a number; JSON has none for it but null, for the strict way to judge.
+            data: T = msgspec.json.decode(msgspec.json.encode(loose), type=self._kind)
             return data
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, TypeError, KeyError, ValueError) as error:
+        except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise Malformed(str(error)) from None
 
 
@@ -170,8 +180,8 @@ class BookFeed(Feed):
         """A snapshot, a delta, a gap where the chain is broken, or nothing while a snapshot is awaited."""
         data = _books.read(frame)
         book, stream = self.book, self.stream
-        bids = [(price, amount) for _, price, amount in data.bids]
-        asks = [(price, amount) for _, price, amount in data.asks]
+        bids = [(price, 0.0 if action == "delete" else amount) for action, price, amount in data.bids]
+        asks = [(price, 0.0 if action == "delete" else amount) for action, price, amount in data.asks]
         change_id = data.change_id
         previous = data.prev_change_id
         # Frames of 2019 and older bear no type: there a snapshot is what has no previous id.
@@ -293,7 +303,9 @@ class TickerFeed(Feed):
             if isinstance(members, dict):
                 data.update(members)
         exchange_ts = _take_timestamp(data)
-        data.pop("instrument_name", None)
+        for key in TICKER_NUMBERS:
+            if type(value := data.get(key)) is not float and value is not None:
+                data[key] = _check_number(key, value)
         if self._incremental:
             if data.pop("type", None) == "snapshot":
                 self._merged = data
@@ -302,6 +314,7 @@ class TickerFeed(Feed):
             else:
                 self._merged.update(data)
             data = dict(self._merged)
+        _complete_ticker(data)
         stream = self.stream
         data.update(stream.build_envelope(receive_ts, exchange_ts))
         stream.current = data
@@ -313,24 +326,29 @@ class TickerFeed(Feed):
         self._merged = None
 
 
+TICKER_NUMBERS = tuple(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
+TICKER_KEYS = frozenset(key for key, kind in SCHEMA["ticker"].items() if kind == "float or nil" and key[-1] != "?")
+
+
+def _complete_ticker(data: dict[str, Any]) -> None:
+    """What every ticker has: a state, and the core numbers, null where the exchange left one out."""
+    if type(data.get("state")) is not str:
+        raise Malformed("a ticker without state")
+    if not data.keys() >= TICKER_KEYS:
+        data.update(dict.fromkeys(TICKER_KEYS - data.keys()))
+    data.pop("instrument_name", None)
+    data.pop("join", None)  # ours to say
+
+
 def _take_timestamp(data: dict[str, Any]) -> int:
     value = data.pop("timestamp", 0)
-    if isinstance(value, (int, float)) and 0 <= value < 1e15:
+    if isinstance(value, (int, float)) and 0 <= value <= MAX_MS:
         return int(value) * MS
     raise Malformed(f"timestamp {value!r:.60} is no time")
 
 
-PLAIN_KEYS: dict[str, dict[str, tuple[type, ...]]] = {
-    "index": {"price": (float, int)},
-    "volatility": {"volatility": (float, int)},
-    "expiration_price": {"price": (float, int), "seconds": (int,), "is_estimated": (bool,)},
-    "funding": {"interest": (float, int), "index_price": (float, int)},
-    "candle": {
-        "open": (float, int), "high": (float, int), "low": (float, int), "close": (float, int),
-        "volume": (float, int), "cost": (float, int), "tick": (int,),
-    },
-}  # fmt: skip
-"""Of the small types: which keys go out, and what may stand in them. A number that may be a float becomes one."""
+PLAIN_TYPES = ("index", "volatility", "expiration_price", "funding", "candle")
+"""The small types: their keys are those of the wire's table."""
 
 
 class PlainFeed(Feed):
@@ -338,31 +356,43 @@ class PlainFeed(Feed):
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
         super().__init__(channel, topics)
-        self._keys = PLAIN_KEYS[channel.type]
+        self._keys = SCHEMA[channel.type]
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One message."""
         data = _read_map(frame)
         stream = self.stream
         message = stream.build_envelope(receive_ts, _take_timestamp(data))
-        for key, kinds in self._keys.items():
-            if key in data:
-                message[key] = _check_value(key, data[key], kinds)
-        if not any(key in message for key in self._keys):
-            raise Malformed(f"none of {', '.join(self._keys)}")
+        for key, kind in self._keys.items():
+            message[key] = _CHECKS[kind](key, data.get(key))
         stream.current = message
         return [(stream, message)]
 
 
-def _check_value(key: str, value: Any, kinds: tuple[type, ...]) -> Any:
-    if value is None or (type(value) in kinds and float not in kinds):
+def _check_number(key: str, value: Any) -> float:
+    """A finite float, also from an int or from text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Malformed(f"{key} is {value!r:.60}")
+    return number
+
+
+def _check_count(key: str, value: Any) -> int:
+    if type(value) is int and 0 <= value < 1 << 63:
         return value
-    if float in kinds:
-        try:
-            return float(value)
-        except (TypeError, ValueError, OverflowError):
-            pass
     raise Malformed(f"{key} is {value!r:.60}")
+
+
+def _check_bool(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise Malformed(f"{key} is {value!r:.60}")
+
+
+_CHECKS = {"float": _check_number, "count": _check_count, "bool": _check_bool}
 
 
 class MarkPricesFeed(Feed):
@@ -379,8 +409,9 @@ class MarkPricesFeed(Feed):
             if not isinstance(row, dict) or not isinstance(row.get("instrument_name"), str):
                 raise Malformed(f"a mark is {row!r:.60}")
             newest = max(newest, _take_timestamp(row))
-            mark = {"instrument": row["instrument_name"]}
-            mark |= {k: _check_value(k, row[k], (float,)) for k in ("mark_price", "iv") if k in row}
+            mark: dict[str, Any] = {"instrument": row["instrument_name"]}
+            for key in ("mark_price", "iv"):
+                mark[key] = None if row.get(key) is None else _check_number(key, row[key])
             marks.append(mark)
         message = self.stream.build_envelope(receive_ts, newest)
         message["marks"] = marks
@@ -398,8 +429,9 @@ class EventFeed(Feed):
             subject = data.get("price_index") or "all"
         else:
             subject = data.pop("instrument_name", None)
-        if not isinstance(subject, str):
-            raise Malformed("it names no instrument")
+        if not isinstance(subject, str) or not isinstance(data.get("state", ""), str):
+            raise Malformed("it names no instrument, or no state")
+        data.pop("join", None)  # ours to say
         stream = self.find_stream(subject)
         exchange_ts = _take_timestamp(data)
         data.update(stream.build_envelope(receive_ts, exchange_ts))
@@ -437,7 +469,7 @@ _FEEDS: dict[str, type[Feed]] = {
     "instrument": EventFeed,
     "platform": EventFeed,
     "other": OtherFeed,
-} | dict.fromkeys(PLAIN_KEYS, PlainFeed)
+} | dict.fromkeys(PLAIN_TYPES, PlainFeed)
 
 
 def create_feed(channel: Channel, topics: Topics) -> Feed:
