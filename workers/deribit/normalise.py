@@ -303,8 +303,8 @@ class TickerFeed(Feed):
             if isinstance(members, dict):
                 data.update(members)
         exchange_ts = _take_timestamp(data)
-        for key in TICKER_NUMBERS:
-            if type(value := data.get(key)) is not float and value is not None:
+        for key, value in data.items():
+            if value.__class__ is not float and value is not None and key in TICKER_NUMBERS:
                 data[key] = _check_number(key, value)
         if self._incremental:
             if data.pop("type", None) == "snapshot":
@@ -326,7 +326,7 @@ class TickerFeed(Feed):
         self._merged = None
 
 
-TICKER_NUMBERS = tuple(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
+TICKER_NUMBERS = frozenset(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
 TICKER_KEYS = frozenset(key for key, kind in SCHEMA["ticker"].items() if kind == "float or nil" and key[-1] != "?")
 
 
