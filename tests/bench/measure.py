@@ -137,6 +137,7 @@ class Lab:
             pid = stack.enter_context(self._run_worker(folder, url, channels, endpoint))
             self._wait_ready(load, len(channels), pid)
             follower.wait_for("first")
+            follower.drain()
             load.pipe.send(("cut", {}))
             cut = load.wait_for("cut")["time"]
             accepted = load.wait_for("accepted")["time"]

@@ -63,6 +63,8 @@ class Subscriber:
             now = time.monotonic_ns()
             message = decode(payload)
             kind = message.type
+            if message.kind == "snapshot" and topic == FIRST_TOPIC:
+                self.pipe.send(("first", {"time": now}))
             if message.join:
                 self.counts["join"] += 1
                 continue
@@ -73,8 +75,6 @@ class Subscriber:
                 mark = message.read_mark()
                 if mark > MARK:
                     self.latencies.append(now + MARK - int(mark))
-                if message.kind == "snapshot" and topic == FIRST_TOPIC:
-                    self.pipe.send(("first", {"time": now}))
 
     def follow_frames(self) -> None:
         """Follow the exchange's messages, passed on unchanged, until the last."""
