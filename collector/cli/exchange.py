@@ -1,0 +1,51 @@
+"""`collector exchange`: the practice exchange alone."""
+
+import asyncio
+import signal
+import sys
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=0, show_default=True, help="Port; 0 is any free one.")
+@click.option(
+    "--faults", default="", metavar="SPEC", help="NAME:ARG,NAME:ARG for every connection whose URL names none."
+)
+@click.option("--list-faults", is_flag=True, help="Print what can go wrong on request, and end.")
+@click.option("--seed", default=1, show_default=True, help="The same seed gives the same market.")
+@click.option("--rate", default=200.0, show_default=True, help="Book events a second, all instruments together.")
+@click.option("--options", default=240, show_default=True, help="How many options are listed.")
+@click.option("--oracle", type=click.Path(dir_okay=False), help="Append to this file what really happens (JSON lines).")
+@click.option("--replay", multiple=True, type=click.Path(dir_okay=False), help="Send the recorded frames of this file.")
+@click.option("--speed", default=1.0, show_default=True, help="Pace of the replay; 0 is all at once.")
+def exchange(list_faults: bool, **spec: Any) -> None:
+    """Run the practice exchange: it speaks Deribit's protocol, and no network is needed.
+
+    Client id and secret are practice and practice, or those in PRACTICE_KEYS (id:secret,id:secret).
+    """
+    from workers.exchange.faults import list_faults as describe_faults
+
+    if list_faults:
+        click.echo(describe_faults())
+        return
+    try:
+        asyncio.run(_serve(spec))
+    except ValueError as error:
+        raise click.UsageError(str(error)) from None
+    except OSError as error:
+        click.echo(f"collector exchange: {error}", err=True)
+        sys.exit(1)
+
+
+async def _serve(spec: dict[str, Any]) -> None:
+    from workers.exchange.worker import create_worker
+
+    worker = create_worker(spec)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, worker.stop)
+    endpoints = await worker.start()
+    click.echo(f"listening on {endpoints['url']}")
+    await worker.run()

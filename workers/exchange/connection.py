@@ -1,0 +1,263 @@
+"""One WebSocket connection: what comes in becomes answers and frames in its outbox. No I/O: the server moves the bytes."""
+
+from collections import Counter, deque
+from random import Random
+from typing import Any, NamedTuple, Protocol
+
+from workers.exchange.distort import Distortion, distorts, make_nonsense
+from workers.exchange.exchange import Exchange, find_failure
+from workers.exchange.faults import Faults
+from workers.exchange.hub import Frame
+from workers.exchange.rpc import NO_ID, Call, RpcError, encode_answer, encode_heartbeat, encode_notification, read_call
+from workers.exchange.session import IDLE, Credits, Session
+from workers.exchange.socket_methods import Context, carry_out, end_session
+
+TEXT, BINARY, CLOSE = 1, 2, 8
+MAX_WAITING = 32 << 20
+"""Bytes that may wait for a client that does not read; more and it is cut."""
+
+_NONSENSE = ("garbage", "bad_json", "deep_json", "odd_json")
+
+
+class Outgoing(NamedTuple):
+    """One frame to send, not before `due` (seconds). Of CLOSE the payload is the reason and `code` the code."""
+
+    due: float
+    opcode: int
+    payload: bytes
+    code: int = 0
+
+
+class Transport(Protocol):
+    """What the server does for a connection."""
+
+    def wake(self) -> None:
+        """There is something in the outbox."""
+
+    def cut(self, reset: bool) -> None:
+        """End the TCP connection now, without a close frame; `reset` with RST."""
+
+
+class Connection:
+    """The exchange's side of one socket. Times are seconds since 1970."""
+
+    def __init__(self, exchange: Exchange, faults: Faults, transport: Transport, now: float) -> None:
+        exchange.opened += 1
+        self._exchange, self._faults, self._transport = exchange, faults, transport
+        limit = faults.number("credits") if "credits" in faults else None
+        self.session = Session(exchange.opened, now, Credits(now, limit), last_request=now, last_sent=now)
+        self.outbox: deque[Outgoing] = deque()
+        self.waiting = 0
+        self.silent = False
+        self._now = now
+        self._delay = faults.number("delay") / 1000.0
+        self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
+        self._distortion = Distortion(faults, self._rng, self._report) if distorts(faults) else None
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._dropped: dict[str, int] = {}
+        self._done: set[str] = set()
+        self._periodic = {name: now + faults.number(name) for name in _NONSENSE if name in faults}
+        self._flooded = now
+        exchange.oracle.note("opened", connection=self.session.number, faults=faults.text)
+
+    # Out
+
+    def deliver(self, frame: Frame) -> None:
+        """Take a data frame for the client."""
+        if self.session.ended or self._is_mute(frame.channel):
+            return
+        if self._distortion is not None:
+            for text in self._distortion.apply(frame):
+                self._send(text)
+            return
+        label = self.session.subscriptions.get(frame.channel)
+        self._send(frame.text if label is None else encode_notification(frame.channel, frame.data, label))
+
+    def _is_mute(self, channel: str) -> bool:
+        age = self._now - self.session.opened
+        return any(s.text in ("*", channel) and age >= s.at for s in self._faults.all("mute"))
+
+    def _send(self, payload: bytes, opcode: int = TEXT, code: int = 0) -> None:
+        if self.silent or self.session.ended:
+            return
+        self.waiting += len(payload)
+        self.outbox.append(Outgoing(self._now + self._delay, opcode, payload, code))
+        self.session.last_sent = self._now
+        self._transport.wake()
+        if self.waiting > self._faults.number("slow_reader", MAX_WAITING):
+            self.end("connection_too_slow")
+            self._transport.cut(False)
+
+    def close(self, code: int, reason: str) -> None:
+        """Send a close frame behind what waits already."""
+        self._send(reason.encode(), CLOSE, code)
+        self.end(reason or f"close {code}")
+
+    def cut(self, reason: str, reset: bool = False) -> None:
+        """End the TCP connection now."""
+        self.end(reason)
+        self._transport.cut(reset)
+
+    def end(self, reason: str) -> None:
+        """Forget the connection, once; the reason goes to the oracle."""
+        if not self.session.ended:
+            self.session.ended = True
+            end_session(self._exchange, self.session, self)
+            self._exchange.oracle.note("ended", connection=self.session.number, reason=reason)
+
+    def _report(self, fault: str, frame: Frame) -> None:
+        data: Any = frame.data
+        ids = {k: data[k] for k in ("change_id", "prev_change_id") if k in data} if isinstance(data, dict) else {}
+        if isinstance(data, list) and frame.channel.startswith("trades."):
+            ids = {"trades": [[trade["instrument_name"], trade["trade_seq"]] for trade in data]}
+        number = self.session.number
+        self._exchange.oracle.note("fault", connection=number, fault=fault, channel=frame.channel, **ids)
+
+    # In
+
+    def find_pause(self, text: str | bytes) -> float:
+        """Seconds to wait before this request is carried out."""
+        if "slow" not in self._faults:
+            return 0.0
+        try:
+            setting = find_failure(self._faults, "slow", read_call(text).method, self._counts)
+        except RpcError:
+            return 0.0
+        return setting.value if setting else 0.0
+
+    def receive(self, text: str | bytes, now: float) -> None:
+        """Carry out one request; its answer and the first frames go to the outbox."""
+        if self.session.ended or self.silent:
+            return
+        self._now = self.session.last_request = now
+        if self.session.heartbeat is not None and "deaf" not in self._faults:
+            self.session.heartbeat.answer()
+        try:
+            call = read_call(text)
+        except RpcError as error:
+            self._answer(NO_ID, error, now)
+            return
+        if find_failure(self._faults, "no_reply", call.method, self._counts) is None:
+            self._carry_out(call, now)
+
+    def _carry_out(self, call: Call, now: float) -> None:
+        try:
+            self._check(call, now)
+            reply = carry_out(call.method, self._make_context(call, now))
+        except RpcError as error:
+            self._answer(call.id, error, now)
+            if error.code == 10028:
+                self.close(1008, "too_many_requests")
+            return
+        if reply.silent:
+            self.close(1000, "")
+            return
+        late = "ack_late" in self._faults
+        if not late:
+            self._answer(self._find_id(call), reply.result, now)
+        for frame in reply.frames:
+            self.deliver(frame)
+        if late:
+            self._answer(self._find_id(call), reply.result, now)
+
+    def _check(self, call: Call, now: float) -> None:
+        if not self.session.credits.spend(call.method, now):
+            raise RpcError(10028)
+        failure = find_failure(self._faults, "error", call.method, self._counts)
+        if failure is not None:
+            raise RpcError(int(failure.value))
+        if "maintenance" in self._done:
+            raise RpcError(11051)
+        if call.params is None:
+            raise refuse_positional()
+
+    def _make_context(self, call: Call, now: float) -> Context:
+        ms = int(now * 1000)
+        return Context(self._exchange, self.session, self, self._faults, call.params or {}, ms, self._dropped)
+
+    def _find_id(self, call: Call) -> Any:
+        wrong = find_failure(self._faults, "wrong_id", call.method, self._counts)
+        return call.id if wrong is None else 999_999_999
+
+    def _answer(self, id: Any, outcome: Any, now: float) -> None:
+        skew = int(self._faults.number("clock") * 1000)
+        us_in = int(now * 1e6) + skew
+        if self._distortion is not None:
+            outcome = self._distortion.skew(outcome)
+        self._send(encode_answer(id, outcome, us_in, us_in + 60 + self.session.number % 40))
+
+    # Time
+
+    def tick(self, now: float) -> None:
+        """Do what is due: heartbeats, the idle cut, timed faults."""
+        self._now = now
+        if self.session.ended:
+            return
+        if self._faults:
+            self._run_timed_faults(now)
+        heartbeat = self.session.heartbeat
+        if heartbeat is not None and "no_heartbeat" not in self._faults and not self.silent:
+            for kind in heartbeat.find_due(now, self.session.last_sent):
+                if kind == "close":
+                    self.close(4000, "heartbeat close")
+                else:
+                    self._send(encode_heartbeat(kind))
+        elif self.session.is_idle(now, self._faults.number("idle", IDLE)):
+            self.cut("idle")
+
+    def _run_timed_faults(self, now: float) -> None:
+        age = now - self.session.opened
+        self._run_endings(age)
+        if self.session.ended:
+            return
+        for name, due in self._periodic.items():
+            if now >= due:
+                self._periodic[name] = now + max(0.05, self._faults.number(name))
+                self._send_nonsense(name)
+        for setting in self._faults.all("oversized"):
+            if age >= setting.at and self._once("oversized"):
+                self._send_nonsense("oversized", setting.value)
+        if "flood" in self._faults and self._distortion is not None:
+            self._flood(now)
+
+    def _run_endings(self, age: float) -> None:
+        for setting in self._faults.all("close"):
+            if age >= setting.at:
+                self.close(int(setting.value), "closed on request")
+        for name, reset in (("reset", True), ("drop", False)):
+            if name in self._faults and age >= self._faults.number(name):
+                self.cut(name, reset)
+        if "half_open" in self._faults and age >= self._faults.number("half_open") and self._once("half_open"):
+            self.silent = True
+            self._exchange.oracle.note("silent", connection=self.session.number)
+        if "maintenance" in self._faults and age >= self._faults.number("maintenance"):
+            self._maintain(age - self._faults.number("maintenance"))
+
+    def _maintain(self, since: float) -> None:
+        if self._once("maintenance") and "platform_state" in self.session.subscriptions:
+            self._send(encode_notification("platform_state", {"maintenance": True}))
+        if since >= 1.0:
+            self.cut("maintenance")
+
+    def _once(self, name: str) -> bool:
+        first = name not in self._done
+        self._done.add(name)
+        return first
+
+    def _send_nonsense(self, kind: str, number: float = 0.0) -> None:
+        for is_text, payload in make_nonsense(kind, self._rng, number):
+            self._send(payload, TEXT if is_text else BINARY)
+        self._exchange.oracle.note("fault", connection=self.session.number, fault=kind)
+
+    def _flood(self, now: float) -> None:
+        texts = list(self._distortion.repeatable.values()) if self._distortion else []
+        due = int((now - self._flooded) * self._faults.number("flood"))
+        if texts and due and not self.session.ended:
+            self._flooded += due / self._faults.number("flood")
+            for place in range(min(due, 20_000)):
+                self._send(texts[place % len(texts)])
+
+
+def refuse_positional() -> RpcError:
+    """The error for params that are no object (its form on the wire is not known)."""
+    return RpcError(-32602, {"reason": "must be an object", "param": "params"})

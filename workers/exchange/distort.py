@@ -1,0 +1,185 @@
+"""Faults in the data: what one connection gets instead of a frame. All chance is seeded; no I/O, no clock."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from copy import deepcopy
+from random import Random
+from typing import Any
+
+import msgspec
+
+from workers.exchange.faults import Faults
+from workers.exchange.hub import Frame
+from workers.exchange.rpc import encode
+
+_FRAME_FAULTS = {
+    "no_snapshot", "gap", "duplicate", "reorder", "prev0", "resnapshot", "crossed", "lost_trades",
+    "wrong_types", "unknown_fields", "exponents", "clock", "flood",
+}  # fmt: skip
+_REPEATABLE = ("ticker.", "quote.", "deribit_price_index.", "perpetual.")
+_NUMBER = re.compile(rb"(?<=[:,\[])(-?)(\d+)(?:\.(\d+))?(?=[,\]}])")
+_ODD_VALUES: tuple[Any, ...] = ("text", None, True, [], {}, "12.5", -1, 1e308)
+
+
+def distorts(faults: Faults) -> bool:
+    """Whether any of the faults touches data frames."""
+    return bool(faults.names() & _FRAME_FAULTS)
+
+
+class Distortion:
+    """The data faults of one connection; `report(fault, frame)` is told of each."""
+
+    def __init__(self, faults: Faults, rng: Random, report: Callable[[str, Frame], None]) -> None:
+        self._faults, self._rng, self._report = faults, rng, report
+        self._seen: Counter[tuple[str, str]] = Counter()
+        self._times: Counter[str] = Counter()
+        self._held: dict[str, Frame] = {}
+        self._uncross: dict[str, tuple[str, float]] = {}
+        self.repeatable: dict[str, bytes] = {}
+
+    def apply(self, frame: Frame) -> list[bytes]:
+        """The texts that go out in the place of a frame, in order; maybe none."""
+        changed = self._change_data(frame)
+        if changed is None:
+            return []
+        frames = [changed]
+        if self._hits("duplicate", changed):
+            frames.append(changed)
+        held = self._held.pop(changed.channel, None)
+        if held is not None:
+            frames.append(held)
+        elif self._hits("reorder", changed):
+            self._held[changed.channel] = changed
+            return []
+        texts = [self.respell(frame.text) for frame in frames]
+        if changed.channel.startswith(_REPEATABLE):
+            self.repeatable[changed.channel] = texts[0]
+        return texts
+
+    def skew(self, result: Any) -> Any:
+        """The result of a request with members that nobody knows, if that is a fault."""
+        if "unknown_fields" in self._faults and isinstance(result, dict):
+            return {**result, "never_seen_before": {"nested": [1, "two", None]}}
+        return result
+
+    def respell(self, text: bytes) -> bytes:
+        """The text with numbers spelled with exponents, if that is a fault."""
+        if "exponents" not in self._faults:
+            return text
+        return _NUMBER.sub(_spell_exponent, text)
+
+    def _hits(self, name: str, frame: Frame) -> bool:
+        for setting in self._faults.all(name):
+            self._seen[name, frame.channel] += 1
+            rate, place = setting.value, self._seen[name, frame.channel]
+            hit = self._rng.random() < rate if rate < 1 else place % int(rate) == 0
+            if hit and self._times[name] < setting.at:
+                self._times[name] += 1
+                self._report(name, frame)
+                return True
+        return False
+
+    def _change_data(self, frame: Frame) -> Frame | None:
+        data = frame.data
+        if frame.channel.startswith("book.") and isinstance(data, dict) and "type" in data:
+            return self._change_book(frame)
+        if frame.channel.startswith("trades.") and self._hits("lost_trades", frame):
+            return None
+        return self._finish(frame, data)
+
+    def _change_book(self, frame: Frame) -> Frame | None:
+        data = frame.data
+        if data["type"] == "snapshot":
+            self._uncross.pop(frame.channel, None)
+            self._times["no_snapshot"] += 1
+            if self._times["no_snapshot"] <= self._faults.number("no_snapshot"):
+                self._report("no_snapshot", frame)
+                return None
+            return self._finish(frame, data)
+        if self._hits("gap", frame):
+            return None
+        if self._hits("resnapshot", frame) and frame.feed is not None:
+            return self._finish(frame, frame.feed.open()[0])
+        if self._hits("prev0", frame):
+            data = {**data, "prev_change_id": 0}
+        if frame.channel in self._uncross:
+            side, price = self._uncross.pop(frame.channel)
+            data = {**data, side: [*data[side], ["delete", price, 0.0]]}
+        elif data["bids"] and self._hits("crossed", frame):
+            price = self._find_crossing(frame)
+            self._uncross[frame.channel] = ("bids", price)
+            data = {**data, "bids": [["new", price, 10.0], *data["bids"]]}
+        return self._finish(frame, data)
+
+    def _find_crossing(self, frame: Frame) -> float:
+        full = frame.feed.open()[0] if frame.feed is not None else frame.data
+        asks = [level[1] for level in full["asks"]] or [level[1] for level in full["bids"]]
+        return float(asks[min(2, len(asks) - 1)])
+
+    def _finish(self, frame: Frame, data: Any) -> Frame:
+        if not frame.recorded:
+            if self._hits("wrong_types", frame):
+                data = self._mistype(deepcopy(data))
+            if "unknown_fields" in self._faults and isinstance(data, dict):
+                data = {**data, "never_seen_before": {"nested": [1, "two", None]}}
+            if "clock" in self._faults:
+                data = shift_times(data, int(self._faults.number("clock")))
+        return frame if data is frame.data else Frame(frame.channel, data, frame.feed)
+
+    def _mistype(self, data: Any) -> Any:
+        target = data[0] if isinstance(data, list) and data and isinstance(data[0], dict) else data
+        if isinstance(target, dict) and target:
+            target[self._rng.choice(sorted(target))] = self._rng.choice(_ODD_VALUES)
+        return data
+
+
+def shift_times(data: Any, by: int) -> Any:
+    """A copy of the data with each `timestamp` moved by so many ms."""
+    if isinstance(data, list):
+        return [shift_times(item, by) for item in data]
+    if isinstance(data, dict):
+        return {k: v + by if k == "timestamp" and isinstance(v, int) else shift_times(v, by) for k, v in data.items()}
+    return data
+
+
+def _spell_exponent(match: re.Match[bytes]) -> bytes:
+    sign, whole, fraction = match[1], match[2], match[3]
+    if fraction is None or len(whole) > 12:
+        return match[0]
+    digits = whole + fraction
+    return sign + digits[:1] + b"." + (digits[1:] or b"0") + b"e" + str(len(whole) - 1).encode()
+
+
+def make_nonsense(kind: str, rng: Random, number: float = 0.0) -> list[tuple[bool, bytes]]:
+    """Frames that are no messages, as (is text, bytes); `kind` is the fault's name."""
+    if kind == "garbage":
+        return [(True, b"%d hello \xc3\xa9 {]" % rng.randrange(10**9)), (False, rng.randbytes(64))]
+    if kind == "bad_json":
+        return [
+            (
+                True,
+                b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"trades.BTC-PERPETUAL.raw","data":[{"trade',
+            )
+        ]
+    if kind == "deep_json":
+        return [(True, b'{"jsonrpc":"2.0","method":"subscription","params":' + b"[" * 100_000 + b"]" * 100_000 + b"}")]
+    if kind == "odd_json":
+        return [(True, text) for text in _ODD_FRAMES]
+    filler = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "oversized", "data": "x" * int(number)}}
+    return [(True, encode(filler))]
+
+
+_ODD_FRAMES = tuple(
+    msgspec.json.encode(frame)
+    for frame in (
+        None, [], "text", 17, {}, {"jsonrpc": "2.0"}, {"jsonrpc": "2.0", "id": [1], "result": "ok"},
+        {"jsonrpc": "2.0", "id": 10**15, "result": "ok"}, {"jsonrpc": "2.0", "method": "subscription"},
+        {"jsonrpc": "2.0", "method": "subscription", "params": None},
+        {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": 5, "data": {}}},
+        {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "book.NOPE-1.raw", "data": 5}},
+        {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "trades.NOPE-1.raw", "data": [None]}},
+        {"jsonrpc": "2.0", "method": "heartbeat"}, {"jsonrpc": "2.0", "method": "heartbeat", "params": {"type": 7}},
+        {"jsonrpc": "2.0", "method": "something_new", "params": {}},
+    )
+)  # fmt: skip

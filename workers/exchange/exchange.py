@@ -1,0 +1,127 @@
+"""The whole exchange without its sockets: the market, its subscribers, the logins, and what every connection shares."""
+
+from collections import Counter
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from workers.exchange.account import Account
+from workers.exchange.auth import LIFE, Authority
+from workers.exchange.faults import Faults, Setting, parse_faults
+from workers.exchange.hub import Frame, Hub
+from workers.exchange.market import Market
+from workers.exchange.methods import MARKET_METHODS
+from workers.exchange.oracle import Oracle
+from workers.exchange.replay import Recorded, Replay
+from workers.exchange.rpc import RpcError
+
+MAX_CONNECTIONS = 32
+"""Of one client address; the next upgrade gets HTTP 429."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How to run the exchange. `rate` is book events a second, `options` how many options are listed."""
+
+    host: str = "127.0.0.1"
+    port: int = 0
+    faults: str = ""
+    seed: int = 1
+    rate: float = 200.0
+    options: int = 240
+    oracle: str | None = None
+    recording: tuple[Recorded, ...] = ()
+    speed: float = 1.0
+    keys: dict[str, str] = field(default_factory=dict, repr=False)
+
+
+class Exchange:
+    """What all connections share. Times are ms since 1970. Raises ValueError for unknown faults."""
+
+    def __init__(self, settings: Settings, now: int) -> None:
+        self.settings = settings
+        self.faults = parse_faults(settings.faults, "exchange")
+        self.market = Market(settings.seed, now, settings.options, settings.rate)
+        self.account = Account(self.market)
+        self.authority = Authority(settings.keys, Random(settings.seed + 1))
+        self.replay = Replay(list(settings.recording), settings.speed) if settings.recording else None
+        self.hub = Hub(self.market, self.account, self.replay.channels if self.replay else frozenset())
+        self.oracle = Oracle(settings.oracle)
+        self.opened = 0
+        self.relayed = 0
+        self._named: Counter[str] = Counter()
+        self._next = {"listing": now, "expiry": now}
+        for name in self._next:
+            self._next[name] += self._find_period(name)
+
+    @property
+    def max_connections(self) -> int:
+        """How many connections of one address are taken; 0 is any number."""
+        return int(self.faults.number("connections", MAX_CONNECTIONS))
+
+    def draw_faults(self, text: str | None) -> Faults:
+        """The faults of the next connection: those of its URL, else the exchange's. Raises ValueError.
+
+        `first` and `skip` count the connections that named the same faults.
+        """
+        faults = self.faults if text is None else parse_faults(text)
+        place = self._named[faults.text]
+        self._named[faults.text] += 1
+        if place < faults.number("skip") or (
+            "first" in faults and place >= faults.number("first") + faults.number("skip")
+        ):
+            return Faults()
+        return faults
+
+    def advance(self, now: int) -> None:
+        """Let the market live until `now` (ms) and send what follows."""
+        events = self.hub.advance(now)
+        if not self.market.frozen:
+            for name, change in (("listing", self._list), ("expiry", self._expire)):
+                if name in self.faults and now >= self._next[name]:
+                    self._next[name] = now + self._find_period(name)
+                    events += change()
+        self.oracle.note_market(events)
+        if self.replay is not None:
+            for frame in self.replay.take_due(now / 1000.0):
+                self.relayed += self.hub.relay(Frame(frame.channel, None, None, frame.text))
+
+    def _find_period(self, name: str) -> int:
+        return max(100, int(self.faults.number(name) * 1000))
+
+    def _list(self) -> list[Any]:
+        return self._send(self.market.list_option())
+
+    def _expire(self) -> list[Any]:
+        name = self.market.find_next_expiry()
+        return self._send(self.market.expire(name)) if name else []
+
+    def _send(self, events: list[Any]) -> list[Any]:
+        for event in events:
+            self.hub.take(event)
+        return events
+
+    def find_life(self, faults: Faults) -> float:
+        """Seconds that a token lives."""
+        return 0.0 if "expired_token" in faults else faults.number("token_life", LIFE)
+
+    def ask(self, method: str, params: dict[str, Any], now: int, faults: Faults) -> Any:
+        """Answer a method that needs no socket. Raises RpcError."""
+        if method == "public/get_time":
+            return now + int(faults.number("clock"))
+        if method == "practice/state":
+            played = (self.replay.played, len(self.replay.frames)) if self.replay else (0, 0)
+            return {"opened": self.opened, "played": played[0], "recorded": played[1], "relayed": self.relayed}
+        if method not in MARKET_METHODS:
+            raise RpcError(-32601)
+        return MARKET_METHODS[method](self.market, params)
+
+
+def find_failure(faults: Faults, kind: str, method: str, counts: Counter[tuple[str, str]]) -> Setting | None:
+    """The setting of a fault such as `error:METHOD=CODE@TIMES` for this call of the method, if it holds."""
+    for setting in faults.all(kind):
+        if setting.text in (method, "*"):
+            counts[kind, method] += 1
+            if counts[kind, method] <= setting.at:
+                return setting
+    return None

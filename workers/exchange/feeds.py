@@ -1,0 +1,386 @@
+"""What each channel says of the market: a feed takes events and gives the data of the next frame.
+
+A feed belongs to a channel, not to a subscriber: its frames, and so a book's chain of change ids, are the same for
+all. No I/O, no clock. Shapes and rhythms are those of Deribit's channels (measured on production, 2026).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from workers.exchange.book import ASK, BID, sort_levels
+from workers.exchange.instruments import Instrument
+from workers.exchange.market import Event, Market
+from workers.exchange.payloads import (
+    Data,
+    describe_expiration,
+    describe_marks,
+    describe_perpetual,
+    describe_quote,
+    describe_ranking,
+    describe_statistics,
+    describe_ticker,
+    group_levels,
+)
+
+PERIODS = {"raw": 0, "100ms": 100, "agg2": 1000}
+"""ms between frames of each interval; 0: one frame for each event. agg2 is one second, as measured."""
+
+ACTIONS = {(False, True): "new", (True, True): "change", (True, False): "delete"}
+
+
+class Feed:
+    """One channel. `period` is as in PERIODS; `steady`: a frame each period, whether or not anything happened;
+    `refresh`: ms after which it counts as changed even without events (0: never)."""
+
+    period = 100
+    steady = False
+    refresh = 0
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument | None = None) -> None:
+        self.channel = channel
+        self.market = market
+        self.instrument = instrument
+
+    def open(self) -> list[Data]:
+        """Return the data of the frames that a new subscriber gets at once."""
+        return []
+
+    def take(self, event: Event) -> bool:
+        """Note an event; say whether there may be something to send because of it."""
+        return False
+
+    def flush(self) -> Data | None:
+        """Return the data of the next frame; None if there is nothing to say."""
+        raise NotImplementedError
+
+    def more(self) -> bool:
+        """Whether another flush would give another frame at once."""
+        return False
+
+
+class InstrumentFeed(Feed):
+    """A feed of one instrument."""
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
+        super().__init__(channel, market, instrument)
+        self.of = instrument
+
+
+class BookFeed(InstrumentFeed):
+    """`book.*`: a snapshot, then changes, each with the change_id of the frame before it."""
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
+        super().__init__(channel, market, instrument)
+        book = market.books[instrument.name]
+        self._before: dict[tuple[int, int], int] = {}
+        self._change_id, self._timestamp = book.change_id, book.timestamp
+
+    def open(self) -> list[Data]:
+        book = self.market.books[self.of.name]
+        sides = []
+        for side in (BID, ASK):
+            levels = dict(book.sides[side])
+            levels |= {tick: lots for (pending, tick), lots in self._before.items() if pending == side}
+            sides.append([self._entry("new", t, levels[t]) for t in sort_levels(side, list(levels)) if levels[t]])
+        return [
+            {
+                "timestamp": self._timestamp, "type": "snapshot", "change_id": self._change_id,
+                "instrument_name": self.of.name, "bids": sides[BID], "asks": sides[ASK],
+            }
+        ]  # fmt: skip
+
+    def _entry(self, action: str, tick: int, lots: int) -> list[Any]:
+        amount = self.market.to_amount(self.of, lots)
+        whole = action == "new" and amount == int(amount)
+        return [action, self.market.to_price(self.of, tick), int(amount) if whole else amount]
+
+    def take(self, event: Event) -> bool:
+        for change in event.changes:
+            self._before.setdefault((change.side, change.tick), change.old)
+        return bool(event.changes)
+
+    def flush(self) -> Data | None:
+        book = self.market.books[self.of.name]
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        for side in (BID, ASK):
+            for tick in sort_levels(side, [tick for pending, tick in self._before if pending == side]):
+                old, new = self._before[side, tick], book.sides[side].get(tick, 0)
+                if old != new:
+                    sides[side].append(self._change(old, tick, new))
+        self._before.clear()
+        if not sides[BID] and not sides[ASK]:
+            return None
+        previous, self._change_id, self._timestamp = self._change_id, book.change_id, book.timestamp
+        return {
+            "timestamp": book.timestamp, "type": "change", "change_id": book.change_id, "instrument_name": self.of.name,
+            "bids": sides[BID], "asks": sides[ASK], "prev_change_id": previous,
+        }  # fmt: skip
+
+    def _change(self, old: int, tick: int, new: int) -> list[Any]:
+        action = ACTIONS[bool(old), bool(new)]
+        return [action, self.market.to_price(self.of, tick), self.market.to_amount(self.of, new)]
+
+
+class GroupedBookFeed(InstrumentFeed):
+    """`book.{i}.{group}.{depth}.{interval}`: the whole window each time that the book has changed."""
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument, group: float, depth: int) -> None:
+        super().__init__(channel, market, instrument)
+        self._group, self._depth = group, depth
+
+    def open(self) -> list[Data]:
+        return [self.flush()]
+
+    def take(self, event: Event) -> bool:
+        return bool(event.changes)
+
+    def flush(self) -> Data:
+        book = self.market.books[self.of.name]
+        return {
+            "timestamp": book.timestamp, "change_id": book.change_id, "instrument_name": self.of.name,
+            "bids": group_levels(self.market, self.of, BID, self._group, self._depth),
+            "asks": group_levels(self.market, self.of, ASK, self._group, self._depth),
+        }  # fmt: skip
+
+
+class TradesFeed(Feed):
+    """`trades.*`, of one instrument or of a kind and currency: all trades of the period in one array."""
+
+    def __init__(
+        self, channel: str, market: Market, instrument: Instrument | None = None, kind: str = "", currency: str = ""
+    ) -> None:
+        super().__init__(channel, market, instrument)
+        self._kind, self._currency = kind, currency
+        self._pending: list[Data] = []
+
+    def take(self, event: Event) -> bool:
+        if event.trades and (self.instrument or event.instrument.matches(self._kind, self._currency)):
+            self._pending += event.trades
+        return bool(self._pending)
+
+    def flush(self) -> Data | None:
+        pending, self._pending = self._pending, []
+        return pending or None
+
+
+class TickerFeed(InstrumentFeed):
+    """`ticker.*`: the full ticker."""
+
+    refresh = 1000
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
+        super().__init__(channel, market, instrument)
+        self.refresh = 3000 if instrument.kind == "option" else 1000
+
+    def open(self) -> list[Data]:
+        return [describe_ticker(self.market, self.of)]
+
+    def take(self, event: Event) -> bool:
+        return True
+
+    def flush(self) -> Data:
+        return describe_ticker(self.market, self.of)
+
+
+class IncrementalTickerFeed(TickerFeed):
+    """`incremental_ticker.*`: at most once a second, only what has changed since the frame before."""
+
+    period = 1000
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
+        super().__init__(channel, market, instrument)
+        self._last: dict[str, Any] = describe_ticker(market, instrument)
+
+    def open(self) -> list[Data]:
+        return [{"type": "snapshot", **self._last}]
+
+    def flush(self) -> Data | None:
+        last, self._last = self._last, describe_ticker(self.market, self.of)
+        changed = find_changes(last, self._last)
+        if not changed.keys() - {"timestamp"}:
+            return None
+        return {"type": "change", **changed, "instrument_name": self.of.name, "timestamp": self._last["timestamp"]}
+
+
+def find_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Members of `new` that differ from `old`; of members that are objects again only what differs."""
+    changed: dict[str, Any] = {}
+    for key, value in new.items():
+        before = old.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            inner = find_changes(before, value)
+            if inner:
+                changed[key] = inner
+        elif value != before or key not in old:
+            changed[key] = value
+    return changed
+
+
+class QuoteFeed(InstrumentFeed):
+    """`quote.*`: on every change at the top of the book."""
+
+    period = 0
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
+        super().__init__(channel, market, instrument)
+        self._last = describe_quote(market, instrument)
+
+    def open(self) -> list[Data]:
+        return [self._last]
+
+    def take(self, event: Event) -> bool:
+        return bool(event.changes)
+
+    def flush(self) -> Data | None:
+        last, self._last = self._last, describe_quote(self.market, self.of)
+        return self._last if last != {**self._last, "timestamp": last["timestamp"]} else None
+
+
+class PerpetualFeed(InstrumentFeed):
+    """`perpetual.*`: interest and index price."""
+
+    refresh = 1000
+
+    def take(self, event: Event) -> bool:
+        return bool(event.trades)
+
+    def flush(self) -> Data:
+        return describe_perpetual(self.market, self.of)
+
+
+class ChartFeed(InstrumentFeed):
+    """`chart.trades.*`: the bar in progress, again each second in which it was traded."""
+
+    period = 1000
+
+    def __init__(self, channel: str, market: Market, instrument: Instrument, resolution: str) -> None:
+        super().__init__(channel, market, instrument)
+        self._length = 60_000 * (1440 if resolution == "1D" else int(resolution))
+        self._bar: dict[str, Any] = {}
+
+    def take(self, event: Event) -> bool:
+        for trade in event.trades:
+            tick, price = trade["timestamp"] // self._length * self._length, trade["price"]
+            if self._bar.get("tick") != tick:
+                self._bar = {"tick": tick, "open": price, "high": price, "low": price}
+                self._bar |= {"close": price, "volume": 0.0, "cost": 0.0}
+            dollars = self.of.inverse and self.of.kind == "future"
+            cost = trade["amount"] if dollars else trade["amount"] * price
+            self._bar["high"], self._bar["low"] = max(self._bar["high"], price), min(self._bar["low"], price)
+            self._bar["close"] = price
+            self._bar["volume"] = round(self._bar["volume"] + (cost / price if dollars else trade["amount"]), 8)
+            self._bar["cost"] = round(self._bar["cost"] + cost, 8)
+        return bool(event.trades)
+
+    def flush(self) -> Data | None:
+        return dict(self._bar) or None
+
+
+class SteadyFeed(Feed):
+    """A channel with a frame each period; `describe` gives its data, or None for nothing this time."""
+
+    steady = True
+
+    def __init__(
+        self, channel: str, market: Market, describe: Callable[[], Data], period: int = 1000, at_once: bool = True
+    ):
+        super().__init__(channel, market)
+        self.period = period
+        self.flush = describe  # type: ignore[method-assign]
+        self._at_once = at_once
+
+    def open(self) -> list[Data]:
+        first = self.flush() if self._at_once else None
+        return [] if first is None else [first]
+
+
+class PlatformFeed(Feed):
+    """`platform_state`: one frame for each index at first, then one index after another."""
+
+    period = 1000
+    steady = True
+
+    def open(self) -> list[Data]:
+        return [self._describe(index) for index in list_indices(self.market)]
+
+    def _describe(self, index: str) -> Data:
+        return {"locked": False, "price_index": index, "reasons": []}
+
+    def flush(self) -> Data:
+        indices = list_indices(self.market)
+        return self._describe(indices[self.market.now // 1000 % len(indices)])
+
+
+class LifeFeed(Feed):
+    """`instrument.state.*` and `instrument.creation.*`: at once when it happens."""
+
+    period = 0
+
+    def __init__(self, channel: str, market: Market, kind: str, currency: str, creations: bool) -> None:
+        super().__init__(channel, market)
+        self._kind, self._currency, self._creations = kind, currency, creations
+        self._next: Data | None = None
+
+    def take(self, event: Event) -> bool:
+        wanted = event.created if self._creations else event.state
+        if not wanted or not event.instrument.matches(self._kind, self._currency):
+            return False
+        if self._creations:
+            self._next = {"timestamp": event.timestamp, **event.instrument.row}
+        else:
+            self._next = {"timestamp": event.timestamp, "state": event.state, "instrument_name": event.instrument.name}
+        return True
+
+    def flush(self) -> Data | None:
+        data, self._next = self._next, None
+        return data
+
+
+def list_indices(market: Market) -> list[str]:
+    """Names of all index prices, sorted."""
+    return sorted({of.index for of in market.catalogue.by_name.values()})
+
+
+def describe_index(market: Market, index: str) -> Data:
+    """Data of `deribit_price_index.*`."""
+    return {"timestamp": market.now, "price": market.index_price(index), "index_name": index}
+
+
+def describe_volatility(market: Market, index: str) -> Data:
+    """Data of `deribit_volatility_index.*`."""
+    level = market.coin_volatility[index.split("_")[0].upper()] * 100.0
+    drift = market.now % 600_000 / 600_000
+    return {"volatility": round(level + abs(drift - 0.5), 4), "timestamp": market.now, "index_name": index}
+
+
+def describe_rfq(market: Market, currency: str) -> Data | None:
+    """Data of `block_rfq.trades.*`: some block trade of the currency."""
+    name = f"{'BTC' if currency == 'any' else currency.upper()}-PERPETUAL"
+    of = market.catalogue.by_name.get(name)
+    if of is None:
+        return None
+    price = market.round_mark(of)
+    return {
+        "id": market.now // 5000 % 100_000, "timestamp": market.now, "amount": 200_000.0, "direction": "sell",
+        "combo_id": name, "legs": [{"direction": "buy", "price": price, "instrument_name": name, "ratio": 1}],
+        "trades": [{"amount": 200_000.0, "direction": "sell", "price": price}], "mark_price": price,
+    }  # fmt: skip
+
+
+def describe_announcement(market: Market) -> Data:
+    """Data of `announcements`."""
+    return {
+        "action": "new", "body": "This is the practice exchange; nothing here is worth anything.", "id": market.now,
+        "important": False, "publication_timestamp": market.now, "title": "Practice",
+    }  # fmt: skip
+
+
+INDEX_FEEDS: dict[str, Callable[[Market, str], Data]] = {
+    "deribit_price_index": describe_index,
+    "deribit_price_ranking": describe_ranking,
+    "deribit_price_statistics": describe_statistics,
+    "estimated_expiration_price": describe_expiration,
+    "markprice.options": describe_marks,
+    "deribit_volatility_index": describe_volatility,
+}
+"""Channels that go by the name of an index, one frame a second."""

@@ -1,0 +1,95 @@
+"""Recorded frames, read from a file, to be sent again byte for byte in their order. No sockets, no clock."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+_RECEIVED = re.compile(rb"(\d+(?:\.\d+)?): (\{.*)")
+_SENT = re.compile(rb"wss?://\S+ <")
+
+
+class Recorded(NamedTuple):
+    """One recorded notification; `offset` is seconds after the first one (0 where the file has no times)."""
+
+    offset: float
+    channel: str
+    text: bytes
+
+
+class _Params(msgspec.Struct):
+    channel: str
+
+
+class _Notification(msgspec.Struct):
+    method: str
+    params: _Params
+
+
+_decode = msgspec.json.Decoder(_Notification).decode
+
+
+def read_recording(path: str) -> list[Recorded]:
+    """Read the subscription notifications of a recording, in order.
+
+    Taken are JSON lines (one frame a line), one JSON object over many lines, and cryptofeed's text capture
+    (`TIME: {json}` a line; what the client sent and when it connected are passed over). Other frames, such as
+    answers, are passed over too. Raises ValueError if there is no notification in it, OSError as open does.
+    """
+    data = Path(path).read_bytes()
+    found = [frame for line in data.splitlines() if (frame := _read_line(line)) is not None]
+    if not found:
+        whole = _read_frame(0.0, data.strip())
+        found = [whole] if whole else []
+    if not found:
+        raise ValueError(f"{path}: no recorded notification in it (JSON lines or cryptofeed's capture are taken)")
+    first = found[0].offset
+    return [Recorded(max(0.0, frame.offset - first), frame.channel, frame.text) for frame in found]
+
+
+def _read_line(line: bytes) -> Recorded | None:
+    if _SENT.match(line):
+        return None
+    timed = _RECEIVED.match(line)
+    if timed:
+        return _read_frame(float(timed[1]), timed[2])
+    return _read_frame(0.0, line.strip())
+
+
+def _read_frame(at: float, text: bytes) -> Recorded | None:
+    try:
+        frame = _decode(text)
+    except (msgspec.DecodeError, UnicodeError):
+        return None
+    return Recorded(at, frame.params.channel, text) if frame.method == "subscription" else None
+
+
+class Replay:
+    """Plays a recording: starts `settle` seconds after the last subscription that came before it, then follows
+    the recording's own times divided by `speed` (0: all at once)."""
+
+    def __init__(self, frames: list[Recorded], speed: float = 1.0, settle: float = 0.3) -> None:
+        self.frames = frames
+        self.channels = frozenset(frame.channel for frame in frames)
+        self.played = 0
+        self._speed, self._settle = speed, settle
+        self._start: float | None = None
+
+    def wake(self, now: float) -> None:
+        """Somebody has subscribed to one of the channels."""
+        if self.played == 0:
+            self._start = now + self._settle
+
+    def take_due(self, now: float, limit: int = 2000) -> list[Recorded]:
+        """The frames that are due at `now` (seconds), at most `limit`."""
+        if self._start is None or now < self._start:
+            return []
+        due = []
+        while self.played < len(self.frames) and len(due) < limit:
+            frame = self.frames[self.played]
+            if self._speed > 0 and self._start + frame.offset / self._speed > now:
+                break
+            due.append(frame)
+            self.played += 1
+        return due

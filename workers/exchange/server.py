@@ -1,0 +1,274 @@
+"""The exchange's sockets: WebSocket on /ws/api/v2, HTTP on /api/v2, and the clock that drives the market."""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import socket
+import struct
+import time
+from collections import Counter
+from typing import Any
+
+import msgspec
+from aiohttp import WSCloseCode, WSMsgType, web
+
+from workers.exchange.connection import CLOSE, Connection
+from workers.exchange.exchange import Exchange, find_failure
+from workers.exchange.faults import Faults, parse_faults
+from workers.exchange.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
+from workers.exchange.session import Credits, Session
+from workers.exchange.socket_methods import SOCKET_METHODS, Context, carry_out
+
+STEP = 0.02
+"""Seconds between two moves of the market."""
+
+_FINAL = (WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
+
+
+class Server:
+    """Serves one exchange."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        self.exchange = exchange
+        self.port = 0
+        self._sockets: set[_Socket] = set()
+        self._counts: Counter[tuple[str, str]] = Counter()
+        self._runner: web.AppRunner | None = None
+        self._clock: asyncio.Task[None] | None = None
+
+    @property
+    def connections(self) -> int:
+        """How many WebSockets are open."""
+        return len(self._sockets)
+
+    @property
+    def url(self) -> str:
+        return f"ws://{self.exchange.settings.host}:{self.port}/ws/api/v2"
+
+    async def start(self) -> None:
+        """Bind and serve. Raises OSError if the port is taken."""
+        app = web.Application(client_max_size=MAX_REQUEST * 4)
+        app.router.add_get("/ws/api/v2", self._serve_socket)
+        for path in ("/api/v2", "/api/v2/{method:.*}"):
+            app.router.add_route("*", path, self._serve_http)
+        self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+        await self._runner.setup()
+        settings = self.exchange.settings
+        site = web.TCPSite(self._runner, settings.host, settings.port, backlog=512)
+        try:
+            await site.start()
+        except OSError:
+            await self._runner.cleanup()
+            raise
+        self.port = self._runner.addresses[0][1]
+
+    async def run(self, stopped: asyncio.Event) -> None:
+        """Let the market live until stopped; then close every connection in order."""
+        try:
+            while not stopped.is_set():
+                now = time.time()
+                self.exchange.advance(int(now * 1000))
+                for connected in list(self._sockets):
+                    connected.connection.tick(now)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stopped.wait(), STEP)
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
+        for connected in list(self._sockets):
+            connected.connection.close(WSCloseCode.GOING_AWAY, "the exchange stops")
+        deadline = time.monotonic() + 1.5
+        while self._sockets and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        for connected in list(self._sockets):
+            connected.cut(False)
+        if self._runner is not None:
+            await self._runner.cleanup()
+        self.exchange.oracle.close()
+
+    # WebSocket
+
+    async def _serve_socket(self, request: web.Request) -> web.StreamResponse:
+        try:
+            faults = self.exchange.draw_faults(request.query.get("faults"))
+        except ValueError as error:
+            return web.Response(status=400, text=f"{error}\n")
+        limit = self.exchange.max_connections
+        if "429" in faults or (limit and len(self._sockets) >= limit):
+            return web.Response(status=429, text="Too Many Requests\n")
+        if "refuse" in faults:
+            return web.Response(status=int(faults.number("refuse")), text="refused on request\n")
+        await asyncio.sleep(faults.number("slow_open") + 2 * faults.number("delay") / 1000.0)
+        served = _Socket(request, self.exchange, faults)
+        await served.prepare()
+        self._sockets.add(served)
+        try:
+            await served.serve()
+        finally:
+            self._sockets.discard(served)
+        return served.response
+
+    # HTTP
+
+    async def _serve_http(self, request: web.Request) -> web.Response:
+        now = time.time()
+        us_in = int(now * 1e6)
+        call = Call(NO_ID, "", {})
+        try:
+            call = await _read_http(request)
+            faults = self._find_http_faults(request)
+            slow = find_failure(faults, "slow", call.method, self._counts)
+            await asyncio.sleep((slow.value if slow else 0.0) + 2 * faults.number("delay") / 1000.0)
+            outcome: Any = self._ask(request, call, faults, int(now * 1000))
+        except RpcError as error:
+            outcome = error
+        body = encode_answer(call.id, outcome, us_in, max(us_in + 1, int(time.time() * 1e6)))
+        status = 400 if isinstance(outcome, RpcError) else 200
+        return web.Response(
+            body=body, status=status, content_type="application/json", headers={"cache-control": "no-store"}
+        )
+
+    def _find_http_faults(self, request: web.Request) -> Faults:
+        try:
+            return parse_faults(request.query["faults"]) if "faults" in request.query else self.exchange.faults
+        except ValueError as error:
+            raise RpcError(10001, str(error)) from None
+
+    def _ask(self, request: web.Request, call: Call, faults: Faults, now: int) -> Any:
+        failure = find_failure(faults, "error", call.method, self._counts)
+        if failure is not None:
+            raise RpcError(int(failure.value))
+        if call.method in SOCKET_METHODS:
+            raise RpcError(10030)
+        session = Session(0, now / 1000.0, Credits(now / 1000.0))
+        _log_in(self.exchange, session, request.headers.get("Authorization", ""), now)
+        context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, {})
+        return carry_out(call.method, context).result
+
+
+class _Nobody:
+    """A subscriber that never gets anything: HTTP."""
+
+    def deliver(self, frame: Any) -> None:
+        """Never called: nothing is subscribed over HTTP."""
+
+
+async def _read_http(request: web.Request) -> Call:
+    path = request.match_info.get("method", "").strip("/")
+    body = await request.read() if request.can_read_body else b""
+    if len(body) > MAX_REQUEST:
+        raise RpcError(-32600)
+    if body.strip():
+        call = read_call(body)
+        return call._replace(method=path or call.method)
+    params: dict[str, Any] = {}
+    for key, value in request.query.items():
+        if key != "faults":
+            params[key] = _read_query_value(value)
+    return Call(NO_ID, path, params)
+
+
+def _read_query_value(value: str) -> Any:
+    try:
+        read = msgspec.json.decode(value)
+    except msgspec.DecodeError:
+        return value
+    return read if isinstance(read, int | float | bool) else value
+
+
+def _log_in(exchange: Exchange, session: Session, header: str, now: int) -> None:
+    kind, _, text = header.partition(" ")
+    if kind.lower() == "bearer":
+        session.login = exchange.authority.check_token(text.strip(), now, 0)
+    elif kind.lower() == "basic":
+        try:
+            client_id, _, secret = base64.b64decode(text.strip()).decode().partition(":")
+        except (binascii.Error, UnicodeDecodeError):
+            raise RpcError(13004) from None
+        params = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": secret}
+        session.login = exchange.authority.grant(params, now, 0, 60.0)[0]
+
+
+class _Socket:
+    """Moves the bytes of one connection: a reader, and a writer that empties its outbox."""
+
+    def __init__(self, request: web.Request, exchange: Exchange, faults: Faults) -> None:
+        self.response = web.WebSocketResponse(autoping=False, autoclose=False, timeout=1.0, max_msg_size=4 << 20)
+        self.connection = Connection(exchange, faults, self, time.time())
+        self._request = request
+        self._delay = faults.number("delay") / 1000.0
+        self._ready = asyncio.Event()
+
+    async def prepare(self) -> None:
+        """Answer the upgrade."""
+        await self.response.prepare(self._request)
+        transport = self._request.transport
+        if transport is not None:
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    async def serve(self) -> None:
+        """Read and write until either side ends."""
+        writer = asyncio.create_task(self._write())
+        try:
+            await self._read()
+        finally:
+            self.connection.end("closed by the client")
+            if not self.response.closed:
+                writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
+    def wake(self) -> None:
+        self._ready.set()
+
+    def cut(self, reset: bool) -> None:
+        transport = self._request.transport
+        if transport is None:
+            return
+        if reset:
+            linger = struct.pack("ii", 1, 0)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        transport.abort()
+
+    async def _read(self) -> None:
+        while True:
+            message = await self.response.receive()
+            if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
+                await self._take(message.data)
+            elif message.type is WSMsgType.PING and not self.connection.silent:
+                await asyncio.sleep(2 * self._delay)
+                with contextlib.suppress(ConnectionError):
+                    await self.response.pong(message.data)
+            elif message.type is WSMsgType.CLOSE and not self.connection.silent:
+                await self.response.close()
+                return
+            elif message.type in _FINAL:
+                return
+
+    async def _take(self, text: str | bytes) -> None:
+        pause = self.connection.find_pause(text)
+        if pause:
+            await asyncio.sleep(pause)
+        if self._delay:
+            loop = asyncio.get_running_loop()
+            loop.call_later(self._delay, lambda: self.connection.receive(text, time.time()))
+        else:
+            self.connection.receive(text, time.time())
+
+    async def _write(self) -> None:
+        outbox = self.connection.outbox
+        with contextlib.suppress(ConnectionError):
+            while True:
+                await self._ready.wait()
+                self._ready.clear()
+                while outbox:
+                    late = outbox[0].due - time.time()
+                    if late > 0:
+                        await asyncio.sleep(late)
+                    frame = outbox.popleft()
+                    if frame.opcode == CLOSE:
+                        await self.response.close(code=frame.code, message=frame.payload)
+                        return
+                    await self.response.send_frame(frame.payload, WSMsgType(frame.opcode))
+                    self.connection.waiting -= len(frame.payload)

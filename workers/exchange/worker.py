@@ -1,0 +1,61 @@
+"""The practice exchange as a worker process: reads the spec, serves until it is asked to stop."""
+
+import asyncio
+import os
+import time
+from typing import Any
+
+from collector.lifecycle import Exit
+from collector.messages import ControlError
+from workers.exchange.auth import read_keys
+from workers.exchange.exchange import Exchange, Settings
+from workers.exchange.replay import read_recording
+from workers.exchange.server import Server
+
+KEYS = "PRACTICE_KEYS"
+"""Environment variable with the accepted keys, `id:secret,id:secret`; unset: practice:practice."""
+
+
+class ExchangeWorker:
+    """One life of the exchange."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.server = Server(Exchange(settings, int(time.time() * 1000)))
+        self._stopped = asyncio.Event()
+
+    async def start(self) -> dict[str, Any]:
+        """Bind; return the URL that clients connect to. Raises OSError if the port is taken."""
+        await self.server.start()
+        return {"url": self.server.url}
+
+    async def run(self) -> Exit:
+        """Serve until stopped."""
+        await self.server.run(self._stopped)
+        return Exit.STOPPED
+
+    def report(self) -> dict[str, Any]:
+        """Say how many connections there are, and have been."""
+        return {"state": "live", "connections": self.server.connections, "opened": self.server.exchange.opened}
+
+    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+        """Answer get_state; the exchange has no other ops."""
+        if op == "get_state":
+            return self.report()
+        raise ControlError("unknown_op", f"the practice exchange has no op {op[:40]!r}")
+
+    def stop(self) -> None:
+        """Ask it to stop."""
+        self._stopped.set()
+
+
+def read_settings(spec: dict[str, Any], keys: str) -> Settings:
+    """Turn a spec into settings. Raises ValueError for unknown faults or recordings, OSError for unreadable files."""
+    names = ("host", "port", "faults", "seed", "rate", "options", "oracle", "speed")
+    recording = tuple(frame for path in spec.get("replay") or () for frame in read_recording(path))
+    given = {name: spec[name] for name in names if spec.get(name) is not None}
+    return Settings(**given, recording=recording, keys=read_keys(keys))
+
+
+def create_worker(spec: dict[str, Any]) -> ExchangeWorker:
+    """Make the worker of a spec: `port` and `faults`, and optionally host, seed, rate, options, oracle, replay, speed."""
+    return ExchangeWorker(read_settings(spec, os.environ.get(KEYS, "")))
