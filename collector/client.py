@@ -159,9 +159,10 @@ class Subscriber(_Socket):
     """Yields Messages from one or more publishing endpoints, and watches that none is lost on the way.
 
     `endpoints`: one or several; None finds them, also those that come later, by asking the collector at `control`
-    (an endpoint; None is the default one). `prefixes`: of the topics to read, e.g. "deribit.book.BTC-PERPETUAL.".
-    `on_loss`: "raise" raises LossError where messages were dropped on the way to this reader or cannot be read;
-    "report" yields the Loss in its place. `queue`: messages that may wait here for a slow reader.
+    (an endpoint; None is the default one), and keeps them in `found` by the connection's name; `timeout`: seconds that
+    it gets for the first answer. `prefixes`: of the topics to read, e.g. "deribit.book.BTC-PERPETUAL.". `on_loss`:
+    "raise" raises LossError where messages were dropped on the way to this reader or cannot be read; "report" yields
+    the Loss in its place. `queue`: messages that may wait here for a slow reader.
 
         with Subscriber(prefixes=["deribit.trade."]) as subscriber:
             for message in subscriber:
@@ -175,9 +176,11 @@ class Subscriber(_Socket):
         control: str | None = None,
         on_loss: Literal["raise", "report"] = "raise",
         queue: int = 100_000,
+        timeout: float = 5.0,
     ) -> None:
         super().__init__(zmq.SUB)
         self.endpoints: set[str] = set()
+        self.found: dict[str, str] = {}
         self._raises = on_loss == "raise"
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
@@ -188,8 +191,8 @@ class Subscriber(_Socket):
         for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
             self.socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
         if endpoints is None:
-            self._finder = Control(control)
-            self._connect(find_endpoints(self._finder.get_state()))
+            self._finder = Control(control, timeout)
+            self._find(self._finder.get_state())
         else:
             self._connect([endpoints] if isinstance(endpoints, str) else endpoints)
 
@@ -202,6 +205,10 @@ class Subscriber(_Socket):
                     f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
                 ) from None
             self.endpoints.add(endpoint)
+
+    def _find(self, states: dict[str, Any]) -> None:
+        self.found = find_endpoints(states)
+        self._connect(self.found.values())
 
     def __iter__(self) -> Iterator[Message | Loss]:
         while True:
@@ -254,7 +261,7 @@ class Subscriber(_Socket):
         self._find_at = now + FIND_EVERY
         try:
             if self._finder.socket.poll(0):
-                self._connect(find_endpoints(decode_reply(self._finder.socket.recv(), MAX_REPLY)))
+                self._find(decode_reply(self._finder.socket.recv(), MAX_REPLY))
             self._finder.send_request("get_state")
         except (ControlError, ValueError):
             pass  # it is asked again
@@ -272,7 +279,7 @@ def _expect_two(frames: list[bytes]) -> list[bytes]:
     return frames
 
 
-def find_endpoints(states: dict[str, Any]) -> list[str]:
-    """The publishing endpoints in what get_state returns for all connections."""
-    found = (state.get("publish") for state in states.values() if isinstance(state, dict))
-    return sorted({endpoint for endpoint in found if isinstance(endpoint, str) and endpoint})
+def find_endpoints(states: dict[str, Any]) -> dict[str, str]:
+    """Where each connection publishes, by name, from what get_state returns for all of them."""
+    found = {name: state.get("publish") for name, state in states.items() if isinstance(state, dict)}
+    return {name: endpoint for name, endpoint in found.items() if isinstance(endpoint, str) and endpoint}

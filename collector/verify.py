@@ -93,6 +93,13 @@ class Verifier:
             return self._count(topic[:200].decode(errors="replace"), [("envelope", str(error))])
         return self._count(str(message.topic), self._find_faults(message, now_ns))
 
+    def check_frames(self, frames: list[bytes], now_ns: int) -> list[Finding]:
+        """Check a message as it came from the socket, however many frames that are."""
+        if len(frames) == 2:
+            return self.check(frames[0], frames[1], now_ns)
+        self.messages += 1
+        return self._count(frames[0][:200].decode(errors="replace"), [("envelope", f"{len(frames)} frames")])
+
     def finish(self, now_ns: int) -> list[Finding]:
         """Say at the end what should have come and has not."""
         return [

@@ -1,0 +1,288 @@
+"""Commands that ask a running collector: state, connect, subscribe, unsubscribe, send, close."""
+
+import json
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+from collector.cli.options import control_option, exit_on_error, json_option, timeout_option
+from collector.cli.render import printable
+from collector.client import Control
+
+COLORS = {"live": "green", "failed": "red", "closed": "red", "backoff": "yellow"}
+
+
+@click.command()
+@click.argument("name", required=False)
+@control_option
+@timeout_option("5s")
+@json_option
+def state(name: str | None, control: str | None, timeout: float, as_json: bool) -> None:
+    """Show how all connections are, or all there is to know of one."""
+    with exit_on_error(), Control(control, timeout) as asked:
+        found = asked.get_state(name)
+        if as_json:
+            print_json(found)
+        elif name is not None:
+            print_facts(found)
+        else:
+            print_table(found)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("channels", metavar="[CHANNEL]...", nargs=-1)
+@click.option("--from", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
+              help="Take the [[connection]] table of that name from a configuration file.")  # fmt: skip
+@click.option("--url", help="Where to connect, e.g. wss://www.deribit.com/ws/api/v2.")
+@click.option("--publish", metavar="ENDPOINT", help="Where to publish [default: NAME.pub in the runtime directory].")
+@click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Any further key of the table; repeatable.")
+@control_option
+@timeout_option("30s")
+@json_option
+def connect(
+    name: str, channels: tuple[str, ...], file: Path | None, url: str | None, publish: str | None,
+    settings: tuple[str, ...], control: str | None, timeout: float, as_json: bool,
+) -> None:  # fmt: skip
+    """Add a connection to a running collector, and wait until it is live.
+
+    \b
+    collector connect options --from configs/deribit.toml
+    collector connect eth ticker.ETH-PERPETUAL.100ms --url wss://www.deribit.com/ws/api/v2
+    """
+    with exit_on_error():
+        given = {"url": url, "publish": publish, "channels": list(channels) or None}
+        table = {
+            "name": name,
+            **(read_table(file, name) if file else {}),
+            **dict(map(read_setting, settings)),
+            **{key: value for key, value in given.items() if value is not None},
+        }
+        with Control(control, timeout) as asked:
+            print_state(asked.connect(table), as_json)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
+@control_option
+@timeout_option("5s")
+@json_option
+def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
+    """Subscribe a connection to further channels."""
+    with exit_on_error(), Control(control, timeout) as asked:
+        print_channels(asked.subscribe(name, channels), "subscribed", as_json)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
+@control_option
+@timeout_option("5s")
+@json_option
+def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
+    """Give channels of a connection up."""
+    with exit_on_error(), Control(control, timeout) as asked:
+        print_channels(asked.unsubscribe(name, channels), "unsubscribed", as_json)
+
+
+@click.command()
+@click.argument("name")
+@click.argument("method")
+@click.argument("params", required=False)
+@control_option
+@timeout_option("5s")
+def send(name: str, method: str, params: str | None, control: str | None, timeout: float) -> None:
+    """Send one request to the exchange and print its result as JSON.
+
+    \b
+    collector send futures public/get_time
+    collector send futures public/ticker '{"instrument_name": "BTC-PERPETUAL"}'
+    """
+    try:
+        arguments = json.loads(params) if params else None
+    except ValueError as error:
+        raise click.BadParameter(f"not JSON ({error})", param_hint="PARAMS") from None
+    if not isinstance(arguments, dict | None):
+        raise click.BadParameter('a JSON object is needed, like {"currency": "BTC"}', param_hint="PARAMS")
+    with exit_on_error(), Control(control, timeout) as asked:
+        print_json(asked.send(name, method, arguments))
+
+
+@click.command()
+@click.argument("name")
+@control_option
+@timeout_option("10s")
+@json_option
+def close(name: str, control: str | None, timeout: float, as_json: bool) -> None:
+    """End a connection and its worker for good; the others go on."""
+    with exit_on_error(), Control(control, timeout) as asked:
+        print_state(asked.close(name), as_json)
+
+
+def read_table(file: Path, name: str) -> dict[str, Any]:
+    """The [[connection]] table of that name in a configuration file. Raises ValueError."""
+    import tomllib
+
+    try:
+        tables = tomllib.loads(file.read_text()).get("connection", [])
+        names = [table["name"] for table in tables]
+        return dict(tables[names.index(name)])
+    except (tomllib.TOMLDecodeError, OSError) as error:
+        raise ValueError(f"{file}: {error}") from None
+    except (KeyError, TypeError, AttributeError):
+        raise ValueError(f"{file}: connections are [[connection]] tables, each with a name") from None
+    except ValueError:
+        raise ValueError(f"{file}: there is no [[connection]] {name!r}; there are {', '.join(names)}") from None
+
+
+def read_setting(text: str) -> tuple[str, Any]:
+    """Read KEY=VALUE, the value as in TOML, or as text where it is none. Raises ValueError."""
+    import tomllib
+
+    key, found, value = text.partition("=")
+    if not found or not key.strip():
+        raise ValueError(f"--set {text!r}: write KEY=VALUE, for example --set timeout=3")
+    try:
+        return key.strip(), tomllib.loads(f"value = {value}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key.strip(), value.strip()
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON: indented for a person, in one line for a program."""
+    click.echo(json.dumps(value, indent=2 if sys.stdout.isatty() else None, default=str))
+
+
+def print_state(found: dict[str, Any], as_json: bool) -> None:
+    """Print the state of one connection."""
+    if as_json:
+        print_json(found)
+    else:
+        print_facts(found)
+
+
+def print_channels(result: dict[str, Any], done: str, as_json: bool) -> None:
+    """Print what became of each channel; exit with 1 if one was refused."""
+    channels = result.get("channels", {})
+    refused = {name: outcome for name, outcome in channels.items() if outcome is not True}
+    if as_json:
+        print_json(result)
+    for name in channels:
+        if name in refused:
+            click.echo(f"collector: {name}: {describe_refusal(refused[name])}", err=True)
+        elif not as_json:
+            click.echo(f"{name}  {done}")
+    if refused:
+        sys.exit(1)
+
+
+def describe_refusal(outcome: Any) -> str:
+    """What a channel's refusal says."""
+    if not isinstance(outcome, Mapping):
+        return str(outcome)
+    return f"{outcome.get('code', 'refused')}: {outcome.get('message', '')}"
+
+
+def print_table(states: dict[str, Any]) -> None:
+    """Print one line a connection."""
+    if not states:
+        click.echo("no connections (`collector connect` adds one)")
+        return
+    rows = [[show(state) for show in COLUMNS.values()] for _, state in sorted(states.items())]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    click.echo("  ".join(title.ljust(width) for title, width in zip(COLUMNS, widths, strict=True)).rstrip())
+    for row in rows:
+        cells = [text.ljust(width) for text, width in zip(row, widths, strict=True)]
+        cells[1] = click.style(cells[1], fg=COLORS.get(row[1]))
+        click.echo("  ".join(cells).rstrip())
+    for name, found in sorted(states.items()):
+        if found.get("last_error"):
+            click.echo(f"{name}: last error: {show_error(found['last_error'])}")
+
+
+def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
+    """Print a map as a person reads it: one line a key, maps and long lists below their key."""
+    width = max(map(len, facts), default=0)
+    for key, value in facts.items():
+        if isinstance(value, Mapping) and value:
+            click.echo(f"{indent}{key}")
+            print_facts(value, indent + "  ")
+        elif isinstance(value, list | tuple) and value:
+            click.echo(f"{indent}{key.ljust(width)}  {len(value)}")
+            for item in value:
+                click.echo(f"{indent}  {printable(str(item))}")
+        else:
+            click.echo(f"{indent}{key.ljust(width)}  {show_fact(key, value)}")
+
+
+def show_fact(key: str, value: Any) -> str:
+    """One value, with the unit that its key implies."""
+    if value is None or value in ("", {}, []):
+        return "-"
+    if key in ("since", "epoch") or key.endswith("_ts"):
+        return f"{show_time(value)}  ({show_age(value)} ago)" if value else "-"
+    if key in ("p50", "p99"):
+        return show_milliseconds(value)
+    if key in ("clock_offset", "clock_error"):
+        return f"{value / 1e6:.1f} ms"
+    if key in ("bytes", "memory"):
+        return f"{value / 1e6:,.1f} MB"
+    if key == "rate":
+        return f"{value:,.1f} messages/s"
+    return show_error(value) if key == "last_error" else printable(str(value))
+
+
+def show_time(ns: int) -> str:
+    """A time of ours, in UTC."""
+    return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(ns / 1e9))
+
+
+def show_age(ns: int) -> str:
+    """How long ago a time was, in its two largest units."""
+    seconds = max(0, int((time.time_ns() - ns) / 1e9))
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if days:
+        return f"{days}d {hours % 24}h"
+    if hours:
+        return f"{hours}h {minutes % 60}m"
+    return f"{minutes}m {seconds % 60}s" if minutes else f"{seconds}s"
+
+
+def show_milliseconds(seconds: float) -> str:
+    """A short time."""
+    return f"{seconds:,.1f} s" if abs(seconds) >= 10 else f"{seconds * 1e3:,.1f} ms"
+
+
+def show_error(error: Any) -> str:
+    """An error as it came, on one line."""
+    return printable(error if isinstance(error, str) else json.dumps(error, default=str))[:300]
+
+
+def _show_channels(state: Mapping[str, Any]) -> str:
+    channels = state.get("channels") or {}
+    return f"{len(channels.get('confirmed', ()))}/{len(channels.get('asked', ()))}"
+
+
+def _show_lag(state: Mapping[str, Any]) -> str:
+    lag = state.get("lag") or {}
+    return " / ".join(show_milliseconds(lag[key]) for key in ("p50", "p99") if key in lag) or "-"
+
+
+COLUMNS: Mapping[str, Callable[[Mapping[str, Any]], str]] = {
+    "NAME": lambda state: str(state.get("name", "?")),
+    "STATE": lambda state: str(state.get("state", "?")),
+    "SINCE": lambda state: show_age(state["since"]) if state.get("since") else "-",
+    "CHANNELS": _show_channels,
+    "MSG/S": lambda state: f"{state.get('rate') or 0:,.0f}",
+    "LAG P50 / P99": _show_lag,
+    "GAPS": lambda state: str(state.get("gaps", "-")),
+    "RECONNECTS": lambda state: str(state.get("reconnects", "-")),
+    "RESTARTS": lambda state: str(state.get("restarts", "-")),
+    "PUBLISHES AT": lambda state: str(state.get("publish") or "-"),
+}
+"""The table of `collector state`: title and how to show it. CHANNELS is confirmed / asked for."""

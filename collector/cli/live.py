@@ -1,0 +1,188 @@
+"""The live view: connections, a table of topics with their last values, recent trades and events."""
+
+import time
+from collections import deque
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from collector.cli.render import describe, printable, show_clock, show_level
+from collector.orderbook import OrderBook
+from collector.stream import Loss, Message
+
+ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
+EVENTS = frozenset({"gap", "repair", "status"})
+STYLES = {"live": "green", "recovering": "yellow", "stale": "yellow", "buy": "green", "sell": "red"}
+
+
+class Row:
+    """One topic: its last data, how many messages came, and how many a second."""
+
+    def __init__(self, topic: tuple[str, ...]) -> None:
+        self.topic = topic
+        self.message: Message | None = None
+        self.book = OrderBook() if topic[1] == "book" else None
+        self.state = ""
+        self.count = 0
+        self.rate = 0.0
+        self.came = 0.0
+        self._counted = 0
+
+    def take(self, message: Message, now: float) -> None:
+        """Take the next message of this topic."""
+        if self.book is not None:
+            self.book.apply(message)
+        if message.type == "status":
+            self.state = message["state"]
+        elif message.type not in EVENTS:
+            self.message = message
+            self.count += 0 if message.is_join else 1
+            self.came = now
+
+    def measure(self, elapsed: float) -> None:
+        """Bring the rate up to date, smoothly, after `elapsed` seconds."""
+        fresh = (self.count - self._counted) / elapsed
+        self.rate = fresh if self._counted == 0 else 0.6 * self.rate + 0.4 * fresh
+        self._counted = self.count
+
+    def describe(self) -> str:
+        """The last value; of a book its best prices."""
+        if self.book is None:
+            return describe(self.message) if self.message is not None else ""
+        if not self.book.in_sync:
+            return "not in sync"
+        bid, ask = self.book.best()
+        sides = [show_level(*reversed(level)) if level else "-" for level in (bid, ask)]
+        depth = self.book.get_depth(None)
+        return f"bid {sides[0]}  ask {sides[1]}  ({len(depth[0])} + {len(depth[1])} levels)"
+
+
+class Board:
+    """All that the live view shows. `notes` are lines above the table: endpoints and how to stop."""
+
+    def __init__(self, notes: list[str]) -> None:
+        self.notes = notes
+        self.rows: dict[tuple[str, ...], Row] = {}
+        self.connections: dict[str, Message] = {}
+        self.endpoints: dict[str, str] = {}
+        self.count = 0
+        self.rate = 0.0
+        self._trades: deque[Message] = deque(maxlen=60)
+        self._events: deque[Text] = deque(maxlen=60)
+        self._measured = time.monotonic()
+        self._started = self._measured
+        self._counted = 0
+
+    def take(self, item: Message | Loss) -> None:
+        """Take the next message or loss."""
+        if isinstance(item, Loss):
+            self._events.append(Text(printable(str(item)), style="red"))
+            return
+        self.count += 1
+        if item.topic.type == "heartbeat":
+            self.connections[item.instrument] = item
+            return
+        if item.type in EVENTS and not item.is_join:
+            self.note_event(item)
+        if item.topic.type == "status":
+            return
+        if item.topic not in self.rows:
+            self.rows[item.topic] = Row(item.topic)
+        self.rows[item.topic].take(item, time.monotonic())
+        if item.type == "trade":
+            self._trades.append(item)
+
+    def note_event(self, message: Message) -> None:
+        """Remember a gap, a repair or a change of state; a status that says nothing new is left out."""
+        row = self.rows.get(message.topic)
+        if message.type == "status" and (row is not None and row.state == message["state"]):
+            return
+        where = f"{message.topic.type} {message.instrument}"
+        style = "red" if message.type == "gap" else STYLES.get(message.get("state", ""), "")
+        self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {describe(message)}", style=style))
+
+    def measure(self) -> None:
+        """Bring all rates up to date, at most once a second."""
+        elapsed = time.monotonic() - self._measured
+        if elapsed < 1.0:
+            return
+        self._measured += elapsed
+        self.rate, self._counted = (self.count - self._counted) / elapsed, self.count
+        for row in self.rows.values():
+            row.measure(elapsed)
+
+    def render(self, console: Console) -> RenderableType:
+        """Draw it for a terminal of this size."""
+        self.measure()
+        width, height = console.size
+        head = [self._draw_title(), *self._draw_connections(), *(Text(note, style="dim") for note in self.notes)]
+        below = max(5, height // 3)
+        above = max(3, height - len(head) - below - 3)
+        for line in head:
+            line.truncate(width, overflow="ellipsis")
+        return Group(*head, self._draw_topics(above), self._draw_recent(below - 2, width))
+
+    def _draw_title(self) -> Text:
+        age = int(time.monotonic() - self._started)
+        facts = f"{self.rate:,.0f} messages/s on {len(self.rows)} topics, {self.count:,} in {age // 60}:{age % 60:02d}"
+        return Text.assemble(("collector  ", "bold"), facts)
+
+    def _draw_connections(self) -> list[Text]:
+        names = sorted({*self.connections, *self.endpoints})
+        return [self._draw_connection(name, max(map(len, names))) for name in names]
+
+    def _draw_connection(self, name: str, width: int) -> Text:
+        beat = self.connections.get(name)
+        state = beat["state"] if beat is not None else "no heartbeat yet"
+        silent = beat is not None and time.time_ns() - beat.receive_ts > 3_000_000_000
+        line = Text.assemble(f"  {printable(name).ljust(width)}  ", (state, STYLES.get(state, "yellow")))
+        if beat is not None and silent:
+            line.append(f"  silent for {(time.time_ns() - beat.receive_ts) / 1e9:.0f} s", "red")
+        elif beat is not None:
+            line.append(f"  lag {(beat['lag'] or 0.0) * 1e3:,.0f} ms")
+        return line.append(f"  publishes at {self.endpoints[name]}" if name in self.endpoints else "")
+
+    def _draw_topics(self, room: int) -> Table:
+        table = Table(box=None, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)
+        for title, ratio in (("TYPE", 0), ("INSTRUMENT", 0), ("INTERVAL", 0), ("LAST", 1)):
+            table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=ratio or None)
+        for title in ("MSG/S", "AGE"):
+            table.add_column(title, justify="right", no_wrap=True, min_width=6)
+        shown = self._choose_rows(room)
+        for row in shown:
+            table.add_row(*self._draw_row(row))
+        hidden = len(self.rows) - len(shown)
+        if hidden:
+            table.add_row("", Text(f"and {hidden} more topics", style="dim"))
+        return table
+
+    def _choose_rows(self, room: int) -> list[Row]:
+        """The busiest that there is room for, in an order that does not jump about."""
+        rows = list(self.rows.values())
+        if len(rows) > room:
+            rows = sorted(rows, key=lambda row: -row.count)[: max(1, room - 1)]
+        places = {name: place for place, name in enumerate(ORDER)}
+        return sorted(rows, key=lambda row: (places.get(row.topic[1], len(ORDER)), row.topic))
+
+    def _draw_row(self, row: Row) -> tuple[RenderableType, ...]:
+        age = f"{time.monotonic() - row.came:.1f} s" if row.came else "-"
+        last = Text(row.describe())
+        if row.state not in ("", "live"):
+            last = Text.assemble((f"{row.state}  ", STYLES.get(row.state, "red")), last)
+        return row.topic[1], row.topic[2], row.topic[3], last, f"{row.rate:,.1f}", age
+
+    def _draw_recent(self, room: int, width: int) -> Table:
+        table = Table(box=box.SIMPLE_HEAD, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)
+        table.add_column("TRADES", no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("EVENTS", no_wrap=True, overflow="ellipsis", ratio=1)
+        trades = [self._draw_trade(trade) for trade in list(self._trades)[-room:]][::-1]
+        events = list(self._events)[-room:][::-1] or [Text("none: no gap, no loss, no change of state", style="dim")]
+        for at in range(max(len(trades), len(events), 1)):
+            table.add_row(*(lines[at] if at < len(lines) else "" for lines in (trades, events)))
+        return table
+
+    def _draw_trade(self, trade: Message) -> Text:
+        text = f"{show_clock(trade.receive_ts)[:8]} {trade.instrument}  {describe(trade)}"
+        return Text(text, style=STYLES.get(trade["side"], ""))

@@ -1,0 +1,83 @@
+"""Options and exits that the reading commands share."""
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import click
+
+from collector.messages import ControlError
+
+ADVICE = {
+    "unknown_connection": "`collector state` lists the connections",
+    "exists": "close it first, or choose another name",
+    "not_connected": "`collector state` shows when it is live again",
+    "forbidden": "send_allow in the connection's table names further methods",
+    "expired": "--timeout gives it more time",
+    "internal": "see the collector's log",
+}
+"""What to do about a control error, where its message does not say."""
+
+
+def read_duration(text: str) -> float:
+    """Seconds, from text such as 60, 60s, 1.5m or 2h; for click options."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(s|m|h|)", text.strip(), re.ASCII)
+    seconds = float(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    if not 0 < seconds <= 366 * 86400:
+        raise click.BadParameter(f"{text!r} is no length of time; write for example 60s, 5m or 2h")
+    return seconds
+
+
+control_option = click.option(
+    "--control",
+    metavar="ENDPOINT",
+    help="Control endpoint of the collector [default: COLLECTOR_CONTROL, else that of the default runtime directory].",
+)
+endpoint_option = click.option(
+    "--endpoint", "endpoints", metavar="ENDPOINT", multiple=True,
+    help="Where to read; repeatable [default: what the collector says where it publishes].",
+)  # fmt: skip
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
+
+
+def timeout_option(default: str) -> Callable[[Any], Any]:
+    """The option for how long an answer is waited for."""
+    return click.option(
+        "--timeout", type=read_duration, metavar="TIME", default=default, show_default=True,
+        help="How long to wait for the answer.",
+    )  # fmt: skip
+
+
+def for_option(default: str | None) -> Callable[[Any], Any]:
+    """The option for how long messages are read."""
+    return click.option(
+        "--for", "duration", type=read_duration, metavar="TIME", default=default, show_default=default is not None,
+        help="How long to read, e.g. 60s or 5m.",
+    )  # fmt: skip
+
+
+def fail(message: str, code: int = 1) -> NoReturn:
+    """End with one line on stderr."""
+    click.echo(f"collector: {message}", err=True)
+    sys.exit(code)
+
+
+@contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End with exit code 1 and what to do, if the collector refuses or does not answer; quietly if nobody reads on."""
+    try:
+        yield
+    except ControlError as error:
+        raw = f" {json.dumps(error.data, default=str)}" if error.data is not None else ""
+        advice = ADVICE.get(error.code)
+        fail(f"{error}{raw}" + (f" ({advice})" if advice else ""))
+    except ValueError as error:
+        fail(str(error), 2)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone, as `| head` does; there is nobody left to tell
+        sys.exit(0)
+    except KeyboardInterrupt:
+        sys.exit(0)

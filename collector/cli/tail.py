@@ -1,0 +1,144 @@
+"""`collector tail`: see the messages, live on a terminal, as JSON lines for programs."""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import click
+
+from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
+from collector.cli.render import format_line
+from collector.client import Subscriber
+from collector.messages import ControlError
+from collector.stream import Loss, Message
+
+Items = Iterator[Message | Loss | None]
+"""Messages as they come; None where none came for a moment."""
+
+LINES = 10
+"""Lines a second at most where nobody asked for every message."""
+
+REDRAW = 0.25
+"""Seconds between two pictures of the live view."""
+
+
+@click.command()
+@click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
+@endpoint_option
+@control_option
+@click.option("--count", type=click.IntRange(1), metavar="N", help="End after N messages.")
+@for_option(None)
+@json_option
+def tail(
+    prefixes: tuple[str, ...], endpoints: tuple[str, ...], control: str | None, count: int | None,
+    duration: float | None, as_json: bool,
+) -> None:  # fmt: skip
+    """Show the messages whose topic begins with one of the PREFIXes (all, if none is given).
+
+    On a terminal as a live view; piped, or with --json, every message as one line of JSON.
+
+    \b
+    collector tail deribit.trade. deribit.book.BTC-PERPETUAL.
+    collector tail --count 1 deribit.ticker.BTC-PERPETUAL. | jq .last_price
+    """
+    with exit_on_error(), Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber:
+        items = read(subscriber, count, duration)
+        if as_json or not sys.stdout.isatty():
+            write_json(items)
+        else:
+            choose_view()(subscriber, items, ["Ctrl-C leaves; the collector goes on"])
+
+
+def read(
+    subscriber: Subscriber, count: int | None = None, duration: float | None = None, stop: threading.Event | None = None
+) -> Items:
+    """Yield until so many messages have come, or the time is over, or `stop` is set."""
+    end = None if duration is None else time.monotonic() + duration
+    while (end is None or time.monotonic() < end) and not (stop is not None and stop.is_set()):
+        item = subscriber.receive(0)
+        if item is None:
+            yield None
+            item = subscriber.receive(0.1)
+        if item is not None:
+            yield item
+        if isinstance(item, Message) and count is not None:
+            count -= 1
+            if count == 0:
+                return
+
+
+def write_json(items: Items) -> None:
+    """Write each message as one line of JSON, each loss as one line on stderr."""
+    import msgspec
+
+    encode = msgspec.json.Encoder().encode
+    out = sys.stdout.buffer
+    for item in items:
+        if isinstance(item, Message):
+            out.write(encode({"topic": str(item.topic), **item.payload}) + b"\n")
+        elif item is not None:
+            click.echo(f"collector: {item}", err=True)
+        else:
+            out.flush()
+    out.flush()
+
+
+View = Callable[[Subscriber, Items, list[str]], None]
+"""Shows what a subscriber receives, with notes above, until there is no more."""
+
+
+def choose_view() -> View:
+    """The live view where standard output is a terminal that can draw it, else lines."""
+    can_draw = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
+    return draw_live if can_draw else write_lines
+
+
+def draw_live(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
+    """The live view, until there are no more items."""
+    from rich.console import Console
+    from rich.live import Live
+
+    from collector.cli.live import Board
+
+    console = Console()
+    board = Board(notes)
+    due = 0.0
+    with Live(console=console, screen=True, auto_refresh=False) as live:
+        for item in items:
+            if item is not None:
+                board.take(item)
+            if time.monotonic() >= due:
+                board.endpoints = subscriber.found
+                live.update(board.render(console), refresh=True)
+                due = time.monotonic() + REDRAW
+
+
+def write_lines(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
+    """A line for a message now and then, few enough to read; gaps, losses and changes of state come first."""
+    for note in [*notes, f"(at most {LINES} messages a second are shown; `collector tail --json` has them all)"]:
+        click.echo(note)
+    told: dict[str, str] = {}
+    due = 0.0
+    for item in items:
+        for name, endpoint in subscriber.found.items():
+            if told.get(name) != endpoint:
+                told[name] = endpoint
+                click.echo(f"{name} publishes at {endpoint}")
+        if item is not None and time.monotonic() >= due and not (isinstance(item, Message) and item.is_join):
+            click.echo(format_line(item))
+            due = time.monotonic() + 1 / LINES
+
+
+def watch(control: str, stop: threading.Event) -> None:
+    """Show what the collector at `control` publishes, once it is up, until `stop` is set; for `run --watch`."""
+    notes = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
+    while not stop.is_set():
+        try:
+            with Subscriber(control=control, on_loss="report", timeout=1.0) as subscriber:
+                choose_view()(subscriber, read(subscriber, stop=stop), notes)
+        except ControlError:
+            stop.wait(0.05)  # not up yet
+        except OSError:
+            return  # nobody reads our output any more

@@ -1,0 +1,114 @@
+"""`collector verify`: read for a while, check every rule of the wire, say what was found."""
+
+import json
+import sys
+import time
+from collections import Counter
+
+import click
+
+from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
+from collector.cli.render import printable
+from collector.client import Subscriber
+from collector.verify import RULES, Finding, Verifier
+
+EXAMPLES = 5
+"""Findings that are shown of each rule."""
+
+HEARTBEATS = "deribit.heartbeat."
+
+
+@click.command()
+@click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
+@for_option("60s")
+@endpoint_option
+@control_option
+@json_option
+def verify(
+    prefixes: tuple[str, ...], duration: float, endpoints: tuple[str, ...], control: str | None, as_json: bool
+) -> None:
+    """Check every message of the topics that begin with a PREFIX (all, if none is given) against the wire's rules.
+
+    Ends with 1 if a rule is broken, or if nothing came.
+    """
+    wanted = (*prefixes, HEARTBEATS) if prefixes else ("",)
+    with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
+        verdict = Verdict(Verifier())
+        verdict.read(subscriber, duration)
+        if as_json:
+            click.echo(json.dumps(verdict.to_map()))
+        else:
+            verdict.print()
+        sys.exit(0 if verdict.is_good else 1)
+
+
+class Verdict:
+    """What a verifier found, with the first findings of each rule."""
+
+    def __init__(self, verifier: Verifier) -> None:
+        self.verifier = verifier
+        self.examples: dict[str, list[Finding]] = {}
+        self.seconds = 0.0
+
+    def read(self, subscriber: Subscriber, duration: float) -> None:
+        """Check what comes for so long, or until Ctrl-C."""
+        start = time.monotonic()
+        try:
+            while (rest := start + duration - time.monotonic()) > 0:
+                frames = subscriber.receive_frames(min(rest, 1.0))
+                if frames is not None:
+                    self._keep(self.verifier.check_frames(frames, time.time_ns()))
+        except KeyboardInterrupt:
+            pass  # the verdict so far is still worth having
+        self._keep(self.verifier.finish(time.time_ns()))
+        self.seconds = time.monotonic() - start
+
+    def _keep(self, findings: list[Finding]) -> None:
+        for finding in findings:
+            examples = self.examples.setdefault(finding.rule, [])
+            if len(examples) < EXAMPLES:
+                examples.append(finding)
+
+    @property
+    def is_good(self) -> bool:
+        """Whether something came and all of it was right."""
+        return self.verifier.messages > 0 and not self.verifier.wrong
+
+    def to_map(self) -> dict[str, object]:
+        """The verdict for programs."""
+        checked = self.verifier.count_checks()
+        return {
+            "ok": self.is_good,
+            "seconds": round(self.seconds, 3),
+            "messages": self.verifier.messages,
+            "topics": len(self.verifier.topics),
+            "rules": {rule: {"checked": checked[rule], "broken": self.verifier.wrong[rule]} for rule in RULES},
+            "findings": [finding._asdict() for findings in self.examples.values() for finding in findings],
+        }
+
+    def print(self) -> None:
+        """The verdict for a person."""
+        checked, wrong = self.verifier.count_checks(), self.verifier.wrong
+        for rule, meaning in RULES.items():
+            mark = (
+                click.style(f"{wrong[rule]:7,} broken", fg="red")
+                if wrong[rule]
+                else click.style("ok".rjust(14), fg="green")
+            )
+            click.echo(f"{rule:9}  {checked[rule]:11,} checked  {mark}  {meaning}")
+            for finding in self.examples.get(rule, []):
+                click.echo(f"    {printable(f'{finding.topic}: {finding.text}')}")
+        types = Counter(topic.type for topic in self.verifier.topics)
+        topics = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
+        click.echo(
+            f"{self.verifier.messages:,} messages in {self.seconds:.1f} s on {len(self.verifier.topics)} topics"
+            + (f" ({topics})" if topics else "")
+        )
+        if self.is_good:
+            click.secho("Every rule holds.", fg="green")
+        elif not self.verifier.messages:
+            click.echo(
+                "collector: nothing came; are the prefixes and endpoints right, and is a connection live?", err=True
+            )
+        else:
+            click.echo(f"collector: {sum(wrong.values()):,} findings against {len(wrong)} rules", err=True)
