@@ -16,6 +16,8 @@ from workers.deribit.streams import Message, Published, Stream
 LINGER_MS = 1000
 """What subscribers have not yet taken is kept this long when the worker stops."""
 
+MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
+
 
 class Publisher:
     """One bound XPUB socket. `published` counts messages of this epoch."""
@@ -51,10 +53,14 @@ class Publisher:
                 if gap is not None:
                     self.say(stream, gap)
             stream.last_ts = receive_ts
-            self.say(stream, message)
+            try:
+                self.say(stream, message)
+            except ValueError:
+                stream.current = None  # what cannot be said cannot be repeated
+                raise
 
     def say(self, stream: Stream, message: Message) -> None:
-        """Send one message as the next of its topic."""
+        """Send one message as the next of its topic. Raises ValueError for what cannot be encoded."""
         seq = stream.seq + 1
         if type(message) is dict:
             message["seq"] = seq
@@ -62,21 +68,21 @@ class Publisher:
             message.seq = seq  # type: ignore[union-attr]
         try:
             payload = self._encode(message)
-        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        except (TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"cannot be encoded: {error}") from None
         stream.seq = seq
         self.published += 1
         send = self._send
-        send(stream.topic, 3, True, False)  # NOBLOCK | SNDMORE
-        send(payload, 1, True, False)  # NOBLOCK
+        send(stream.topic, MORE, True, False)
+        send(payload, LAST, True, False)
 
     def repeat(self, stream: Stream, message: Payload | dict[str, Any]) -> None:
         """Send a join answer: it carries the last seq used and does not count."""
         body = msgspec.to_builtins(message) if isinstance(message, Payload) else dict(message)
         body["seq"] = stream.seq
         body["join"] = True
-        self._send(stream.topic, 3, True, False)
-        self._send(self._encode(body), 1, True, False)
+        self._send(stream.topic, MORE, True, False)
+        self._send(self._encode(body), LAST, True, False)
 
     def take_subscriptions(self) -> list[bytes]:
         """The prefixes that were subscribed to since the last call; anything else that came upstream is ignored."""

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from collector.messages import EXCHANGE, Topic, is_topic_part
-from workers.deribit.payloads import Book, Gap, Payload, Status, Trade
+from workers.deribit.payloads import Book, Gap, Payload, Status
 
 Message = Payload | dict[str, Any]
 
@@ -19,11 +19,11 @@ class Stream:
     `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
-    `last_id` its change_id or trade_seq.
+    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched.
     """
 
     __slots__ = (
-        "answered", "current", "describe", "due", "epoch", "gap", "instrument", "interval",
+        "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
         "last_id", "last_ts", "lost", "seq", "status", "topic", "type",
     )  # fmt: skip
 
@@ -39,6 +39,7 @@ class Stream:
         self.last_ts = 0
         self.last_id = 0
         self.lost = False
+        self.has_tail = False
         self.due: Gap | None = None
         self.gap: Gap | None = None
         self.status: Status | None = None
@@ -51,7 +52,7 @@ class Stream:
 
     def reset(self) -> None:
         """Nobody asks for this topic any more: what comes on it later continues nothing but the sequence."""
-        self.lost, self.due, self.current, self.last_ts, self.last_id = False, None, None, 0, 0
+        self.lost, self.has_tail, self.due, self.current, self.last_ts, self.last_id = False, False, None, None, 0, 0
 
     def build_envelope(self, receive_ts: int, exchange_ts: int = 0) -> dict[str, Any]:
         """The keys that every payload has, for one that is a map; the publisher counts `seq`."""
@@ -87,8 +88,6 @@ class Stream:
         gap.to_ts = receive_ts
         if isinstance(message, Book):
             gap.next_change_id = message.change_id
-        elif isinstance(message, Trade):
-            gap.missing_to = message.trade_seq - 1
         self.gap = gap
         return gap
 

@@ -13,13 +13,16 @@ from collector.messages import EXCHANGE, WIRE, ControlError
 from workers.deribit.bootstrap import Login
 from workers.deribit.connection import Client, Listener
 from workers.deribit.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.feed import Feed
+from workers.deribit.heal import Healer
 from workers.deribit.joins import Joins
-from workers.deribit.normalise import Feed, create_feed
+from workers.deribit.normalise import create_feed
 from workers.deribit.payloads import ConnectionHeartbeat, Status
 from workers.deribit.publisher import Publisher
 from workers.deribit.rpc import DATA_PREFIX, Data, decode_frame
 from workers.deribit.spread import Spread
 from workers.deribit.streams import Published, Stream, Topics
+from workers.deribit.trades import TradeFeed
 
 log = logging.getLogger("deribit")
 
@@ -61,6 +64,7 @@ class Worker(Listener):
             login=Login(login["client_id"], login["client_secret"]) if login else None,
             cancel_on_disconnect=settings["cancel_on_disconnect"], listener=self,
         )  # fmt: skip
+        self.healer = Healer(self.client, self.publisher)
         self._add_channels(spec["channels"])
         self._state = self.topics.find("status", self.name, "connection")
         self._heartbeat = self.topics.find("heartbeat", self.name, "1s")
@@ -82,6 +86,7 @@ class Worker(Listener):
     async def run(self) -> Exit:
         """Collect until stopped or failed for good."""
         beating = asyncio.create_task(self._beat_each_second())
+        self._spawn(self.healer.run())
         try:
             await self.client.run()
         finally:
@@ -161,6 +166,9 @@ class Worker(Listener):
                 "latency": self.latency.describe(),
                 "gaps": self.topics.gaps,
                 "resyncs": self.resyncs,
+                "duplicates": sum(feed.duplicates for feed in feeds),
+                "repaired": self.healer.repaired,
+                "missing": self.healer.missing,
                 "dropped": sum(feed.dropped for feed in feeds),
                 "crossed": sum(feed.crossed for feed in feeds),
                 "emptied": sum(feed.emptied for feed in feeds),
@@ -233,6 +241,9 @@ class Worker(Listener):
             feed = self.feeds.get(name.encode())
             if feed is not None and feed.is_complete:
                 self._tell(feed, "live", "")
+            if isinstance(feed, TradeFeed):
+                feed.confirmed_at = feed.confirmed_at or time.time_ns()
+                self.healer.heal(feed)
 
     def refuse_channels(self, names: list[str], reason: str) -> None:
         """Say on the topic of each that it will not come."""
@@ -244,9 +255,11 @@ class Worker(Listener):
     # -- what follows from it -----------------------------------------------------------------------------------------
 
     def _attend(self, feed: Feed) -> None:
-        """A feed's book has come into or out of step."""
+        """A book has come into or out of step, or a hole in the trades has been seen."""
         feed.changed = False
-        if feed.is_complete:
+        if isinstance(feed, TradeFeed):
+            self.healer.heal(feed)
+        elif feed.is_complete:
             self._tell(feed, "live", "")
         else:
             self._tell(feed, "recovering", "sequence")

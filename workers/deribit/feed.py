@@ -1,0 +1,46 @@
+"""What every channel's feed is: frames go in, wire messages come out. No I/O, no clock; times are arguments."""
+
+from collector.channels import Channel
+from workers.deribit.streams import Published, Stream, Topics
+
+
+class Feed:
+    """One channel: takes its frames, gives messages.
+
+    `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
+    `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
+    `duplicates` count oddities.
+    """
+
+    is_complete = True
+    changed = False
+    dropped = 0
+    crossed = 0
+    emptied = 0
+    duplicates = 0
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        self.channel = channel
+        self.topics = topics
+        self.epoch = topics.epoch
+        self.condition = ("recovering", "subscribe")
+        self.streams: dict[str, Stream] = {}
+        if channel.instrument:
+            self.stream = self.find_stream(channel.instrument)
+
+    def find_stream(self, instrument: str) -> Stream:
+        """The stream of one instrument on this channel, made at need. Raises Malformed for a bad name."""
+        stream = self.streams.get(instrument)
+        if stream is None:
+            stream = self.topics.find(self.channel.type, instrument, self.channel.interval)
+            self.streams[instrument] = stream
+        return stream
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """What a frame of this channel says. Raises Malformed if it is not one."""
+        raise NotImplementedError
+
+    def lose(self, reason: str, now: int) -> None:
+        """All that was on its way has been lost (`now` in ns)."""
+        for stream in self.streams.values():
+            stream.lose(reason, self.topics, now)
