@@ -3,7 +3,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 FRAMES := $(or $(COLLECTOR_FRAMES),)
 
-.PHONY: run test lint bench faults conformance live clean
+.PHONY: run test lint bench bench-quick faults conformance live clean
 
 run: $(VENV)/.ready            ## the demo: the practice exchange, two connections, messages on the terminal
 	$(BIN)/collector run configs/demo.toml --watch
@@ -21,6 +21,12 @@ $(VENV)/.ready: pyproject.toml
 $(VENV)/.test: $(VENV)/.ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
 	@touch $@
+
+bench: $(VENV)/.test           ## what a message costs, beside three yardsticks (about 15 minutes); BENCH="--only speed" for a part
+	$(BIN)/python -m tests.bench --json bench.json $(BENCH)
+
+bench-quick: $(VENV)/.test     ## a smoke run of the same
+	$(BIN)/python -m tests.bench --quick
 
 clean:
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,7 +72,7 @@ class Process:
         assert self.process.pid is not None
         return self.process.pid
 
-    def wait_for(self, event: str, timeout: float = 180.0) -> dict[str, Any]:
+    def wait_for(self, event: str, timeout: float = 60.0) -> dict[str, Any]:
         """The facts of the next such event; others before it are dropped."""
         end = time.monotonic() + timeout
         while self.pipe.poll(max(0.0, end - time.monotonic())):
@@ -173,7 +173,10 @@ class Lab:
         )
         with running(*collector("--log-level", "warning", "run", str(config))) as program:
             pin(self.place.others, program.pid)
-            yield wait_until(lambda: _find_worker(program.pid), f"the worker; {program.text()}")
+            try:
+                yield wait_until(lambda: _find_worker(program.pid), "the worker process")
+            except AssertionError as error:
+                raise AssertionError(f"{error}; the collector printed:\n{program.text()[-2000:]}") from None
 
     def _wait_ready(self, load: Process, channels: int, pid: int) -> Results:
         """Wait until all is subscribed and the program has come to rest."""
