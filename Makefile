@@ -23,7 +23,7 @@ $(VENV)/.test: $(VENV)/.ready
 	@touch $@
 
 bench: $(VENV)/.test           ## what a message costs, beside three yardsticks (about 15 minutes); BENCH="--only speed" for a part
-	$(BIN)/python -m tests.bench --json bench.json $(BENCH)
+	$(BIN)/python -m tests.bench --json build/bench.json $(BENCH)
 
 bench-quick: $(VENV)/.test     ## a smoke run of the same
 	$(BIN)/python -m tests.bench --quick

@@ -188,6 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     finally:
         lab.close()
         if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(written, indent=1))
 
 
