@@ -21,7 +21,10 @@ GRACE = 0.5
 """Seconds that a reply may come after the deadline: the collector's own word on a timeout says more than ours."""
 
 FIND_EVERY = 2.0
-"""Seconds between two looks for connections that have been added or have moved."""
+"""Seconds between two questions for connections that have been added or have moved."""
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks for the answer; also between two questions while no connection is known."""
 
 
 class _Socket:
@@ -185,7 +188,8 @@ class Subscriber(_Socket):
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
         self._finder: Control | None = None
-        self._find_at = 0.0
+        self._look_at = 0.0
+        self._ask_at = 0.0
         self.socket.setsockopt(zmq.RCVHWM, queue)
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
         for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
@@ -248,7 +252,8 @@ class Subscriber(_Socket):
                 return self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 pass
-            rest = FIND_EVERY if end is None else min(end - time.monotonic(), FIND_EVERY)
+            longest = 3600.0 if self._finder is None else LOOK_EVERY
+            rest = longest if end is None else min(end - time.monotonic(), longest)
             if rest <= 0:
                 return None
             self.socket.poll(max(1, int(rest * 1000)))
@@ -256,13 +261,15 @@ class Subscriber(_Socket):
     def _find_more(self) -> None:
         """Ask for endpoints now and then, without ever waiting for the answer; a collector that is away may return."""
         now = time.monotonic()
-        if self._finder is None or now < self._find_at:
+        if self._finder is None or now < self._look_at:
             return
-        self._find_at = now + FIND_EVERY
+        self._look_at = now + LOOK_EVERY
         try:
             if self._finder.socket.poll(0):
                 self._find(decode_reply(self._finder.socket.recv(), MAX_REPLY))
-            self._finder.send_request("get_state")
+            elif now >= self._ask_at:
+                self._finder.send_request("get_state")
+                self._ask_at = now + (FIND_EVERY if self.found else LOOK_EVERY)
         except (ControlError, ValueError):
             pass  # it is asked again
 

@@ -84,7 +84,10 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         if self.reason == "sequence":
-            return f"{self.topic}: messages {self.first} to {self.last} were lost on the way to this subscriber"
+            which = (
+                f"message {self.first} was" if self.first == self.last else f"messages {self.first} to {self.last} were"
+            )
+            return f"{self.topic}: {which} lost on the way to this subscriber"
         return f"{self.topic or 'unknown topic'}: {self.reason}: {self.detail}"
 
 

@@ -206,18 +206,30 @@ def print_table(states: dict[str, Any]) -> None:
 
 
 def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
-    """Print a map as a person reads it: one line a key, maps and long lists below their key."""
-    width = max(map(len, facts), default=0)
+    """Print a map as a person reads it: first what fits on a line each, then maps and lists below their key."""
+    lines = {key: show_fact(key, value) for key, value in facts.items() if not _is_long(value)}
+    width = max(map(len, lines), default=0)
+    for key in sorted(lines, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST)):
+        click.echo(f"{indent}{key.ljust(width)}  {lines[key]}")
     for key, value in facts.items():
-        if isinstance(value, Mapping) and value:
-            click.echo(f"{indent}{key}")
-            print_facts(value, indent + "  ")
-        elif isinstance(value, list | tuple) and value:
-            click.echo(f"{indent}{key.ljust(width)}  {len(value)}")
-            for item in value:
-                click.echo(f"{indent}  {printable(str(item))}")
-        else:
-            click.echo(f"{indent}{key.ljust(width)}  {show_fact(key, value)}")
+        if _is_long(value):
+            click.echo(f"{indent}{key} ({len(value)})")
+            if isinstance(value, Mapping):
+                print_facts(value, indent + "  ")
+            else:
+                click.echo("".join(f"{indent}  {printable(str(item))}\n" for item in value), nl=False)
+
+
+_FIRST = ("name", "state", "since", "last_error", "url", "publish", "pid")
+
+
+def _is_long(value: Any) -> bool:
+    """Whether a value needs lines of its own."""
+    return bool(value) and (isinstance(value, list | tuple) or (isinstance(value, Mapping) and not _is_spread(value)))
+
+
+def _is_spread(value: Any) -> bool:
+    return isinstance(value, Mapping) and set(value) == {"p50", "p99"}
 
 
 def show_fact(key: str, value: Any) -> str:
@@ -226,8 +238,8 @@ def show_fact(key: str, value: Any) -> str:
         return "-"
     if key in ("since", "epoch") or key.endswith("_ts"):
         return f"{show_time(value)}  ({show_age(value)} ago)" if value else "-"
-    if key in ("p50", "p99"):
-        return show_milliseconds(value)
+    if _is_spread(value):
+        return f"{show_milliseconds(value['p50'])} median, {show_milliseconds(value['p99'])} 99th percentile"
     if key in ("clock_offset", "clock_error"):
         return f"{value / 1e6:.1f} ms"
     if key in ("bytes", "memory"):

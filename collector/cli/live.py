@@ -78,7 +78,7 @@ class Board:
     def take(self, item: Message | Loss) -> None:
         """Take the next message or loss."""
         if isinstance(item, Loss):
-            self._events.append(Text(printable(str(item)), style="red"))
+            self._events.append(Text(_shorten_loss(item), style="red"))
             return
         self.count += 1
         if item.topic.type == "heartbeat":
@@ -96,11 +96,11 @@ class Board:
 
     def note_event(self, message: Message) -> None:
         """Remember a gap, a repair or a change of state; a status that says nothing new is left out."""
-        row = self.rows.get(message.topic)
-        if message.type == "status" and (row is not None and row.state == message["state"]):
+        known = self.rows[message.topic].state if message.topic in self.rows else ""
+        if message.type == "status" and message["state"] in (known, known or "live"):
             return
-        where = f"{message.topic.type} {message.instrument}"
         style = "red" if message.type == "gap" else STYLES.get(message.get("state", ""), "")
+        where = f"{message.topic.type} {message.instrument}"
         self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {describe(message)}", style=style))
 
     def measure(self) -> None:
@@ -186,3 +186,10 @@ class Board:
     def _draw_trade(self, trade: Message) -> Text:
         text = f"{show_clock(trade.receive_ts)[:8]} {trade.instrument}  {describe(trade)}"
         return Text(text, style=STYLES.get(trade["side"], ""))
+
+
+def _shorten_loss(loss: Loss) -> str:
+    """A loss in the few words that there is room for."""
+    where = f"{loss.topic.type} {loss.topic.instrument}" if loss.topic else "unknown topic"
+    what = f"{loss.last - loss.first + 1} lost on the way here" if loss.reason == "sequence" else loss.reason
+    return f"{time.strftime('%H:%M:%S', time.gmtime())} {where}: {what}"

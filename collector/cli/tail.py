@@ -20,6 +20,9 @@ Items = Iterator[Message | Loss | None]
 LINES = 10
 """Lines a second at most where nobody asked for every message."""
 
+NOTES = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
+"""What stands above the view of `run --watch`."""
+
 REDRAW = 0.25
 """Seconds between two pictures of the live view."""
 
@@ -116,28 +119,34 @@ def draw_live(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
 
 
 def write_lines(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
-    """A line for a message now and then, few enough to read; gaps, losses and changes of state come first."""
+    """A line for a message now and then, few enough to read; the rarer a topic is shown, the sooner it is its turn."""
     for note in [*notes, f"(at most {LINES} messages a second are shown; `collector tail --json` has them all)"]:
         click.echo(note)
     told: dict[str, str] = {}
-    due = 0.0
+    shown: dict[object, float] = {}
+    waiting: dict[object, Message | Loss] = {}
+    due = time.monotonic()
     for item in items:
         for name, endpoint in subscriber.found.items():
             if told.get(name) != endpoint:
                 told[name] = endpoint
                 click.echo(f"{name} publishes at {endpoint}")
-        if item is not None and time.monotonic() >= due and not (isinstance(item, Message) and item.is_join):
-            click.echo(format_line(item))
-            due = time.monotonic() + 1 / LINES
+        if item is not None and not (isinstance(item, Message) and item.is_join):
+            waiting[item.topic] = item
+        if waiting and time.monotonic() >= due:
+            topic = min(waiting, key=lambda topic: shown.get(topic, 0.0))
+            click.echo(format_line(waiting[topic]))
+            shown[topic] = time.monotonic()
+            due = shown[topic] + 1 / LINES
+            waiting.clear()
 
 
 def watch(control: str, stop: threading.Event) -> None:
-    """Show what the collector at `control` publishes, once it is up, until `stop` is set; for `run --watch`."""
-    notes = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
+    """Show what the collector at `control` publishes, once it is up, until `stop` is set (see watch.View)."""
     while not stop.is_set():
         try:
             with Subscriber(control=control, on_loss="report", timeout=1.0) as subscriber:
-                choose_view()(subscriber, read(subscriber, stop=stop), notes)
+                choose_view()(subscriber, read(subscriber, stop=stop), NOTES)
         except ControlError:
             stop.wait(0.05)  # not up yet
         except OSError:

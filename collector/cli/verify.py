@@ -33,7 +33,7 @@ def verify(
     """
     wanted = (*prefixes, HEARTBEATS) if prefixes else ("",)
     with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
-        verdict = Verdict(Verifier())
+        verdict = Verdict(prefixes or ("",))
         verdict.read(subscriber, duration)
         if as_json:
             click.echo(json.dumps(verdict.to_map()))
@@ -45,8 +45,9 @@ def verify(
 class Verdict:
     """What a verifier found, with the first findings of each rule."""
 
-    def __init__(self, verifier: Verifier) -> None:
-        self.verifier = verifier
+    def __init__(self, prefixes: tuple[str, ...]) -> None:
+        self.verifier = Verifier()
+        self.prefixes = prefixes
         self.examples: dict[str, list[Finding]] = {}
         self.seconds = 0.0
 
@@ -71,8 +72,14 @@ class Verdict:
 
     @property
     def is_good(self) -> bool:
-        """Whether something came and all of it was right."""
-        return self.verifier.messages > 0 and not self.verifier.wrong
+        """Whether all was right, and something came for each prefix."""
+        return not self.silent and not self.verifier.wrong
+
+    @property
+    def silent(self) -> list[str]:
+        """The prefixes for which nothing came."""
+        topics = [str(topic) for topic in self.verifier.topics]
+        return [prefix for prefix in self.prefixes if not any(topic.startswith(prefix) for topic in topics)]
 
     def to_map(self) -> dict[str, object]:
         """The verdict for programs."""
@@ -83,6 +90,7 @@ class Verdict:
             "messages": self.verifier.messages,
             "topics": len(self.verifier.topics),
             "rules": {rule: {"checked": checked[rule], "broken": self.verifier.wrong[rule]} for rule in RULES},
+            "silent": self.silent,
             "findings": [finding._asdict() for findings in self.examples.values() for finding in findings],
         }
 
