@@ -36,11 +36,12 @@ _LIMITS = {
 _STATES = {
     "stopped": "closed",
     "starting": "starting",
+    "running": "starting",
     "backoff": "backoff",
     "stopping": "closing",
     "failed": "failed",
 }
-"""What a connection's state is called while no running worker says it."""
+"""What a connection's state is called until its worker says it, and when there is none."""
 
 
 class Keeper:
@@ -73,6 +74,7 @@ class Keeper:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
         self._due = 0.0
+        self._heard = False
         self._live_since: float | None = None
 
     # what is known of it
@@ -85,7 +87,7 @@ class Keeper:
     @property
     def state(self) -> str:
         """The worker's own word while it runs, else what the supervisor does with it."""
-        if self.machine.state == "running":
+        if self.machine.state == "running" and self._heard:
             return str(self.report.get("state", "live"))
         return _STATES[self.machine.state]
 
@@ -97,7 +99,8 @@ class Keeper:
     @property
     def is_over(self) -> bool:
         """Whether there will be no other life."""
-        return self.machine.state in ("stopped", "failed")
+        stopped = self._stopping.is_set() and self.machine.state == "stopped"
+        return stopped or self.machine.state == "failed"
 
     @property
     def last_error(self) -> Any:
@@ -140,6 +143,7 @@ class Keeper:
         self._apply("start")
         self.epoch = max(time.time_ns(), self.epoch + 1)
         self._live_since = None
+        self._heard = False
         self._allow(READY_TIMEOUT)
         try:
             self._child = await start_child(self._spawner, self.kind, self._receive)
@@ -249,6 +253,7 @@ class Keeper:
         self.report |= report
         if self.machine.state != "running":
             return
+        self._heard = True
         self._allow(BEATS_MISSED)
         if self.is_live:
             self.was_live = True

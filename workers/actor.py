@@ -9,6 +9,7 @@ import asyncio
 import gc
 import logging
 import os
+import resource
 import select
 import signal
 import socket
@@ -95,6 +96,7 @@ class Actor:
         self._stopping = False
         self._link_ended = asyncio.Event()
         self._answering: set[asyncio.Task[None]] = set()
+        self._usage = Usage()
 
     async def live(self, end: socket.socket) -> Exit:
         """Take the spec, start, run; return why it ended."""
@@ -153,6 +155,7 @@ class Actor:
             await asyncio.sleep(BEAT_INTERVAL)
 
     def _send_report(self, report: dict[str, Any]) -> None:
+        report |= self._usage.measure()
         if not self._send({"kind": "beat", "report": report}):
             self._send({"kind": "beat", "report": {}})  # alive all the same
 
@@ -224,3 +227,25 @@ class Actor:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"
             ) from None
+
+
+class Usage:
+    """What this process uses: measured from one beat to the next."""
+
+    def __init__(self) -> None:
+        self._seen = time.monotonic(), time.process_time()
+
+    def measure(self) -> dict[str, Any]:
+        """CPU as a share of one core since the last call (1.0 is all of it); resident memory in bytes."""
+        now, used = time.monotonic(), time.process_time()
+        then, before = self._seen
+        self._seen = now, used
+        return {"cpu": round((used - before) / max(now - then, 1e-3), 4), "memory": _measure_memory()}
+
+
+def _measure_memory() -> int:
+    try:
+        with open("/proc/self/statm", "rb") as statm:
+            return int(statm.read().split()[1]) * resource.getpagesize()
+    except OSError:  # no such file beside Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
