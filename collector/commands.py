@@ -125,15 +125,18 @@ class Commands:
         return self._describe(entry, theirs if isinstance(theirs, dict) else {})
 
     def _describe(self, entry: Entry, theirs: dict[str, Any]) -> dict[str, Any]:
+        """The supervisor's part of the state map first, then the worker's: just now, or what it said last."""
         keeper = entry.keeper
         keeper.report |= theirs
-        state = keeper.describe() | {"url": hide_secrets(self._supervisor.resolve_url(entry.connection))}
-        state.setdefault("publish", entry.connection.publish)
-        if "state" in theirs and keeper.machine.state == "running":
-            state |= {key: theirs[key] for key in ("state", "since") if key in theirs}
+        ours = keeper.describe() | {
+            "url": hide_secrets(self._supervisor.resolve_url(entry.connection)),
+            "publish": entry.bound,
+        }
         if keeper.machine.state != "running":
-            state |= {"authenticated": False, "channels": {"asked": list(entry.channels), "confirmed": []}}
-        return state
+            now = {"authenticated": False, "channels": {"asked": list(entry.channels), "confirmed": []}}
+        else:
+            now = {key: theirs[key] for key in ("state", "since") if key in theirs}
+        return ours | {key: value for key, value in keeper.report.items() if key not in ours} | now
 
     # channels
 

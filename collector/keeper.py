@@ -26,12 +26,8 @@ MAX_ASKED = 64
 
 log = logging.getLogger(__name__)
 
-_LIMITS = {
-    "starting": (READY_TIMEOUT, "was not ready"),
-    "running": (BEATS_MISSED, "gave no sign of life"),
-    "stopping": (STOP_GRACE, "did not stop"),
-}
-"""Seconds that a process may owe us a word in each state, and what to say of one that does."""
+_OVERDUE = {"starting": "was not ready", "running": "gave no sign of life", "stopping": "did not stop"}
+"""What to say of a process that owes us a word in each state."""
 
 _STATES = {
     "stopped": "closed",
@@ -73,7 +69,7 @@ class Keeper:
         self._stopping = asyncio.Event()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
-        self._due = 0.0
+        self._limit = self._due = 0.0
         self._heard = False
         self._live_since: float | None = None
 
@@ -108,15 +104,14 @@ class Keeper:
         return self.report.get("last_error")
 
     def describe(self) -> dict[str, Any]:
-        """What the supervisor itself knows, with the worker's last report."""
-        return self.report | {
+        """What the supervisor itself knows."""
+        return {
             "name": self.name,
             "state": self.state,
             "since": self.since,
             "pid": self.pid,
             "epoch": self.epoch,
             "restarts": self.restarts,
-            **self.endpoints,
         }
 
     async def wait_settled(self) -> None:
@@ -206,12 +201,12 @@ class Keeper:
         self._due += pause
         if self._child is None or now < self._due:
             return
-        limit, what = _LIMITS[self.machine.state]
-        log.error("%s: pid %s %s for %g s: killed", self.name, self.pid, what, limit)
+        log.error("%s: pid %s %s in %g s: killed", self.name, self.pid, _OVERDUE[self.machine.state], self._limit)
         self._child.kill()
-        self._allow(limit)
+        self._allow(self._limit)
 
     def _allow(self, seconds: float) -> None:
+        self._limit = seconds
         self._due = time.monotonic() + seconds
 
     def _apply(self, event: str) -> None:

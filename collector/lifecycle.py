@@ -110,7 +110,7 @@ STEADY_AFTER = 10.0
 MAX_RESTARTS = 5
 """Restarts in a row of a worker that was never live, after which it ends for good."""
 
-STOP_GRACE = 3.0
+STOP_GRACE = 2.5
 """Seconds that a worker has to end in order when it is asked to; then it is killed."""
 
 ORPHAN_GRACE = 2.0

@@ -15,10 +15,10 @@ from collector.runtime import remove_socket
 
 EXCHANGE_NAME = "exchange"
 
-TICK = 0.5
+TICK = 0.25
 """Seconds between two looks at who is overdue."""
 
-EXCHANGE_GRACE = 0.8
+EXCHANGE_GRACE = 1.5
 """Seconds that the practice exchange has to stop: with STOP_GRACE before it, all is over within 5 s."""
 
 log = logging.getLogger(__name__)
@@ -179,7 +179,7 @@ class Supervisor:
             await asyncio.sleep(TICK)
             now = time.monotonic()
             # Who was stopped or starved itself cannot tell a late beat from one that it has not read yet.
-            pause = max(0.0, now - last - 2 * TICK)
+            pause = max(0.0, now - last - 4 * TICK)
             last = now
             for keeper in self._keepers():
                 keeper.watch(now, pause)

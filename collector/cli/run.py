@@ -5,8 +5,8 @@ import logging
 import os
 import signal
 import sys
-import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 import zmq
@@ -18,6 +18,9 @@ from collector.control import ControlServer
 from collector.log import start_log
 from collector.runtime import Unavailable, lock_runtime_dir, remove_socket
 from collector.supervisor import Supervisor
+
+if TYPE_CHECKING:
+    from collector.cli.watch import View
 
 log = logging.getLogger(__name__)
 
@@ -62,17 +65,23 @@ async def _collect(config: Config, log_level: str, live_view: bool) -> int:
     control = ControlServer(config.control, commands.answer)
     serving = asyncio.create_task(control.serve())
     _greet(config, control.endpoint)
-    viewing = _start_view(control.endpoint) if live_view else None
+    view = _open_view(control.endpoint) if live_view else None
     try:
         code = await supervisor.run()
     finally:
-        if viewing is not None:
-            viewing.set()
+        if view is not None:
+            view.close()
         serving.cancel()
         control.close()
         remove_socket(config.control)
     log.info("ended")
     return stopping.forced or code
+
+
+def _open_view(control: str) -> "View":
+    from collector.cli.watch import View  # only a person who watches needs what draws
+
+    return View(control)
 
 
 def _greet(config: Config, control: str) -> None:
@@ -105,11 +114,3 @@ class Stopping:
         log.warning("%s again: forced", number.name)
         self._supervisor.kill()
         asyncio.get_running_loop().call_later(1.0, os._exit, self.forced)  # whatever still hangs
-
-
-def _start_view(control: str) -> threading.Event:
-    from collector.cli.tail import watch
-
-    stop = threading.Event()
-    threading.Thread(target=watch, args=(control, stop), name="view", daemon=True).start()
-    return stop
