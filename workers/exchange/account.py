@@ -91,14 +91,16 @@ class Account:
         zeros = (
             "options_value", "options_delta", "options_gamma", "options_vega", "options_theta", "options_pl",
             "options_session_rpl", "options_session_upl", "futures_session_rpl", "futures_session_upl", "session_rpl",
-            "session_upl", "total_pl", "futures_pl", "fee_balance", "spot_reserve", "additional_reserve", "locked_balance",
+            "session_upl", "total_pl", "futures_pl", "fee_balance", "spot_reserve", "additional_reserve",
+            "locked_balance",
         )  # fmt: skip
         return {
             "currency": currency, "equity": balance, "balance": balance, "margin_balance": balance,
             "available_funds": round(balance - margin, 8), "available_withdrawal_funds": round(balance - margin, 8),
             "initial_margin": margin, "maintenance_margin": round(margin / 2, 8), "projected_initial_margin": margin,
             "projected_maintenance_margin": round(margin / 2, 8), "delta_total": delta, "projected_delta_total": delta,
-            "delta_total_map": {index: delta} if delta else {}, **dict.fromkeys(zeros, 0.0), "margin_model": "segregated_sm",
+            "delta_total_map": {index: delta} if delta else {}, **dict.fromkeys(zeros, 0.0),
+            "margin_model": "segregated_sm",
             "portfolio_margining_enabled": False, "cross_collateral_enabled": False,
         }  # fmt: skip
 
@@ -108,7 +110,8 @@ class Account:
         return {
             "instrument_name": of.name, "kind": of.kind, "size": size, "mark_price": mark, "average_price": mark,
             "direction": "buy" if size > 0 else "sell" if size < 0 else "zero", "leverage": 50,
-            "index_price": self.market.index_price(of.index), "settlement_price": self.market.days[of.name].settlement_price,
+            "index_price": self.market.index_price(of.index),
+            "settlement_price": self.market.days[of.name].settlement_price,
             "total_profit_loss": 0.0, "realized_profit_loss": 0.0, "floating_profit_loss": 0.0, "initial_margin": 0.0,
             "maintenance_margin": 0.0, "delta": size, "size_currency": round(size / mark, 8) if of.inverse else size,
         }  # fmt: skip

@@ -1,4 +1,7 @@
-"""One WebSocket connection: what comes in becomes answers and frames in its outbox. No I/O: the server moves the bytes."""
+"""One WebSocket connection: what comes in becomes answers and frames in its outbox.
+
+No I/O: the server moves the bytes.
+"""
 
 from collections import Counter, deque
 from random import Random

@@ -7,8 +7,6 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-import msgspec
-
 from workers.exchange.faults import Faults
 from workers.exchange.hub import Frame
 from workers.exchange.rpc import encode
@@ -170,16 +168,14 @@ def make_nonsense(kind: str, rng: Random, number: float = 0.0) -> list[tuple[boo
     return [(True, encode(filler))]
 
 
-_ODD_FRAMES = tuple(
-    msgspec.json.encode(frame)
-    for frame in (
-        None, [], "text", 17, {}, {"jsonrpc": "2.0"}, {"jsonrpc": "2.0", "id": [1], "result": "ok"},
-        {"jsonrpc": "2.0", "id": 10**15, "result": "ok"}, {"jsonrpc": "2.0", "method": "subscription"},
-        {"jsonrpc": "2.0", "method": "subscription", "params": None},
-        {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": 5, "data": {}}},
-        {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "book.NOPE-1.raw", "data": 5}},
-        {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "trades.NOPE-1.raw", "data": [None]}},
-        {"jsonrpc": "2.0", "method": "heartbeat"}, {"jsonrpc": "2.0", "method": "heartbeat", "params": {"type": 7}},
-        {"jsonrpc": "2.0", "method": "something_new", "params": {}},
-    )
+_ODD_MESSAGES: tuple[Any, ...] = (
+    None, [], "text", 17, {}, {"jsonrpc": "2.0"}, {"jsonrpc": "2.0", "id": [1], "result": "ok"},
+    {"jsonrpc": "2.0", "id": 10**15, "result": "ok"}, {"jsonrpc": "2.0", "method": "subscription"},
+    {"jsonrpc": "2.0", "method": "subscription", "params": None},
+    {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": 5, "data": {}}},
+    {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "book.NOPE-1.raw", "data": 5}},
+    {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "trades.NOPE-1.raw", "data": [None]}},
+    {"jsonrpc": "2.0", "method": "heartbeat"}, {"jsonrpc": "2.0", "method": "heartbeat", "params": {"type": 7}},
+    {"jsonrpc": "2.0", "method": "something_new", "params": {}},
 )  # fmt: skip
+_ODD_FRAMES = tuple(map(encode, _ODD_MESSAGES))

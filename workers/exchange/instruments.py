@@ -78,7 +78,7 @@ def list_expiries(now: int) -> list[tuple[int, str]]:
     friday = first + timedelta(days=(4 - first.weekday()) % 7)
     found |= {friday + timedelta(days=7 * week): "week" for week in range(2)}
     months = {_last_friday(first.year, first.month + ahead): "month" for ahead in range(1, 10)}
-    found |= {day: "month" for day in [*list(months)[:2], *[day for day in months if day.month % 3 == 0][:2]]}
+    found |= dict.fromkeys([*list(months)[:2], *[day for day in months if day.month % 3 == 0][:2]], "month")
     return [(int(day.timestamp() * 1000), found[day]) for day in sorted(found)]
 
 

@@ -62,7 +62,7 @@ class Day:
 
 
 class Market:
-    """Everything that is true of the market just now; `advance` moves it and says what happened."""
+    """Everything that is true of the market just now; `step` and `move` let it live on."""
 
     def __init__(self, seed: int, now: int, options: int = 240, rate: float = 200.0) -> None:
         self.rng = Random(seed)
@@ -123,16 +123,19 @@ class Market:
 
     # Movement
 
-    def advance(self, now: int) -> Iterator[Event]:
-        """Let the market live until `now`; yield what happens, each thing while it is the newest."""
+    def step(self, now: int) -> bool:
+        """Move the market's clock one quantum on, if it is not yet `now`; say whether it was moved."""
         if now - self.now > MAX_BEHIND:
-            self.now = now
-        while self.now + QUANTUM <= now:
-            self.now += QUANTUM
-            if not self.frozen:
-                yield from self._move()
+            self.now = now - QUANTUM
+        if self.now + QUANTUM > now:
+            return False
+        self.now += QUANTUM
+        return True
 
-    def _move(self) -> Iterator[Event]:
+    def move(self) -> Iterator[Event]:
+        """Let a quantum's worth happen; yield each event while it is the newest."""
+        if self.frozen:
+            return
         if self.now % 100 < QUANTUM:
             self._walk()
         self._due += self.rate * QUANTUM / 1000.0

@@ -1,4 +1,4 @@
-"""The methods that ask about the market; they are the same over HTTP and WebSocket. Pure: exchange and params in, result out."""
+"""The methods that ask about the market, the same over HTTP and WebSocket. Pure: market and params in, result out."""
 
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -178,7 +178,7 @@ def get_true_books(market: Market, params: Params) -> Data:
 
 
 def freeze_market(market: Market, params: Params) -> Data:
-    """practice/freeze: stop the market (frozen=false: let it go on), so that a client can be compared with it; not Deribit's."""
+    """practice/freeze: stop the market (frozen=false: let it go on), to compare a client with it; not Deribit's."""
     market.frozen = params.get("frozen", True) not in (False, "false")
     return {"frozen": market.frozen, "change_ids": market.change_ids}
 

@@ -1,4 +1,7 @@
-"""What the exchange says of the market, as Deribit's JSON objects with its key orders. Reads the market, changes nothing."""
+"""What the exchange says of the market, as Deribit's JSON objects with its key orders.
+
+Reads the market, changes nothing.
+"""
 
 from typing import Any
 
@@ -146,7 +149,8 @@ def describe_summary(market: Market, of: Instrument) -> Data:
     stats = ticker["stats"]
     row = {
         "volume": stats["volume"], "volume_usd": stats.get("volume_usd"), "quote_currency": of.row["quote_currency"],
-        "price_change": stats["price_change"], "open_interest": ticker["open_interest"], "mark_price": ticker["mark_price"],
+        "price_change": stats["price_change"], "open_interest": ticker["open_interest"],
+        "mark_price": ticker["mark_price"],
         "mid_price": round((bid + ask) / 2, 6) if bid and ask else None, "low": stats["low"], "high": stats["high"],
         "last": ticker["last_price"], "instrument_name": of.name, "estimated_delivery_price": ticker["index_price"],
         "creation_timestamp": market.now, "bid_price": bid, "ask_price": ask, "base_currency": of.base,

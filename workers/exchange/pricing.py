@@ -8,7 +8,7 @@ _SQRT_2PI = math.sqrt(2.0 * math.pi)
 
 
 class Valuation(NamedTuple):
-    """What a model says of one option: price in the quote currency, greeks in Deribit's units (vega and rho per 1 %, theta per day)."""
+    """What a model says of one option: price in the quote currency; vega and rho per 1 %, theta per day, as Deribit."""
 
     price: float
     delta: float

@@ -85,7 +85,7 @@ class Replay:
         """The frames that are due at `now` (seconds), at most `limit`."""
         if self._start is None or now < self._start:
             return []
-        due = []
+        due: list[Recorded] = []
         while self.played < len(self.frames) and len(due) < limit:
             frame = self.frames[self.played]
             if self._speed > 0 and self._start + frame.offset / self._speed > now:

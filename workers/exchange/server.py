@@ -40,7 +40,7 @@ class Server:
     @property
     def connections(self) -> int:
         """How many WebSockets are open."""
-        return len(self._sockets)
+        return sum(not served.connection.session.ended for served in self._sockets)
 
     @property
     def url(self) -> str:
@@ -96,7 +96,7 @@ class Server:
         except ValueError as error:
             return web.Response(status=400, text=f"{error}\n")
         limit = self.exchange.max_connections
-        if "429" in faults or (limit and len(self._sockets) >= limit):
+        if "429" in faults or (limit and self.connections >= limit):
             return web.Response(status=429, text="Too Many Requests\n")
         if "refuse" in faults:
             return web.Response(status=int(faults.number("refuse")), text="refused on request\n")
@@ -241,6 +241,7 @@ class _Socket:
                 with contextlib.suppress(ConnectionError):
                     await self.response.pong(message.data)
             elif message.type is WSMsgType.CLOSE and not self.connection.silent:
+                self.connection.end("closed by the client")
                 await self.response.close()
                 return
             elif message.type in _FINAL:

@@ -58,9 +58,9 @@ class Credits:
         """Take the cost of one call; False if its pool has too little left."""
         cost, size = _COSTS.get(method, (500, 50_000))
         pool = method.partition("/")[2] if method in _COSTS else ""
-        size = min(size, self._limit) if self._limit is not None else size
-        left, since = self._pools.get(pool, (size, self._start))
-        left = min(size, left + (now - since) * REFILL)
+        full = size if self._limit is None else min(float(size), self._limit)
+        left, since = self._pools.get(pool, (full, self._start))
+        left = min(full, left + (now - since) * REFILL)
         self._pools[pool] = (left - cost if left >= cost else left, now)
         return left >= cost
 

@@ -57,5 +57,5 @@ def read_settings(spec: dict[str, Any], keys: str) -> Settings:
 
 
 def create_worker(spec: dict[str, Any]) -> ExchangeWorker:
-    """Make the worker of a spec: `port` and `faults`, and optionally host, seed, rate, options, oracle, replay, speed."""
+    """Make the worker of a spec: port, faults, and optionally host, seed, rate, options, oracle, replay, speed."""
     return ExchangeWorker(read_settings(spec, os.environ.get(KEYS, "")))
