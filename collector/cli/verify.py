@@ -114,9 +114,7 @@ class Verdict:
         )
         if self.is_good:
             click.secho("Every rule holds.", fg="green")
-        elif not self.verifier.messages:
-            click.echo(
-                "collector: nothing came; are the prefixes and endpoints right, and is a connection live?", err=True
-            )
-        else:
-            click.echo(f"collector: {sum(wrong.values()):,} findings against {len(wrong)} rules", err=True)
+        for prefix in self.silent:
+            click.echo(f"collector: nothing came on topics that begin with {prefix!r}; is it right?", err=True)
+        if wrong:
+            click.echo(f"collector: {len(wrong)} rules broken, {sum(wrong.values()):,} times", err=True)

@@ -1,0 +1,253 @@
+"""The commands and the Python clients against a running collector, with the practice exchange behind it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from support import collector, running, wait_until
+
+from collector import Control, ControlError, Subscriber
+from collector.messages import encode
+from collector.orderbook import OrderBook
+from collector.stream import Message
+
+CONFIG = """
+[collector]
+runtime_dir = "{directory}"
+
+[exchange]
+
+[[connection]]
+name = "futures"
+url = "practice"
+channels = [
+    "trades.BTC-PERPETUAL.100ms", "book.BTC-PERPETUAL.100ms", "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL",
+]
+
+[[connection]]
+name = "index"
+url = "practice"
+channels = ["deribit_price_index.btc_usd"]
+"""
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The control endpoint of a collector whose connections are live."""
+    directory = tmp_path_factory.mktemp("run")
+    directory.chmod(0o700)
+    file = directory / "config.toml"
+    file.write_text(CONFIG.format(directory=directory))
+    endpoint = f"ipc://{directory}/control"
+    with running(*collector("run", str(file))) as program:
+        wait_until(lambda: are_live(endpoint, {"futures", "index"}), "two live connections")
+        yield endpoint
+        program.process.send_signal(signal.SIGINT)
+        assert program.wait_exit() == 0, program.text()
+
+
+def are_live(endpoint: str, names: set[str]) -> bool:
+    try:
+        with Control(endpoint) as asked:
+            states = asked.get_state()
+    except ControlError:
+        return False
+    return names <= states.keys() and all(states[name]["state"] == "live" for name in names)
+
+
+def call(control: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run one command to its end; it finds the collector by its environment."""
+    return subprocess.run(
+        collector(*arguments), capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL,
+        env={**os.environ, "COLLECTOR_CONTROL": control, **env},
+    )  # fmt: skip
+
+
+def get_output(control: str, *arguments: str) -> str:
+    done = call(control, *arguments)
+    assert (done.returncode, done.stderr) == (0, ""), done
+    return done.stdout
+
+
+def test_state_is_a_table_for_people_and_a_map_for_programs(control: str) -> None:
+    lines = get_output(control, "state").splitlines()
+    assert lines[0].split()[:4] == ["NAME", "STATE", "SINCE", "CHANNELS"]
+    assert [line.split()[:2] for line in lines[1:]] == [["futures", "live"], ["index", "live"]]
+    states = json.loads(get_output(control, "state", "--json"))
+    assert sorted(states["futures"]["channels"]["confirmed"]) == sorted(states["futures"]["channels"]["asked"])
+    facts = get_output(control, "state", "futures")
+    assert facts.startswith("name ")
+    assert "    book.BTC-PERPETUAL.100ms\n" in facts
+
+
+def test_channels_come_and_go(control: str) -> None:
+    channel, topic = "ticker.ETH-PERPETUAL.100ms", "deribit.ticker.ETH-PERPETUAL.100ms"
+    assert get_output(control, "subscribe", "index", channel) == f"{channel}  subscribed\n"
+    message = json.loads(get_output(control, "tail", "--count", "1", topic))
+    assert message["topic"] == topic
+    assert message["instrument"] == "ETH-PERPETUAL"
+    assert json.loads(get_output(control, "unsubscribe", "index", channel, "--json")) == {"channels": {channel: True}}
+    assert channel not in json.loads(get_output(control, "state", "index", "--json"))["channels"]["asked"]
+
+
+def test_refused_channel_is_named_and_ends_with_1(control: str) -> None:
+    good = "quote.ETH-PERPETUAL"
+    done = call(control, "subscribe", "index", good, "book.BTC-PERPETUAL.50ms")
+    assert done.returncode == 1
+    assert done.stdout == f"{good}  subscribed\n"
+    assert done.stderr.startswith("collector: book.BTC-PERPETUAL.50ms: bad_request: ")
+    get_output(control, "unsubscribe", "index", good)
+
+
+def test_send_prints_the_exchanges_result(control: str) -> None:
+    params = json.dumps({"instrument_name": "BTC-PERPETUAL"})
+    assert (
+        json.loads(get_output(control, "send", "futures", "public/ticker", params))["instrument_name"]
+        == "BTC-PERPETUAL"
+    )
+    assert isinstance(json.loads(get_output(control, "send", "futures", "public/get_time")), int)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (
+            ("state", "nobody"),
+            1,
+            "collector: unknown_connection: no connection 'nobody'; there are: futures, index (`coll",
+        ),
+        (("send", "futures", "private/buy"), 1, "collector: forbidden: "),
+        (("send", "futures", "public/nonsense"), 1, '"code": -32601'),
+        (("send", "futures", "public/test", "{"), 2, "Invalid value for PARAMS: not JSON"),
+        (("send", "futures", "public/test", "[1]"), 2, "a JSON object is needed"),
+        (
+            ("connect", "futures", "quote.ETH-PERPETUAL", "--url", "ws://127.0.0.1:1/ws/api/v2"),
+            1,
+            "collector: exists: ",
+        ),
+        (("connect", "x", "--set", "nonsense"), 2, "write KEY=VALUE"),
+        (("connect", "x", "--from", "configs/deribit.toml"), 2, "there is no [[connection]] 'x'; there are "),
+        (("connect", "x", "quote.ETH-PERPETUAL", "--url", "nonsense"), 1, "collector: bad_request: "),
+        (("subscribe", "futures"), 2, "Missing argument 'CHANNEL...'"),
+        (("tail", "--for", "soon"), 2, "write for example 60s"),
+        (("verify", "--for", "0s"), 2, "write for example 60s"),
+        (("tail", "--endpoint", "nonsense"), 2, "write ipc:///path or tcp://host:port"),
+    ],
+)
+def test_errors_say_what_and_what_to_do(control: str, arguments: tuple[str, ...], code: int, said: str) -> None:
+    done = call(control, *arguments)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("command", ["state", "tail", "verify"])
+def test_nobody_there_is_said_at_once(tmp_path: Path, command: str) -> None:
+    done = call(f"ipc://{tmp_path}/none", command)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"no collector answers at ipc://{tmp_path}/none: there is no such socket file; start one" in done.stderr
+
+
+def test_connections_come_and_go(control: str, tmp_path: Path) -> None:
+    url = json.loads(get_output(control, "state", "futures", "--json"))["url"]
+    added = get_output(
+        control, "connect", "extra", "quote.ETH-PERPETUAL", "--url", url, "--set", "timeout=3", "--set", "retry_count=1"
+    )
+    assert added.startswith("name ")
+    assert json.loads(get_output(control, "tail", "--count", "1", "deribit.quote.ETH-PERPETUAL."))["type"] == "quote"
+    assert get_output(control, "close", "extra").startswith("name ")
+    assert "extra" not in json.loads(get_output(control, "state", "--json"))
+    file = tmp_path / "more.toml"
+    file.write_text(f'[[connection]]\nname = "extra"\nurl = "{url}"\nchannels = ["quote.ETH-PERPETUAL"]\n')
+    state = json.loads(get_output(control, "connect", "extra", "--from", str(file), "--json"))
+    assert state["state"] == "live"
+    get_output(control, "close", "extra")
+
+
+def test_verify_finds_nothing_wrong_with_a_running_collector(control: str) -> None:
+    printed = get_output(control, "verify", "--for", "3s")
+    assert printed.endswith("Every rule holds.\n")
+    verdict = json.loads(get_output(control, "verify", "--for", "2s", "--json", "deribit.book."))
+    assert verdict["ok"]
+    assert verdict["rules"]["chain"]["checked"] > 0
+    assert verdict["rules"]["heartbeat"]["checked"] > 0
+
+
+def test_verify_says_when_nothing_came(control: str) -> None:
+    done = call(control, "verify", "--for", "1.5s", "deribit.nonsense.")
+    assert done.returncode == 1
+    assert "nothing came on topics that begin with 'deribit.nonsense.'" in done.stderr
+
+
+def test_verify_ends_with_1_on_a_broken_stream() -> None:
+    context = zmq.Context()
+    publisher = context.socket(zmq.XPUB)
+    publisher.bind("tcp://127.0.0.1:*")
+    endpoint = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+    try:
+        with running(*collector("verify", "--endpoint", endpoint, "--for", "3s", "--json")) as program:
+            assert publisher.poll(20_000)
+            payload = {"type": "index", "exchange": "deribit", "instrument": "btc_usd", "epoch": 1, "exchange_ts": 0}
+            for seq in (1, 2, 4):
+                body = encode({**payload, "seq": seq, "receive_ts": 1, "price": 1.0})
+                publisher.send_multipart([b"deribit.index.btc_usd.raw", body])
+            publisher.send_multipart([b"three", b"frames", b"here"])
+            assert program.wait_exit() == 1
+            verdict = json.loads(program.out[0])
+            assert {rule for rule, counts in verdict["rules"].items() if counts["broken"]} == {"envelope", "sequence"}
+            assert verdict["findings"][0]["text"] == "message 3 was lost on the way to this subscriber"
+    finally:
+        context.destroy(linger=0)
+
+
+def test_subscriber_keeps_the_exchanges_book(control: str) -> None:
+    seen: dict[int, Any] = {}
+    book = OrderBook()
+    with Control(control) as asked, Subscriber(prefixes="deribit.book.BTC-PERPETUAL.", control=control) as subscriber:
+
+        def compare() -> bool:
+            """Whether the exchange's own answer names a change that the book has been at; then they must be equal."""
+            answer = asked.send(
+                "futures", "public/get_order_book", {"instrument_name": "BTC-PERPETUAL", "depth": 10000}
+            )
+            while answer["change_id"] > book.change_id or not book.in_sync:
+                message = subscriber.receive(10)
+                assert isinstance(message, Message)
+                book.apply(message)
+                if book.in_sync:
+                    seen[book.change_id] = book.get_depth(None)
+            if answer["change_id"] not in seen:
+                return False
+            bids, asks = ([(price, amount) for price, amount in answer[side]] for side in ("bids", "asks"))
+            assert seen[answer["change_id"]] == (bids, asks)
+            return True
+
+        wait_until(compare, "a change that both sides name")
+
+
+def test_commands_start_without_what_they_do_not_need() -> None:
+    program = (
+        "import sys, collector.cli.control as c; "
+        "print(*{'asyncio', 'aiohttp', 'rich', 'workers', 'tomllib', 'collector.config'} & set(sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_python_client_asks_by_name(control: str) -> None:
+    with Control(control) as asked:
+        assert asked.send("futures", "public/test")["version"]
+        assert asked.subscribe("index", ["quote.BTC_USDC-PERPETUAL"]) == {
+            "channels": {"quote.BTC_USDC-PERPETUAL": True}
+        }
+        assert asked.unsubscribe("index", ["quote.BTC_USDC-PERPETUAL"])["channels"]
+        with pytest.raises(ControlError) as raised:
+            asked.send("futures", "public/ticker", {"instrument_name": "NONE"})
+        assert raised.value.code == "exchange_error"
+        assert raised.value.data["code"] == -32602

@@ -1,0 +1,276 @@
+"""`tail` and the view of `run --watch`, as a person on a terminal sees them and as a program reads them."""
+
+import json
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from support import REPOSITORY, collector, running, wait_until
+
+from collector.cli.render import describe, format_line
+from collector.messages import encode, parse_topic
+from collector.stream import Loss, Message
+
+START = 1_790_000_000_000_000_000
+BEST = {"best_bid_price": 92294.5, "best_bid_amount": 10.0, "best_ask_price": 92295.0, "best_ask_amount": 2000.0}
+
+
+class Market(threading.Thread):
+    """A publisher of a few topics and the control endpoint that names it, on real sockets."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self.control = f"ipc://{directory}/control"
+        self.context = zmq.Context()
+        self.ended = threading.Event()
+        self.ready = threading.Event()
+        self.seq: dict[str, int] = {}
+        self.publisher: Any = None
+
+    def run(self) -> None:
+        self.publisher = self.context.socket(zmq.XPUB)
+        self.publisher.bind("tcp://127.0.0.1:*")
+        endpoint = self.publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+        replier = self.context.socket(zmq.REP)
+        replier.bind(self.control)
+        self.ready.set()
+        while not self.ended.is_set():
+            if replier.poll(10):
+                replier.recv()
+                replier.send(encode({"ok": True, "result": {"futures": {"publish": endpoint}}}))
+            self.publish_all()
+        self.context.destroy(linger=0)
+
+    def publish_all(self) -> None:
+        price = 92294.5
+        self.say("deribit.quote.BTC-PERPETUAL.raw", **BEST)
+        prices = {"price": price, "amount": 10.0, "mark_price": price, "index_price": price}
+        seq = self.seq.get("deribit.trade.BTC-PERPETUAL.100ms", 0) + 1
+        trade = {**prices, "side": "sell", "trade_id": str(seq), "trade_seq": seq, "tick_direction": 0}
+        self.say("deribit.trade.BTC-PERPETUAL.100ms", **trade)
+        book = "deribit.book.BTC-PERPETUAL.100ms"
+        if book not in self.seq:
+            self.say(book, type="gap", id=1, reason="restart", from_ts=0, to_ts=START)
+        self.say(book, kind="snapshot", change_id=1, reason="resync", bids=[[price, 10.0]], asks=[[92295.0, 2000.0]])
+        beat = {"wire": 1, "connection": "futures", "state": "live", "published": sum(self.seq.values()), "lag": 0.003}
+        self.say("deribit.heartbeat.futures.1s", **beat)
+
+    def say(self, topic: str, **keys: Any) -> None:
+        self.seq[topic] = self.seq.get(topic, 0) + 1
+        exchange, kind, instrument, _ = topic.split(".")
+        envelope = {"type": kind, "exchange": exchange, "instrument": instrument, "epoch": START}
+        times = {"seq": self.seq[topic], "exchange_ts": 0, "receive_ts": time.time_ns()}
+        self.publisher.send_multipart([topic.encode(), encode({**envelope, **times, **keys})])
+
+
+@pytest.fixture
+def market(tmp_path: Path) -> Iterator[Market]:
+    market = Market(tmp_path)
+    market.start()
+    market.ready.wait(10)
+    yield market
+    market.ended.set()
+    market.join(10)
+
+
+class Terminal:
+    """A process on a terminal of its own (120 x 40), with all that it has written to it."""
+
+    def __init__(self, *argv: str, term: str = "xterm-256color") -> None:
+        self.master, terminal = pty.openpty()
+        env = {**os.environ, "TERM": term, "COLUMNS": "120", "LINES": "40"}
+        self.process = subprocess.Popen(
+            argv, stdin=terminal, stdout=terminal, stderr=terminal, env=env, cwd=REPOSITORY, start_new_session=True
+        )
+        os.close(terminal)
+        self.written = ""
+
+    def read(self) -> str:
+        """Everything written so far."""
+        while select.select([self.master], [], [], 0)[0]:
+            try:
+                data = os.read(self.master, 65536)
+            except OSError:
+                break  # the other end is closed
+            if not data:
+                break
+            self.written += data.decode(errors="replace")
+        return self.written
+
+    def wait(self, pattern: str) -> None:
+        """Wait until it has written that."""
+        try:
+            wait_until(lambda: re.search(pattern, self.read()), pattern)
+        except AssertionError as error:
+            raise AssertionError(f"{error}; it wrote {self.written[-3000:]!r}") from None
+
+    def end(self, number: signal.Signals) -> int:
+        """Send a signal and wait for the exit code; what it writes meanwhile is read."""
+        self.process.send_signal(number)
+        wait_until(lambda: (self.read(), self.process.poll() is not None)[1], "its end")
+        self.read()
+        return self.process.returncode
+
+
+@contextmanager
+def on_terminal(*argv: str, term: str = "xterm-256color") -> Iterator[Terminal]:
+    terminal = Terminal(*argv, term=term)
+    try:
+        yield terminal
+    finally:
+        if terminal.process.poll() is None:
+            terminal.process.kill()
+            terminal.process.wait()
+        os.close(terminal.master)
+
+
+def test_piped_it_writes_one_line_of_json_a_message(market: Market) -> None:
+    with running(*collector("tail", "--control", market.control, "--count", "3", "deribit.trade.")) as program:
+        assert program.wait_exit() == 0
+    assert program.err == []
+    messages = [json.loads(line) for line in program.out]
+    assert [message["topic"] for message in messages] == ["deribit.trade.BTC-PERPETUAL.100ms"] * 3
+    assert [message["seq"] - messages[0]["seq"] for message in messages] == [0, 1, 2]
+    assert messages[0]["price"] == 92294.5
+
+
+def test_a_reader_that_leaves_ends_it_quietly(market: Market) -> None:
+    command = " ".join(collector("tail", "--control", market.control))
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {command} | head -n 1"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        timeout=30,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["exchange"] == "deribit"
+
+
+def test_losses_go_to_stderr(market: Market) -> None:
+    with running(*collector("tail", "--control", market.control, "deribit.quote.")) as program:
+        program.wait_line('"seq"', stream="out")
+        market.seq["deribit.quote.BTC-PERPETUAL.raw"] += 5
+        lost = (
+            r"^collector: deribit.quote.BTC-PERPETUAL.raw: messages \d+ to \d+ were lost on the way to this subscriber$"
+        )
+        program.wait_line(lost, stream="err")
+        program.process.send_signal(signal.SIGINT)
+        assert program.wait_exit() == 0
+
+
+def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market) -> None:
+    with on_terminal(*collector("tail", "--control", market.control)) as terminal:
+        terminal.wait(r"\x1b\[\?1049h")
+        terminal.wait(r"messages/s on [1-9]\d* topics")
+        terminal.wait(r"bid 10 @ 92,294.5  ask 2,000 @ 92,295  \(1 \+ 1 levels\)")
+        terminal.wait(r"sell 10 @ 92,294.5")
+        terminal.wait(r"futures.*live")
+        terminal.wait("Ctrl-C leaves; the collector goes on")
+        assert terminal.end(signal.SIGINT) == 0
+        assert "\x1b[?1049l" in terminal.written
+        assert terminal.written.rindex("\x1b[?25h") > terminal.written.rindex("\x1b[?25l")
+        assert "Traceback" not in terminal.written
+
+
+def test_on_a_terminal_that_cannot_draw_it_writes_lines(market: Market) -> None:
+    with on_terminal(*collector("tail", "--control", market.control), term="dumb") as terminal:
+        terminal.wait(r"futures publishes at tcp://127.0.0.1:\d+")
+        for kind in ("quote", "trade", "book", "heartbeat"):
+            terminal.wait(rf"\d\d:\d\d:\d\d\.\d\d\d  {kind} ")
+        assert terminal.end(signal.SIGINT) == 0
+        assert "\x1b" not in terminal.written
+
+
+VIEW = """
+import sys
+from collector.cli.watch import View
+view = View(sys.argv[1])
+print("a line of the log", file=sys.stderr, flush=True)
+sys.stdin.readline()
+view.close()
+print("after the end", file=sys.stderr)
+"""
+
+
+def test_watching_holds_the_log_back_and_prints_it_at_the_end(market: Market) -> None:
+    with on_terminal(sys.executable, "-c", VIEW, market.control) as terminal:
+        terminal.wait("publishes at tcp://127.0.0.1")
+        terminal.wait("Ctrl-C stops everything")
+        assert "a line of the log" not in terminal.read()
+        os.write(terminal.master, b"\n")
+        terminal.wait("after the end")
+        left = terminal.written.rindex("\x1b[?1049l")
+        assert left < terminal.written.index("a line of the log") < terminal.written.index("after the end")
+
+
+def test_watching_waits_for_the_collector_and_prints_lines_into_a_pipe(tmp_path: Path) -> None:
+    market = Market(tmp_path)
+    with subprocess.Popen(
+        [sys.executable, "-c", VIEW, market.control],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=REPOSITORY,
+    ) as viewer:
+        assert viewer.stdin is not None
+        assert viewer.stdout is not None
+        market.start()
+        try:
+            lines = [viewer.stdout.readline() for _ in range(8)]
+        finally:
+            market.ended.set()
+            market.join()
+        viewer.stdin.write("\n")
+        viewer.stdin.flush()
+        assert viewer.wait(20) == 0
+    assert lines[1] == "Ctrl-C stops everything\n"
+    assert re.fullmatch(r"futures publishes at tcp://127.0.0.1:\d+\n", lines[3])
+    assert len({line.split()[1] for line in lines[4:]}) > 1, "the same topic again and again"
+
+
+ENVELOPE = {"exchange": "deribit", "instrument": "X", "epoch": 1, "seq": 1, "exchange_ts": 0, "receive_ts": START}
+
+
+@pytest.mark.parametrize(
+    ("type", "keys", "said"),
+    [
+        ("trade", {"side": "buy", "amount": 2000.0, "price": 0.00015, "liquidation": "T"},
+         "buy  2,000 @ 0.00015  liquidation"),
+        ("quote", {**BEST, "best_ask_price": None, "best_ask_amount": None}, "bid 10 @ 92,294.5  ask - @ -"),
+        ("index", {"price": 92294.55}, "92,294.55"),
+        ("gap", {"id": 3, "reason": "disconnect", "from_ts": START, "to_ts": START + 1_500_000_000, "missing_from": 7,
+                 "healing": True}, "GAP 3: disconnect, 1.500 s, trades from 7 to ?, healing"),
+        ("gap", {"id": 3, "reason": "restart", "from_ts": 0, "to_ts": START, "last_change_id": 9},
+         "GAP 3: restart, book after change 9"),
+        ("repair", {"gap": 3, "repaired": 10, "missing": [[4, 5], [9, 9]]}, "repair of gap 3: 10 came, 3 stay missing"),
+        ("status", {"state": "stale", "reason": "lag"}, "status stale (lag)"),
+        ("heartbeat", {"state": "live", "published": 12345, "lag": 0.0042}, "live, 12,345 published, lag 4 ms"),
+        ("mark_prices", {"marks": []}, "0 options"),
+        ("platform", {"locked": False, "price_index": "btc_usd"}, "locked false"),
+        ("instrument", {"state": "op\x1b[2Jen"}, "op?[2Jen"),
+    ],
+)  # fmt: skip
+def test_each_type_is_said_in_a_few_words(type: str, keys: dict[str, Any], said: str) -> None:
+    topic = parse_topic("deribit.trade.X.raw" if type in ("gap", "repair", "status") else f"deribit.{type}.X.raw")
+    message = Message(topic, {"type": type, **ENVELOPE, **keys})
+    assert describe(message) == said
+    assert said in format_line(message)
+
+
+def test_a_loss_is_a_line_too() -> None:
+    topic = parse_topic("deribit.trade.X.raw")
+    assert "LOSS" in format_line(Loss(topic, "sequence", 1, 3, 5))
+    assert "\x1b" not in format_line(Loss(None, "malformed", detail="\x1b[2J"))
