@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.messages import encode
-from collector.verify import RULES, Ranges, Verifier
+from collector.rules import Ranges
+from collector.verify import RULES, Verifier
 
 SECOND = 1_000_000_000
 START = 1_790_000_000 * SECOND
