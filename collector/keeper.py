@@ -85,6 +85,8 @@ class Keeper:
         """The worker's own word while it runs, else what the supervisor does with it."""
         if self.machine.state == "running" and self._heard:
             return str(self.report.get("state", "live"))
+        if self.machine.state == "stopped" and not self.is_over:
+            return "starting"
         return _STATES[self.machine.state]
 
     @property
@@ -121,8 +123,10 @@ class Keeper:
 
     # its lives
 
-    async def keep(self) -> None:
-        """Run one life after another until it is stopped or fails for good."""
+    async def keep(self, first: "Keeper | None" = None) -> None:
+        """Run one life after another until it is stopped or fails for good; begin once `first` is live, if given."""
+        if first is not None:
+            await self._wait_for(first)
         failures = 0
         while not self._stopping.is_set():
             self.exit_code = await self._live()
@@ -133,6 +137,12 @@ class Keeper:
                 self._apply("give_up")
                 return
             await self._back_off(failures)
+
+    async def _wait_for(self, first: "Keeper") -> None:
+        either = [asyncio.create_task(each) for each in (first.wait_settled(), self._stopping.wait())]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        for task in either:
+            task.cancel()
 
     async def _live(self) -> int:
         self._apply("start")

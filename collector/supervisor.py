@@ -57,9 +57,10 @@ class Supervisor:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
         watching = asyncio.create_task(self._watch())
         try:
-            if await self._start_exchange():
-                for connection in self.config.connections:
-                    self.start_connection(connection, from_file=True)
+            if self.config.exchange is not None:
+                self._start_exchange()
+            for connection in self.config.connections:
+                self.start_connection(connection, from_file=True)
             return await self._ended
         finally:
             await self._stop()
@@ -83,19 +84,15 @@ class Supervisor:
 
     # the practice exchange
 
-    async def _start_exchange(self) -> bool:
-        """Start the practice exchange, if one is wanted; False if that came to nothing."""
-        if self.config.exchange is None:
-            return True
+    def _start_exchange(self) -> None:
         self.exchange = Keeper(EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._build_exchange_spec)
-        self._keep(self.exchange)
-        settled = asyncio.ensure_future(self.exchange.wait_settled())
-        await asyncio.wait((settled, self._ended), return_when=asyncio.FIRST_COMPLETED)
-        settled.cancel()
-        if self.exchange.is_over:
-            log.error("the practice exchange cannot run: %s", self.exchange.report.get("last_error"))
+        self._keep(self.exchange).add_done_callback(self._end_exchange)
+
+    def _end_exchange(self, _: object) -> None:
+        """The practice exchange has ended; for those who connect to it there is nothing left if that was for good."""
+        if self.exchange is not None and self.exchange.machine.state == "failed":
+            log.error("the practice exchange cannot run: %s", self.exchange.last_error)
             self.end(1)
-        return not self._ended.done()
 
     @property
     def exchange_port(self) -> int:
@@ -116,7 +113,8 @@ class Supervisor:
         name = connection.name
         keeper = Keeper(name, "deribit", connection.retry_delay, self._spawner, self._build_connection_spec)
         keeper.epoch = self._epochs.get(name, 0)
-        entry = Entry(connection, dict.fromkeys(connection.channels), keeper, self._keep(keeper), from_file)
+        first = self.exchange if connection.is_practice else None
+        entry = Entry(connection, dict.fromkeys(connection.channels), keeper, self._keep(keeper, first), from_file)
         self.entries[name] = entry
         entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
         return entry
@@ -142,7 +140,7 @@ class Supervisor:
 
     def resolve_url(self, connection: Connection) -> str:
         """The URL to connect to: `practice` stands for that of the practice exchange."""
-        if not connection.is_practice or self.exchange is None:
+        if not connection.is_practice or self.exchange is None or "url" not in self.exchange.endpoints:
             return connection.url
         query = urlsplit(connection.url).query
         return urlunsplit(urlsplit(str(self.exchange.endpoints["url"]))._replace(query=query))
@@ -159,8 +157,8 @@ class Supervisor:
             log.error("no connection is left")
             self.end(3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in keepers) else 1)
 
-    def _keep(self, keeper: Keeper) -> asyncio.Task[None]:
-        task = asyncio.create_task(keeper.keep(), name=keeper.name)
+    def _keep(self, keeper: Keeper, first: Keeper | None = None) -> asyncio.Task[None]:
+        task = asyncio.create_task(keeper.keep(first), name=keeper.name)
         self._keeping.add(task)
         task.add_done_callback(self._drop_task)
         return task

@@ -1,0 +1,109 @@
+"""One running collector as a process, with the practice exchange behind it, and what tests ask and see of it."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from collector.messages import ControlError
+from tests.pipeline import ask, short_directory, write_config
+from tests.support import Program, collector, wait_until
+
+QUICK: dict[str, Any] = {"url": "practice", "retry_delay": 0.05, "channels": ["quote.BTC-PERPETUAL"]}
+"""A connection that is soon live, and soon back."""
+
+
+class Collected:
+    """A `collector run` of some connections; its runtime directory is `directory`/run."""
+
+    def __init__(
+        self, directory: Path, connections: dict[str, dict[str, Any]], *options: str, log_level: str = "debug",
+        env: dict[str, str] | None = None, **sections: Any,
+    ) -> None:  # fmt: skip
+        self.directory = directory
+        self.runtime_dir = directory / "run"
+        self.config = write_config(directory, connections, **sections)
+        self.control = f"ipc://{self.runtime_dir}/control"
+        command = collector("--log-level", log_level, "run", str(self.config), *options)
+        self.program = Program(*command, env={"TMPDIR": str(directory), **(env or {})})
+        self.seen: dict[int, psutil.Process] = {}
+
+    def ask(self, op: str, **arguments: Any) -> Any:
+        """Make a control request; return the result."""
+        return ask(self.control, op, **arguments)
+
+    def refuse(self, op: str, **arguments: Any) -> ControlError:
+        """Make a control request that must be refused; return the error."""
+        try:
+            result = self.ask(op, **arguments)
+        except ControlError as error:
+            return error
+        raise AssertionError(f"{op} was not refused: {result}")
+
+    def get_state(self, name: str) -> dict[str, Any]:
+        """The state map of a connection."""
+        state: dict[str, Any] = self.ask("get_state", connection=name)
+        return state
+
+    def wait_state(self, name: str, word: str = "live", **more: Any) -> dict[str, Any]:
+        """Wait until a connection's state has that word, and the other values."""
+
+        def look() -> dict[str, Any] | None:
+            state = self.get_state(name)
+            wanted = {"state": word, **more}
+            return state if all(state.get(key) == value for key, value in wanted.items()) else None
+
+        self.program.wait_line("control on")
+        found: dict[str, Any] = wait_until(look, f"{name} {word} {more}")
+        return found
+
+    def find_processes(self) -> list[psutil.Process]:
+        """All processes of this collector, itself included; they are remembered for `wait_gone`."""
+        own = psutil.Process(self.program.pid)
+        processes = [own, *own.children(recursive=True)]
+        self.seen |= {process.pid: process for process in processes}
+        return processes
+
+    def find_process(self, title: str) -> psutil.Process:
+        """The worker process of that name."""
+        return next(each for each in self.find_processes() if each.cmdline()[:1] == [f"collector: {title}"])
+
+    def wait_gone(self) -> None:
+        """Wait until every process that was ever seen is gone."""
+        for process in self.seen.values():
+            wait_until(lambda process=process: not is_alive(process), f"the end of {process}")
+
+    def stop(self, number: signal.Signals = signal.SIGINT) -> int:
+        """End it in order; return the exit code."""
+        self.find_processes()
+        self.program.process.send_signal(number)
+        return self.program.wait_exit()
+
+
+def is_alive(process: psutil.Process) -> bool:
+    """Whether a process runs; one that only waits for its parent to look does not."""
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@contextmanager
+def collected(connections: dict[str, dict[str, Any]] | None = None, *options: str, **more: Any) -> Iterator[Collected]:
+    """Run a collector for the length of a `with` block, with a practice exchange unless `exchange=None`."""
+    sections = {"exchange": {}} | {key: more.pop(key) for key in ("exchange",) if key in more}
+    with short_directory() as directory:
+        wanted = {key: value for key, value in sections.items() if value is not None}
+        running = Collected(directory, connections or {"a": QUICK}, *options, **more, **wanted)
+        try:
+            yield running
+        finally:
+            if running.program.process.poll() is None:
+                running.find_processes()
+            running.program.end()
+            for process in running.seen.values():
+                if is_alive(process):
+                    process.kill()

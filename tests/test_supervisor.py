@@ -1,0 +1,302 @@
+"""The supervisor as a whole program: starts, restarts, gives up, stops, leaves nothing behind."""
+
+import signal
+import socket
+import stat
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.collected import QUICK, collected, is_alive
+from tests.pipeline import find_port, short_directory, write_config
+from tests.support import Program, collector, running, wait_until
+
+DEAD = {"url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1, "retry_delay": 0.02}
+"""A connection that finds nobody."""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_leaves_no_process_no_socket_and_no_file_but_the_lock(number: signal.Signals) -> None:
+    tcp = f"tcp://127.0.0.1:{find_port()}"
+    with collected({"a": QUICK, "b": {**QUICK, "channels": [], "publish": tcp}}) as run:
+        url = run.wait_state("a")["url"]
+        run.wait_state("b")
+        assert {path.name for path in run.runtime_dir.iterdir()} == {"lock", "control", "a.pub"}
+        assert run.stop(number) == 0, run.program.text()
+        run.wait_gone()
+        assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
+        assert {path.name for path in run.directory.iterdir()} == {"run", "collector.toml"}
+        for endpoint in (tcp, url):
+            port = int(endpoint.split(":")[2].split("/")[0])
+            with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
+                probe.connect(("127.0.0.1", port))
+
+
+def test_the_start_says_what_runs_where_and_how_to_stop() -> None:
+    with collected(log_level="info") as run:
+        run.wait_state("a")
+        run.program.wait_line(r"collector \d+\.\d+.*collector\.toml", stream="err")
+        run.program.wait_line(rf"a: ready, pid \d+, publishes on ipc://{run.runtime_dir}/a\.pub", stream="err")
+        run.program.wait_line(rf"control on {run.control}", stream="err")
+        run.program.wait_line(r"Ctrl-C stops", stream="err")
+        assert run.program.out == []
+
+
+def test_a_killed_worker_is_replaced_and_its_restart_counted() -> None:
+    with collected() as run:
+        before = run.wait_state("a")
+        psutil.Process(before["pid"]).kill()
+        after = run.wait_state("a", restarts=1)
+        assert after["pid"] != before["pid"]
+        assert after["epoch"] > before["epoch"]
+        run.program.wait_line(r"a: killed by SIGKILL; started again in", stream="err")
+
+
+def test_a_stopped_worker_is_killed_and_replaced() -> None:
+    with collected() as run:
+        before = run.wait_state("a")
+        psutil.Process(before["pid"]).suspend()
+        asked = time.monotonic()
+        held = run.get_state("a")
+        assert time.monotonic() - asked < 2.0, "a stuck worker holds up the answer"
+        assert held["url"] == before["url"]  # the last known values
+        run.wait_state("a", restarts=1)
+        assert not psutil.pid_exists(before["pid"])
+        run.program.wait_line(r"a: pid \d+ gave no sign of life in 4 s: killed", stream="err")
+
+
+def test_a_pause_of_the_supervisor_is_not_held_against_the_workers() -> None:
+    with collected() as run:
+        before = run.wait_state("a")
+        everything = run.find_processes()
+        for process in everything:  # as when a container is frozen: beats are missing, and nobody is to blame
+            process.suspend()
+        wait_until(lambda: all(each.status() == psutil.STATUS_STOPPED for each in everything), "the pause")
+        paused = time.monotonic()
+        wait_until(lambda: time.monotonic() - paused > 5.0, "more than the time of the missed beats")
+        psutil.Process(run.program.pid).resume()
+        # The supervisor alone: it wakes first, and looks for beats that cannot have come.
+        wait_until(lambda: run.ask("get_state")["a"]["state"] == "live", "an answer of the supervisor")
+        for process in everything:
+            process.resume()
+        messages = run.get_state("a")["messages"]
+        after = wait_until(lambda: (s := run.get_state("a"))["messages"] > messages + 5 and s, "beats and data again")
+        assert (after["pid"], after["restarts"]) == (before["pid"], 0)
+
+
+def test_a_killed_supervisor_leaves_no_orphan() -> None:
+    with collected({"a": QUICK, "b": {**QUICK, "channels": []}}) as run:
+        run.wait_state("a")
+        run.wait_state("b")
+        titles = [process.cmdline()[0] for process in run.find_processes()]
+        assert {"collector: a", "collector: b", "collector: exchange"} <= set(titles)
+        run.program.process.kill()
+        run.wait_gone()
+        with running(*collector("run", str(run.config))) as next_one:  # what the killed one left is no hindrance
+            next_one.wait_line("a: ready")
+            next_one.process.send_signal(signal.SIGINT)
+            assert next_one.wait_exit() == 0
+
+
+def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one() -> None:
+    with collected() as run:
+        before = run.wait_state("a")
+        forkserver = run.find_process("a").parent()
+        assert forkserver is not None
+        forkserver.kill()
+        wait_until(lambda: not is_alive(forkserver), "the end of the forkserver")
+        messages = run.get_state("a")["messages"]
+        state = wait_until(lambda: (s := run.get_state("a"))["messages"] > messages + 10 and s, "data all the same")
+        assert (state["pid"], state["restarts"]) == (before["pid"], 0)
+        psutil.Process(before["pid"]).kill()
+        run.wait_state("a", restarts=1)
+        run.program.wait_line(r"a: ended for an unknown reason \(the forkserver was gone\)", stream="err")
+
+
+def test_a_restarted_exchange_keeps_its_port() -> None:
+    with collected({"a": {**QUICK, "retry_count": 1000}}) as run:
+        before = run.wait_state("a")
+        run.find_process("exchange").kill()
+        wait_until(lambda: run.get_state("a")["reconnects"] > 0, "the loss of the connection")
+        after = run.wait_state("a")
+        assert after["url"] == before["url"]
+
+
+def test_a_second_collector_on_the_same_directory_is_refused() -> None:
+    with collected() as run:
+        run.wait_state("a")
+        with running(*collector("run", str(run.config))) as second:
+            assert second.wait_exit() == 1
+            assert f"(pid {run.program.pid})" in second.text()
+            assert len(second.err) == 1 or "collector: " in second.err[-1]
+        assert run.get_state("a")["restarts"] == 0
+
+
+def test_refused_credentials_end_with_3_and_are_never_shown() -> None:
+    secrets = {"KEY_CLIENT_ID": "nobody-1234", "KEY_CLIENT_SECRET": "hunter2-hunter2"}
+    with collected({"a": {**QUICK, "credentials": "KEY"}}, env=secrets) as run:
+        assert run.program.wait_exit() == 3, run.program.text()
+        run.program.wait_line("the exchange refused the credentials", stream="err")
+        assert "hunter2" not in run.program.text()
+
+
+def test_a_connection_that_fails_for_good_leaves_the_others_running() -> None:
+    secrets = {"KEY_CLIENT_ID": "nobody-1234", "KEY_CLIENT_SECRET": "hunter2-hunter2"}
+    with collected({"a": QUICK, "b": {**QUICK, "credentials": "KEY", "channels": []}}, env=secrets) as run:
+        failed = run.wait_state("b", "failed")
+        assert failed["last_error"]["code"] == 13004
+        assert run.wait_state("a")["restarts"] == 0
+        assert run.refuse("send", connection="b", method="public/test").code == "not_connected"
+
+
+def test_secrets_are_in_no_process_but_those_that_need_them() -> None:
+    secrets = {"KEY_CLIENT_ID": "practice", "KEY_CLIENT_SECRET": "practice", "OTHER_CLIENT_SECRET": "hunter2-hunter2"}
+    with collected({"a": {**QUICK, "credentials": "KEY", "channels": ["quote.BTC-PERPETUAL"]}}, env=secrets) as run:
+        assert run.wait_state("a")["authenticated"] is True
+        children = [process for process in run.find_processes() if process.pid != run.program.pid]
+        assert len(children) >= 3
+        for process in children:
+            assert not [name for name in process.environ() if "CLIENT" in name]
+            assert "hunter2" not in " ".join(process.cmdline())
+        assert "hunter2" not in str(run.ask("get_state"))
+
+
+def test_one_that_was_never_live_is_given_up_after_five_restarts() -> None:
+    with collected({"a": DEAD}, exchange=None) as run:
+        assert run.program.wait_exit() == 1
+        run.program.wait_line(r"a: gave up after retry_count attempts: never live in 6 starts, given up", stream="err")
+        run.wait_gone()
+
+
+def test_an_endpoint_that_is_bound_already_ends_it_at_once() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        with collected({"a": {**QUICK, "publish": endpoint}}) as run:
+            assert run.program.wait_exit() == 1
+            run.program.wait_line(rf"a: cannot start: .*in use.*{endpoint}", stream="err")
+            assert "cannot run as configured: not started again" in run.program.text()
+        with short_directory() as directory:
+            config = write_config(directory, {"a": DEAD}, exchange={"port": taken.getsockname()[1]})
+            with running(*collector("run", str(config))) as program:
+                assert program.wait_exit() == 1
+                program.wait_line("the practice exchange cannot run: .*in use", stream="err")
+
+
+def test_a_control_endpoint_that_is_bound_already_ends_it_at_once() -> None:
+    with short_directory() as directory, socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        config = write_config(directory, {"a": DEAD})
+        config.write_text(config.read_text().replace("[collector]", f'[collector]\ncontrol = "{endpoint}"'))
+        with running(*collector("run", str(config))) as program:
+            assert program.wait_exit() == 1
+            assert f"control {endpoint} cannot be bound" in program.err[-1]
+
+
+def test_a_wrong_configuration_ends_with_2() -> None:
+    with short_directory() as directory:
+        config = write_config(directory, {"a": {"url": "nonsense"}})
+        with running(*collector("run", str(config))) as program:
+            assert program.wait_exit() == 2
+            assert len(program.err) == 1
+            assert program.err[0].startswith("collector: ")
+
+
+@pytest.mark.parametrize(("mode", "is_link", "words"), [(0o755, False, "open to others"), (0o700, True, "cannot be")])
+def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_link: bool, words: str) -> None:
+    with short_directory() as directory:
+        real = directory / ("elsewhere" if is_link else "run")
+        real.mkdir()
+        real.chmod(mode)
+        if is_link:
+            (directory / "run").symlink_to(real)
+        with running(*collector("run", str(write_config(directory, {"a": DEAD})))) as program:
+            assert program.wait_exit() == 1
+            assert words in program.err[-1]
+
+
+def test_what_it_makes_is_for_its_owner_alone() -> None:
+    with collected() as run:
+        run.wait_state("a")
+        assert stat.S_IMODE(run.runtime_dir.stat().st_mode) == 0o700
+        for name in ("control", "lock"):
+            assert stat.S_IMODE((run.runtime_dir / name).stat().st_mode) & 0o077 == 0
+
+
+def test_a_worker_that_does_not_stop_is_killed_and_the_stop_stays_in_order() -> None:
+    with collected() as run:
+        psutil.Process(run.wait_state("a")["pid"]).suspend()
+        asked = time.monotonic()
+        assert run.stop() == 0
+        assert time.monotonic() - asked < 5.5
+        run.program.wait_line(r"a: pid \d+ did not stop in [\d.]+ s: killed", stream="err")
+        run.wait_gone()
+
+
+def test_a_second_signal_forces_the_end() -> None:
+    with collected() as run:
+        psutil.Process(run.wait_state("a")["pid"]).suspend()  # else it would be over before the second one comes
+        run.find_processes()
+        run.program.process.send_signal(signal.SIGINT)
+        run.program.wait_line("SIGINT: stopping")
+        run.program.process.send_signal(signal.SIGTERM)
+        assert run.program.wait_exit() == 143
+        run.wait_gone()
+        assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
+
+
+def test_workers_come_from_a_forkserver_that_has_all_loaded_and_never_import_the_program_again() -> None:
+    with short_directory() as directory:
+        marker, script = directory / "imported", directory / "main.py"
+        script.write_text(
+            f"open({str(marker)!r}, 'a').write('x')\n"
+            "from collector.cli import main\n"
+            "if __name__ == '__main__': main()\n"
+        )
+        config = write_config(directory, {"a": QUICK, "b": {**QUICK, "channels": []}}, exchange={})
+        program = Program(sys.executable, str(script), "run", str(config))
+        try:
+            program.wait_line("a: ready")
+            program.wait_line("b: ready")
+            worker = next(p for p in psutil.Process(program.pid).children(True) if p.cmdline() == ["collector: a"])
+            forkserver = worker.parent()
+            assert forkserver is not None
+            assert forkserver.pid != program.pid
+            for module in (
+                "aiohttp",
+                "uvloop",
+                "zmq",
+                "msgspec",
+            ):  # their shared objects are mapped where it was forked
+                assert any(module in Path(each.path).parts for each in forkserver.memory_maps()), module
+            assert marker.read_text() == "x"
+        finally:
+            program.process.send_signal(signal.SIGINT)
+            assert program.wait_exit() == 0
+
+
+def test_a_directory_with_another_workers_package_does_not_stand_in_the_way() -> None:
+    with short_directory() as directory:
+        (directory / "workers").mkdir()
+        (directory / "workers" / "__init__.py").write_text("raise SystemExit('the wrong package')\n")
+        config = write_config(directory, {"a": QUICK}, exchange={})
+        command = str(Path(sys.executable).parent / "collector")
+        program = Program(command, "run", str(config), cwd=directory)
+        try:
+            program.wait_line("a: live")
+        finally:
+            program.process.send_signal(signal.SIGINT)
+            assert program.wait_exit() == 0, program.text()
+
+
+def test_watch_shows_readable_messages_and_ends_with_the_rest() -> None:
+    with collected(None, "--watch") as run:
+        run.program.wait_line(r"quote\s+BTC-PERPETUAL", stream="out")
+        assert run.stop() == 0
+        run.wait_gone()
