@@ -279,7 +279,8 @@ class Worker(Listener):
                 self._say_status(stream, state, reason, now)
 
     def _say_status(self, stream: Stream, state: str, reason: str, now: int) -> None:
-        self.publisher.say(stream, Status(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, state, reason, self.name))
+        stream.status = Status(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, state, reason, self.name)
+        self.publisher.say(stream, stream.status)
 
     async def _beat_each_second(self) -> None:
         due = time.monotonic()
