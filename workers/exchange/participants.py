@@ -97,9 +97,11 @@ def _make(book: Book, fair: float, style: Style, rng: Random) -> list[Change]:
         return []
     if tick in own and len(own) > style.depth // 2 and rng.random() < 0.5:
         return [book.set_level(side, tick, 0)]
-    changes = [book.set_level(side, tick, _draw_lots(style, rng))]
-    if len(own) > style.depth:
-        changes.append(book.set_level(side, max(own) if side == ASK else min(own), 0))
+    changes = []
+    if tick not in own and len(own) >= style.depth:
+        farthest = max(own) if side == ASK else min(own)
+        changes.append(book.set_level(side, farthest, 0))
+    changes.append(book.set_level(side, tick, _draw_lots(style, rng)))
     return [change for change in changes if change.old != change.new]
 
 

@@ -200,6 +200,7 @@ class _Socket:
         self._request = request
         self._delay = faults.number("delay") / 1000.0
         self._ready = asyncio.Event()
+        self._closing = False
 
     async def prepare(self) -> None:
         """Answer the upgrade."""
@@ -215,7 +216,7 @@ class _Socket:
             await self._read()
         finally:
             self.connection.end("closed by the client")
-            if not self.response.closed:
+            if not self._closing:
                 writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
@@ -269,6 +270,7 @@ class _Socket:
                         await asyncio.sleep(late)
                     frame = outbox.popleft()
                     if frame.opcode == CLOSE:
+                        self._closing = True
                         await self.response.close(code=frame.code, message=frame.payload)
                         return
                     await self.response.send_frame(frame.payload, WSMsgType(frame.opcode))

@@ -1,0 +1,522 @@
+"""Each fault of the practice exchange does what its row in the table says, and leaves other connections alone."""
+
+import asyncio
+import json
+import re
+import struct
+import time
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.exchange_client import Client, connect, exchange, get
+from tests.support import collector, running
+from workers.exchange.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
+
+BOOK = "book.BTC-PERPETUAL.100ms"
+
+
+@pytest.fixture(scope="module")
+def oracle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("oracle") / "oracle.jsonl"
+
+
+@pytest.fixture(scope="module")
+def url(oracle: Path) -> Iterator[str]:
+    with exchange("--rate", "1500", "--oracle", str(oracle)) as (address, _):
+        yield address
+
+
+async def follow(client: Client, channel: str = BOOK) -> None:
+    assert (await client.ask("public/subscribe", channels=[channel]))["result"] == [channel]
+
+
+def read_oracle(path: Path, **wanted: Any) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
+
+
+def find_breaks(frames: list[dict[str, Any]]) -> list[int]:
+    """Places where the chain of a book's frames breaks."""
+    pairs = enumerate(pairwise(frames), 1)
+    return [
+        place for place, (a, b) in pairs if b["type"] == "change" and b["prev_change_id"] != a["change_id"]
+    ]  # fmt: skip
+
+
+def test_the_table_is_printed_and_every_default_can_be_read() -> None:
+    with running(*collector("exchange", "--list-faults")) as program:
+        assert program.wait_exit() == 0
+        for fault in (*CONNECTION_FAULTS, *EXCHANGE_FAULTS):
+            assert fault.name in program.text()
+            assert fault.meaning in program.text()
+            if fault.default is not None:
+                assert fault.name in parse_faults(fault.name, "exchange")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("nope", "no fault 'nope'"), ("reset:soon", "does not have the form reset:SECONDS"),
+        ("first", "the form first:N"),
+        ("error:public/auth", "the form error:METHOD=CODE@TIMES"), ("ban:1@2", "the form ban:CODE"),
+        ("429:5", "takes no argument"), ("listing:5", "is for the whole exchange"),
+    ],
+)  # fmt: skip
+def test_faults_that_cannot_be_read_are_refused_in_one_line(url: str, text: str, words: str) -> None:
+    with pytest.raises(ValueError, match="fault") as refused:
+        parse_faults(text)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+    async def act() -> None:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+            async with connect(url, text):
+                pass
+        assert error.value.status == 400
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(("faults", "status"), [("refuse", 503), ("refuse:403", 403), ("429", 429)])
+def test_the_upgrade_is_refused(url: str, faults: str, status: int) -> None:
+    async def act() -> None:
+        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+            async with connect(url, faults):
+                pass
+        assert error.value.status == status
+
+    asyncio.run(act())
+
+
+def test_first_and_skip_say_which_connections_have_the_faults(url: str) -> None:
+    async def act() -> None:
+        for faults, wanted in (("refuse:418,first:2", [418, 418, 0, 0]), ("refuse:418,skip:1,first:1", [0, 418, 0, 0])):
+            seen = []
+            for _ in wanted:
+                try:
+                    async with connect(url, faults) as client:
+                        await client.ask("public/test")
+                        seen.append(0)
+                except aiohttp.WSServerHandshakeError as error:
+                    seen.append(error.status)
+            assert seen == wanted
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(
+    ("faults", "code"), [("close:4001@0.2", 4001), ("close:1012@0.2", 1012), ("reset:0.2", 1006), ("drop:0.2", 1006)]
+)
+def test_connections_end_as_asked(url: str, faults: str, code: int) -> None:
+    async def act() -> None:
+        async with connect(url, faults) as client, connect(url) as other:
+            await follow(other)
+            await client.wait(lambda: client.closed, "the end")
+            assert client.closed is not None
+            assert client.closed[0] in (code, None) if code == 1006 else client.closed[0] == code
+            await other.wait_data(BOOK, len(other.data(BOOK)) + 1)
+
+    asyncio.run(act())
+
+
+def test_a_reset_is_a_reset(url: str) -> None:
+    async def act() -> None:
+        host, port = url.split("/")[2].split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"GET /ws/api/v2?faults=reset:0.1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        with pytest.raises(ConnectionResetError):
+            await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+
+    asyncio.run(act())
+
+
+def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path) -> None:
+    async def act() -> None:
+        async with connect(url, "half_open:0.3", autoping=True) as client, connect(url) as other:
+            await follow(other)
+            await follow(client)
+            await client.wait_data(BOOK, 2)
+            await other.wait(lambda: read_oracle(oracle, event="silent"), "the silence to begin")
+            await asyncio.sleep(0.05)
+            count, theirs = len(client.texts), len(other.data(BOOK))
+            await client.send('{"jsonrpc":"2.0","id":50,"method":"public/test"}')
+            await client.socket.ping()
+            await other.wait_data(BOOK, theirs + 5)
+            assert len(client.texts) == count
+            assert client.closed is None
+
+    asyncio.run(act())
+
+
+def test_mute_stops_data_but_not_answers(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, f"mute:{BOOK}@0,heartbeat_floor:0.3") as client:
+            await client.ask("public/subscribe", channels=[BOOK, "quote.BTC-PERPETUAL"])
+            await client.ask("public/set_heartbeat", interval=0.4)
+            await client.wait_data("quote.BTC-PERPETUAL", 10)
+            await client.wait(lambda: any("test_request" in text for text in client.texts), "a test_request")
+            assert "result" in await client.ask("public/test")
+            assert client.data(BOOK) == []
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize("faults", ["garbage:0.1", "bad_json:0.1", "deep_json:0.1", "odd_json:0.1"])
+def test_nonsense_comes_among_the_data(url: str, faults: str) -> None:
+    def is_json(text: str) -> bool:
+        try:
+            return isinstance(json.loads(text), dict)
+        except (ValueError, RecursionError):
+            return False
+
+    async def act() -> None:
+        async with connect(url, faults) as client:
+            await follow(client)
+            await client.wait(lambda: any(not is_json(text) for text in client.texts), "nonsense")
+            assert "result" in await client.ask("public/test")
+
+    if faults.startswith("deep"):
+
+        async def act() -> None:  # the json module itself cannot read such a frame
+            async with connect(url, faults) as client:
+                await client.wait(lambda: any("[" * 50_000 in text for text in client.texts), "a deep frame")
+
+    asyncio.run(act())
+
+
+def test_an_oversized_frame(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "oversized:5000000@0.1") as client:
+            await client.wait(lambda: any(len(text) > 5_000_000 for text in client.texts), "the frame")
+            assert "result" in await client.ask("public/test")
+
+    asyncio.run(act())
+
+
+def test_answers_that_go_wrong(url: str) -> None:
+    async def act() -> None:
+        faults = "wrong_id:public/test@1,error:public/get_time=11094@2,no_reply:public/hello@1,slow:public/status=0.4"
+        async with connect(url, faults) as client:
+            await client.send('{"jsonrpc":"2.0","id":70,"method":"public/test"}')
+            await client.wait(lambda: [m for m in client.messages() if m.get("id") == 999_999_999], "the wrong id")
+            assert "result" in await client.ask("public/test")
+            for code in (11094, 11094, None):
+                answer = await client.ask("public/get_time")
+                assert answer.get("error", {}).get("code") == code
+            await client.send('{"jsonrpc":"2.0","id":71,"method":"public/hello","params":{}}')
+            start = time.monotonic()
+            await client.send('{"jsonrpc":"2.0","id":72,"method":"public/status"}')
+            await client.ask("public/test")
+            assert time.monotonic() - start > 0.39
+            ids = [m["id"] for m in client.messages()]
+            assert 71 not in ids
+            assert ids.index(72) < len(ids) - 1
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["public/hello", "public/auth", "public/set_heartbeat", "public/get_time", "public/subscribe", "private/subscribe"],
+)
+def test_an_error_at_each_step_of_a_bootstrap(url: str, method: str) -> None:
+    async def act() -> None:
+        async with connect(url, f"error:{method}=13028") as client:
+            answer = await client.ask(method)
+            assert answer["error"] == {"code": 13028, "message": "temporarily_unavailable"}
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize("rate", ["gap:5", "gap:0.2", "gap:3@1"])
+def test_gaps_break_the_chain_and_the_oracle_knows_them(url: str, oracle: Path, rate: str) -> None:
+    async def act() -> None:
+        async with connect(url, rate) as client:
+            await follow(client)
+            frames = await client.wait_data(BOOK, 25)
+            number = read_oracle(oracle, event="opened", faults=rate)[-1]["connection"]
+            lost = {line["change_id"] for line in read_oracle(oracle, event="fault", connection=number, fault="gap")}
+            breaks = find_breaks(frames)
+            assert breaks
+            assert {frames[place]["prev_change_id"] for place in breaks} <= lost
+            assert not lost & {frame["change_id"] for frame in frames}
+            if rate.endswith("@1"):
+                assert len(breaks) == len(lost) == 1
+
+    asyncio.run(act())
+
+
+def test_frames_are_repeated_and_change_places(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "duplicate:4") as twice, connect(url, "reorder:4") as mixed:
+            await follow(twice)
+            await follow(mixed)
+            ids = [frame["change_id"] for frame in await twice.wait_data(BOOK, 12)]
+            assert len(set(ids)) < len(ids)
+            assert ids == sorted(ids)
+            order = [frame["change_id"] for frame in await mixed.wait_data(BOOK, 12)]
+            assert order != sorted(order)
+            assert len(set(order)) == len(order)
+
+    asyncio.run(act())
+
+
+def test_odd_but_legal_book_frames(url: str) -> None:
+    async def act() -> None:
+        async with (
+            connect(url, "prev0:4") as zero,
+            connect(url, "resnapshot:4") as again,
+            connect(url, "crossed:4") as cross,
+        ):
+            for client in (zero, again, cross):
+                await follow(client)
+            frames = await zero.wait_data(BOOK, 12)
+            assert [f["prev_change_id"] for f in frames if f["type"] == "change"].count(0) >= 2
+            fresh = await again.wait_data(BOOK, 12)
+            assert [f["type"] for f in fresh].count("snapshot") >= 3
+            assert find_breaks(fresh) == []
+            crossings = 0
+            bids: dict[float, float] = {}
+            asks: dict[float, float] = {}
+            for frame in await cross.wait_data(BOOK, 20):
+                for levels, side in ((bids, "bids"), (asks, "asks")):
+                    for _, price, amount in frame[side]:
+                        levels[price] = amount
+                        if not amount:
+                            del levels[price]
+                crossings += max(bids) >= min(asks)
+            assert crossings >= 2
+            assert max(bids) < min(asks) or crossings >= 2
+
+    asyncio.run(act())
+
+
+def test_a_snapshot_is_missing_and_a_channel_is_left_out_of_the_ack(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, f"no_snapshot:1,drop_subscribe:{BOOK}@1") as client:
+            assert (await client.ask("public/subscribe", channels=[BOOK]))["result"] == []
+            await follow(client)
+            assert (await client.wait_data(BOOK))[0]["type"] == "change"
+            await client.ask("public/unsubscribe", channels=[BOOK])
+            count = len(client.data(BOOK))
+            await follow(client)
+            assert (await client.wait_data(BOOK, count + 1))[count]["type"] == "snapshot"
+
+    asyncio.run(act())
+
+
+def test_data_come_before_the_ack(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "ack_late") as client:
+            await follow(client)
+            assert client.messages()[0]["params"]["channel"] == BOOK
+
+    asyncio.run(act())
+
+
+def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
+    async def act() -> list[dict[str, Any]]:
+        async with connect(url, "lost_trades:3") as client:
+            channel = "trades.BTC-PERPETUAL.100ms"
+            await follow(client, channel)
+            return [trade for data in await client.wait_data(channel, 8) for trade in data]
+
+    sequence = [trade["trade_seq"] for trade in asyncio.run(act())]
+    holes = set(range(sequence[0], sequence[-1] + 1)) - set(sequence)
+    assert holes
+    page = {"instrument_name": "BTC-PERPETUAL", "start_seq": min(holes), "end_seq": max(holes), "count": 1000}
+    found = get(url, "public/get_last_trades_by_instrument", **page)[1]["result"]["trades"]
+    assert holes <= {trade["trade_seq"] for trade in found}
+
+
+def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:
+    async def act() -> None:
+        ticker = "ticker.BTC-PERPETUAL.100ms"
+        async with (
+            connect(url, "wrong_types:2") as odd,
+            connect(url, "unknown_fields") as more,
+            connect(url, "exponents") as big,
+        ):
+            for client in (odd, more, big):
+                await follow(client, ticker)
+            whole = await more.wait_data(ticker, 2)
+            assert "never_seen_before" in whole[0]
+            assert "never_seen_before" in (await more.ask("public/test"))["result"]
+            plain = {key: type(value) for key, value in whole[0].items()}
+            kinds = [{k: type(v) for k, v in frame.items()} for frame in await odd.wait_data(ticker, 12)]
+            numbers = {int: float, float: float}
+            assert any(
+                numbers.get(kind, kind) != numbers.get(plain.get(key, kind), plain.get(key, kind))
+                for frame in kinds for key, kind in frame.items()
+            )  # fmt: skip
+            await big.wait_data(ticker)
+            assert any(re.search(r'"index_price":\d\.\d+e4\b', text) for text in big.texts)
+            assert 50_000 < big.data(ticker)[0]["index_price"] < 150_000
+
+    asyncio.run(act())
+
+
+def test_the_clock_is_off(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "clock:-60000") as client, connect(url) as true:
+            await follow(client)
+            await follow(true)
+            off = (await client.ask("public/get_time"))["result"] / 1000
+            assert -61 < off - time.time() < -59
+            await true.wait_data(BOOK, 3)
+            frames = await client.wait_data(BOOK, 3)
+            times = {frame["change_id"]: frame["timestamp"] for frame in true.data(BOOK)}
+            shared = [frame for frame in frames if frame["change_id"] in times]
+            assert shared
+            assert all(frame["timestamp"] == times[frame["change_id"]] - 60_000 for frame in shared)
+
+    asyncio.run(act())
+
+
+def test_a_flood(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "flood:20000") as client:
+            await follow(client, "ticker.BTC-PERPETUAL.100ms")
+            await client.wait(lambda: len(client.texts) > 3000, "the flood", 30)
+
+    asyncio.run(act())
+
+
+def test_small_pools_of_credits(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "credits:6000") as client:
+            for _ in range(3):
+                await client.send('{"jsonrpc":"2.0","id":3,"method":"public/subscribe","params":{"channels":[]}}')
+            await client.wait(lambda: client.closed, "the cut")
+            assert [m.get("error", {}).get("code") for m in client.messages()] == [None, None, 10028]
+
+    asyncio.run(act())
+
+
+def test_logins_that_fail_or_do_not_last(url: str) -> None:
+    async def act() -> None:
+        keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
+        async with connect(url, "ban") as client:
+            assert (await client.ask("public/auth", keys))["error"] == {"code": 12005, "message": "country_is_banned"}
+        async with connect(url, "expired_token") as client:
+            await client.log_in()
+            assert (await client.ask("private/get_positions"))["error"]["code"] == 13009
+        async with connect(url, "token_life:1") as client:
+            token = await client.log_in()
+            assert token["expires_in"] == 1
+            assert "result" in await client.ask("private/get_positions")
+            while "result" in (answer := await client.ask("private/get_positions")):
+                await asyncio.sleep(0.1)
+            assert answer["error"]["code"] == 13009
+            renewed = await client.ask("public/auth", grant_type="refresh_token", refresh_token=token["refresh_token"])
+            assert "access_token" in renewed["result"]
+            assert "result" in await client.ask("private/get_positions")
+        async with connect(url, "login_only") as client:
+            assert (await client.ask("public/get_time"))["error"]["code"] == 11056
+            await client.log_in()
+            assert "result" in await client.ask("public/get_time")
+
+    asyncio.run(act())
+
+
+def test_heartbeats_that_are_missing_or_not_taken_as_answered(url: str) -> None:
+    async def act() -> None:
+        async with (
+            connect(url, "no_heartbeat,heartbeat_floor:0.1") as none,
+            connect(url, "deaf,heartbeat_floor:0.1") as deaf,
+        ):
+            await none.ask("public/set_heartbeat", interval=0.2)
+            await deaf.ask("public/set_heartbeat", interval=0.3)
+            while deaf.closed is None:
+                await deaf.send('{"jsonrpc":"2.0","id":4,"method":"public/test"}')
+                await asyncio.sleep(0.05)
+            assert deaf.closed[0] == 4000
+            assert not any("heartbeat" in text for text in none.texts)
+
+    asyncio.run(act())
+
+
+def test_maintenance(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "maintenance:0.4") as client:
+            await follow(client, "platform_state")
+            await client.wait(lambda: {"maintenance": True} in client.data("platform_state"), "the announcement")
+            assert (await client.ask("public/test"))["error"] == {"code": 11051, "message": "system_maintenance"}
+            await client.wait(lambda: client.closed, "the drop")
+
+    asyncio.run(act())
+
+
+def test_delay_is_added_each_way(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "delay:100") as client:
+            start = time.monotonic()
+            await client.ask("public/test")
+            assert time.monotonic() - start >= 0.2
+            start = time.monotonic()
+            await asyncio.gather(
+                *(client.send(json.dumps({"id": n, "method": "public/test"})) for n in range(500, 520))
+            )
+            await client.wait(lambda: len([m for m in client.messages() if m["id"] >= 500]) == 20, "all answers")
+            assert time.monotonic() - start < 2.0
+            assert [m["id"] for m in client.messages() if m["id"] >= 500] == list(range(500, 520))
+
+    asyncio.run(act())
+
+
+def test_a_client_that_does_not_read_is_cut(url: str, oracle: Path) -> None:
+    async def act() -> None:
+        host, port = url.split("/")[2].split(":")
+        _, writer = await asyncio.open_connection(host, int(port), limit=1000)
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(
+            b"GET /ws/api/v2?faults=slow_reader:200000,flood:100000 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
+            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        body = (
+            b'{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["ticker.BTC-PERPETUAL.100ms"]}}'
+        )
+        writer.write(struct.pack("!BB4s", 0x81, 0x80 | len(body), b"\0\0\0\0") + body)
+        async with connect(url) as other:
+            await follow(other)
+            await other.wait(lambda: read_oracle(oracle, event="ended", reason="connection_too_slow"), "the cut", 30)
+        writer.close()
+
+    asyncio.run(act())
+
+
+def test_faults_of_the_whole_exchange_hold_for_all_who_name_none() -> None:
+    with exchange("--faults", "error:public/test=11094,connections:1") as (url, _):
+
+        async def act() -> None:
+            async with connect(url) as client:
+                assert (await client.ask("public/test"))["error"]["code"] == 11094
+                with pytest.raises(aiohttp.WSServerHandshakeError):
+                    async with connect(url):
+                        pass
+            assert get(url, "public/test")[1]["error"]["code"] == 11094
+
+        asyncio.run(act())
+
+
+def test_the_oracle_has_every_trade(url: str, oracle: Path) -> None:
+    async def act() -> list[dict[str, Any]]:
+        async with connect(url) as client:
+            await follow(client, "trades.any.any.100ms")
+            frames = await client.wait_data("trades.any.any.100ms", 10)
+            return [trade for data in frames for trade in data]
+
+    seen = asyncio.run(act())
+    names = ("instrument_name", "trade_seq", "trade_id", "price", "amount", "direction", "timestamp")
+    told = [{name: line[name] for name in names} for line in read_oracle(oracle, event="trade")]
+    assert all({name: trade[name] for name in names} in told for trade in seen)

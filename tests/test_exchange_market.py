@@ -1,0 +1,104 @@
+"""The practice market by itself: the same seed gives the same course, books never cross, options are priced sanely."""
+
+import math
+from itertools import pairwise
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.exchange.instruments import FOREVER, format_date, list_expiries
+from workers.exchange.market import QUANTUM, Event, Market
+from workers.exchange.pricing import imply_volatility, value_option
+
+START = 1_765_541_474_000
+
+
+def live(market: Market, seconds: float) -> list[Event]:
+    """Let the market live; return its events."""
+    events = []
+    end = market.now + int(seconds * 1000)
+    while market.now + QUANTUM <= end:
+        assert market.step(market.now + QUANTUM)
+        events += list(market.move())
+    return events
+
+
+def describe(events: list[Event]) -> list[object]:
+    return [(e.instrument.name, e.timestamp, e.changes, e.trades, e.state) for e in events]
+
+
+def test_the_same_seed_gives_the_same_course() -> None:
+    one, two, other = Market(7, START), Market(7, START), Market(8, START)
+    course = describe(live(one, 3))
+    assert course == describe(live(two, 3))
+    assert course != describe(live(other, 3))
+
+
+def test_books_never_cross_and_trade_sequences_have_no_holes() -> None:
+    market = Market(3, START, options=120, rate=2000)
+    last = {name: day.trade_seq for name, day in market.days.items()}
+    ids: dict[str, int] = {}
+    for event in live(market, 20):
+        for trade in event.trades:
+            name = trade["instrument_name"]
+            assert trade["trade_seq"] == last[name] + 1
+            last[name] += 1
+        if event.changes:
+            assert market.books[event.instrument.name].change_id > ids.get(event.instrument.name, 0)
+    for name, book in market.books.items():
+        bid, ask = book.best_bid, book.best_ask
+        assert bid is None or ask is None or bid < ask, name
+    kinds = {e.instrument.kind for e in live(market, 20) if e.trades}
+    assert kinds == {"future", "option", "spot", "future_combo", "option_combo"}
+
+
+def test_prices_stay_near_their_index() -> None:
+    market = Market(5, START, options=0, rate=500)
+    for _ in range(6):
+        live(market, 10)
+        for name, book in market.books.items():
+            of = market.catalogue.by_name[name]
+            if not of.legs and book.best_bid and book.best_ask:
+                middle = (book.best_bid + book.best_ask) / 2 * of.tick
+                assert abs(middle / market.mark_price(of) - 1) < 0.005, name
+
+
+def test_expiries_are_at_eight_and_in_order() -> None:
+    for now in range(START, START + 400 * 86_400_000, 37 * 3_600_000):
+        expiries = list_expiries(now)
+        times = [expiry for expiry, _ in expiries]
+        assert all(a < b for a, b in pairwise(times))
+        assert all(expiry % 86_400_000 == 8 * 3_600_000 and expiry > now for expiry in times)
+        assert {period for _, period in expiries} >= {"day", "month"}
+    assert format_date(1779177600000) == "19MAY26"
+    assert format_date(1780646400000) == "5JUN26"
+
+
+def test_what_has_reached_its_time_expires_by_itself() -> None:
+    eight = 1_765_526_400_000  # 12 December 2025, 08:00 UTC
+    market = Market(1, eight - 660_000, options=60)
+    doomed = [name for name, of in market.catalogue.by_name.items() if of.expiry == eight]
+    assert doomed
+    market.now = eight - 1000
+    events = live(market, 2)
+    states = [(e.instrument.name, e.state) for e in events if e.state]
+    assert {name for name, state in states if state == "delivered"} == set(doomed)
+    assert not set(doomed) & set(market.catalogue.by_name)
+    assert all(not any(market.books[name].sides) for name in doomed)
+    assert all(of.expiry > eight for of in market.catalogue.by_name.values())
+    assert any(of.expiry == FOREVER for of in market.catalogue.by_name.values())
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    forward=st.floats(50, 200_000), ratio=st.floats(0.5, 2), years=st.floats(0.003, 2), volatility=st.floats(0.2, 2.5)
+)
+def test_calls_and_puts_agree(forward: float, ratio: float, years: float, volatility: float) -> None:
+    strike = forward * ratio
+    call = value_option(True, forward, strike, years, volatility)
+    put = value_option(False, forward, strike, years, volatility)
+    assert math.isclose(call.price - put.price, forward - strike, rel_tol=1e-6, abs_tol=forward * 1e-9)
+    assert math.isclose(call.delta - put.delta, 1.0, rel_tol=1e-9)
+    assert call.gamma >= 0 <= call.vega
+    if call.vega > forward * 1e-4:
+        assert abs(imply_volatility(True, forward, strike, years, call.price) - volatility) < 0.01

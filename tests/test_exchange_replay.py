@@ -1,0 +1,101 @@
+"""Recorded frames go out byte for byte, in order, with the recording's own pace or another."""
+
+import asyncio
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.exchange_client import connect, exchange, get
+from tests.support import FRAMES, collector, running
+from workers.exchange.replay import read_recording
+
+LINES = [
+    '{"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "book.X-1.raw", "data": {"a": 2.2e3}}}',
+    '{"jsonrpc":"2.0","id":1,"result":["passed over"]}',
+    '{"params":{"data":[1.0],"channel":"user.anything.at.all"},"method":"subscription","jsonrpc":"2.0"}',
+    "not json",
+    '{"jsonrpc":"2.0","method":"subscription","params":{"channel":"nobody.listens","data":null}}',
+    '{"jsonrpc":"2.0","method":"subscription","params":{"channel":"book.X-1.raw","data":{"a": 2.30}}}',
+]
+CHANNELS = ["book.X-1.raw", "user.anything.at.all"]
+
+
+def write_capture(path: Path, gap: float) -> None:
+    head = "wss://www.deribit.com/ws/api/v2"
+    rows = [f"{head} <-> 100.0", f'{head} <- 100.5: {{"id":1,"method":"public/subscribe"}}']
+    rows += [f"{101.0 + gap * place}: {line}" for place, line in enumerate(LINES)]
+    path.write_text("\n".join(rows) + "\n")
+
+
+def test_json_lines_go_out_unchanged_to_who_subscribed(tmp_path: Path) -> None:
+    path = tmp_path / "frames.jsonl"
+    path.write_text("\n".join(LINES))
+    with exchange("--replay", str(path)) as (url, _):
+
+        async def act() -> None:
+            async with connect(url) as client, connect(url) as other:
+                await client.log_in()
+                refused = await other.ask("public/subscribe", channels=CHANNELS[:1])
+                assert refused["error"]["code"] == 13778
+                await other.ask("public/subscribe", channels=["nobody.knows", "quote.BTC-PERPETUAL"])
+                answer = await client.ask("private/subscribe", channels=CHANNELS)
+                assert answer["result"] == sorted(CHANNELS, reverse=True)
+                await client.wait(lambda: len(client.texts) >= 5, "the frames")
+                assert client.texts[2:] == [LINES[0], LINES[2], LINES[5]]
+                state = (await other.ask("practice/state"))["result"]
+                assert (state["played"], state["recorded"], state["relayed"]) == (4, 4, 3)
+                await other.wait_data("quote.BTC-PERPETUAL", 3)
+
+        asyncio.run(act())
+
+
+@pytest.mark.parametrize("speed", ["1", "0.5", "0"])
+def test_a_capture_keeps_its_pace(tmp_path: Path, speed: str) -> None:
+    path = tmp_path / "capture"
+    write_capture(path, 0.1)
+    with exchange("--replay", str(path), "--speed", speed) as (url, _):
+
+        async def act() -> None:
+            async with connect(url) as client:
+                await client.log_in()
+                await client.ask("private/subscribe", channels=CHANNELS)
+                await client.wait(lambda: len(client.texts) >= 3, "the first frame")
+                start = time.monotonic()
+                await client.wait(lambda: len(client.texts) >= 5, "the last frame")
+                lasted = time.monotonic() - start
+                assert lasted >= {"1": 0.4, "0.5": 0.9, "0": 0.0}[speed]
+
+        asyncio.run(act())
+
+
+def test_recordings_that_hold_nothing_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty"
+    path.write_text('{"jsonrpc":"2.0","id":1,"result":[]}\n')
+    for argument, words, code in (
+        (str(path), "no recorded notification", 2),
+        (str(tmp_path / "none"), "No such file", 1),
+    ):
+        with running(*collector("exchange", "--replay", str(argument))) as program:
+            assert program.wait_exit() == code
+            assert words in program.text()
+            assert "Traceback" not in program.text()
+
+
+@pytest.mark.skipif(not FRAMES, reason="COLLECTOR_FRAMES names no folder with recorded frames")
+def test_the_recorded_capture_is_replayed_whole() -> None:
+    path = f"{FRAMES}/cryptofeed/DERIBIT.ws.1.0"
+    frames = read_recording(path)
+    assert len(frames) == 135
+    channels = sorted({frame.channel for frame in frames})
+    with exchange("--replay", path, "--speed", "0") as (url, _):
+
+        async def act() -> None:
+            async with connect(url) as client:
+                await client.log_in()
+                await client.ask("public/subscribe", channels=channels)
+                await client.wait(lambda: len(client.texts) >= 137, "all frames")
+                assert client.texts[2:] == [frame.text.decode() for frame in frames]
+
+        asyncio.run(act())
+        assert get(url, "practice/state")[1]["result"]["relayed"] == 135
