@@ -69,13 +69,9 @@ def message(type_: str, instrument: str, interval: str, timestamp: Any, keys: Ke
 
 
 class FrameReader:
-    """Turns the frames of one connection, in order, into the messages that they owe.
+    """Turns the frames of one connection, in order, into the messages that they owe."""
 
-    `holes` says whether a hole in a row of trade_seq owes a gap.
-    """
-
-    def __init__(self, holes: bool = False) -> None:
-        self._holes = holes
+    def __init__(self) -> None:
         self._chains: dict[str, int | None] = {}
         self._broken: set[str] = set()
         self._tickers: dict[str, dict[str, Any]] = {}
@@ -104,7 +100,7 @@ class FrameReader:
         for trade in trades:
             expected = read_trade(trade, interval=rest[-1])
             last, now = self._sequences.get(expected.topic), trade["trade_seq"]
-            if self._holes and last is not None and now > last + 1:
+            if last is not None and now > last + 1:
                 hole: Keys = {"missing_from": exact(last + 1), "missing_to": exact(now - 1), "healing": (True, False)}
                 yield gap(expected, hole)
             self._sequences[expected.topic] = max(now, last or 0)
@@ -314,16 +310,24 @@ def check_envelope(topic: str, body: dict[str, Any]) -> list[str]:
 
 
 def check_numbering(received: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
-    """One epoch; on each topic seq 1, 2, 3 ...; receive_ts never runs back."""
+    """One epoch; on each topic seq rises by one, from 1, a join answer or a status; receive_ts never runs back.
+
+    A status has the time of its publication: data that were read before it may stand behind it.
+    """
     last: dict[str, dict[str, Any]] = {}
     faults = []
     for topic, body in received:
-        if body.get("join"):
+        if topic not in last:
+            start = body["seq"] if "join" in body else body["seq"] - 1 if body["type"] in BESIDE_DATA else 0
+            last[topic] = {"seq": start, "ts": 1, "epoch": body["epoch"]}
+        before = last[topic]
+        if "join" in body:
             continue
-        before = last.get(topic, {"seq": 0, "receive_ts": 1, "epoch": body["epoch"]})
         if body["seq"] != before["seq"] + 1 or body["epoch"] != before["epoch"]:
             faults.append(f"{topic}: seq {body['seq']} of epoch {body['epoch']} after {before['seq']}")
-        if body["receive_ts"] < before["receive_ts"]:
-            faults.append(f"{topic}: receive_ts runs back to {body['receive_ts']}")
-        last[topic] = body
+        if body["type"] not in ("gap", *BESIDE_DATA):
+            if body["receive_ts"] < before["ts"]:
+                faults.append(f"{topic}: receive_ts runs back to {body['receive_ts']}")
+            before["ts"] = body["receive_ts"]
+        before["seq"] = body["seq"]
     return faults
