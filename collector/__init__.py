@@ -13,17 +13,27 @@ if TYPE_CHECKING:
     from collector.client import Control, Subscriber
     from collector.config import Config, ConfigError, load_config
     from collector.messages import ControlError
+    from collector.orderbook import NotInSync, OrderBook
+    from collector.stream import Loss, LossError, Message
 
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",
     "Control": "client",
     "ControlError": "messages",
+    "Loss": "stream",
+    "LossError": "stream",
+    "Message": "stream",
+    "NotInSync": "orderbook",
+    "OrderBook": "orderbook",
     "Subscriber": "client",
     "load_config": "config",
 }
 
-__all__ = ["Config", "ConfigError", "Control", "ControlError", "Subscriber", "__version__", "load_config"]
+__all__ = [
+    "Config", "ConfigError", "Control", "ControlError", "Loss", "LossError", "Message", "NotInSync", "OrderBook",
+    "Subscriber", "__version__", "load_config",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

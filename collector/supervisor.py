@@ -134,6 +134,7 @@ class Supervisor:
             "name": keeper.name,
             "kind": keeper.kind,
             "epoch": keeper.epoch,
+            "restarts": keeper.restarts,
             "runtime_dir": str(self.config.runtime_dir),
             "log_level": self._log_level,
         }

@@ -224,7 +224,9 @@ class Client:
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
         if self.attempts >= max(1, self.retry_count):
-            return self._fail("exhausted", Exit.GAVE_UP, f"{self.attempts} attempts failed; the last: {reason}")
+            return self._fail(
+                "exhausted", Exit.GAVE_UP, f"{self.attempts} attempts in a row came to nothing, the last: {reason}"
+            )
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
         delay = backoff_delay(max(1, self.attempts), first, random.random())
@@ -312,6 +314,10 @@ class Client:
         except TimeoutError:
             silence = time.monotonic() - self._heard
             raise Lost(f"no frame for {silence:.1f} s and no answer to public/test") from None
+
+    def read_clock(self) -> int:
+        """Now, in ns since 1970; while a burst is handed out, the time at which it was read."""
+        return self._stamp or time.time_ns()
 
     # -- frames -------------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,6 @@
 """What every channel's feed is: frames go in, wire messages come out. No I/O, no clock; times are arguments."""
 
-from collector.channels import Channel
+from collector.channels import Channel, parse_channel, share_topic
 from workers.deribit.streams import Published, Stream, Topics
 
 
@@ -35,6 +35,16 @@ class Feed:
             stream = self.topics.find(self.channel.type, instrument, self.channel.interval)
             self.streams[instrument] = stream
         return stream
+
+    def adopt(self, stream: Stream) -> None:
+        """Take on a stream of an earlier life, if it is one of this channel's."""
+        channel = self.channel
+        if channel.instrument or stream.type != channel.type or stream.interval != channel.interval:
+            return
+        if stream.type != "trade" or share_topic(
+            channel, parse_channel(f"trades.{stream.instrument}.{stream.interval}")
+        ):
+            self.streams[stream.instrument] = stream
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """What a frame of this channel says. Raises Malformed if it is not one."""

@@ -95,7 +95,7 @@ class Healer:
         self._end(feed, stream)
 
     def _end(self, feed: TradeFeed, stream: Stream) -> None:
-        for repair in feed.end_healing(stream, time.time_ns()):
+        for repair in feed.end_healing(stream, self._client.read_clock()):
             self.repaired += repair.repaired
             self.missing += sum(last - first + 1 for first, last in repair.missing)
             self._publisher.say(stream, repair)
@@ -149,5 +149,5 @@ class Healer:
             raise ExchangeError({"code": 0, "message": f"{method}: the answer holds no trades: {error}"}) from None
 
     def _publish(self, feed: TradeFeed, trades: list[TradeData]) -> None:
-        now = time.time_ns()
+        now = self._client.read_clock()
         self._publisher.publish(feed.backfill(trades, now), now)

@@ -22,6 +22,9 @@ ONCE_IN = 0.250
 LOOK = 0.1
 """Seconds between looks for subscriptions while no data flows."""
 
+HOLD, LOOK_OFTEN = 0.5, 0.005
+"""Seconds that the first messages wait for the subscribers of an earlier life, and seconds between looks for them."""
+
 MAX_PREFIXES = 1000
 """Prefixes that wait to be matched; one more, and all topics are answered."""
 
@@ -32,6 +35,7 @@ class Joins:
     def __init__(self, publisher: Publisher, topics: Topics) -> None:
         self._publisher = publisher
         self._topics = topics
+        self._began = time.monotonic()
         self._prefixes: dict[bytes, None] = {}
         self._waiting: dict[Stream, None] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -40,7 +44,10 @@ class Joins:
     def watch(self) -> None:
         """Look for subscriptions from now on, also while no data flows."""
         self.notice()
-        self._look = asyncio.get_running_loop().call_later(LOOK, self.watch)
+        if self._publisher.is_holding and time.monotonic() - self._began > HOLD:
+            self._publisher.release()
+        pause = LOOK_OFTEN if self._publisher.is_holding else LOOK
+        self._look = asyncio.get_running_loop().call_later(pause, self.watch)
 
     def end(self) -> None:
         """Answer no more."""

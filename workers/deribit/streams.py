@@ -3,10 +3,15 @@
 from collections.abc import Callable
 from typing import Any
 
-from collector.messages import EXCHANGE, Topic, is_topic_part
+from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
+from workers.deribit.ledger import Ledger
 from workers.deribit.payloads import Book, Gap, Payload, Status
 
 Message = Payload | dict[str, Any]
+
+
+REPEATS = 100
+"""Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
 
 
 class Malformed(ValueError):
@@ -19,12 +24,13 @@ class Stream:
     `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
-    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched.
+    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched;
+    trades above `repeat_above` up to `repeat_to`, of an earlier life, are to be said again; `slot` is in the ledger.
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
-        "last_id", "last_ts", "lost", "seq", "status", "topic", "type",
+        "last_id", "last_ts", "lost", "repeat_above", "repeat_to", "seq", "slot", "status", "topic", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -40,6 +46,9 @@ class Stream:
         self.last_id = 0
         self.lost = False
         self.has_tail = False
+        self.repeat_above: int | None = None
+        self.repeat_to = 0
+        self.slot = 0
         self.due: Gap | None = None
         self.gap: Gap | None = None
         self.status: Status | None = None
@@ -68,7 +77,7 @@ class Stream:
 
     def lose(self, reason: str, topics: "Topics", now: int) -> Gap | None:
         """Note a loss. Returns its gap, or None where nothing was yet to lose or the last loss had no data after it."""
-        if self.lost or not (self.last_ts or reason == "restart"):
+        if self.lost or not self.last_ts:
             return None
         self.lost = True
         self.due = Gap(EXCHANGE, self.instrument, self.epoch, 0, 0, now, topics.number_gap(), reason, self.last_ts, now)
@@ -85,7 +94,7 @@ class Stream:
         gap, self.due = self.due, None
         if gap is None:
             return None
-        gap.to_ts = receive_ts
+        gap.to_ts = gap.receive_ts = receive_ts
         if isinstance(message, Book):
             gap.next_change_id = message.change_id
         self.gap = gap
@@ -95,8 +104,9 @@ class Stream:
 class Topics:
     """All streams of one epoch, by topic: a topic that is left and taken up again goes on with its sequence."""
 
-    def __init__(self, epoch: int) -> None:
+    def __init__(self, epoch: int, ledger: Ledger) -> None:
         self.epoch = epoch
+        self.ledger = ledger
         self.gaps = 0
         self._streams: dict[tuple[str, str, str], Stream] = {}
 
@@ -106,7 +116,19 @@ class Topics:
         stream = self._streams.get(key)
         if stream is None:
             stream = self._streams[key] = Stream(kind, instrument, interval, self.epoch)
+            stream.slot = self.ledger.find_slot(stream.topic.decode())
         return stream
+
+    def restore(self) -> list[Stream]:
+        """The streams of which an earlier life had carried data."""
+        restored = []
+        for entry in self.ledger.earlier:
+            topic = parse_topic(entry.topic)
+            stream = self.find(topic.type, topic.instrument, topic.interval)
+            stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
+            stream.repeat_above, stream.repeat_to = max(0, entry.last_id - REPEATS), entry.last_id
+            restored.append(stream)
+        return restored
 
     def number_gap(self) -> int:
         """The id of the next gap."""

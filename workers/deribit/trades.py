@@ -140,9 +140,12 @@ class TradeFeed(Feed):
     def find_missing(self, stream: Stream) -> tuple[int, int | None] | None:
         """The run of trade_seq to fetch for a stream: (from, to or None for open); None if nothing can be missing."""
         runs = [run for hole in self.holes.get(stream, []) if hole.gap is not None for run in hole.list_missing()]
+        first = min((first for first, _ in runs), default=stream.last_id + 1)
+        if stream.repeat_above is not None:
+            return min(first, stream.repeat_above + 1), None
         if stream.has_tail or (stream.lost and stream.last_id):
-            return min((first for first, _ in runs), default=stream.last_id + 1), None
-        return (min(first for first, _ in runs), max(last for _, last in runs)) if runs else None
+            return first, None
+        return (first, max(last for _, last in runs)) if runs else None
 
     def backfill(self, trades: Iterable[TradeData], now: int) -> Published:
         """Fetched trades, in order: those that are missing, marked as such."""
@@ -161,7 +164,7 @@ class TradeFeed(Feed):
                 if hole.holds(seq):
                     hole.came.add(seq)
                     return True
-            return False
+            return self._is_repeat(stream, seq)
         if stream.has_tail:
             self.holes[stream][-1].came.add(seq)
             return True
@@ -172,9 +175,16 @@ class TradeFeed(Feed):
         stream.has_tail = True
         return True
 
+    def _is_repeat(self, stream: Stream, seq: int) -> bool:
+        """Whether an earlier life may have taken this trade along unsent; each is said again once."""
+        if stream.repeat_above is None or not stream.repeat_above < seq <= stream.repeat_to:
+            return False
+        stream.repeat_above = seq
+        return True
+
     def end_healing(self, stream: Stream, now: int) -> list[Repair]:
         """All that can be had of one stream has come: say of each of its gaps what stays missing."""
-        stream.has_tail = False
+        stream.has_tail, stream.repeat_above = False, None
         return [
             Repair(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, hole.gap.id, len(hole.came), hole.list_missing())
             for hole in self.holes.pop(stream, ())

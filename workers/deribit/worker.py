@@ -6,6 +6,7 @@ import time
 from collections.abc import Coroutine
 from contextlib import suppress
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 from collector.lifecycle import Exit
@@ -16,6 +17,7 @@ from workers.deribit.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.feed import Feed
 from workers.deribit.heal import Healer
 from workers.deribit.joins import Joins
+from workers.deribit.ledger import Ledger
 from workers.deribit.normalise import create_feed
 from workers.deribit.payloads import ConnectionHeartbeat, Status
 from workers.deribit.publisher import Publisher
@@ -45,7 +47,9 @@ class Worker(Listener):
         self.name: str = spec["name"]
         self.epoch: int = spec["epoch"]
         self.feeds: dict[bytes, Feed] = {}
-        self.topics = Topics(self.epoch)
+        self.ledger_path = Path(spec["runtime_dir"]) / f"{self.name}.ledger"
+        self.ledger = Ledger(self.ledger_path, fresh=not spec["restarts"])
+        self.topics = Topics(self.epoch, self.ledger)
         self.malformed = 0
         self.unknown = 0
         self.resyncs = 0
@@ -56,7 +60,7 @@ class Worker(Listener):
         self._counted = 0
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self.publisher = Publisher(settings["publish"], settings["queue"])
+        self.publisher = Publisher(settings["publish"], settings["queue"], self.ledger)
         self.joins = Joins(self.publisher, self.topics)
         self.client = Client(
             settings["url"], settings["headers"], settings["timeout"], settings["retry_count"],
@@ -66,6 +70,7 @@ class Worker(Listener):
         )  # fmt: skip
         self.healer = Healer(self.client, self.publisher)
         self._add_channels(spec["channels"])
+        self._take_over()
         self._state = self.topics.find("status", self.name, "connection")
         self._heartbeat = self.topics.find("heartbeat", self.name, "1s")
 
@@ -74,6 +79,17 @@ class Worker(Listener):
         for name, channel in self.client.reconciler.subscriptions.asked.items():
             if name.encode() not in self.feeds:
                 self.feeds[name.encode()] = create_feed(channel, self.topics)
+
+    def _take_over(self) -> None:
+        """Go on from what an earlier life had said: on each of its topics a gap is due."""
+        restored = self.topics.restore()
+        for feed in self.feeds.values():
+            for stream in restored:
+                feed.adopt(stream)
+            if isinstance(feed, TradeFeed):
+                feed.confirmed_at = self.ledger.epoch
+            feed.lose("restart", self.epoch)
+        self.ledger.epoch = self.epoch
 
     # -- the life of a worker (see workers.actor) ---------------------------------------------------------------------
 
@@ -95,6 +111,9 @@ class Worker(Listener):
             for task in self._tasks:
                 task.cancel()
             await asyncio.to_thread(self.publisher.close)
+            self.ledger.close()
+            if self.client.exit is Exit.STOPPED:
+                self.ledger_path.unlink(missing_ok=True)
         return self.client.exit
 
     def stop(self) -> None:
@@ -227,8 +246,9 @@ class Worker(Listener):
 
     def change_state(self, state: str, reason: str) -> None:
         """Say it on the connection's status topic; a lost connection is a loss on every topic."""
-        log.log(logging.WARNING if state in ("backoff", "failed") else logging.INFO, "%s %s", state, reason)
-        now = time.time_ns()
+        said = f"{state}: {reason}" if reason else state
+        log.log(logging.WARNING if state in ("backoff", "failed") else logging.INFO, "%s", said)
+        now = self.client.read_clock()
         if state in ("backoff", "failed"):
             for feed in self.feeds.values():
                 feed.lose("disconnect", now)
@@ -274,7 +294,7 @@ class Worker(Listener):
         """Say a change of a channel's state on each of its topics."""
         if (state, reason) != feed.condition:
             feed.condition = (state, reason)
-            now = time.time_ns()
+            now = self.client.read_clock()
             for stream in feed.streams.values():
                 self._say_status(stream, state, reason, now)
 

@@ -1,0 +1,92 @@
+"""What a worker's successor must know of its life: for each topic, when and what was last said.
+
+It lies in a mapped file, so that it outlives a worker that is killed: a store in memory is all that a message costs,
+and the kernel keeps it. A successor that dies too loses nothing of it. The supervisor's own start begins a fresh one.
+
+Layout, in native byte order: records of 512 bytes; the first is the header (epoch, subscriptions), each later one
+belongs to a topic (receive_ts in ns, change_id or trade_seq, length of the topic, the topic).
+"""
+
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+RECORD = 512
+WORDS = RECORD // 8
+TOPICS = 65_535
+"""Topics that one ledger holds; the file is sparse, only what is used takes room."""
+
+
+class Entry(NamedTuple):
+    """The last word of an earlier life on one topic."""
+
+    topic: str
+    last_ts: int
+    last_id: int
+
+
+class Ledger:
+    """One mapped ledger. `cells[slot]` is a topic's receive_ts, `cells[slot + 1]` its id; slot 0 belongs to nobody."""
+
+    def __init__(self, path: Path, fresh: bool) -> None:
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
+        file = os.open(path, flags, 0o600)
+        try:
+            os.ftruncate(file, RECORD * (TOPICS + 1))
+            self._map = mmap.mmap(file, RECORD * (TOPICS + 1))
+        finally:
+            os.close(file)
+        self.cells = memoryview(self._map).cast("q")
+        self._slots = {entry.topic: slot for slot, entry in self._read()}
+        self.earlier = [entry for _, entry in self._read() if entry.last_ts]
+
+    def _read(self) -> Iterator[tuple[int, Entry]]:
+        for number in range(1, TOPICS + 1):
+            start = number * RECORD
+            length = self.cells[number * WORDS + 2]
+            if not 0 < length <= RECORD - 24:
+                return
+            topic = self._map[start + 24 : start + 24 + length].decode("utf-8", "replace")
+            slot = number * WORDS
+            yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1])
+
+    def find_slot(self, topic: str) -> int:
+        """The slot of a topic, taken at need; 0 where the ledger is full or the topic too long."""
+        slot = self._slots.get(topic)
+        if slot is None:
+            slot = self._slots[topic] = self._take_slot(topic.encode())
+        return slot
+
+    def _take_slot(self, topic: bytes) -> int:
+        number = len(self._slots) + 1
+        if number > TOPICS or len(topic) > RECORD - 24:
+            return 0
+        start = number * RECORD
+        self._map[start + 24 : start + 24 + len(topic)] = topic
+        self.cells[number * WORDS + 2] = len(topic)  # last: it makes the record count
+        return number * WORDS
+
+    @property
+    def epoch(self) -> int:
+        """When the latest life that wrote here began, in ns; 0 if there was none."""
+        return self.cells[2]
+
+    @epoch.setter
+    def epoch(self, value: int) -> None:
+        self.cells[2] = value
+
+    @property
+    def subscriptions(self) -> int:
+        """How many subscriptions the latest life had."""
+        return self.cells[3]
+
+    @subscriptions.setter
+    def subscriptions(self, value: int) -> None:
+        self.cells[3] = value
+
+    def close(self) -> None:
+        """Let go of the file; it stays."""
+        self.cells.release()
+        self._map.close()
