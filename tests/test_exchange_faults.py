@@ -15,7 +15,7 @@ import pytest
 
 from tests.exchange_client import Client, connect, exchange, get
 from tests.support import collector, running
-from workers.exchange.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
+from workers.exchange.protocol.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
 
 BOOK = "book.BTC-PERPETUAL.100ms"
 

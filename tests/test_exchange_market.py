@@ -6,9 +6,9 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.exchange.instruments import FOREVER, format_date, list_expiries
-from workers.exchange.market import QUANTUM, Event, Market
-from workers.exchange.pricing import imply_volatility, value_option
+from workers.exchange.market.instruments import FOREVER, format_date, list_expiries
+from workers.exchange.market.market import QUANTUM, Event, Market
+from workers.exchange.market.pricing import imply_volatility, value_option
 
 START = 1_765_541_474_000
 

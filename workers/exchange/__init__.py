@@ -1,5 +1,6 @@
 """The practice exchange: a market that moves by itself and speaks Deribit's protocol, with faults on request.
 
-Read in this order: instruments, pricing, book, market (a market without time or sockets of its own), feeds (what
-each channel says of it), rpc, session, methods (the protocol), faults (what may go wrong), server (sockets).
+Read in this order: `market` (instruments, books and trades), `channels` (what each channel says of them), `protocol`
+(requests, logins, limits, and the table of faults), then exchange (what all connections share), server (sockets and
+clock) and worker.
 """

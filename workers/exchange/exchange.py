@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from workers.exchange.account import Account
-from workers.exchange.auth import LIFE, Authority
-from workers.exchange.faults import Faults, Setting, parse_faults
-from workers.exchange.hub import Frame, Hub
-from workers.exchange.market import Market
-from workers.exchange.methods import MARKET_METHODS
+from workers.exchange.channels.account import Account
+from workers.exchange.channels.hub import Frame, Hub
+from workers.exchange.market.market import Market
 from workers.exchange.oracle import Oracle
+from workers.exchange.protocol.auth import LIFE, Authority
+from workers.exchange.protocol.faults import Faults, Setting, parse_faults
+from workers.exchange.protocol.methods import MARKET_METHODS
+from workers.exchange.protocol.rpc import RpcError
 from workers.exchange.replay import Recorded, Replay
-from workers.exchange.rpc import RpcError
 
 MAX_CONNECTIONS = 32
 """Of one client address; the next upgrade gets HTTP 429."""

@@ -7,8 +7,8 @@ reason), `fault` (each frame that a fault kept back, changed or added, with its 
 from pathlib import Path
 from typing import Any
 
-from workers.exchange.market import Event
-from workers.exchange.rpc import encode
+from workers.exchange.market.market import Event
+from workers.exchange.protocol.rpc import encode
 
 _TRADE = ("instrument_name", "trade_seq", "trade_id", "price", "amount", "direction", "timestamp")
 

@@ -13,12 +13,12 @@ from typing import Any
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
-from workers.exchange.connection import CLOSE, Connection
 from workers.exchange.exchange import Exchange, find_failure
-from workers.exchange.faults import Faults, parse_faults
-from workers.exchange.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
-from workers.exchange.session import Credits, Session
-from workers.exchange.socket_methods import SOCKET_METHODS, Context, carry_out
+from workers.exchange.protocol.connection import CLOSE, Connection
+from workers.exchange.protocol.faults import Faults, parse_faults
+from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
+from workers.exchange.protocol.session import Credits, Session
+from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, carry_out
 
 STEP = 0.02
 """Seconds between two moves of the market."""

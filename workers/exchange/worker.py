@@ -7,8 +7,8 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from collector.messages import ControlError
-from workers.exchange.auth import read_keys
 from workers.exchange.exchange import Exchange, Settings
+from workers.exchange.protocol.auth import read_keys
 from workers.exchange.replay import read_recording
 from workers.exchange.server import Server
 

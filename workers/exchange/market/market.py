@@ -13,10 +13,10 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
-from workers.exchange.book import ASK, Book, Change
-from workers.exchange.instruments import COINS, FOREVER, INVERSE, STRIKE_STEPS, Catalogue, Instrument
-from workers.exchange.participants import STYLES, Fill, act_once, fill_book
-from workers.exchange.pricing import YEAR_MS, Valuation, smile, value_option
+from workers.exchange.market.book import ASK, Book, Change
+from workers.exchange.market.instruments import COINS, FOREVER, INVERSE, STRIKE_STEPS, Catalogue, Instrument
+from workers.exchange.market.participants import STYLES, Fill, act_once, fill_book
+from workers.exchange.market.pricing import YEAR_MS, Valuation, smile, value_option
 
 QUANTUM = 20
 """ms."""

@@ -7,13 +7,21 @@ from collections import Counter, deque
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
-from workers.exchange.distort import Distortion, distorts, make_nonsense
+from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Exchange, find_failure
-from workers.exchange.faults import Faults
-from workers.exchange.hub import Frame
-from workers.exchange.rpc import NO_ID, Call, RpcError, encode_answer, encode_heartbeat, encode_notification, read_call
-from workers.exchange.session import IDLE, Credits, Session
-from workers.exchange.socket_methods import Context, carry_out, end_session
+from workers.exchange.protocol.distort import Distortion, distorts, make_nonsense
+from workers.exchange.protocol.faults import Faults
+from workers.exchange.protocol.rpc import (
+    NO_ID,
+    Call,
+    RpcError,
+    encode_answer,
+    encode_heartbeat,
+    encode_notification,
+    read_call,
+)
+from workers.exchange.protocol.session import IDLE, Credits, Session
+from workers.exchange.protocol.socket_methods import Context, carry_out, end_session
 
 TEXT, BINARY, CLOSE = 1, 2, 8
 MAX_WAITING = 32 << 20

@@ -1,7 +1,7 @@
 """From a channel's name to its feed; None for what Deribit would silently leave out."""
 
-from workers.exchange.account import Account, OwnFeed, PortfolioFeed
-from workers.exchange.feeds import (
+from workers.exchange.channels.account import Account, OwnFeed, PortfolioFeed
+from workers.exchange.channels.feeds import (
     INDEX_FEEDS,
     PERIODS,
     BookFeed,
@@ -20,8 +20,8 @@ from workers.exchange.feeds import (
     describe_rfq,
     list_indices,
 )
-from workers.exchange.instruments import INVERSE, Instrument
-from workers.exchange.market import Market
+from workers.exchange.market.instruments import INVERSE, Instrument
+from workers.exchange.market.market import Market
 
 KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo", "any")
 CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR", "any")

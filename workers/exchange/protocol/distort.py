@@ -7,9 +7,9 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
-from workers.exchange.faults import Faults
-from workers.exchange.hub import Frame
-from workers.exchange.rpc import encode
+from workers.exchange.channels.hub import Frame
+from workers.exchange.protocol.faults import Faults
+from workers.exchange.protocol.rpc import encode
 
 _FRAME_FAULTS = {
     "no_snapshot", "gap", "duplicate", "reorder", "prev0", "resnapshot", "crossed", "lost_trades",

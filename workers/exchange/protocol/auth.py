@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any
 
-from workers.exchange.rpc import RpcError, refuse_param
+from workers.exchange.protocol.rpc import RpcError, refuse_param
 
 LIFE = 31_536_000
 """Seconds a token lives by default, as on production (2025)."""

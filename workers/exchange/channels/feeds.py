@@ -7,10 +7,10 @@ all. No I/O, no clock. Shapes and rhythms are those of Deribit's channels (measu
 from collections.abc import Callable
 from typing import Any
 
-from workers.exchange.book import ASK, BID, sort_levels
-from workers.exchange.instruments import Instrument
-from workers.exchange.market import Event, Market
-from workers.exchange.payloads import (
+from workers.exchange.market.book import ASK, BID, sort_levels
+from workers.exchange.market.instruments import Instrument
+from workers.exchange.market.market import Event, Market
+from workers.exchange.market.payloads import (
     Data,
     describe_expiration,
     describe_marks,

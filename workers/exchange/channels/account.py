@@ -5,10 +5,10 @@ Orders that it places rest beside the book: they are never filled, only cancelle
 
 from typing import Any
 
-from workers.exchange.feeds import PERIODS, Feed
-from workers.exchange.instruments import Instrument
-from workers.exchange.market import Event, Market
-from workers.exchange.payloads import Data
+from workers.exchange.channels.feeds import PERIODS, Feed
+from workers.exchange.market.instruments import Instrument
+from workers.exchange.market.market import Event, Market
+from workers.exchange.market.payloads import Data
 
 EVERY = 5
 """The account has part in every n-th trade of a perpetual."""

@@ -5,10 +5,10 @@ Reads the market, changes nothing.
 
 from typing import Any
 
-from workers.exchange.book import ASK, BID, Book
-from workers.exchange.instruments import Instrument
-from workers.exchange.market import Market
-from workers.exchange.pricing import YEAR_MS, imply_volatility
+from workers.exchange.market.book import ASK, BID, Book
+from workers.exchange.market.instruments import Instrument
+from workers.exchange.market.market import Market
+from workers.exchange.market.pricing import YEAR_MS, imply_volatility
 
 Data = Any
 """JSON data: what stands under `data` of a notification, or under `result` of an answer."""

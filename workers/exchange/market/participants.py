@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from random import Random
 
-from workers.exchange.book import ASK, BID, Book, Change, sort_levels
+from workers.exchange.market.book import ASK, BID, Book, Change, sort_levels
 
 Fill = tuple[int, int, int]
 """(side that was hit, tick, lots) of one trade."""

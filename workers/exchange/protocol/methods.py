@@ -3,12 +3,18 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from workers.exchange.channels import CURRENCIES, KINDS
-from workers.exchange.feeds import list_indices
-from workers.exchange.instruments import COINS, Instrument, format_date
-from workers.exchange.market import Market
-from workers.exchange.payloads import Data, describe_order_book, describe_summary, describe_ticker, describe_true_book
-from workers.exchange.rpc import RpcError, refuse_param
+from workers.exchange.channels.feeds import list_indices
+from workers.exchange.channels.names import CURRENCIES, KINDS
+from workers.exchange.market.instruments import COINS, Instrument, format_date
+from workers.exchange.market.market import Market
+from workers.exchange.market.payloads import (
+    Data,
+    describe_order_book,
+    describe_summary,
+    describe_ticker,
+    describe_true_book,
+)
+from workers.exchange.protocol.rpc import RpcError, refuse_param
 
 VERSION = "1.2.26"
 Params = dict[str, Any]

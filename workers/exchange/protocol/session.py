@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from workers.exchange.auth import Login
+from workers.exchange.protocol.auth import Login
 
 FIRST, EACH, GRACE, FLOOR = 1.2, 1.06, 10.0, 10.0
 """Measured at interval 10: the first test_request after 12.0-12.6 s, then one each 10.6-10.7 s; cut 10.0 s after the

@@ -2,11 +2,11 @@
 
 from typing import Any, Protocol
 
-from workers.exchange.account import Account
-from workers.exchange.channels import open_feed
-from workers.exchange.feeds import Feed
-from workers.exchange.market import Event, Market
-from workers.exchange.rpc import encode_notification
+from workers.exchange.channels.account import Account
+from workers.exchange.channels.feeds import Feed
+from workers.exchange.channels.names import open_feed
+from workers.exchange.market.market import Event, Market
+from workers.exchange.protocol.rpc import encode_notification
 
 
 class Frame:

@@ -1,0 +1,1 @@
+"""The channels: what each says of the market, and how frames reach their subscribers."""

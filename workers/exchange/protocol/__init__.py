@@ -1,0 +1,1 @@
+"""The protocol: requests, logins, limits and the faults on request, without sockets and clock."""
