@@ -18,6 +18,9 @@ MAX_REQUEST = 64 << 20
 MAX_PENDING = 512
 """Requests that are worked on at the same time; one more is answered at once, undone."""
 
+SLACK = 0.2
+"""Seconds after its deadline that a command has to say itself what came of it."""
+
 log = logging.getLogger(__name__)
 
 
@@ -76,7 +79,7 @@ class ControlServer:
         if request.deadline <= now:
             raise ControlError("expired", "the deadline had passed on arrival")
         try:
-            async with asyncio.timeout((request.deadline - now) / 1e9):
+            async with asyncio.timeout((request.deadline - now) / 1e9 + SLACK):
                 return await self._answer(request)
         except TimeoutError:
             raise ControlError("timeout", f"{request.op}: no answer within the deadline") from None

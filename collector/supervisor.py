@@ -150,7 +150,8 @@ class Supervisor:
         """A connection has ended for good. The collector goes on while another one runs."""
         keeper = entry.keeper
         self._epochs[keeper.name] = keeper.epoch
-        remove_socket(entry.connection.publish)
+        remove_socket(entry.connection.publish)  # these two are what a killed worker leaves
+        (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
         if keeper.machine.state != "failed" or not (entry.from_file or keeper.was_live):
             return
         keepers = [other.keeper for other in self.entries.values()]

@@ -1,0 +1,403 @@
+"""The control channel of a running collector: each op, each code, and what is known to go wrong with such a thing."""
+
+import os
+import random
+import signal
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import msgpack
+import psutil
+import pytest
+import zmq
+
+from collector.messages import ControlError, decode_reply, encode
+from tests.collected import QUICK, Collected, collected
+from tests.support import wait_until
+
+SLOW = {**QUICK, "url": "practice?faults=slow:public/get_currencies=3", "channels": []}
+"""A connection on which public/get_currencies takes 3 s."""
+
+
+@pytest.fixture(scope="module")
+def shared() -> Iterator[Collected]:
+    """A collector that these tests leave as they found it: `a` with data, `slow` with a slow method."""
+    with collected({"a": QUICK, "slow": SLOW}) as run:
+        run.wait_state("a")
+        run.wait_state("slow")
+        yield run
+        assert run.stop() == 0, run.program.text()
+        assert "a fault of" not in run.program.text()
+
+
+@contextmanager
+def connected(run: Collected, kind: int = zmq.DEALER) -> Iterator[Any]:
+    """A socket of any kind on the control endpoint."""
+    context = zmq.Context()
+    try:
+        client = context.socket(kind)
+        client.setsockopt(zmq.RCVTIMEO, 10_000)
+        client.connect(run.control)
+        yield client
+    finally:
+        context.destroy(linger=0)
+
+
+def read_code(reply: bytes) -> str:
+    try:
+        decode_reply(reply)
+    except ControlError as error:
+        return error.code
+    return "ok"
+
+
+# what comes in
+
+
+@pytest.mark.parametrize(
+    ("body", "code"),
+    [
+        (b"", "bad_request"),
+        (b"\xc1", "bad_request"),
+        (b"hello", "bad_request"),
+        (encode([1, 2]), "bad_request"),
+        (encode({}), "bad_request"),
+        (encode({"op": 5}), "bad_request"),
+        (encode({"op": "reboot"}), "unknown_op"),
+        (encode({"op": "close"}), "bad_request"),
+        (encode({"op": "close", "connection": "nobody"}), "unknown_connection"),
+        (encode({"op": "subscribe", "connection": "a"}), "bad_request"),
+        (encode({"op": "subscribe", "connection": "a", "channels": [1]}), "bad_request"),
+        (encode({"op": "send", "connection": "a", "method": 1}), "bad_request"),
+        (encode({"op": "send", "connection": "a", "method": "public/test", "params": []}), "bad_request"),
+        (encode({"op": "get_state", "deadline": "soon"}), "bad_request"),
+        (encode({"op": "get_state", "deadline": 1}), "expired"),
+        (b"\x82\xa2op\xa9get_state\xdf\xff\xff\xff\xff", "bad_request"),
+        (b"x" * 10_000_000, "bad_request"),
+        (encode({"op": "get_state", "padding": "x" * 10_000_000}), "bad_request"),
+    ],
+)
+def test_a_wrong_request_is_answered_with_its_code(shared: Collected, body: bytes, code: str) -> None:
+    with connected(shared, zmq.REQ) as client:
+        client.send(body)
+        assert read_code(client.recv()) == code
+    assert shared.get_state("a")["state"] == "live"
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [b"no delimiter"],
+        [b"a", b"b", b"c"],
+        [b""],
+        [b"", b""],
+        [b"", b"a", b"b"],
+        [b"", encode({"op": "get_state"}), b""],
+        [b"id", b"", b"\xc1"],
+        [b"", b"", encode({"op": "get_state"})],
+    ],
+)
+def test_a_message_without_the_form_of_a_request_is_answered_too(shared: Collected, frames: list[bytes]) -> None:
+    with connected(shared) as client:
+        client.send_multipart(frames)
+        assert read_code(client.recv_multipart()[-1]) == "bad_request"
+    assert shared.get_state("a")["state"] == "live"
+
+
+def test_a_flood_of_garbage_holds_up_nobody(shared: Collected) -> None:
+    chance = random.Random(7)
+    with connected(shared) as client:
+        for _ in range(5000):
+            client.send_multipart([chance.randbytes(chance.randrange(40)) for _ in range(chance.randrange(1, 4))])
+        asked = time.monotonic()
+        assert shared.get_state("a")["state"] == "live"
+        assert time.monotonic() - asked < 5
+        client.recv_multipart()  # they were seen, and answered
+    assert shared.get_state("a")["restarts"] == 0
+
+
+def test_any_req_client_is_served_also_one_that_correlates(shared: Collected) -> None:
+    with connected(shared, zmq.REQ) as client:
+        client.setsockopt(zmq.REQ_RELAXED, 1)
+        client.setsockopt(zmq.REQ_CORRELATE, 1)
+        # It loses patience with the slow one and asks another: the late reply must not be taken for the second's.
+        client.send(encode({"op": "send", "connection": "slow", "method": "public/get_currencies"}))
+        client.send(encode({"op": "get_state", "connection": "a"}))
+        assert decode_reply(client.recv())["name"] == "a"
+        client.send(encode({"op": "send", "connection": "slow", "method": "public/test"}))
+        assert "version" in decode_reply(client.recv())
+
+
+# get_state and send
+
+
+def test_get_state_tells_what_the_design_lists(shared: Collected) -> None:
+    states = shared.ask("get_state")
+    assert list(states) == ["a", "slow"]
+    state = states["a"]
+    wanted = (
+        "name state since url publish pid epoch restarts reconnects attempts authenticated channels messages bytes "
+        "rate last_message_ts lag latency clock_offset clock_error gaps resyncs dropped last_error cpu memory"
+    )
+    assert [key for key in wanted.split() if key not in state] == []
+    assert list(state)[:3] == ["name", "state", "since"]
+    assert state["channels"]["asked"] == state["channels"]["confirmed"] == ["quote.BTC-PERPETUAL"]
+    assert psutil.pid_exists(state["pid"])
+    assert 0 <= state["cpu"] <= 4
+    assert state["memory"] > 1 << 20
+
+
+def test_send_returns_the_exchanges_result_raw(shared: Collected) -> None:
+    assert abs(shared.ask("send", connection="a", method="public/get_time") / 1000 - time.time()) < 60
+    currencies = shared.ask("send", connection="a", method="public/get_instruments", params={"currency": "any"})
+    assert len(currencies) > 10
+    assert "instrument_name" in currencies[0]
+
+
+def test_the_exchanges_error_comes_through_unchanged(shared: Collected) -> None:
+    error = shared.refuse("send", connection="a", method="public/no_such_method")
+    assert error.code == "exchange_error"
+    assert error.data["code"] == -32601
+    error = shared.refuse("send", connection="a", method="private/get_positions")
+    assert (error.code, error.data["code"]) == ("exchange_error", 13009)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "private/buy", "private/logout", "public/subscribe", "public/unsubscribe_all", "public/auth",
+        "public/set_heartbeat", "private/subscribe", "public/get_time ", "PUBLIC/test", "public/../private/buy", "",
+    ],
+)  # fmt: skip
+def test_other_methods_are_forbidden(shared: Collected, method: str) -> None:
+    assert shared.refuse("send", connection="a", method=method).code == "forbidden"
+
+
+# time
+
+
+def test_a_slow_command_holds_up_nobody(shared: Collected) -> None:
+    with connected(shared, zmq.REQ) as client:
+        asked = time.monotonic()
+        client.send(encode({"op": "send", "connection": "slow", "method": "public/get_currencies"}))
+        for _ in range(3):
+            shared.ask("send", connection="a", method="public/test")
+            assert shared.get_state("slow")["state"] == "live"
+        assert time.monotonic() - asked < 2.5, "others had to wait"
+        assert client.poll(0) == 0
+        assert isinstance(decode_reply(client.recv()), list)
+
+
+def test_a_deadline_is_kept(shared: Collected) -> None:
+    asked = time.monotonic()
+    deadline = time.time_ns() + 300_000_000
+    error = shared.refuse("send", connection="slow", method="public/get_currencies", deadline=deadline)
+    assert error.code == "timeout"
+    assert 0.2 < time.monotonic() - asked < 2.5
+
+
+def test_more_requests_than_a_worker_may_owe_are_refused_at_once() -> None:
+    slow = encode({"op": "send", "connection": "slow", "method": "public/get_currencies"})
+    with collected({"a": QUICK, "slow": SLOW}) as run, connected(run) as client:
+        run.wait_state("a")
+        run.wait_state("slow")
+        for _ in range(80):
+            client.send_multipart([b"", slow])
+        codes = [read_code(client.recv_multipart()[-1]) for _ in range(10)]
+        assert codes == ["not_connected"] * 10
+        assert "version" in run.ask("send", connection="a", method="public/test")
+
+
+def test_an_old_request_is_never_carried_out_by_a_worker_that_was_stopped() -> None:
+    allowed = {**QUICK, "send_allow": ["public/unsubscribe_all"]}
+    with collected({"a": allowed}) as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        worker.suspend()
+        deadline = time.time_ns() + 500_000_000
+        error = run.refuse("send", connection="a", method="public/unsubscribe_all", deadline=deadline)
+        assert error.code == "timeout"
+        worker.resume()  # within its four seconds: it finds the request in its link, too late
+        run.program.wait_line("a: a late answer: expired")
+        before = run.get_state("a")
+        assert before["pid"] == worker.pid
+        wait_until(lambda: run.get_state("a")["bytes"] > before["bytes"] + 2000, "data, since nothing was unsubscribed")
+
+
+# workers that die
+
+
+def test_a_request_that_a_dying_worker_owes_is_answered_at_once_and_not_by_the_next_life() -> None:
+    allowed = {**QUICK, "send_allow": ["public/unsubscribe_all"]}
+    with collected({"a": allowed}) as run, connected(run, zmq.REQ) as client:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        worker.suspend()
+        deadline = time.time_ns() + 60_000_000_000
+        request = {"op": "send", "connection": "a", "method": "public/unsubscribe_all", "deadline": deadline}
+        client.send(encode(request))
+        # The answer to get_state, asked for after it on the same loop, shows that the first one has been passed on.
+        assert run.get_state("a")["pid"] == worker.pid
+        worker.kill()
+        assert read_code(client.recv()) == "not_connected"
+        before = run.wait_state("a", restarts=1)
+        wait_until(lambda: run.get_state("a")["bytes"] > before["bytes"] + 2000, "data, since nothing was unsubscribed")
+
+
+def test_a_command_to_a_dead_worker_is_answered_at_once() -> None:
+    with collected({"a": {**QUICK, "retry_delay": 60.0}}) as run:
+        psutil.Process(run.wait_state("a")["pid"]).kill()
+        run.wait_state("a", "backoff", pid=None)
+        asked = time.monotonic()
+        assert run.refuse("send", connection="a", method="public/test").code == "not_connected"
+        assert time.monotonic() - asked < 1
+        run.program.wait_line("a: killed by SIGKILL; started again in")
+
+
+def test_channels_added_and_taken_at_run_time_outlive_the_worker() -> None:
+    with collected() as run:
+        pid = run.wait_state("a")["pid"]
+        answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL", "quote.NOBODY"])
+        assert answer["channels"]["quote.ETH-PERPETUAL"] is True
+        assert answer["channels"]["quote.NOBODY"]["code"] == "exchange_error"
+        assert run.ask("unsubscribe", connection="a", channels=["quote.BTC-PERPETUAL"]) == {
+            "channels": {"quote.BTC-PERPETUAL": True}
+        }
+        psutil.Process(pid).kill()
+        run.wait_state("a", restarts=1)
+        wait_until(
+            lambda: run.get_state("a")["channels"]["confirmed"] == ["quote.ETH-PERPETUAL"], "the channels of before"
+        )
+
+
+def test_a_wish_while_there_is_no_worker_is_kept() -> None:
+    with collected({"a": {**QUICK, "retry_delay": 3.0}}) as run:
+        psutil.Process(run.wait_state("a")["pid"]).kill()
+        run.wait_state("a", "backoff", pid=None)
+        answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])
+        assert answer["channels"]["quote.ETH-PERPETUAL"]["code"] == "not_connected"
+        assert "quote.ETH-PERPETUAL" in run.get_state("a")["channels"]["asked"]
+        run.wait_state("a", restarts=1)
+        wanted = ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]
+        wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == wanted, "both channels")
+
+
+# subscribe
+
+
+def test_a_channel_that_would_feed_the_topic_of_another_is_refused_and_the_rest_taken(shared: Collected) -> None:
+    trades = {"a": ["trades.BTC-PERPETUAL.100ms"], "slow": ["trades.future.BTC.100ms", "trades.ETH-PERPETUAL.100ms"]}
+    assert shared.ask("subscribe", connection="a", channels=trades["a"])["channels"][trades["a"][0]] is True
+    answer = shared.ask("subscribe", connection="slow", channels=[*trades["slow"], "quote.BTC-PERPETUAL", "nonsense"])
+    codes = {name: value if value is True else value["code"] for name, value in answer["channels"].items()}
+    assert codes["trades.future.BTC.100ms"] == "bad_request"
+    assert codes["quote.BTC-PERPETUAL"] == "bad_request"
+    assert codes["trades.ETH-PERPETUAL.100ms"] is True
+    for name, channels in trades.items():
+        shared.ask("unsubscribe", connection=name, channels=channels)
+    # Once the one is gone the other may come.
+    again = shared.ask("subscribe", connection="slow", channels=["trades.future.BTC.100ms"])
+    assert again["channels"]["trades.future.BTC.100ms"] is True
+    shared.ask("unsubscribe", connection="slow", channels=["trades.future.BTC.100ms", "nonsense"])
+
+
+# connect and close
+
+
+def test_connect_and_close_and_connect_again(shared: Collected) -> None:
+    table = {**QUICK, "name": "c", "channels": ["quote.ETH-PERPETUAL"]}
+    first = shared.ask("connect", connection=table)
+    assert (first["name"], first["state"]) == ("c", "live")
+    assert shared.refuse("connect", connection=table).code == "exists"
+    final = shared.ask("close", connection="c")
+    assert (final["state"], final["pid"]) == ("closed", None)
+    assert not psutil.pid_exists(first["pid"])
+    assert shared.refuse("get_state", connection="c").code == "unknown_connection"
+    second = shared.ask("connect", connection=table)
+    assert second["epoch"] > first["epoch"]
+    shared.ask("close", connection="c")
+    assert list(shared.ask("get_state")) == ["a", "slow"]
+    assert not (shared.runtime_dir / "c.pub").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"name": "C"}, "name"),
+        ({"url": None}, "url"),
+        ({"colour": "red"}, "colour"),
+        ({"channels": ["quote.BTC-PERPETUAL"]}, "quote.BTC-PERPETUAL"),
+        ({"publish": "tcp://0.0.0.0:5000"}, "publish"),
+        ({"credentials": "NOBODY"}, "NOBODY_CLIENT_ID"),
+        ({"timeout": 5000}, "milliseconds"),
+    ],
+)
+def test_connect_checks_the_table_as_the_file_is_checked(shared: Collected, change: dict[str, Any], words: str) -> None:
+    error = shared.refuse("connect", connection={"name": "c", "url": "practice", "channels": [], **change})
+    assert error.code == "bad_request"
+    assert words in error.message
+    assert list(shared.ask("get_state")) == ["a", "slow"]
+
+
+def test_connect_checks_the_publish_endpoint_against_those_that_run(shared: Collected) -> None:
+    table = {"name": "c", "url": "practice", "channels": [], "publish": shared.get_state("a")["publish"]}
+    assert shared.refuse("connect", connection=table).code == "bad_request"
+
+
+def test_connect_says_that_it_is_still_tried_when_time_is_up(shared: Collected) -> None:
+    table = {**QUICK, "name": "c", "url": "ws://127.0.0.1:9/", "channels": [], "retry_count": 1000}
+    error = shared.refuse("connect", connection=table, deadline=time.time_ns() + 700_000_000)
+    assert error.code == "timeout"
+    assert "still being tried" in error.message
+    assert shared.get_state("c")["state"] in ("connecting", "backoff", "starting")
+    assert shared.ask("close", connection="c")["state"] == "closed"
+
+
+def test_connect_says_what_went_wrong_for_good(shared: Collected) -> None:
+    table = {**QUICK, "name": "c", "url": "ws://127.0.0.1:9/", "channels": [], "retry_count": 1, "retry_delay": 0.01}
+    error = shared.refuse("connect", connection=table, deadline=time.time_ns() + 20_000_000_000)
+    assert error.code == "not_connected"
+    assert "gave up" in error.message
+    assert list(shared.ask("get_state")) == ["a", "slow"]
+
+
+def test_the_collector_goes_on_without_connections() -> None:
+    with collected() as run:
+        run.wait_state("a")
+        assert run.ask("close", connection="a")["state"] == "closed"
+        assert run.ask("get_state") == {}
+        assert run.ask("connect", connection={**QUICK, "name": "b"})["state"] == "live"
+        assert run.stop() == 0
+        run.wait_gone()
+
+
+def test_a_url_is_shown_without_what_may_be_secret(shared: Collected) -> None:
+    table = {**QUICK, "name": "c", "url": "ws://127.0.0.1:9/path?hidden=hunter2", "channels": [], "retry_count": 1000}
+    shared.refuse("connect", connection=table, deadline=time.time_ns() + 300_000_000)
+    assert shared.get_state("c")["url"] == "ws://127.0.0.1:9/path"
+    shared.ask("close", connection="c")
+
+
+def test_the_control_socket_is_for_its_owner_alone(shared: Collected) -> None:
+    mode = stat.S_IMODE((shared.runtime_dir / "control").stat().st_mode)
+    assert mode & 0o077 == 0
+    assert (shared.runtime_dir / "control").stat().st_uid == os.getuid()
+
+
+def test_replies_to_clients_that_left_do_no_harm(shared: Collected) -> None:
+    for _ in range(20):
+        with connected(shared, zmq.REQ) as client:
+            client.send(encode({"op": "send", "connection": "a", "method": "public/get_instruments"}))
+            client.poll(1)
+    assert msgpack.unpackb(encode(shared.get_state("a")))["state"] == "live"
+
+
+def test_a_stop_with_requests_under_way_is_in_order() -> None:
+    with collected({"slow": SLOW}) as run, connected(run, zmq.REQ) as client:
+        run.wait_state("slow")
+        client.send(encode({"op": "send", "connection": "slow", "method": "public/get_currencies"}))
+        assert run.get_state("slow")["state"] == "live"
+        assert run.stop(signal.SIGTERM) == 0, run.program.text()
+        assert "Traceback" not in run.program.text()
+        run.wait_gone()
