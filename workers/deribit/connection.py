@@ -105,10 +105,16 @@ class Client:
         self._socket: aiohttp.ClientWebSocketResponse[Any] | None = None
         self._life: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
+        self._verdict: asyncio.Future[None] | None = None
         self._live = asyncio.Event()
         self._closing = asyncio.Event()
         self._stamp = 0
         self._heard = 0.0
+
+    def cut(self, reason: str) -> None:
+        """Give the connection up, and connect anew."""
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_exception(Lost(reason))
 
     # -- the five functions -------------------------------------------------------------------------------------------
 
@@ -248,7 +254,8 @@ class Client:
                 self._heard = time.monotonic()
                 self._apply("opened", "")
                 tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._serve())]
-                await asyncio.gather(*tasks)
+                self._verdict = asyncio.get_running_loop().create_future()
+                await asyncio.gather(*tasks, self._verdict)
             finally:
                 await self._end_session(tasks)
 
@@ -384,7 +391,11 @@ class Client:
 
     def _answer_test(self) -> None:
         """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
-        task = asyncio.create_task(self._answer())
+        self.spawn(self._answer())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the reading, no longer than this connection lasts."""
+        task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

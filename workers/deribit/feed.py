@@ -2,6 +2,7 @@
 
 from collector.channels import Channel, parse_channel, share_topic
 from workers.deribit.streams import Published, Stream, Topics
+from workers.deribit.watch import Rhythm
 
 
 class Feed:
@@ -9,7 +10,7 @@ class Feed:
 
     `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
     `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
-    `duplicates` count oddities.
+    `duplicates` count oddities. `last_ts` is when data came last, `waiting_since` when a snapshot was asked for (ns).
     """
 
     is_complete = True
@@ -24,6 +25,9 @@ class Feed:
         self.topics = topics
         self.epoch = topics.epoch
         self.condition = ("recovering", "subscribe")
+        self.rhythm = Rhythm()
+        self.last_ts = 0
+        self.waiting_since = 0
         self.streams: dict[str, Stream] = {}
         if channel.instrument:
             self.stream = self.find_stream(channel.instrument)

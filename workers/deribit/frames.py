@@ -77,8 +77,10 @@ class QuoteData(msgspec.Struct, gc=False):
     best_ask_amount: float | None = None
 
 
-_Nested = dict[str, Scalar]
-TickerData = dict[str, Scalar | _Nested | list[Scalar | _Nested]]
+_Nested = Scalar | dict[str, Any] | list[Any]
+TickerData = dict[str, Scalar | dict[str, _Nested] | list[_Nested]]
+"""Numbers are floats down to the members of stats and greeks; what nobody knows yet may be of any shape."""
+
 _json = msgspec.json.Decoder()
 
 

@@ -49,14 +49,14 @@ class TickerFeed(Feed):
             if value.__class__ is not float and value is not None and key in TICKER_NUMBERS:
                 data[key] = _check_number(key, value)
         if self._incremental:
-            if data.pop("type", None) == "snapshot":
-                self._merged = data
-            elif self._merged is None:
-                return []
-            else:
-                self._merged.update(data)
-            data = dict(self._merged)
-        _complete_ticker(data)
+            if data.pop("type", None) != "snapshot":
+                if self._merged is None:
+                    return []
+                data = self._merged | data
+            self._merged = _check_encodable(_complete_ticker(data))
+            data = dict(data)
+        else:
+            _complete_ticker(data)
         stream = self.stream
         data.update(stream.build_envelope(receive_ts, exchange_ts))
         stream.current = data
@@ -72,7 +72,7 @@ TICKER_NUMBERS = frozenset(key.rstrip("?") for key, kind in SCHEMA["ticker"].ite
 TICKER_KEYS = frozenset(key for key, kind in SCHEMA["ticker"].items() if kind == "float or nil" and key[-1] != "?")
 
 
-def _complete_ticker(data: dict[str, Any]) -> None:
+def _complete_ticker(data: dict[str, Any]) -> dict[str, Any]:
     """What every ticker has: a state, and the core numbers, null where the exchange left one out."""
     if type(data.get("state")) is not str:
         raise Malformed("a ticker without state")
@@ -80,6 +80,16 @@ def _complete_ticker(data: dict[str, Any]) -> None:
         data.update(dict.fromkeys(TICKER_KEYS - data.keys()))
     data.pop("instrument_name", None)
     data.pop("join", None)  # ours to say
+    return data
+
+
+def _check_encodable(data: dict[str, Any]) -> dict[str, Any]:
+    """What is kept for later messages must not spoil them all."""
+    try:
+        msgspec.msgpack.encode(data)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise Malformed(f"cannot be encoded: {error}") from None
+    return data
 
 
 PLAIN_TYPES = ("index", "volatility", "expiration_price", "funding", "candle")

@@ -4,13 +4,11 @@ import asyncio
 import logging
 import time
 from collections.abc import Coroutine
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 from collector.lifecycle import Exit
-from collector.messages import EXCHANGE, WIRE, ControlError
+from collector.messages import ControlError
 from workers.deribit.bootstrap import Login
 from workers.deribit.connection import Client, Listener
 from workers.deribit.errors import ExchangeError, Lost, NotConnected
@@ -19,17 +17,15 @@ from workers.deribit.heal import Healer
 from workers.deribit.joins import Joins
 from workers.deribit.ledger import Ledger
 from workers.deribit.normalise import create_feed
-from workers.deribit.payloads import ConnectionHeartbeat, Status
+from workers.deribit.patrol import Patrol
 from workers.deribit.publisher import Publisher
 from workers.deribit.rpc import DATA_PREFIX, Data, decode_frame
 from workers.deribit.spread import Spread
-from workers.deribit.streams import Published, Stream, Topics
+from workers.deribit.statuses import Statuses
+from workers.deribit.streams import Published, Topics
 from workers.deribit.trades import TradeFeed
 
 log = logging.getLogger("deribit")
-
-STATUS_EVERY = 60
-"""Seconds between repeats of each topic's status: its seq shows a subscriber what ZeroMQ dropped last."""
 
 START = len(DATA_PREFIX)
 
@@ -52,12 +48,7 @@ class Worker(Listener):
         self.topics = Topics(self.epoch, self.ledger)
         self.malformed = 0
         self.unknown = 0
-        self.resyncs = 0
-        self.last_ts = 0
-        self.rate = 0.0
-        self.lag = Spread()
         self.latency = Spread()
-        self._counted = 0
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.publisher = Publisher(settings["publish"], settings["queue"], self.ledger)
@@ -69,10 +60,10 @@ class Worker(Listener):
             cancel_on_disconnect=settings["cancel_on_disconnect"], listener=self,
         )  # fmt: skip
         self.healer = Healer(self.client, self.publisher)
+        self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
+        self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
         self._add_channels(spec["channels"])
         self._take_over()
-        self._state = self.topics.find("status", self.name, "connection")
-        self._heartbeat = self.topics.find("heartbeat", self.name, "1s")
 
     def _add_channels(self, names: list[str]) -> None:
         self.client.reconciler.subscriptions.ask(names)
@@ -101,20 +92,24 @@ class Worker(Listener):
 
     async def run(self) -> Exit:
         """Collect until stopped or failed for good."""
-        beating = asyncio.create_task(self._beat_each_second())
-        self._spawn(self.healer.run())
+        life = asyncio.create_task(self.client.run())
+        others = [asyncio.create_task(self.patrol.run()), asyncio.create_task(self.healer.run())]
         try:
-            await self.client.run()
+            done, _ = await asyncio.wait((life, *others), return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
         finally:
-            beating.cancel()
-            self.joins.end()
-            for task in self._tasks:
+            for task in (life, *others, *self._tasks):
                 task.cancel()
-            await asyncio.to_thread(self.publisher.close)
-            self.ledger.close()
-            if self.client.exit is Exit.STOPPED:
-                self.ledger_path.unlink(missing_ok=True)
+            await self._end()
         return self.client.exit
+
+    async def _end(self) -> None:
+        self.joins.end()
+        await asyncio.to_thread(self.publisher.close)
+        self.ledger.close()
+        if self.client.exit is Exit.STOPPED:
+            self.ledger_path.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End in order: close frame, then what is still queued for subscribers."""
@@ -126,8 +121,8 @@ class Worker(Listener):
             "state": self.client.machine.state,
             "messages": self.publisher.published,
             "bytes": self.client.bytes,
-            "rate": self.rate,
-            "last_message_ts": self.last_ts,
+            "rate": self.patrol.rate,
+            "last_message_ts": self.patrol.last_ts,
             "reconnects": self.client.reconnects,
             "attempts": self.client.attempts,
             "last_error": self.client.last_error,
@@ -164,7 +159,7 @@ class Worker(Listener):
         result = await self.client.unsubscribe(names)
         for name in names:
             if (feed := self.feeds.pop(name.encode(), None)) is not None:
-                self._tell(feed, "closed", "unsubscribed")
+                self.statuses.tell(feed, "closed", "unsubscribed")
                 for stream in feed.streams.values():
                     stream.reset()
         return {"channels": result}
@@ -181,10 +176,10 @@ class Worker(Listener):
             | {
                 "epoch": self.epoch,
                 "publish": self.publisher.endpoint,
-                "lag": self.lag.describe(),
+                "lag": self.patrol.lag.describe(),
                 "latency": self.latency.describe(),
                 "gaps": self.topics.gaps,
-                "resyncs": self.resyncs,
+                "resyncs": self.patrol.resyncs,
                 "duplicates": sum(feed.duplicates for feed in feeds),
                 "repaired": self.healer.repaired,
                 "missing": self.healer.missing,
@@ -207,7 +202,7 @@ class Worker(Listener):
             published = feed.take(frame, receive_ts)
             if published:
                 self.publisher.publish(published, receive_ts)
-                self.last_ts = receive_ts
+                self.patrol.last_ts = feed.last_ts = receive_ts
                 self._newest = published
         except ValueError as error:
             self.take_malformed(frame, f"{feed.channel.name}: {error}")
@@ -240,7 +235,7 @@ class Worker(Listener):
             message = self._newest[-1][1]
             exchange_ts = message["exchange_ts"] if type(message) is dict else message.exchange_ts  # type: ignore[union-attr]
             if exchange_ts:
-                self.lag.add(receive_ts + self.client.session.clock_offset - exchange_ts)
+                self.patrol.take_lag(receive_ts + self.client.session.clock_offset - exchange_ts)
             self._newest = []
         self.joins.notice()
 
@@ -248,19 +243,19 @@ class Worker(Listener):
         """Say it on the connection's status topic; a lost connection is a loss on every topic."""
         said = f"{state}: {reason}" if reason else state
         log.log(logging.WARNING if state in ("backoff", "failed") else logging.INFO, "%s", said)
-        now = self.client.read_clock()
         if state in ("backoff", "failed"):
             for feed in self.feeds.values():
-                feed.lose("disconnect", now)
-                self._tell(feed, "recovering", "disconnect")
-        self._say_status(self._state, state, reason, now)
+                feed.lose("disconnect", self.client.read_clock())
+                self.statuses.tell(feed, "recovering", "disconnect")
+            self.patrol.lose()
+        self.statuses.tell_connection(state, reason)
 
     def confirm_channels(self, names: list[str]) -> None:
         """A channel with no state of its own to build up is live once the exchange sends it."""
         for name in names:
             feed = self.feeds.get(name.encode())
             if feed is not None and feed.is_complete:
-                self._tell(feed, "live", "")
+                self.statuses.tell(feed, "live", "")
             if isinstance(feed, TradeFeed):
                 feed.confirmed_at = feed.confirmed_at or time.time_ns()
                 self.healer.heal(feed)
@@ -270,7 +265,7 @@ class Worker(Listener):
         log.warning("%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
         for name in names:
             if (feed := self.feeds.get(name.encode())) is not None:
-                self._tell(feed, "refused", reason)
+                self.statuses.tell(feed, "refused", reason)
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
@@ -280,52 +275,10 @@ class Worker(Listener):
         if isinstance(feed, TradeFeed):
             self.healer.heal(feed)
         elif feed.is_complete:
-            self._tell(feed, "live", "")
+            self.statuses.tell(feed, "live", "")
         else:
-            self._tell(feed, "recovering", "sequence")
-            self.resyncs += 1
-            self._spawn(self._resync(feed.channel.name))
-
-    async def _resync(self, channel: str) -> None:
-        with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
-            await self.client.reconciler.resubscribe(channel)
-
-    def _tell(self, feed: Feed, state: str, reason: str) -> None:
-        """Say a change of a channel's state on each of its topics."""
-        if (state, reason) != feed.condition:
-            feed.condition = (state, reason)
-            now = self.client.read_clock()
-            for stream in feed.streams.values():
-                self._say_status(stream, state, reason, now)
-
-    def _say_status(self, stream: Stream, state: str, reason: str, now: int) -> None:
-        stream.status = Status(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, state, reason, self.name)
-        self.publisher.say(stream, stream.status)
-
-    async def _beat_each_second(self) -> None:
-        due = time.monotonic()
-        for second in count():
-            due += 1.0
-            await asyncio.sleep(max(0.0, due - time.monotonic()))
-            now = time.time_ns()
-            published = self.publisher.published
-            self.rate, self._counted = float(published - self._counted), published
-            self.publisher.say(self._heartbeat, self._build_heartbeat(now))
-            self._repeat_statuses(second % STATUS_EVERY, now)
-            self.joins.notice()
-
-    def _build_heartbeat(self, now: int) -> ConnectionHeartbeat:
-        return ConnectionHeartbeat(
-            EXCHANGE, self.name, self.epoch, 0, 0, now,
-            WIRE, self.name, self.client.machine.state, self.publisher.published, self.lag.newest / 1e9,
-        )  # fmt: skip
-
-    def _repeat_statuses(self, part: int, now: int) -> None:
-        """Say again the status of one part in STATUS_EVERY of all topics, so that all have been said in that time."""
-        for position, feed in enumerate(self.feeds.values()):
-            for place, stream in enumerate(feed.streams.values(), position):
-                if place % STATUS_EVERY == part and stream.seq:
-                    self._say_status(stream, *feed.condition, now)
+            self.statuses.tell(feed, "recovering", "sequence")
+            self.patrol.resync(feed)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -1,0 +1,97 @@
+"""When silence, lag or broken books are more than chance: judged on what was seen before. No I/O, no clock.
+
+Silence is normal on Deribit (a still book sends nothing), so each channel is held to its own rhythm. All times are ns.
+"""
+
+SECOND = 1_000_000_000
+
+QUIET = 15 * SECOND
+"""No channel is stale before this, whatever its rhythm."""
+
+MEANS, LONGESTS, SAMPLES = 20, 3, 20
+"""Silence is out of the rhythm past so many mean intervals and so many times the longest; before so many, never."""
+
+LAGGING, TOO_FAR_BEHIND = 5 * SECOND, 30 * SECOND
+"""Lag that is announced once it has lasted LASTING, and lag at which the connection is given up while it rises."""
+
+LASTING = 5
+"""Seconds."""
+
+RECONNECT_ONCE_IN = 60 * SECOND
+"""Time between reconnections that nothing but our own judgement asks for."""
+
+
+class Rhythm:
+    """How often something comes, by looks at the time it came last; looks are some seconds apart at most."""
+
+    def __init__(self) -> None:
+        self._last = 0
+        self._mean = 0.0
+        self._longest = 0
+        self._samples = 0
+
+    def look(self, last_ts: int) -> None:
+        """Take note of when it came last (0: never)."""
+        if last_ts == self._last:
+            return
+        if self._last:
+            interval = last_ts - self._last
+            self._samples += 1
+            # A mean that forgets slowly: the rhythm of the last hundred counts, not that of yesterday.
+            self._mean += (interval - self._mean) / min(self._samples, 100)
+            self._longest = max(interval, self._longest - self._longest // 100)
+        self._last = last_ts
+
+    def forget_pause(self) -> None:
+        """The next interval is none of its own: the connection was away."""
+        self._last = 0
+
+    def is_broken(self, now: int) -> bool:
+        """Whether the silence up to `now` is out of the rhythm."""
+        if self._samples < SAMPLES or not self._last:
+            return False
+        return now - self._last > max(QUIET, MEANS * self._mean, LONGESTS * self._longest)
+
+
+class LagWatch:
+    """Whether data come too late, from the least lag of each second."""
+
+    def __init__(self) -> None:
+        self._least: int | None = None
+        self._lags: list[int] = []
+        self.is_lagging = False
+
+    def add(self, lag: int) -> None:
+        """Take one sample."""
+        if self._least is None or lag < self._least:
+            self._least = lag
+
+    def end_second(self) -> bool:
+        """Close one second. Returns whether the connection should be given up; `is_lagging` says the rest."""
+        least, self._least = self._least, None
+        if least is None:
+            return False
+        self._lags = [*self._lags[1 - LASTING :], least]
+        self.is_lagging = len(self._lags) == LASTING and min(self._lags) > LAGGING
+        return self.is_lagging and min(self._lags) > TOO_FAR_BEHIND and self._lags[-1] > self._lags[0]
+
+
+class ResyncBudget:
+    """How many books may be asked for anew before it is cheaper, and kinder, to reconnect: 20, and one more in 3 s."""
+
+    size = 20.0
+    refill = 1 / (3 * SECOND)
+
+    def __init__(self) -> None:
+        self._level = self.size
+        self._since = 0
+
+    def take(self, now: int) -> bool:
+        """Take one; False if they are used up, and then they are all there again."""
+        self._level = min(self.size, self._level + (now - self._since) * self.refill)
+        self._since = now
+        if self._level < 1:
+            self._level = self.size
+            return False
+        self._level -= 1
+        return True
