@@ -19,7 +19,7 @@ TIMEOUT = 15.0
 def exchange(*options: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, Program]]:
     """Run the practice exchange; give its WebSocket URL and the process."""
     with running(*collector("exchange", *options), env=env) as program:
-        url = program.wait_line(r"^listening on (ws://127\.0\.0\.1:\d+/ws/api/v2)$", stream="out")[1]
+        url = program.wait_line(r"^listening on (wss?://127\.0\.0\.1:\d+/ws/api/v2)$", stream="out")[1]
         yield url, program
 
 

@@ -5,9 +5,13 @@ import hashlib
 import hmac
 import json
 import re
+import shutil
 import signal
+import ssl
+import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -487,6 +491,25 @@ def test_trades_are_paged_by_sequence_time_and_currency() -> None:
         assert [trade for trade in by_id if trade["instrument_name"] == "BTC-PERPETUAL"] == trades[3:6]
         bad = get(url, "public/get_last_trades_by_instrument", instrument_name="BTC-PERPETUAL", count=1001)
         assert bad[1]["error"]["data"]["param"] == "count"
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here to make a certificate with")
+def test_tls_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
+    pem = tmp_path / "own.pem"
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(pem), "-out", str(tmp_path / "certificate.pem")]
+    subprocess.run([*make, *names], check=True, capture_output=True)
+    pem.write_text(pem.read_text() + (tmp_path / "certificate.pem").read_text())
+    with exchange("--certificate", str(pem)) as (url, _):
+        assert url.startswith("wss://")
+        trusted = ssl.create_default_context(cafile=str(tmp_path / "certificate.pem"))
+
+        async def act() -> None:
+            async with connect(url, ssl=trusted) as client:
+                await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
+                await client.wait_data("book.BTC-PERPETUAL.100ms", 3)
+
+        asyncio.run(act())
 
 
 def test_the_command_ends_in_order_and_refuses_what_it_does_not_know() -> None:

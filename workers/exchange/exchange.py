@@ -32,6 +32,7 @@ class Settings:
     oracle: str | None = None
     recording: tuple[Recorded, ...] = ()
     speed: float = 1.0
+    certificate: str | None = None  # PEM file with certificate and key: serve wss and https
     keys: dict[str, str] = field(default_factory=dict, repr=False)
 
 

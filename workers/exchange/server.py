@@ -5,6 +5,7 @@ import base64
 import binascii
 import contextlib
 import socket
+import ssl
 import struct
 import time
 from collections import Counter
@@ -44,10 +45,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        return f"ws://{self.exchange.settings.host}:{self.port}/ws/api/v2"
+        scheme = "wss" if self.exchange.settings.certificate else "ws"
+        return f"{scheme}://{self.exchange.settings.host}:{self.port}/ws/api/v2"
 
     async def start(self) -> None:
-        """Bind and serve. Raises OSError if the port is taken."""
+        """Bind and serve. Raises OSError if the port is taken or the certificate cannot be read."""
         app = web.Application(client_max_size=MAX_REQUEST * 4)
         app.router.add_get("/ws/api/v2", self._serve_socket)
         for path in ("/api/v2", "/api/v2/{method:.*}"):
@@ -55,7 +57,9 @@ class Server:
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
         settings = self.exchange.settings
-        site = web.TCPSite(self._runner, settings.host, settings.port, backlog=512)
+        site = web.TCPSite(
+            self._runner, settings.host, settings.port, backlog=512, ssl_context=_read_certificate(settings.certificate)
+        )
         try:
             await site.start()
         except OSError:
@@ -146,6 +150,14 @@ class Server:
         _log_in(self.exchange, session, request.headers.get("Authorization", ""), now)
         context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, {})
         return carry_out(call.method, context).result
+
+
+def _read_certificate(path: str | None) -> ssl.SSLContext | None:
+    if path is None:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(path)
+    return context
 
 
 class _Nobody:

@@ -50,7 +50,7 @@ class ExchangeWorker:
 
 def read_settings(spec: dict[str, Any], keys: str) -> Settings:
     """Turn a spec into settings. Raises ValueError for unknown faults or recordings, OSError for unreadable files."""
-    names = ("host", "port", "faults", "seed", "rate", "options", "oracle", "speed")
+    names = ("host", "port", "faults", "seed", "rate", "options", "oracle", "speed", "certificate")
     recording = tuple(frame for path in spec.get("replay") or () for frame in read_recording(path))
     given = {name: spec[name] for name in names if spec.get(name) is not None}
     return Settings(**given, recording=recording, keys=read_keys(keys))
