@@ -50,16 +50,15 @@ class Server:
 
     async def start(self) -> None:
         """Bind and serve. Raises OSError if the port is taken or the certificate cannot be read."""
+        settings = self.exchange.settings
+        tls = _read_certificate(settings.certificate)
         app = web.Application(client_max_size=MAX_REQUEST * 4)
         app.router.add_get("/ws/api/v2", self._serve_socket)
         for path in ("/api/v2", "/api/v2/{method:.*}"):
             app.router.add_route("*", path, self._serve_http)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
         await self._runner.setup()
-        settings = self.exchange.settings
-        site = web.TCPSite(
-            self._runner, settings.host, settings.port, backlog=512, ssl_context=_read_certificate(settings.certificate)
-        )
+        site = web.TCPSite(self._runner, settings.host, settings.port, backlog=512, ssl_context=tls)
         try:
             await site.start()
         except OSError:
