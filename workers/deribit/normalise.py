@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import msgspec
+
 from collector.channels import Channel
 from collector.messages import EXCHANGE
 from collector.schema import SCHEMA
@@ -35,7 +37,7 @@ class TickerFeed(Feed):
     def __init__(self, channel: Channel, topics: Topics) -> None:
         super().__init__(channel, topics)
         self._incremental = channel.interval == "incremental"
-        self._merged: dict[str, Any] | None = None
+        self._merged: dict[str, Any] = {}
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One full ticker, or nothing while the first full one is awaited."""
@@ -48,31 +50,39 @@ class TickerFeed(Feed):
         for key, value in data.items():
             if value.__class__ is not float and value is not None and key in TICKER_NUMBERS:
                 data[key] = _check_number(key, value)
-        if self._incremental:
-            if data.pop("type", None) != "snapshot":
-                if self._merged is None:
-                    return []
-                data = self._merged | data
-            self._merged = _check_encodable(_complete_ticker(data))
-            data = dict(data)
-        else:
-            _complete_ticker(data)
+        if self._incremental and not (data := self._merge(data)):
+            return []
+        _complete_ticker(data)
         stream = self.stream
         data.update(stream.build_envelope(receive_ts, exchange_ts))
         stream.current = data
         return [(stream, data)]
 
+    def _merge(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The full ticker that a change makes; empty while the first full one is awaited."""
+        if data.pop("type", None) != "snapshot":
+            if not self._merged:
+                return {}
+            data = self._merged | data
+        _complete_ticker(data)
+        try:
+            msgspec.msgpack.encode(data)  # what is kept must not spoil all that follows
+        except (TypeError, OverflowError, RecursionError) as error:
+            raise Malformed(f"cannot be encoded: {error}") from None
+        self._merged = data
+        return dict(data)
+
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: a change alone would no longer make a full ticker."""
         super().lose(reason, now)
-        self._merged = None
+        self._merged = {}
 
 
 TICKER_NUMBERS = frozenset(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
 TICKER_KEYS = frozenset(key for key, kind in SCHEMA["ticker"].items() if kind == "float or nil" and key[-1] != "?")
 
 
-def _complete_ticker(data: dict[str, Any]) -> dict[str, Any]:
+def _complete_ticker(data: dict[str, Any]) -> None:
     """What every ticker has: a state, and the core numbers, null where the exchange left one out."""
     if type(data.get("state")) is not str:
         raise Malformed("a ticker without state")
@@ -80,16 +90,6 @@ def _complete_ticker(data: dict[str, Any]) -> dict[str, Any]:
         data.update(dict.fromkeys(TICKER_KEYS - data.keys()))
     data.pop("instrument_name", None)
     data.pop("join", None)  # ours to say
-    return data
-
-
-def _check_encodable(data: dict[str, Any]) -> dict[str, Any]:
-    """What is kept for later messages must not spoil them all."""
-    try:
-        msgspec.msgpack.encode(data)
-    except (TypeError, OverflowError, RecursionError) as error:
-        raise Malformed(f"cannot be encoded: {error}") from None
-    return data
 
 
 PLAIN_TYPES = ("index", "volatility", "expiration_price", "funding", "candle")
