@@ -36,6 +36,7 @@ def check_together(
                 f"{prefix}[[connection]] {connection.name}: url practice needs the practice exchange; write [exchange]"
             )
     _check_endpoints(connections, prefix, control, exchange_port)
+    _check_patterns(connections, prefix)
     _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix)
 
 
@@ -67,6 +68,16 @@ def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None
         advice = "another path" if endpoint.scheme == "ipc" else "another port"
         raise ConfigError(f"{where} {endpoint} is also {owners[endpoint]}; write {advice}")
     owners[endpoint] = who
+
+
+def _check_patterns(connections: Sequence["Connection"], prefix: str) -> None:
+    """A pattern written twice; patterns that meet in some instrument are found once they are expanded."""
+    owners: dict[str, str] = {}
+    for connection in connections:
+        for pattern in connection.patterns:
+            if pattern in owners:
+                _refuse_repeat(pattern, owners[pattern], connection.name, prefix)
+            owners[pattern] = connection.name
 
 
 def _check_topics(placed: list[Placed], prefix: str) -> None:

@@ -5,7 +5,7 @@ Whatever is wrong is refused before anything starts, in one line: file, table, k
 
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from collector.clashes import check_together
 from collector.credentials import Credentials, take_secrets
 from collector.endpoints import parse_endpoint
 from collector.keys import KEYS, SECRET_ADVICE, ConfigError, describe_keys, read_table, show, sounds_secret, suggest
+from collector.patterns import is_pattern, parse_pattern
 from collector.urls import PRACTICE, check_headers, check_url
 
 __all__ = [
@@ -40,7 +41,10 @@ FAMILIES = (
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """One [[connection]] table: one worker process, one WebSocket. Times are in seconds."""
+    """One [[connection]] table: one worker process, one WebSocket. Times are in seconds.
+
+    `channels` are those that the file names one by one; `patterns` stand for more (see collector.patterns).
+    """
 
     name: str
     url: str
@@ -55,15 +59,19 @@ class Connection:
     cancel_on_disconnect: bool = False
     send_allow: tuple[str, ...] = ()
     queue: int = 100_000
+    patterns: tuple[str, ...] = ()
 
     def to_map(self) -> dict[str, Any]:
-        """Return it as a plain dict, as it travels to a worker."""
-        return {**asdict(self), "channels": list(self.channels), "send_allow": list(self.send_allow)}
+        """Return it as a plain dict, as it stands in the file and travels to a worker."""
+        table = {**asdict(self), "channels": [*self.channels, *self.patterns], "send_allow": list(self.send_allow)}
+        del table["patterns"]
+        return table
 
     @classmethod
     def from_map(cls, table: Mapping[str, Any]) -> "Connection":
         """Build it again from `to_map()`."""
-        lists = {key: tuple(table[key]) for key in ("channels", "send_allow")}
+        channels, patterns = split_channels(table["channels"])
+        lists = {"channels": channels, "patterns": patterns, "send_allow": tuple(table["send_allow"])}
         return cls(**{**table, **lists})
 
     @property
@@ -235,8 +243,15 @@ def read_connection(
     check_headers(values["headers"], where)
     for name in values["channels"]:
         _check_channel(name, bool(values["credentials"]), where)
+    values["channels"], values["patterns"] = split_channels(values["channels"])
     _check_sending(values, where)
     return Connection(**{**values, "headers": dict(values["headers"])})
+
+
+def split_channels(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tell channels from patterns."""
+    names = tuple(names)
+    return tuple(name for name in names if not is_pattern(name)), tuple(filter(is_pattern, names))
 
 
 def _check_name(name: str, where: str) -> None:
@@ -265,24 +280,21 @@ def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Cre
 
 def _check_channel(name: str, login: bool, where: str) -> None:
     where = f"{where}: channels"
-    if "*" in name or "{" in name:
-        advice = "patterns come later; name each channel, or a kind: trades.option.any.100ms"
-        raise ConfigError(f"{where}: {show(name)}: {advice}")
     family = name.partition(".")[0]
     if family not in FAMILIES and (meant := suggest(family, FAMILIES, 0.7)):
         raise ConfigError(f"{where}: {show(name)}: no channels are called {show(family)}; did you mean {meant}?")
     try:
-        channel = parse_channel(name)
+        channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     if channel.needs_login and not login:
-        raise ConfigError(f"{where}: {_explain_login(channel)}")
+        raise ConfigError(f"{where}: {_explain_login(channel, name)}")
 
 
-def _explain_login(channel: Channel) -> str:
+def _explain_login(channel: Channel, written: str) -> str:
     if channel.is_private:
-        return f"{channel.name} is private; write credentials = ... or leave it out"
-    return f"{channel.name} needs a login; write {channel.name[:-3]}100ms, or credentials = ..."
+        return f"{written} is private; write credentials = ... or leave it out"
+    return f"{written} needs a login; write {written[:-3]}100ms, or credentials = ..."
 
 
 def _check_sending(values: Mapping[str, Any], where: str) -> None:

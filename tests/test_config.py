@@ -282,12 +282,24 @@ REFUSED: dict[str, tuple[str, str]] = {
         "channels: trade.BTC-PERPETUAL.raw: no channels are called trade; did you mean trades?",
     ),
     "pattern": (
-        HEAD + 'channels = ["book.BTC-*.100ms"]',
-        "channels: 'book.BTC-*.100ms': patterns come later; name each channel, or a kind: trades.option.any.100ms",
+        HEAD + 'channels = ["book.BTC-*.*"]',
+        "channels: 'book.BTC-*.*': one part may be a pattern, the instrument; write for example book.BTC-*.100ms",
     ),
-    "rule": (
-        HEAD + 'channels = ["ticker.{kind=option}.100ms"]',
-        "patterns come later; name each channel, or a kind: trades.option.any.100ms",
+    "pattern's interval": (
+        HEAD + 'channels = ["book.BTC-*.50ms"]',
+        "channels: 'book.INSTRUMENT.50ms': interval '50ms' is not offered (raw, 100ms, agg2)",
+    ),
+    "pattern's condition": (
+        HEAD + 'channels = ["ticker.{knd=option}.100ms"]',
+        "channels: 'ticker.{knd=option}.100ms': no condition is called knd; did you mean kind?",
+    ),
+    "pattern without login": (
+        HEAD + 'channels = ["book.*{kind=spot}.raw"]',
+        "channels: book.*{kind=spot}.raw needs a login; write book.*{kind=spot}.100ms, or credentials = ...",
+    ),
+    "pattern twice": (
+        two('channels = ["quote.*"]', 'channels = ["quote.*"]'),
+        "desk.toml: [[connection]] b: channels: quote.* stands in connection a too; write it once",
     ),
     "channel twice": (
         HEAD + 'channels = ["quote.X", "quote.X"]',
