@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -16,9 +17,10 @@ from collector.messages import parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.frames_checker import FrameReader, compare_message
 from tests.support import wait_until
+from workers.deribit.ledger import Ledger
 from workers.deribit.normalise import create_feed
 from workers.deribit.publisher import Publisher
-from workers.deribit.streams import Stream, Topics
+from workers.deribit.streams import Topics
 
 bounded = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -122,8 +124,9 @@ def wrap(channel: str, data: bytes) -> bytes:
 class Wire:
     """A worker's publisher and a subscriber to it, joined by a real socket."""
 
-    def __init__(self) -> None:
-        self.publisher = Publisher("tcp://127.0.0.1:*", 100_000)
+    def __init__(self, directory: Path) -> None:
+        self.ledger = Ledger(directory / "ledger", fresh=True)
+        self.publisher = Publisher("tcp://127.0.0.1:*", 100_000, self.ledger)
         self.context = zmq.Context()
         self.socket = self.context.socket(zmq.SUB)
         self.socket.setsockopt(zmq.RCVTIMEO, 10_000)
@@ -136,14 +139,15 @@ class Wire:
 
         What a late subscriber would be given at the end has to be valid as well.
         """
-        feed = create_feed(channel, Topics(5))
+        topics = Topics(5, self.ledger)
+        feed = create_feed(channel, topics)
         for frame in frames:
             with suppress(ValueError):  # Malformed, or not to be encoded
                 self.publisher.publish(feed.take(frame, NOW), NOW)
         for stream in feed.streams.values():
             if (message := stream.describe()) is not None:
                 self.publisher.repeat(stream, message)
-        end = Stream("other", "END", "raw", 5)
+        end = topics.find("other", "END", "raw")
         self.publisher.say(end, end.build_envelope(NOW))
         got = []
         while (parts := self.socket.recv_multipart())[0] != end.topic:
@@ -155,11 +159,12 @@ class Wire:
     def close(self) -> None:
         self.context.destroy(linger=0)
         self.publisher.close()
+        self.ledger.close()
 
 
 @pytest.fixture(scope="module")
-def wire() -> Iterator[Wire]:
-    wire = Wire()
+def wire(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
+    wire = Wire(tmp_path_factory.mktemp("wire"))
     yield wire
     wire.close()
 

@@ -1,0 +1,201 @@
+"""Broken and hostile input, to the whole program: it is counted, nothing else is lost, and nothing dies of it."""
+
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import zmq
+
+from collector.schema import ENVELOPE, SCHEMA, find_faults
+from tests.frames_checker import check_numbering
+from tests.pipeline import Subscriber, ask, exchange, find_port, short_directory, subscribed, write_config
+from tests.support import Program, collector, running
+
+CHANNELS = [
+    "book.BTC-PERPETUAL.100ms", "trades.BTC-PERPETUAL.100ms", "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL",
+    "deribit_price_index.btc_usd", "book.ETH-PERPETUAL.none.10.100ms", "incremental_ticker.ETH-PERPETUAL",
+    "platform_state",
+]  # fmt: skip
+
+
+class Running(NamedTuple):
+    """A collector on one connection, and a subscriber that has heard it from its first heartbeat on."""
+
+    program: Program
+    ear: Subscriber
+    control: str
+    publish: str
+
+    def get_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = ask(self.control, "get_state", connection="bad")
+        return state
+
+
+@contextmanager
+def collecting(faults: str = "", options: Sequence[str] = ("--seed", "1"), **table: Any) -> Iterator[Running]:
+    """Run a collector and an exchange. The exchange comes when the subscriber hears already, so no message is lost."""
+    port, publish = find_port(), f"tcp://127.0.0.1:{find_port()}"
+    connection = {
+        "url": f"ws://127.0.0.1:{port}/ws/api/v2?faults={faults}", "channels": CHANNELS, "publish": publish,
+        "retry_count": 100, "retry_delay": 0.2, **table,
+    }  # fmt: skip
+    secrets = {"PRACTICE_CLIENT_ID": "practice", "PRACTICE_CLIENT_SECRET": "practice"}
+    with short_directory() as directory:
+        config = write_config(directory, {"bad": connection})
+        with running(*collector("run", str(config)), env=secrets) as program, subscribed(publish) as ear:
+            ear.wait_for("deribit.heartbeat.bad.1s")
+            with exchange(port, *options):
+                yield Running(program, ear, f"ipc://{directory}/run/control", publish)
+                program.process.terminate()
+                assert program.wait_exit() == 0, program.text()
+
+
+def check_messages(ear: Subscriber) -> None:
+    """Every message is valid, and each topic is numbered without a hole."""
+    assert check_numbering(ear.messages) == []
+    for topic, body in ear.messages:
+        assert find_faults(body, {**ENVELOPE, **SCHEMA[body["type"]]}) == [], topic
+
+
+def wait_for_more(ear: Subscriber) -> None:
+    """Data of every kind that flows all the time comes after this."""
+    counts = {prefix: len(ear.find(prefix)) for prefix in ("deribit.book.", "deribit.ticker.", "deribit.quote.")}
+    ear.listen_until(lambda: all(len(ear.find(prefix)) > n + 3 for prefix, n in counts.items()), "more data")
+
+
+@pytest.mark.parametrize(
+    ("faults", "least"),
+    [
+        ("garbage:0.1", 10),
+        ("bad_json:0.1", 10),
+        ("odd_json:0.2", 20),
+        ("deep_json:0.2", 4),
+        ("wrong_types:5", 5),
+        ("garbage:0.3,bad_json:0.3,odd_json:0.3,deep_json:0.3,wrong_types:7,exponents", 30),
+    ],
+)
+def test_broken_frames_are_counted_and_the_others_flow(faults: str, least: int) -> None:
+    with collecting(faults) as run:
+        run.ear.listen_until(lambda: run.get_state()["malformed"] >= least, f"{least} malformed frames")
+        wait_for_more(run.ear)
+        state = run.get_state()
+        assert (state["state"], state["restarts"], state["reconnects"]) == ("live", 0, 0)
+        check_messages(run.ear)
+
+
+@pytest.mark.parametrize("faults", ["unknown_fields", "exponents", "unknown_fields,exponents"])
+def test_what_deribit_may_add_or_spell_otherwise_is_taken(faults: str) -> None:
+    with collecting(faults) as run:
+        for prefix in ("book", "trade", "ticker", "quote", "index", "platform"):
+            run.ear.wait_for(f"deribit.{prefix}.")
+        wait_for_more(run.ear)
+        state = run.get_state()
+        assert (state["state"], state["malformed"], state["reconnects"]) == ("live", 0, 0)
+        check_messages(run.ear)
+
+
+def test_oversized_frame_costs_the_connection_and_is_told_as_a_gap() -> None:
+    with collecting("oversized:17000000@2,first:1") as run:
+        gap = run.ear.wait_for("deribit.book.BTC-PERPETUAL.100ms", type="gap")
+        assert gap["reason"] == "disconnect"
+        wait_for_more(run.ear)
+        state = run.get_state()
+        assert (state["state"], state["restarts"], state["reconnects"]) == ("live", 0, 1)
+        check_messages(run.ear)
+
+
+LARGE = "9" * 25
+TRADE = '[{"instrument_name":"A-B","trade_seq":1,"trade_id":"1","price":1,"amount":1,"direction":"buy"}]'
+HOSTILE = [
+    ("quote.A-B", "5"),
+    ("quote.A-B", '{"timestamp":"soon"}'),
+    ("quote.A-B", '{"timestamp":' + LARGE + "}"),
+    ("quote.A-B", '{"timestamp":1,"best_bid_price":{"deep":[1]}}'),
+    ("quote.A-B", '{"timestamp":1,"best_bid_price":"low"}'),
+    ("trades.A-B.100ms", '[{"instrument_name":"A-B","trade_seq":1}]'),
+    ("trades.A-B.100ms", TRADE.replace("A-B", "A.B C")),
+    ("trades.A-B.100ms", TRADE.replace("buy", "up")),
+    ("trades.A-B.100ms", TRADE.replace('"price":1', '"price":1e999')),
+    ("book.A-B.100ms", '{"type":"snapshot","change_id":1,"bids":[["new",1]],"asks":[]}'),
+    ("book.A-B.100ms", '{"type":"snapshot","change_id":-1,"bids":[],"asks":[]}'),
+    ("book.A-B.100ms", '{"type":"snapshot","change_id":' + LARGE + ',"bids":[],"asks":[]}'),
+    ("ticker.A-B.100ms", '{"timestamp":1,"state":"open","mark_price":"market_price"}'),
+    ("ticker.A-B.100ms", '{"timestamp":1}'),
+    ("ticker.A-B.100ms", "[" * 500 + "]" * 500),
+    ("deribit_price_index.a_b", '{"timestamp":1,"price":null}'),
+    ("user.any", '{"large":' + LARGE + "}"),
+]
+"""Data that no channel of these carries; each frame is refused and counted."""
+
+SOUND = [
+    ("quote.A-B", '{"timestamp":1,"best_bid_price":1.5}', "deribit.quote.A-B.raw"),
+    ("book.A-B.100ms", '{"type":"snapshot","change_id":1,"bids":[],"asks":[]}', "deribit.book.A-B.100ms"),
+    ("trades.A-B.100ms", TRADE, "deribit.trade.A-B.100ms"),
+    ("user.any", '{"price":"market_price"}', "deribit.other.user:any.raw"),
+]
+
+
+def test_each_hostile_frame_is_refused_and_sound_ones_behind_it_come(tmp_path: Path) -> None:
+    head, tail = '{"jsonrpc":"2.0","method":"subscription","params":{"channel":"', "}}"
+    frames = [f'{head}{channel}","data":{data}{tail}\n' for channel, data, *_ in [*HOSTILE, *SOUND]]
+    recording = tmp_path / "hostile.jsonl"
+    recording.write_text("".join(frames))
+    channels = sorted({channel for channel, _ in HOSTILE})
+    replay = ("--replay", str(recording), "--speed", "0")
+    with collecting(options=replay, channels=channels, credentials="PRACTICE") as run:
+        for _, _, topic in SOUND:
+            run.ear.wait_for(topic, type=topic.split(".")[1])
+        state = run.get_state()
+        assert (state["state"], state["malformed"], state["restarts"]) == ("live", len(HOSTILE), 0)
+        data = ("quote", "book", "trade", "ticker", "index", "other")
+        assert [topic for topic, body in run.ear.messages if body["type"] in data] == [topic for _, _, topic in SOUND]
+
+
+def test_garbage_to_the_publishing_socket_disturbs_nobody() -> None:
+    with collecting() as run:
+        wait_for_more(run.ear)
+        host, _, port = run.publish.removeprefix("tcp://").partition(":")
+        for garbage in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 1000, b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL"):
+            with socket.create_connection((host, int(port))) as raw:
+                raw.sendall(garbage)
+        context = zmq.Context()
+        for frames in (
+            [b"\1" + b"x" * 100_000],
+            [b"", b"\2no", b"\1" * 4000, b"\0never-subscribed", b"\1deribit.quote."],
+        ):
+            stranger = context.socket(zmq.XSUB)
+            stranger.connect(run.publish)
+            for frame in frames:
+                stranger.send(frame)
+        stranger.setsockopt(zmq.RCVTIMEO, 10_000)
+        assert stranger.recv_multipart()[0].startswith(b"deribit.quote.")
+        context.destroy(linger=0)
+        wait_for_more(run.ear)
+        state = run.get_state()
+        assert (state["state"], state["restarts"], state["malformed"]) == ("live", 0, 0)
+        check_messages(run.ear)
+
+
+def test_publishing_endpoint_that_is_taken_is_a_clear_error() -> None:
+    with short_directory() as directory, exchange(port := find_port()), socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        publish = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
+        url = f"ws://127.0.0.1:{port}/ws/api/v2"
+        config = write_config(directory, {"bad": {"url": url, "publish": publish, "channels": CHANNELS}})
+        with running(*collector("run", str(config))) as program:
+            assert program.wait_exit() == 1
+            assert any(publish in line and "in use" in line.lower() for line in program.err), program.text()
+
+
+def test_channels_that_nobody_offers_are_refused_and_the_others_flow() -> None:
+    strange = ["surprise.BTC.1", "book.NOPE-PERPETUAL.100ms"]
+    with collecting(channels=[*CHANNELS, *strange]) as run:
+        for topic in ("deribit.other.surprise:BTC:1.raw", "deribit.book.NOPE-PERPETUAL.100ms"):
+            assert run.ear.wait_for(topic, type="status", state="refused")["connection"] == "bad"
+        wait_for_more(run.ear)
+        assert run.get_state()["state"] == "live"
+        check_messages(run.ear)
