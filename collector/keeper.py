@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from collector.lifecycle import (
+    BEAT_INTERVAL,
     BEATS_MISSED,
     FINAL_EXITS,
     MAX_RESTARTS,
@@ -25,6 +26,9 @@ MAX_ASKED = 64
 """Requests that one worker may owe answers to."""
 
 log = logging.getLogger(__name__)
+
+BEAT_READ = BEAT_INTERVAL + 0.05
+"""Seconds after a beat from which the next one should be waiting in the link."""
 
 _OVERDUE = {"starting": "was not ready", "running": "gave no sign of life", "stopping": "did not stop"}
 """What to say of a process that owes us a word in each state."""
@@ -70,7 +74,7 @@ class Keeper:
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
         self._limit = self._due = 0.0
-        self._heard = False
+        self._heard_at = 0.0
         self._live_since: float | None = None
 
     # what is known of it
@@ -83,7 +87,7 @@ class Keeper:
     @property
     def state(self) -> str:
         """The worker's own word while it runs, else what the supervisor does with it."""
-        if self.machine.state == "running" and self._heard:
+        if self.machine.state == "running" and self._heard_at:
             return str(self.report.get("state", "live"))
         if self.machine.state == "stopped" and not self.is_over:
             return "starting"
@@ -148,7 +152,7 @@ class Keeper:
         self._apply("start")
         self.epoch = max(time.time_ns(), self.epoch + 1)
         self._live_since = None
-        self._heard = False
+        self._heard_at = 0.0
         self._allow(READY_TIMEOUT)
         try:
             self._child = await start_child(self._spawner, self.kind, self._receive)
@@ -199,6 +203,7 @@ class Keeper:
             self._apply("stop")
             self._allow(grace)
         if self._child is not None:
+            self._child.read()
             self._child.send({"kind": "stop"})
 
     def kill(self) -> None:
@@ -207,9 +212,13 @@ class Keeper:
             self._child.kill()
 
     def watch(self, now: float, pause: float) -> None:
-        """Kill it if it is overdue. `pause` is how long the supervisor itself was away: that is not its fault."""
+        """Take its beats; kill it if it is overdue. `pause`: how long the supervisor itself was away; no fault of its."""
         self._due += pause
-        if self._child is None or now < self._due:
+        if self._child is None:
+            return
+        if now >= self._heard_at + BEAT_READ:
+            self._child.read()
+        if now < self._due:
             return
         log.error("%s: pid %s %s in %g s: killed", self.name, self.pid, _OVERDUE[self.machine.state], self._limit)
         self._child.kill()
@@ -258,11 +267,13 @@ class Keeper:
         self.report |= report
         if self.machine.state != "running":
             return
-        self._heard = True
+        self._heard_at = time.monotonic()
         self._allow(BEATS_MISSED)
         if self.is_live:
             self.was_live = True
             self._live_since = self._live_since or time.monotonic()
+            if self._child is not None and not self._asked:
+                self._child.pause()  # its next beat is read by `watch`, with those of others: what costs is the waking
         if self.state != before:
             self._note_state(before)
 
@@ -276,6 +287,7 @@ class Keeper:
         number = self._number
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
         request = {"kind": "request", "id": number, "op": op, "deadline": deadline, "arguments": arguments}
+        self._child.read()
         try:
             if not self._child.send(request):
                 raise self._refuse("does not read its link; this request was not carried out")

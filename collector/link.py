@@ -67,6 +67,16 @@ class Link(asyncio.Protocol):
         transport.write(encode(message))
         return True
 
+    def pause(self) -> None:
+        """Leave what comes from now on unread, until `read`: nothing wakes this process then."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def read(self) -> None:
+        """Read what has come, and what will."""
+        if self._transport is not None:
+            self._transport.resume_reading()
+
     def close(self) -> None:
         """End the link; what was sent is still delivered."""
         if self._transport is not None:

@@ -101,6 +101,14 @@ class Child:
         """Send a message down the link; False if it cannot be."""
         return self._link.send(message)
 
+    def pause(self) -> None:
+        """Leave what it says unread until `read`."""
+        self._link.pause()
+
+    def read(self) -> None:
+        """Receive what it has said, and what it will."""
+        self._link.read()
+
     def kill(self) -> None:
         """Kill it, whatever it does. By pidfd: a number that went to another process is never hit."""
         with suppress(ProcessLookupError):
@@ -118,6 +126,7 @@ class Child:
         The forkserver's word is not enough: if it dies, it says 255 of children that are alive and well.
         """
         await _readable(self._pidfd)
+        self._link.read()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CODE_WAIT):
                 await self._unlinked.wait()
