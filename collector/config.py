@@ -96,6 +96,7 @@ class Config:
     runtime_dir: Path
     control: str
     http: str
+    scheduling: str
     exchange: Exchange | None
     connections: tuple[Connection, ...]
     secrets: Mapping[str, Credentials] = field(repr=False)
@@ -150,13 +151,15 @@ def build_config(
     control = _read_control(collector["control"], runtime_dir, where)
     if collector["http"]:
         raise ConfigError(f'{where}: [collector]: http comes later; write http = "" or leave it out')
+    if collector["scheduling"] not in ("batch", "normal"):
+        raise ConfigError(f'{where}: [collector]: scheduling must be "batch" or "normal"')
     exchange = _read_exchange(tables, where)
     connections = tuple(
         read_connection(table, f"{where}: [[connection]] {_label(table, number)}", runtime_dir, secrets)
         for number, table in enumerate(tables["connection"], 1)
     )
     check_together(connections, where, control, exchange.port if exchange else None)
-    return Config(path, runtime_dir, control, "", exchange, connections, secrets)
+    return Config(path, runtime_dir, control, "", collector["scheduling"], exchange, connections, secrets)
 
 
 def _label(table: Mapping[str, Any], number: int) -> str:

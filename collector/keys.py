@@ -48,6 +48,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "runtime_dir": Key("string", "", '"/run/collector"', "directory of sockets, lock and ledgers, mode 0700"),
         "control": Key("string", "", '"ipc:///run/collector/control"', "endpoint of the control channel"),
         "http": Key("string", "", '""', "metrics, health and dashboard; comes later, must be empty"),
+        "scheduling": Key(
+            "string", "batch", '"batch"', "batch: ZeroMQ's thread never interrupts a worker's loop (Linux); or normal"
+        ),
     },
     "exchange": {
         "port": Key("integer", 0, "0", "port of the practice exchange on 127.0.0.1; 0 is any free one", 0, 65535),

@@ -137,6 +137,7 @@ class Supervisor:
             "restarts": keeper.restarts,
             "runtime_dir": str(self.config.runtime_dir),
             "log_level": self._log_level,
+            "scheduling": self.config.scheduling,
         }
 
     def resolve_url(self, connection: Connection) -> str:
@@ -152,6 +153,8 @@ class Supervisor:
         self._epochs[keeper.name] = keeper.epoch
         remove_socket(entry.connection.publish)  # these two are what a killed worker leaves
         (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
+        if keeper.machine.state == "stopped" and self.entries.get(keeper.name) is entry:
+            del self.entries[keeper.name]
         if keeper.machine.state != "failed" or not (entry.from_file or keeper.was_live):
             return
         keepers = [other.keeper for other in self.entries.values()]

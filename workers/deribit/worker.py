@@ -2,8 +2,10 @@
 
 import asyncio
 import logging
+import os
 import time
 from collections.abc import Coroutine
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +37,21 @@ def create_worker(spec: dict[str, Any]) -> "Worker":
     return Worker(spec)
 
 
+def schedule_in_batch() -> None:
+    """Keep ZeroMQ's thread from interrupting the loop after each send where both share a core (threads inherit this).
+
+    Measured on one core: 13.6 against 8.1 us a message. Any user may do it; only Linux can.
+    """
+    with suppress(AttributeError, OSError):
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+
 class Worker(Listener):
     """One connection of the configuration."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        if spec["scheduling"] == "batch":
+            schedule_in_batch()
         settings, login = spec["connection"], spec.get("credentials")
         self.name: str = spec["name"]
         self.epoch: int = spec["epoch"]
