@@ -28,5 +28,13 @@ bench: $(VENV)/.test           ## what a message costs, beside three yardsticks 
 bench-quick: $(VENV)/.test     ## a smoke run of the same
 	$(BIN)/python -m tests.bench --quick
 
+conformance: $(VENV)/.test .venv-conformance/.ready   ## clients that others wrote, against the practice exchange
+	COLLECTOR_CONFORMANCE=.venv-conformance/bin/python $(BIN)/pytest tests/conformance
+
+.venv-conformance/.ready: tests/conformance/requirements.txt
+	$(PYTHON) -m venv .venv-conformance
+	.venv-conformance/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-conformance .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,85 @@
+"""The practice exchange against clients of Deribit that others wrote: nothing is changed in them but the address.
+
+They live in an environment of their own (make conformance), whose Python COLLECTOR_CONFORMANCE names.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support import collector, running
+
+PYTHON = os.environ.get("COLLECTOR_CONFORMANCE", "")
+
+pytestmark = pytest.mark.skipif(not PYTHON, reason="COLLECTOR_CONFORMANCE names no Python with the clients")
+
+
+@contextmanager
+def exchange(*options: str) -> Iterator[str]:
+    """Run the practice exchange; give its host and port."""
+    with running(*collector("exchange", *options)) as program:
+        yield program.wait_line(r"listening on wss?://([\d.]+:\d+)/")[1]
+
+
+def run_client(name: str, host: str, **env: str) -> dict[str, Any]:
+    """Run one client until it has received all that it asked for; return what it printed."""
+    script = Path(__file__).with_name(f"client_{name}.py")
+    with running(PYTHON, str(script), host, env=env) as program:
+        assert program.wait_exit(60) == 0, program.text()
+        received: dict[str, Any] = json.loads(program.out[-1])
+        return received
+
+
+def test_ccxt() -> None:
+    with exchange() as host:
+        got = run_client("ccxt", host)
+    assert got["markets"] > 100
+    assert got["book"]["bid"] < got["book"]["ask"]
+    assert got["book"]["levels"] > 20
+    assert got["trade"]["side"] in ("buy", "sell")
+    assert got["ticker"]["bid"] < got["ticker"]["ask"]
+
+
+def test_typed_deribit() -> None:
+    with exchange() as host:
+        got = run_client("typed_deribit", host)
+    assert got["markets"] > 10
+    first, *changes = got["book"]
+    assert first["type"] == "snapshot"
+    assert "prev_change_id" not in first
+    ids = [update["change_id"] for update in got["book"]]
+    assert [change["prev_change_id"] for change in changes] == ids[:-1]
+    assert {trade["instrument_name"] for trade in got["trades"]} == {"BTC-PERPETUAL"}
+    assert got["ticker"]["best_bid_price"] < got["ticker"]["best_ask_price"]
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate of our own: the file to trust, and the file with its key that a server needs."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here to make a certificate with")
+    trusted, key, both = (tmp_path / name for name in ("trusted.pem", "key.pem", "both.pem"))
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
+    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(trusted)]
+    subprocess.run([*make, *names], check=True, capture_output=True)
+    both.write_text(key.read_text() + trusted.read_text())
+    return trusted, both
+
+
+def test_cryptofeed(certificate: tuple[Path, Path]) -> None:
+    trusted, both = certificate
+    keys = {"CLIENT_ID": "practice", "CLIENT_SECRET": "practice"}
+    with exchange("--certificate", str(both)) as host:
+        got = run_client("cryptofeed", host, SSL_CERT_FILE=str(trusted), REQUESTS_CA_BUNDLE=str(trusted), **keys)
+    assert got["snapshots"] == 1
+    assert got["l2_book"]["book"]["bid"] > 10
+    assert got["l1_book"]["bid_price"] < got["l1_book"]["ask_price"]
+    assert got["ticker"]["bid"] < got["ticker"]["ask"]
+    assert got["trades"]["side"] in ("buy", "sell")
