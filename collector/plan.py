@@ -1,11 +1,12 @@
 """What a configuration would do at the exchange, and what that costs there. Pure: no I/O, no clock."""
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from collector.channels import parse_channel
-from collector.config import Config, Connection
+from collector.config import Config, ConfigError, Connection, check_together
 from collector.limits import (
     CALL_COST,
     CALL_POOL,
@@ -16,6 +17,8 @@ from collector.limits import (
     estimate_seconds,
     measure_call,
 )  # fmt: skip
+from collector.patterns import Instrument
+from collector.shards import estimate_rate, spread
 
 BOOTSTRAP = ("public/hello", "public/set_heartbeat", "public/get_time")
 """Calls of each bootstrap besides subscribing."""
@@ -29,8 +32,25 @@ class Call(NamedTuple):
     bytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What is known of the instruments of the exchanges: by URL, or why not; `now` is in ms."""
+
+    now: int = 0
+    listed: Mapping[str, Mapping[str, Instrument]] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+class PlannedPattern(NamedTuple):
+    """One pattern: how many channels it stands for, None while unknown."""
+
+    connection: str
+    pattern: str
+    channels: int | None
+
+
 class PlannedConnection(NamedTuple):
-    """One worker. `types` counts its channels by the type of message they feed."""
+    """One worker. `types` counts its channels by the type of message; `rate` is messages a second in a quiet market."""
 
     name: str
     url: str
@@ -38,6 +58,7 @@ class PlannedConnection(NamedTuple):
     login: str
     channels: tuple[str, ...]
     types: dict[str, int]
+    rate: float
     bootstrap: tuple[str, ...]
     calls: tuple[Call, ...]
     seconds: float
@@ -60,6 +81,7 @@ class Plan(NamedTuple):
     runtime_dir: str
     control: str
     exchange: str
+    patterns: tuple[PlannedPattern, ...]
     connections: tuple[PlannedConnection, ...]
     pools: tuple[Pool, ...]
     connections_limit: int
@@ -69,24 +91,56 @@ class Plan(NamedTuple):
         """Return it as plain values, for JSON."""
         plan = self._asdict()
         plan["connections"] = [c._asdict() | {"calls": [k._asdict() for k in c.calls]} for c in self.connections]
+        plan["patterns"] = [pattern._asdict() for pattern in self.patterns]
         plan["pools"] = [pool._asdict() for pool in self.pools]
         return plan
 
 
-def make_plan(config: Config) -> Plan:
-    """Work out what a checked configuration would do."""
-    connections = tuple(map(_plan_connection, config.connections))
+def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
+    """Work out what a checked configuration would do. Raises ConfigError for what only shows in expanded patterns."""
+    patterns, expanded = _expand(config, listing)
+    connections = tuple(map(_plan_connection, expanded))
     pools = tuple(_plan_pools(connections))
     return Plan(
         path=str(config.path),
         runtime_dir=str(config.runtime_dir),
         control=config.control,
         exchange=f"127.0.0.1:{config.exchange.port or '*'}" if config.exchange else "",
+        patterns=patterns,
         connections=connections,
         pools=pools,
         connections_limit=MAX_CONNECTIONS,
-        notes=tuple(_find_notes(connections, pools)),
+        notes=(
+            *_find_unexpanded(config, listing),
+            *_find_notes(connections, pools, {each.connection for each in patterns}),
+        ),
     )
+
+
+def _expand(config: Config, listing: Listing) -> tuple[tuple[PlannedPattern, ...], list[Connection]]:
+    patterns: list[PlannedPattern] = []
+    expanded: list[Connection] = []
+    for connection in config.connections:
+        listed = listing.listed.get(connection.url)
+        if not connection.patterns or listed is None:
+            patterns += [PlannedPattern(connection.name, pattern, None) for pattern in connection.patterns]
+            expanded.append(connection)
+            continue
+        try:
+            found, shards = spread(connection, listed, listing.now)
+        except ConfigError as error:
+            raise ConfigError(f"{config.path}: {error}") from None
+        patterns += [PlannedPattern(connection.name, pattern, number) for pattern, number in found.items()]
+        expanded += shards
+    check_together(expanded, str(config.path), config.control, config.exchange.port if config.exchange else None)
+    return tuple(patterns), expanded
+
+
+def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
+    for connection in config.connections:
+        if connection.patterns and connection.url not in listing.listed:
+            why = listing.failures.get(connection.url) or "the practice exchange starts with the collector"
+            yield f"{connection.name} stays unexpanded: {why}"
 
 
 def _plan_connection(connection: Connection) -> PlannedConnection:
@@ -98,6 +152,7 @@ def _plan_connection(connection: Connection) -> PlannedConnection:
         login=connection.credentials or "",
         channels=connection.channels,
         types=_count_types(connection.channels),
+        rate=round(sum(map(estimate_rate, connection.channels)), 1),
         bootstrap=_list_bootstrap(connection),
         calls=calls,
         seconds=estimate_seconds(len(calls)),
@@ -142,11 +197,13 @@ def _find_host(url: str) -> str:
     return url.partition("?")[0].partition("://")[2].partition("/")[0] or "practice"
 
 
-def _find_notes(connections: tuple[PlannedConnection, ...], pools: tuple[Pool, ...]) -> Iterable[str]:
+def _find_notes(
+    connections: tuple[PlannedConnection, ...], pools: tuple[Pool, ...], patterned: set[str]
+) -> Iterable[str]:
     if len(connections) == MAX_CONNECTIONS:
         yield f"all {MAX_CONNECTIONS} connections are used: none is left for REST requests or a browser on this address"
     for connection in connections:
-        if not connection.channels:
+        if not connection.channels and connection.name not in patterned:
             yield f"{connection.name} has no channels until control subscribes it to some"
     for pool in pools:
         if pool.calls * SUBSCRIBE_COST > SUBSCRIBE_POOL and len(pool.connections) > 1:

@@ -58,7 +58,7 @@ class Weight(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A connection with patterns, expanded: `found` counts the channels of each pattern, `shards` are what runs."""
+    """A connection expanded: `found` counts the channels of each pattern; `shards` run in its place, without patterns."""
 
     found: dict[str, int]
     shards: list[Connection]
@@ -75,7 +75,7 @@ def spread(connection: Connection, listed: Mapping[str, Instrument], now: int) -
     weights = weigh(channels)
     count = count_shards(weights)
     if count == 1:
-        return Spread(found, [replace(connection, channels=tuple(channels))])
+        return Spread(found, [replace(connection, channels=tuple(channels), patterns=())])
     if count > MAX_CONNECTIONS:
         raise ConfigError(
             f"[[connection]] {connection.name}: channels: {len(channels)} channels need {count} connections, Deribit "
@@ -146,7 +146,7 @@ def _make_shard(connection: Connection, number: int, channels: list[str]) -> Con
         publish = str(parse_endpoint(shift_endpoint(connection.publish, number)))
     except ValueError as error:
         raise ConfigError(f"[[connection]] {name}: publish {error}") from None
-    return replace(connection, name=name, publish=publish, channels=tuple(channels))
+    return replace(connection, name=name, publish=publish, channels=tuple(channels), patterns=())
 
 
 def shift_endpoint(text: str, number: int) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.config import load_config
+from collector.config import ConfigError, load_config
 from collector.limits import (
     CALL_COST,
     CALL_POOL,
@@ -22,7 +23,9 @@ from collector.limits import (
     estimate_seconds,
     measure_call,
 )
-from collector.plan import make_plan, plan_calls
+from collector.patterns import Instrument
+from collector.plan import Listing, make_plan, plan_calls
+from tests.pipeline import exchange, find_port
 from tests.support import REPOSITORY, collector
 
 METHOD = "public/subscribe"
@@ -176,3 +179,100 @@ def test_the_command_refuses_in_one_line_and_ends_with_2(tmp_path: Path) -> None
         "interval '50ms' is not offered (raw, 100ms, agg2)\n"
     )
     assert run_plan("configs/testnet.toml").returncode == 2
+
+
+# patterns
+
+
+def write_practice_port(port: int) -> str:
+    return write_connection("options", ["book.*.100ms", "ticker.{kind=option}.100ms", "quote.NONE-*"]).replace(
+        "wss://www.deribit.com", f"ws://127.0.0.1:{port}"
+    )
+
+
+def test_patterns_are_planned_as_they_expand(tmp_path: Path) -> None:
+    text = write_connection("a", ["quote.A-*", "quote.B"], 'publish = "tcp://127.0.0.1:5610"') + write_connection(
+        "b", []
+    )
+    config = load_config(write_file(tmp_path, text), {})
+    (url,) = {connection.url for connection in config.connections}
+    listed = {name: Instrument(name, "option") for number in range(700) if (name := f"A-{number}")}
+    plan = make_plan(config, Listing(0, {url: listed}))
+    assert plan.patterns == (("a", "quote.A-*", 700),)
+    assert [connection.name for connection in plan.connections] == ["a-1", "a-2", "b"]
+    assert sum(len(connection.channels) for connection in plan.connections) == 701
+    first, second, _ = plan.connections
+    assert (first.publish, second.publish) == ("tcp://127.0.0.1:5610", "tcp://127.0.0.1:5611")
+    assert first.rate == pytest.approx(second.rate, rel=0.25)
+    assert not any("unexpanded" in note for note in plan.notes)
+    unknown = make_plan(config, Listing(0, {}, {url: "nobody is there"}))
+    assert unknown.patterns == (("a", "quote.A-*", None),)
+    assert "a stays unexpanded: nobody is there" in unknown.notes
+
+
+CLASHES = {
+    "a shard's port": (
+        write_connection("a", ["quote.A-*"], 'publish = "tcp://127.0.0.1:5610"')
+        + write_connection("b", [], 'publish = "tcp://127.0.0.1:5611"'),
+        r"desk.toml: \[\[connection\]\] b: publish tcp://127.0.0.1:5611 is also publish of a-2; write another port",
+    ),
+    "a shard's name": (
+        write_connection("a", ["quote.A-*"]) + write_connection("a-2", []),
+        r"desk.toml: \[\[connection\]\] a-2: name is used twice",
+    ),
+    "patterns that meet": (
+        write_connection("a", ["quote.A-*"]) + write_connection("b", ["quote.*-7"]),
+        r"desk.toml: \[\[connection\]\] b: channels: quote.A-7 stands in connection a-[12] too; write it once",
+    ),
+    "a wide channel": (
+        write_connection("a", ["trades.option.any.100ms"]) + write_connection("b", ["trades.*.100ms"]),
+        r"b-[12]: channels: trades.A-.*-C.100ms would feed the same topics as trades.option.any.100ms of connection a;",
+    ),
+    "too many": (
+        write_connection("a", ["quote.*", *(f"chart.trades.*.{each}" for each in (1, 3, 5, 10, 15, 30, 60, 120, 180))])
+        + write_connection("b", ["trades.*.100ms", "trades.*.agg2", "book.*.100ms", "book.*.agg2", "ticker.*.100ms"])
+        + "".join(write_connection(f"c{number}", []) for number in range(15)),
+        r"desk.toml: 3\d connections, Deribit takes 32 from one address",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CLASHES)
+def test_what_clashes_once_expanded_is_refused(case: str, tmp_path: Path) -> None:
+    text, words = CLASHES[case]
+    config = load_config(write_file(tmp_path, text), {})
+    listed = {name: Instrument(name, "option") for number in range(700) if (name := f"A-{number}")}
+    listed |= {name: Instrument(name, "option") for name in ("A-25DEC26-1-C",)}
+    with pytest.raises(ConfigError, match=words):
+        make_plan(config, Listing(0, {config.connections[0].url: listed}))
+
+
+def test_the_command_asks_the_exchange_for_its_instruments(tmp_path: Path) -> None:
+    port = find_port()
+    path = write_file(tmp_path, write_practice_port(port))
+    with exchange(port, "--options", "600") as program:
+        program.wait_line(rf":{port}/")
+        done = run_plan(path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"\nticker\.\{kind=option\}\.100ms  options +600\n", done.stdout)
+    assert re.search(r"\nquote\.NONE-\* +options +none now\n", done.stdout)
+    rows = re.findall(r"\n(options-\d) +ipc://\S+/\1\.pub +(\d+) \(.*?\) +(\d+)/s", done.stdout)
+    assert [name for name, _, _ in rows] == ["options-1", "options-2", "options-3"]
+    assert all(300 < int(number) <= 500 and 40 < int(rate) < 120 for _, number, rate in rows)
+
+
+def test_the_command_says_what_stays_unexpanded_and_ends_with_1(tmp_path: Path) -> None:
+    port = find_port()
+    done = run_plan(write_file(tmp_path, write_practice_port(port)))
+    assert done.returncode == 1
+    assert re.search(r"book\.\*\.100ms +options +not known yet", done.stdout)
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"collector: patterns stay unexpanded: 127.0.0.1:{port} cannot be reached (")
+
+
+def test_patterns_at_the_practice_exchange_wait_for_run(tmp_path: Path) -> None:
+    done = run_plan(
+        write_file(tmp_path, '[exchange]\n[[connection]]\nname = "a"\nurl = "practice"\nchannels = ["quote.*"]\n')
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "note         a stays unexpanded: the practice exchange starts with the collector" in done.stdout

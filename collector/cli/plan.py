@@ -3,12 +3,13 @@
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator
 
 import click
 
-from collector.config import ConfigError, load_config
-from collector.plan import Plan, PlannedConnection, make_plan
+from collector.config import Config, ConfigError, load_config
+from collector.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
 
 
 @click.command()
@@ -17,14 +18,35 @@ from collector.plan import Plan, PlannedConnection, make_plan
 def plan(file: str, as_json: bool) -> None:
     """Say what FILE would do: connections, channels, endpoints, calls, and time at the exchange's rates.
 
-    Ends with 2 if the configuration is refused. Nothing is started and nobody is contacted.
+    Nothing is started. The exchange is asked for its instruments only if FILE has patterns to expand.
+    Exit codes: 1 if it could not be asked, 2 if the configuration is refused.
     """
     try:
-        made = make_plan(load_config(file, os.environ))
+        config = load_config(file, os.environ)
+        listing = _list_instruments(config)
+        made = make_plan(config, listing)
     except ConfigError as error:
         click.echo(f"collector: {error}", err=True)
         sys.exit(2)
     click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
+    for failure in dict.fromkeys(listing.failures.values()):
+        click.echo(f"collector: patterns stay unexpanded: {failure}", err=True)
+    sys.exit(1 if listing.failures else 0)
+
+
+def _list_instruments(config: Config) -> Listing:
+    patterned = {c.url: c for c in config.connections if c.patterns and not c.is_practice}
+    if not patterned:
+        return Listing()
+    from collector.catalogue import Catalogue, Unreachable  # what speaks HTTP is dear to load
+
+    listing = Listing(time.time_ns() // 1_000_000, listed := {}, failures := {})
+    for url, connection in patterned.items():
+        try:
+            listed[url] = Catalogue(url, connection.headers, connection.timeout).read_all()
+        except Unreachable as error:
+            failures[url] = str(error)
+    return listing
 
 
 def write_plan(plan: Plan) -> Iterator[str]:
@@ -34,6 +56,9 @@ def write_plan(plan: Plan) -> Iterator[str]:
     yield ""
     yield from _write_table([_HEADINGS, *map(_write_row, plan.connections)])
     yield ""
+    if plan.patterns:
+        yield from _write_table([("pattern", "connection", "channels"), *map(_write_pattern, plan.patterns)])
+        yield ""
     yield f"control      {plan.control}"
     if plan.exchange:
         yield f"exchange     {plan.exchange}, the practice exchange"
@@ -47,7 +72,12 @@ def write_plan(plan: Plan) -> Iterator[str]:
         yield f"note         {note}"
 
 
-_HEADINGS = ("connection", "publish", "channels", "calls", "largest", "login")
+_HEADINGS = ("connection", "publish", "channels", "expected", "calls", "largest", "login")
+
+
+def _write_pattern(planned: PlannedPattern) -> tuple[str, ...]:
+    number = "not known yet" if planned.channels is None else str(planned.channels or "none now")
+    return planned.pattern, planned.connection, number
 
 
 def _write_row(connection: PlannedConnection) -> tuple[str, ...]:
@@ -56,6 +86,7 @@ def _write_row(connection: PlannedConnection) -> tuple[str, ...]:
         connection.name,
         connection.publish,
         f"{len(connection.channels)}{f' ({types})' if types else ''}",
+        f"{connection.rate:.0f}/s",
         str(len(connection.calls)),
         f"{max((call.bytes for call in connection.calls), default=0)} B",
         connection.login or "no",
