@@ -102,9 +102,11 @@ class Commands:
         entry = self._find(request.connection)
         log.info("%s: closed by a control request", entry.keeper.name)
         entry.keeper.stop()
-        await asyncio.shield(entry.keeping)
-        if self._entries.get(entry.keeper.name) is entry:
-            del self._entries[entry.keeper.name]
+        try:
+            async with asyncio.timeout(_left(request.deadline)):
+                await asyncio.shield(entry.keeping)
+        except TimeoutError:
+            raise ControlError("timeout", f"{entry.keeper.name} is still closing; it will be killed soon") from None
         return self._describe(entry, {})
 
     # state

@@ -212,7 +212,7 @@ class Keeper:
             self._child.kill()
 
     def watch(self, now: float, pause: float) -> None:
-        """Take its beats; kill it if it is overdue. `pause`: how long the supervisor itself was away; no fault of its."""
+        """Take its beats; kill it if it is overdue, not counting a `pause` in which the supervisor itself was away."""
         self._due += pause
         if self._child is None:
             return

@@ -362,6 +362,15 @@ def test_connect_says_what_went_wrong_for_good(shared: Collected) -> None:
     assert list(shared.ask("get_state")) == ["a", "slow"]
 
 
+def test_a_worker_that_does_not_close_in_time_is_killed_and_its_name_is_free_again() -> None:
+    with collected({"a": QUICK, "b": {**QUICK, "channels": []}}) as run:
+        psutil.Process(run.wait_state("a")["pid"]).suspend()
+        error = run.refuse("close", connection="a", deadline=time.time_ns() + 300_000_000)
+        assert (error.code, "still closing" in error.message) == ("timeout", True)
+        wait_until(lambda: list(run.ask("get_state")) == ["b"], "the end of a")
+        assert run.ask("connect", connection={**QUICK, "name": "a"})["state"] == "live"
+
+
 def test_the_collector_goes_on_without_connections() -> None:
     with collected() as run:
         run.wait_state("a")

@@ -101,6 +101,17 @@ def test_a_killed_supervisor_leaves_no_orphan() -> None:
             assert next_one.wait_exit() == 0
 
 
+def test_a_worker_that_was_stopped_while_its_supervisor_died_ends_when_it_goes_on() -> None:
+    with collected() as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        run.find_processes()
+        worker.suspend()
+        run.program.process.kill()
+        run.program.wait_exit()
+        worker.resume()
+        run.wait_gone()
+
+
 def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one() -> None:
     with collected() as run:
         before = run.wait_state("a")
