@@ -123,8 +123,10 @@ class Client:
         if self._life is None:
             self._life = asyncio.create_task(self.run())
         live = asyncio.create_task(self._live.wait())
-        await asyncio.wait({live, self._life}, return_when=asyncio.FIRST_COMPLETED)
-        live.cancel()
+        try:
+            await asyncio.wait({live, self._life}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            live.cancel()
         if not self._live.is_set():
             raise Lost(self.failure) if self.exit is Exit.GAVE_UP else Refused(self.failure, self.exit)
 
@@ -387,7 +389,8 @@ class Client:
 
     def _take_bad(self, frame: bytes, reason: str) -> None:
         self.malformed += 1
-        self.listener.take_malformed(frame, reason)
+        # An answer that nobody can place may be the one that holds the tokens.
+        self.listener.take_malformed(b"(not shown)" if b"_token" in frame else frame, reason)
 
     def _answer_test(self) -> None:
         """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""

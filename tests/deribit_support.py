@@ -1,0 +1,203 @@
+"""What the tests of the connection to Deribit share: a client or a worker in the test's own loop, on real sockets.
+
+Each test names the faults that the practice exchange is to have for its connections; nothing else differs from a run.
+"""
+
+import asyncio
+import functools
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from itertools import count
+from typing import Any
+
+import msgpack
+import zmq
+
+from collector.lifecycle import Exit
+from tests.pipeline import Subscriber, short_directory
+from workers.deribit import Client, Listener, Login
+from workers.deribit.worker import Worker, create_worker
+
+BOOK, TRADES = "book.BTC-PERPETUAL.100ms", "trades.BTC-PERPETUAL.100ms"
+TICKER, QUOTE = "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL"
+LOGIN = Login("practice", "practice")
+
+QUICK: dict[str, Any] = {"retry_count": 100, "retry_delay": 0.02}
+"""Settings of a connection that is soon back."""
+
+_seeds = count(1)
+
+
+def name_faults(url: str, faults: str) -> str:
+    """The URL with these faults, told apart from those of every other test: `first` and `skip` count by their text."""
+    return f"{url}?faults=seed:{next(_seeds)},{faults}" if faults else url
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test; at its end no task may be left."""
+
+    async def run(*arguments: Any, **named: Any) -> None:
+        await test(*arguments, **named)
+        await asyncio.sleep(0)  # what has just been cancelled ends now
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left, left
+
+    @functools.wraps(test)
+    def run_test(*arguments: Any, **named: Any) -> None:
+        asyncio.run(run(*arguments, **named))
+
+    return run_test
+
+
+async def wait_for(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+    """Return fact() as soon as it is true; fail with `what` if it does not become true."""
+    end = time.monotonic() + timeout
+    while not (value := fact()):
+        assert time.monotonic() < end, f"waited {timeout:.0f} s in vain for {what}"
+        await asyncio.sleep(0.005)
+    return value
+
+
+class Ear(Listener):
+    """Keeps all that a client tells."""
+
+    def __init__(self) -> None:
+        self.states: list[tuple[str, str]] = []
+        self.frames: list[bytes] = []
+        self.malformed: list[tuple[bytes, str]] = []
+        self.confirmed: list[str] = []
+        self.refused: dict[str, str] = {}
+
+    def take_frame(self, frame: bytes, receive_ts: int) -> None:
+        self.frames.append(frame)
+
+    def take_malformed(self, frame: bytes, reason: str) -> None:
+        self.malformed.append((frame, reason))
+
+    def change_state(self, state: str, reason: str) -> None:
+        self.states.append((state, reason))
+
+    def confirm_channels(self, names: list[str]) -> None:
+        self.confirmed += names
+
+    def refuse_channels(self, names: list[str], reason: str) -> None:
+        self.refused |= dict.fromkeys(names, reason)
+
+    def find(self, state: str) -> list[str]:
+        """The reasons with which this state was entered, in order."""
+        return [reason for entered, reason in self.states if entered == state]
+
+    def count_frames(self, channel: str) -> int:
+        """How many data frames of a channel have come."""
+        return sum(f'"channel":"{channel}"'.encode() in frame for frame in self.frames)
+
+    async def wait_frames(self, channels: Iterable[str], more: int = 2) -> None:
+        """Wait until each of the channels has sent some more frames."""
+        wanted = {channel: self.count_frames(channel) + more for channel in channels}
+        await wait_for(lambda: all(self.count_frames(c) >= n for c, n in wanted.items()), f"frames of {wanted}")
+
+
+@asynccontextmanager
+async def connected(
+    url: str, faults: str = "", *, live: bool = True, channels: Iterable[str] = (), **settings: Any
+) -> AsyncIterator[tuple[Client, Ear]]:
+    """A client for the length of a block; `live` waits until it is."""
+    ear = Ear()
+    client = Client(name_faults(url, faults), listener=ear, **{**QUICK, **settings})
+    client.reconciler.subscriptions.ask(list(channels))
+    connecting = asyncio.create_task(client.connect())
+    try:
+        if live:
+            await connecting
+        yield client, ear
+    finally:
+        await client.close()
+        await asyncio.gather(connecting, return_exceptions=True)
+
+
+class Hearer(Subscriber):
+    """A subscriber in the same loop as the worker: it takes what is there and never waits."""
+
+    def drain(self) -> None:
+        """Take all that has arrived."""
+        while self._socket.poll(0):
+            topic, payload = self._socket.recv_multipart()
+            self.messages.append((topic.decode(), msgpack.unpackb(payload, strict_map_key=True)))
+
+    async def hear(self, fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+        """Receive until fact() is true, and return it."""
+
+        def look() -> Any:
+            self.drain()
+            return fact()
+
+        return await wait_for(look, what, timeout)
+
+    async def hear_of(self, prefix: str, least: int = 1, timeout: float = 20.0, **keys: Any) -> list[dict[str, Any]]:
+        """Receive until so many such messages are there; return all of them."""
+        found: list[dict[str, Any]] = await self.hear(
+            lambda: (f := self.find(prefix, **keys)) if len(self.find(prefix, **keys)) >= least else None,
+            f"{least} of {prefix} with {keys}", timeout,
+        )  # fmt: skip
+        return found
+
+
+class Collecting:
+    """One worker at work, and a subscriber that hears all of it from the first message on."""
+
+    def __init__(self, worker: Worker, hearer: Hearer) -> None:
+        self.worker = worker
+        self.hearer = hearer
+
+    async def ask(self, op: str, timeout: float = 10.0, **arguments: Any) -> Any:
+        """What the supervisor would ask of it."""
+        return await self.worker.answer(op, arguments, time.time_ns() + int(timeout * 1e9))
+
+    async def get_state(self) -> dict[str, Any]:
+        """The worker's part of the state map."""
+        state: dict[str, Any] = await self.ask("get_state")
+        return state
+
+
+def make_spec(url: str, directory: str, channels: Iterable[str], **settings: Any) -> dict[str, Any]:
+    """The spec of a worker named `w`; `login` puts the practice exchange's key in."""
+    login = settings.pop("login", None)
+    more = {key: settings.pop(key) for key in ("epoch", "restarts") if key in settings}
+    connection = {
+        "url": url, "headers": {}, "timeout": 5.0, "heartbeat_interval": 30.0, "publish": f"ipc://{directory}/w.pub",
+        "queue": 100_000, "cancel_on_disconnect": False, **QUICK, **settings,
+    }  # fmt: skip
+    return {
+        "name": "w", "kind": "deribit", "epoch": time.time_ns(), "restarts": 0, "runtime_dir": directory,
+        "channels": list(channels), "connection": connection, "credentials": login and login._asdict(), **more,
+    }  # fmt: skip
+
+
+@asynccontextmanager
+async def collecting(url: str, faults: str = "", *channels: str, **settings: Any) -> AsyncIterator[Collecting]:
+    """Run a worker for the length of a block; the subscriber is there before it connects."""
+    with short_directory() as directory:
+        worker = create_worker(make_spec(name_faults(url, faults), str(directory), channels, **settings))
+        endpoint = (await worker.start())["publish"]
+        hearer = Hearer(endpoint)
+        await wait_for(lambda: worker.publisher.subscriptions, "the subscription")
+        running = asyncio.create_task(worker.run())
+        try:
+            yield Collecting(worker, hearer)
+        finally:
+            worker.stop()
+            code = await asyncio.wait_for(running, 8)
+            hearer.close()
+        assert code in (Exit.STOPPED, worker.client.exit)
+
+
+def join_late(endpoint: str, *prefixes: str) -> Hearer:
+    """One more subscriber, to these prefixes only."""
+    hearer = Hearer()
+    hearer._socket.unsubscribe(b"")
+    for prefix in prefixes:
+        hearer._socket.subscribe(prefix.encode())
+    hearer._socket.connect(endpoint)
+    assert hearer._socket.type == zmq.SUB
+    return hearer

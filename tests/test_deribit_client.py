@@ -1,0 +1,468 @@
+"""The client on one WebSocket: bootstrap, login, heartbeat, loss and return, the five functions."""
+
+import asyncio
+import logging
+import re
+import time
+from itertools import pairwise
+
+import pytest
+
+from collector.lifecycle import BACKOFF_CAP, Exit, backoff_delay
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
+from workers.deribit import ExchangeError, Login, Lost, NotConnected, Refused
+
+RAW = "book.BTC-PERPETUAL.raw"
+
+
+# -- bootstrap --------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_fresh_connection_goes_through_its_states_to_live(practice: str) -> None:
+    async with connected(practice, channels=[BOOK, QUOTE], login=LOGIN, cancel_on_disconnect=True) as (client, ear):
+        assert [state for state, _ in ear.states] == ["connecting", "bootstrapping", "live"]
+        assert sorted(ear.confirmed) == [BOOK, QUOTE]
+        state = client.get_state()
+        assert (state["state"], state["authenticated"], state["attempts"], state["reconnects"]) == ("live", True, 1, 0)
+        assert state["channels"] == {"asked": [BOOK, QUOTE], "confirmed": [BOOK, QUOTE], "refused": {}}
+        assert state["last_error"] is None
+        assert state["since"] <= time.time_ns()
+        assert await client.send("private/get_cancel_on_disconnect") == {"scope": "connection", "enabled": True}
+        await ear.wait_frames([BOOK, QUOTE])
+    assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
+
+
+@in_loop
+async def test_cancel_on_disconnect_is_left_alone_unless_it_is_wanted(practice: str) -> None:
+    async with connected(practice, login=LOGIN) as (client, _):
+        assert (await client.send("private/get_cancel_on_disconnect"))["enabled"] is False
+
+
+@pytest.mark.parametrize("mute", ["public/hello", "public/set_heartbeat", "public/get_time", "public/auth"])
+@in_loop
+async def test_requests_that_need_no_earlier_answer_do_not_wait_for_one(practice: str, mute: str) -> None:
+    """One of them is never answered: the others are sent and answered all the same, public subscriptions too."""
+    login = connected(practice, f"no_reply:{mute}", live=False, channels=[QUOTE, RAW], login=LOGIN, timeout=30)
+    async with login as (client, ear):
+        await ear.wait_frames([QUOTE])
+        if mute != "public/auth":
+            await wait_for(lambda: client.session.authenticated, "the login")
+        if mute != "public/get_time":
+            await wait_for(lambda: client.session.clock_error, "the clock")
+        assert client.machine.state == "bootstrapping"
+        assert RAW not in ear.confirmed  # it waits for the login, which ends the round
+
+
+@in_loop
+async def test_raw_and_private_channels_come_after_the_login(practice: str) -> None:
+    channels = [RAW, "trades.BTC-PERPETUAL.raw", "user.portfolio.btc", QUOTE]
+    async with connected(practice, channels=channels, login=LOGIN) as (client, ear):
+        assert sorted(ear.confirmed) == sorted(channels)
+        assert ear.refused == {}
+        await ear.wait_frames([RAW, "user.portfolio.btc", QUOTE], 1)
+        assert client.get_state()["channels"]["refused"] == {}
+
+
+@in_loop
+async def test_the_clock_of_the_exchange_is_measured(practice: str) -> None:
+    async with connected(practice, "clock:7000") as (client, _):
+        state = client.get_state()
+        assert abs(state["clock_offset"] - 7_000_000_000) <= state["clock_error"] + 1_000_000
+        assert 500_000 < state["clock_error"] < 2_000_000_000
+
+
+# -- login ------------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_refused_signature_is_followed_by_id_and_secret(practice: str) -> None:
+    async with connected(practice, "error:public/auth=13009@1", login=LOGIN, channels=[RAW]) as (client, ear):
+        assert client.get_state()["authenticated"]
+        assert ear.confirmed == [RAW]
+        assert (client.attempts, client.reconnects) == (1, 0)
+
+
+@pytest.mark.parametrize(
+    ("faults", "login", "exit"),
+    [
+        ("", Login("practice", "wrong"), Exit.CREDENTIALS),
+        ("", Login("practice", "wrong", signed=False), Exit.CREDENTIALS),
+        ("", Login("nobody", "practice"), Exit.CREDENTIALS),
+        ("error:public/auth=13004", LOGIN, Exit.CREDENTIALS),
+        ("error:public/auth=13009", LOGIN, Exit.CREDENTIALS),
+        ("error:public/auth=10000", LOGIN, Exit.CREDENTIALS),
+        ("error:public/auth=13668", LOGIN, Exit.CREDENTIALS),
+        ("ban:12005", LOGIN, Exit.BANNED),
+        ("ban:11098", LOGIN, Exit.BANNED),
+    ],
+)
+@in_loop
+async def test_a_no_for_good_ends_it_at_once(practice: str, faults: str, login: Login, exit: Exit) -> None:
+    async with connected(practice, faults, live=False, login=login, channels=[QUOTE]) as (client, ear):
+        with pytest.raises(Refused) as refused:
+            await client.connect()
+        assert refused.value.exit == client.exit == exit
+        assert "public/auth" in str(refused.value)
+        assert (client.machine.state, client.attempts) == ("failed", 1)
+        assert client.get_state()["last_error"]["code"] in (13004, 13009, 10000, 13668, 12005, 11098)
+        await client.close()
+        assert ear.states[-1][0] == "failed"
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@in_loop
+async def test_tokens_are_renewed_before_they_die_and_raw_data_flow_on(practice: str, signed: bool) -> None:
+    login = LOGIN._replace(signed=signed)
+    async with connected(practice, "token_life:2", login=login, channels=[RAW]) as (client, ear):
+        renewals = []
+        first = client.session._refresh_at
+        await wait_for(lambda: client.session._refresh_at != first, "the renewal")
+        renewals.append(client.session._refresh_at)
+        await wait_for(lambda: client.session._refresh_at != renewals[0], "the next renewal")
+        assert renewals[0] - first >= 1.6
+        assert time.monotonic() > first + 0.8  # the first token is dead by now
+        assert (await client.send("private/get_cancel_on_disconnect"))["scope"] == "connection"
+        await ear.wait_frames([RAW])
+        assert client.reconnects == 0
+
+
+@in_loop
+async def test_a_refused_renewal_is_a_new_login(practice: str) -> None:
+    """The second public/auth, with the refresh token, is refused; id and secret are not."""
+    async with connected(practice, "token_life:1,error:public/auth=13009@1", login=LOGIN) as (client, _):
+        renewed = client.session._refresh_at
+        await wait_for(lambda: client.session._refresh_at != renewed, "the renewal")
+        assert client.reconnects == 0
+
+
+@in_loop
+async def test_tokens_that_are_dead_when_given_do_not_make_it_spin(practice: str) -> None:
+    async with connected(practice, "expired_token", live=False, login=LOGIN, channels=[QUOTE]) as (client, ear):
+        await client.connect()
+        await ear.wait_frames([QUOTE])
+        assert client.reconnects == 0
+
+
+# -- heartbeat and silence --------------------------------------------------------------------------------------------
+
+BRISK = {"heartbeat_interval": 0.5}
+
+
+@pytest.mark.parametrize(("faults", "channels"), [("", []), ("flood:3000,", [QUOTE, TICKER])])
+@in_loop
+async def test_every_test_request_is_answered(practice: str, faults: str, channels: list[str]) -> None:
+    async with connected(practice, f"{faults}heartbeat_floor:0.5", channels=channels, **BRISK) as (client, ear):
+        await wait_for(lambda: client._number > 8 + bool(channels), "answers to test_requests")
+        assert (client.machine.state, client.reconnects, ear.malformed) == ("live", 0, [])
+        if channels:
+            assert len(ear.frames) > 1000
+
+
+@in_loop
+async def test_an_unanswered_test_request_costs_the_connection_and_it_comes_back(practice: str) -> None:
+    async with connected(practice, "heartbeat_floor:0.5,deaf", channels=[QUOTE], **BRISK) as (client, ear):
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        reason = ear.find("backoff")[0]
+        assert "4000" in reason
+        assert "heartbeat close" in reason
+        await ear.wait_frames([QUOTE])
+        assert (client.reconnects, client.exit) == (1, Exit.STOPPED)
+
+
+@in_loop
+async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> None:
+    settings = {"heartbeat_interval": 0.5, "timeout": 0.7}
+    async with connected(practice, "heartbeat_floor:0.5,half_open:1", channels=[QUOTE], **settings) as (_, ear):
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        reason = ear.find("backoff")[0]
+        assert reason.endswith("no answer to public/test")
+        assert float(re.findall(r"[\d.]+", reason)[0]) >= 1.45
+        await ear.wait_frames([QUOTE])
+
+
+@in_loop
+async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None:
+    async with connected(practice, "no_heartbeat,heartbeat_floor:0.1", heartbeat_interval=0.1) as (client, ear):
+        sent = client._number
+        await wait_for(lambda: client._number >= sent + 5, "five proofs of life")
+        assert [state for state, _ in ear.states][-1] == "live"
+
+
+# -- loss and return --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("close:1000@0.3", "closed by the exchange: 1000"),
+        ("close:1001@0.3", "closed by the exchange: 1001"),
+        ("close:1011@0.3", "closed by the exchange: 1011"),
+        ("close:4000@0.3", "closed by the exchange: 4000"),
+        ("reset:0.3", ""),
+        ("drop:0.3", "broke off"),
+        ("maintenance:0.3", "broke off"),
+        ("oversized:17000000@0.3", "broken frame"),
+    ],
+)
+@in_loop
+async def test_a_lost_connection_comes_back_with_all_its_channels(practice: str, fault: str, words: str) -> None:
+    async with connected(practice, f"{fault},first:1", channels=[BOOK, TRADES, QUOTE]) as (client, ear):
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        (reason,) = ear.find("backoff")
+        assert words in reason
+        assert client.get_state()["channels"]["confirmed"] == sorted([BOOK, TRADES, QUOTE])
+        assert client.get_state()["reconnects"] == 1
+        await ear.wait_frames([BOOK, QUOTE])
+
+
+@pytest.mark.parametrize(("fault", "words"), [("refuse:503", "HTTP 503"), ("429", "HTTP 429"), ("refuse:403", "403")])
+@in_loop
+async def test_a_refused_upgrade_is_tried_again(practice: str, fault: str, words: str) -> None:
+    async with connected(practice, f"{fault},first:2", channels=[QUOTE]) as (client, ear):
+        assert [words in reason for reason in ear.find("backoff")] == [True, True]
+        assert (client.attempts, client.reconnects) == (3, 0)
+        await ear.wait_frames([QUOTE])
+
+
+STEPS = [
+    "public/hello",
+    "public/auth",
+    "public/set_heartbeat",
+    "public/get_time",
+    "private/enable_cancel_on_disconnect",
+]
+
+
+@pytest.mark.parametrize("kind", ["error", "no_reply", "wrong_id"])
+@pytest.mark.parametrize("method", STEPS)
+@in_loop
+async def test_a_failure_at_each_step_is_got_over(practice: str, method: str, kind: str) -> None:
+    fault = {"error": f"error:{method}=10001", "no_reply": f"no_reply:{method}", "wrong_id": f"wrong_id:{method}"}[kind]
+    settings = {"login": LOGIN, "cancel_on_disconnect": True, "timeout": 0.5}
+    async with connected(practice, f"{fault},first:1", channels=[QUOTE, RAW], **settings) as (client, ear):
+        (reason,) = ear.find("backoff")
+        assert reason.startswith(method)
+        assert sorted(client.reconciler.subscriptions.confirmed) == [RAW, QUOTE]
+        await ear.wait_frames([QUOTE, RAW])
+
+
+@pytest.mark.parametrize("method", STEPS)
+@in_loop
+async def test_a_step_that_always_fails_is_given_up(practice: str, method: str) -> None:
+    settings = {"login": LOGIN, "cancel_on_disconnect": True, "retry_count": 3}
+    async with connected(practice, f"error:{method}=11094", live=False, channels=[QUOTE], **settings) as (client, ear):
+        with pytest.raises(Lost, match=f"3 attempts in a row.*{method}: 11094"):
+            await client.connect()
+        assert (client.exit, client.machine.state) == (Exit.GAVE_UP, "failed")
+        assert client.last_error["code"] == 11094
+        assert len(ear.find("connecting")) == 3
+
+
+@pytest.mark.parametrize("retries", [0, 1, 2, 4])
+@in_loop
+async def test_after_retry_count_attempts_it_gives_up(practice: str, retries: int) -> None:
+    async with connected(practice, "refuse:503", live=False, retry_count=retries, retry_delay=0.04) as (client, ear):
+        with pytest.raises(Lost, match="HTTP 503"):
+            await client.connect()
+        assert len(ear.find("connecting")) == max(1, retries)
+        assert (client.exit, client.get_state()["state"]) == (Exit.GAVE_UP, "failed")
+        pauses = [float(reason.split()[1]) for reason in ear.find("connecting")[1:]]
+        for place, pause in enumerate(pauses):
+            assert 0.04 * 2**place / 2 - 0.006 <= pause <= 0.04 * 2**place + 0.006
+
+
+def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:
+    delays = [backoff_delay(attempt, 1.0, 0.0) for attempt in range(1, 200)]
+    assert delays[:6] == [1, 2, 4, 8, 16, 32]
+    assert set(delays[6:]) == {BACKOFF_CAP}
+    assert all(one <= other for one, other in pairwise(delays))
+    assert backoff_delay(1, 1.0, 0.999) == pytest.approx(0.5, abs=0.01)
+    assert backoff_delay(10**9, 1.0, 0.5) == BACKOFF_CAP * 0.75
+
+
+@in_loop
+async def test_lives_that_do_not_last_are_attempts_like_any_other(practice: str) -> None:
+    async with connected(practice, "drop:0.2", retry_count=3) as (client, ear):
+        await wait_for(lambda: client.machine.state == "failed", "the end")
+        assert len(ear.find("live")) == 3
+        assert client.exit == Exit.GAVE_UP
+
+
+@in_loop
+async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str) -> None:
+    async with connected(practice, "drop:11,first:1", retry_count=1) as (client, ear):
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        assert client.reconnects == 1
+
+
+@in_loop
+async def test_an_exchange_that_is_not_there_is_given_up() -> None:
+    async with connected("ws://127.0.0.1:1/ws/api/v2", live=False, retry_count=2) as (client, _):
+        with pytest.raises(Lost, match="cannot connect"):
+            await client.connect()
+
+
+@in_loop
+async def test_a_slow_upgrade_is_bounded_by_the_timeout(practice: str) -> None:
+    async with connected(practice, "slow_open:30,first:1", timeout=0.3) as (_, ear):
+        assert ear.find("backoff") == ["no connection within 0.3 s"]
+
+
+@in_loop
+async def test_slow_answers_are_waited_for(practice: str) -> None:
+    async with connected(practice, "slow:*=0.1", channels=[BOOK, QUOTE], login=LOGIN) as (client, ear):
+        assert (client.attempts, client.reconnects, ear.find("backoff")) == (1, 0, [])
+
+
+# -- hostile frames ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["garbage:0.05", "bad_json:0.05", "deep_json:0.05", "odd_json:0.05"])
+@in_loop
+async def test_frames_that_are_no_messages_are_counted_and_survived(practice: str, fault: str) -> None:
+    async with connected(practice, fault, channels=[BOOK, QUOTE]) as (client, ear):
+        await wait_for(lambda: ear.malformed or len(ear.frames) > 300, "nonsense", 10)
+        await ear.wait_frames([BOOK, QUOTE], 5)
+        assert client.get_state()["malformed"] == len(ear.malformed)
+        assert (client.machine.state, client.reconnects) == ("live", 0)
+        assert await client.send("public/test")
+
+
+@in_loop
+async def test_unknown_members_are_of_no_matter(practice: str) -> None:
+    async with connected(practice, "unknown_fields,exponents", channels=[BOOK, QUOTE], login=LOGIN) as (client, ear):
+        await ear.wait_frames([BOOK, QUOTE])
+        assert (ear.malformed, client.reconnects, client.get_state()["authenticated"]) == ([], 0, True)
+
+
+@in_loop
+async def test_an_answer_under_a_wrong_id_is_nobodys(practice: str) -> None:
+    async with connected(practice, "wrong_id:public/status@1") as (client, ear):
+        with pytest.raises(TimeoutError):
+            await client.send("public/status", timeout=0.3)
+        assert [reason for _, reason in ear.malformed] == ["an answer to no request of ours"]
+        assert await client.send("public/status")
+
+
+# -- the five functions -----------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_results_and_errors_come_raw(practice: str) -> None:
+    async with connected(practice) as (client, _):
+        assert await client.send("public/test") == {"version": "1.2.26"}
+        assert isinstance(await client.send("public/get_time"), int)
+        with pytest.raises(ExchangeError) as error:
+            await client.send("public/ticker", {"instrument_name": "NOPE"})
+        assert error.value.raw == {
+            "code": -32602, "message": "Invalid params",
+            "data": {"reason": "instrument not found", "param": "instrument_name"},
+        }  # fmt: skip
+        assert client.get_state()["last_error"] == error.value.raw
+        with pytest.raises(ExchangeError) as unknown:
+            await client.send("public/nothing")
+        assert unknown.value.code == -32601
+        with pytest.raises(ExchangeError) as private:
+            await client.send("private/get_positions", {"currency": "BTC"})
+        assert private.value.code == 13009
+
+
+@in_loop
+async def test_a_hundred_requests_at_once_get_each_its_own_answer(practice: str) -> None:
+    async with connected(practice, "delay:20") as (client, _):
+        names = ["BTC-PERPETUAL", "ETH-PERPETUAL"] * 45
+        tickers = await asyncio.gather(*(client.send("public/ticker", {"instrument_name": name}) for name in names))
+        assert [ticker["instrument_name"] for ticker in tickers] == names
+        assert client._pending == {}
+
+
+@in_loop
+async def test_a_request_without_an_answer_ends_in_time_or_with_the_connection(practice: str) -> None:
+    async with connected(practice, "no_reply:public/status,drop:1,first:1", timeout=0.2) as (client, ear):
+        with pytest.raises(TimeoutError):
+            await client.send("public/status")
+        with pytest.raises(Lost):
+            await client.send("public/status", timeout=30)
+        with pytest.raises((Lost, NotConnected)):
+            await client.send("public/status")
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        assert await client.send("public/status")
+
+
+@in_loop
+async def test_nothing_can_be_sent_before_and_after() -> None:
+    async with connected("ws://127.0.0.1:1/", live=False, retry_count=1) as (client, _):
+        with pytest.raises(Lost):
+            await client.connect()
+        with pytest.raises(NotConnected, match="failed"):
+            await client.send("public/test")
+        await client.close()
+        await client.close()
+
+
+@in_loop
+async def test_connect_can_be_given_up_and_leaves_nothing(practice: str) -> None:
+    async with connected(practice, "refuse:503", live=False) as (client, ear):
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await client.connect()
+        assert ear.find("backoff")
+
+
+@pytest.mark.parametrize("faults", ["", "half_open:0.1", "flood:2000", "delay:200"])
+@in_loop
+async def test_close_takes_no_longer_than_the_peer_is_given(practice: str, faults: str) -> None:
+    async with connected(practice, faults, live=False, channels=[QUOTE]) as (client, ear):
+        await wait_for(lambda: client._socket is not None, "the socket")
+        if "half_open" in faults:
+            frames = -1
+            while frames != client.frames:  # until nothing has come for a while
+                frames = client.frames
+                await asyncio.sleep(0.2)
+        began = time.monotonic()
+        await client.close()
+        assert time.monotonic() - began < 2.5
+        assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
+        assert client.exit == Exit.STOPPED
+
+
+@pytest.mark.parametrize("faults", ["refuse:503", "slow_open:30", "no_reply:public/hello"])
+@in_loop
+async def test_close_interrupts_whatever_is_under_way(practice: str, faults: str) -> None:
+    states = {"refuse:503": "backoff", "slow_open:30": "connecting", "no_reply:public/hello": "bootstrapping"}
+    async with connected(practice, faults, live=False, retry_delay=60, timeout=60) as (client, ear):
+        await wait_for(lambda: client.machine.state == states[faults], states[faults])
+        await client.close()
+        assert ear.states[-1][0] == "closed"
+
+
+# -- secrets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "faults", ["", "wrong_id:public/auth@1,first:1", "error:public/auth=13009@1", "bad_json:0.05", "token_life:1"]
+)
+def test_no_secret_is_told(practice: str, faults: str, caplog: pytest.LogCaptureFixture) -> None:
+    login = Login("practice", "practice")
+    tokens: set[str] = set()
+
+    @in_loop
+    async def run() -> None:
+        async with connected(practice, faults, login=login, channels=[RAW], timeout=0.5) as (client, ear):
+            await ear.wait_frames([RAW])
+            tokens.add(client.session._refresh_token)
+            told = [repr(client.get_state()), repr(login), repr(ear.states), str(client.session), repr(client)]
+            told += [f"{frame!r} {reason}" for frame, reason in ear.malformed]
+            texts.extend(told)
+
+    texts: list[str] = []
+    with caplog.at_level(logging.DEBUG):
+        run()
+    texts.append(caplog.text)
+    for text in texts:
+        assert "access_token" not in text
+        assert "refresh_token" not in text
+        assert not any(token[:30] in text for token in tokens)
+        assert "secret='" not in text
+    assert repr(login) == "Login('practice', ...)"
