@@ -58,7 +58,7 @@ class Weight(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A connection expanded: `found` counts the channels of each pattern; `shards` run in its place, without patterns."""
+    """A connection expanded: `found` counts each pattern's channels; `shards` run in its place, without patterns."""
 
     found: dict[str, int]
     shards: list[Connection]
