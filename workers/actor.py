@@ -53,6 +53,9 @@ class Worker(Protocol):
     async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Carry out one request before `deadline` (ns since 1970). Raises ControlError to refuse it."""
 
+    def take_events(self) -> list[dict[str, Any]]:
+        """What happened since the last beat that the supervisor must know: maps with an `event`."""
+
     def stop(self) -> None:
         """Have run() return Exit.STOPPED soon."""
 
@@ -151,6 +154,8 @@ class Actor:
 
     async def _send_beats(self, worker: Worker) -> None:
         while True:
+            for event in worker.take_events():
+                self._send({"kind": "event", **event})
             self._send_report(worker.report())
             await asyncio.sleep(BEAT_INTERVAL)
 

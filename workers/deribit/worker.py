@@ -18,6 +18,7 @@ from workers.deribit.feed import Feed
 from workers.deribit.heal import Healer
 from workers.deribit.joins import Joins
 from workers.deribit.ledger import Ledger
+from workers.deribit.listings import LISTINGS, ListingFeed
 from workers.deribit.normalise import create_feed
 from workers.deribit.patrol import Patrol
 from workers.deribit.publisher import Publisher
@@ -75,7 +76,10 @@ class Worker(Listener):
         self.healer = Healer(self.client, self.publisher)
         self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
         self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
+        self._events: list[dict[str, Any]] = []
         self._add_channels(spec["channels"])
+        if spec.get("follow"):
+            self._follow()
         self._take_over()
 
     def _add_channels(self, names: list[str]) -> None:
@@ -83,6 +87,14 @@ class Worker(Listener):
         for name, channel in self.client.reconciler.subscriptions.asked.items():
             if name.encode() not in self.feeds:
                 self.feeds[name.encode()] = create_feed(channel, self.topics)
+
+    def _follow(self) -> None:
+        """Hear of instruments that come and go, for the supervisor: channels of this connection come from patterns."""
+        subscriptions = self.client.reconciler.subscriptions
+        subscriptions.ask(list(LISTINGS))
+        for name in LISTINGS:
+            is_asked = name.encode() in self.feeds
+            self.feeds[name.encode()] = ListingFeed(subscriptions.asked[name], self.topics, self._events, is_asked)
 
     def _take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
@@ -141,6 +153,11 @@ class Worker(Listener):
             "last_error": self.client.last_error,
         }
 
+    def take_events(self) -> list[dict[str, Any]]:
+        """What happened at the exchange since the last beat that the supervisor must know."""
+        events, self._events[:] = self._events[:], []
+        return events
+
     async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Carry out one command within its deadline (ns). Raises ControlError."""
         commands = {
@@ -165,17 +182,22 @@ class Worker(Listener):
     async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
         self._add_channels(names)
+        for name in names:
+            if isinstance(feed := self.feeds.get(name.encode()), ListingFeed):
+                feed.is_asked = True
         return {"channels": await self.client.subscribe(names)}
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
-        result = await self.client.unsubscribe(names)
-        for name in names:
-            if (feed := self.feeds.pop(name.encode(), None)) is not None:
-                self.statuses.tell(feed, "closed", "unsubscribed")
-                for stream in feed.streams.values():
-                    stream.reset()
-        return {"channels": result}
+        condition = ("expired", "") if arguments.get("reason") == "expired" else ("closed", "unsubscribed")
+        try:
+            return {"channels": await self.client.unsubscribe(names)}
+        finally:
+            for name in names:
+                if (feed := self.feeds.pop(name.encode(), None)) is not None:
+                    self.statuses.tell(feed, *condition)
+                    for stream in feed.streams.values():
+                        stream.reset()
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
         # The deadline of the command bounds it, not the connection's own timeout.
@@ -269,6 +291,8 @@ class Worker(Listener):
             feed = self.feeds.get(name.encode())
             if feed is not None and feed.is_complete:
                 self.statuses.tell(feed, "live", "")
+            if isinstance(feed, ListingFeed):
+                self._events.append({"event": "listening"})
             if isinstance(feed, TradeFeed):
                 feed.confirmed_at = feed.confirmed_at or time.time_ns()
                 self.healer.heal(feed)

@@ -37,6 +37,10 @@ class ExchangeWorker:
         """Say how many connections there are, and have been."""
         return {"state": "live", "connections": self.server.connections, "opened": self.server.exchange.opened}
 
+    def take_events(self) -> list[dict[str, Any]]:
+        """Tell the supervisor of nothing."""
+        return []
+
     async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Answer get_state; the exchange has no other ops."""
         if op == "get_state":
