@@ -69,7 +69,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "misspelt connection": (HEAD.replace("ction]]", "tion]]"), "key connetion; did you mean [[connection]]?"),
     "no table": ("collector = 5\n" + HEAD, "desk.toml: collector must be a table; write [collector]"),
     "key outside": ('url = "x"\n' + HEAD, "desk.toml: key url stands outside a table; write it under [[connection]]"),
-    "scheduling": ('[collector]\nscheduling = "fifo"\n' + HEAD, 'desk.toml: [collector]: scheduling must be "batch" or'),
+    "scheduling": ('[collector]\nscheduling = "fifo"\n' + HEAD, 'desk.toml: [collector]: scheduling must be "batch"'),
     "http": ('[collector]\nhttp = ":9000"\n' + HEAD, 'desk.toml: [collector]: http comes later; write http = "" or'),
     # keys and types
     "unknown key": (HEAD + "timout = 5.0", "desk.toml: [[connection]] a: timout is no key of this table; did you mean"),

@@ -119,7 +119,11 @@ read_any = Reader[Any](Any).read
 
 
 def take_timestamp(data: dict[str, Any]) -> int:
+    """Take the `timestamp` (ms) out of a map; return it in ns, 0 if there is none."""
     value = data.pop("timestamp", 0)
-    if isinstance(value, (int, float)) and 0 <= value <= MAX_MS:
-        return int(value) * MS
+    try:
+        if 0 <= value <= MAX_MS:
+            return int(value) * MS
+    except TypeError:
+        pass
     raise Malformed(f"timestamp {value!r:.60} is no time")

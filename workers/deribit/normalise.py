@@ -1,6 +1,7 @@
 """From Deribit's data frames to wire messages: one feed per channel. No I/O, no clock; times come in as arguments."""
 
 import math
+from operator import itemgetter
 from typing import Any
 
 import msgspec
@@ -38,23 +39,29 @@ class TickerFeed(Feed):
         super().__init__(channel, topics)
         self._incremental = channel.interval == "incremental"
         self._merged: dict[str, Any] = {}
+        self._envelope = self.stream.build_envelope(0)
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One full ticker, or nothing while the first full one is awaited."""
         data: dict[str, Any] = read_ticker(frame)
         for nested in ("stats", "greeks"):
             members = data.pop(nested, None)
-            if isinstance(members, dict):
+            if members.__class__ is dict:
                 data.update(members)
         exchange_ts = take_timestamp(data)
-        for key, value in data.items():
-            if value.__class__ is not float and value is not None and key in TICKER_NUMBERS:
-                data[key] = _check_number(key, value)
-        if self._incremental and not (data := self._merge(data)):
-            return []
-        _complete_ticker(data)
+        # Numbers come as floats; of the few others, those that should be numbers are looked at.
+        for key in [key for key, value in data.items() if value.__class__ is not float]:
+            if key in TICKER_NUMBERS and data[key] is not None:
+                data[key] = _check_number(key, data[key])
+        if self._incremental:
+            if not (data := self._merge(data)):
+                return []
+        else:
+            _complete_ticker(data)
         stream = self.stream
-        data.update(stream.build_envelope(receive_ts, exchange_ts))
+        data.update(self._envelope)
+        data["exchange_ts"] = exchange_ts
+        data["receive_ts"] = receive_ts
         stream.current = data
         return [(stream, data)]
 
@@ -80,13 +87,17 @@ class TickerFeed(Feed):
 
 TICKER_NUMBERS = frozenset(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
 TICKER_KEYS = frozenset(key for key, kind in SCHEMA["ticker"].items() if kind == "float or nil" and key[-1] != "?")
+_pick_core = itemgetter(*TICKER_KEYS)
+"""Raises KeyError if one is missing: the quickest look at all of them."""
 
 
 def _complete_ticker(data: dict[str, Any]) -> None:
     """What every ticker has: a state, and the core numbers, null where the exchange left one out."""
     if type(data.get("state")) is not str:
         raise Malformed("a ticker without state")
-    if not data.keys() >= TICKER_KEYS:
+    try:
+        _pick_core(data)
+    except KeyError:
         data.update(dict.fromkeys(TICKER_KEYS - data.keys()))
     data.pop("instrument_name", None)
     data.pop("join", None)  # ours to say

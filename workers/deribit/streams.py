@@ -25,12 +25,14 @@ class Stream:
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
     `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched;
-    trades above `repeat_above` up to `repeat_to`, of an earlier life, are to be said again; `slot` is in the ledger.
+    trades above `repeat_above` up to `repeat_to`, of an earlier life, are to be said again (`unhealed`: because that
+    life had holes to heal); `slot` is in the ledger.
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
         "last_id", "last_ts", "lost", "repeat_above", "repeat_to", "seq", "slot", "status", "topic", "type",
+        "unhealed",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -48,6 +50,7 @@ class Stream:
         self.has_tail = False
         self.repeat_above: int | None = None
         self.repeat_to = 0
+        self.unhealed = False
         self.slot = 0
         self.due: Gap | None = None
         self.gap: Gap | None = None

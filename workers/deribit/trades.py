@@ -28,6 +28,7 @@ class Hole:
         self.gap = gap
         self.first = first
         self.last = last
+        self.is_tail = last is None
         self.came: set[int] = set()
 
     def holds(self, seq: int) -> bool:
@@ -55,7 +56,8 @@ class TradeFeed(Feed):
     """Trades of one instrument or of many: one message each, on the instrument's own topic.
 
     `holes` are what waits to be healed, by stream; `changed` is set when one is new. `lost_from` (ns) is since when
-    all of them may lack trades, None if they do not. A trade that comes twice is counted, not published again.
+    all of them may lack trades, None if they do not; `losses` counts lost connections; `newest` is the exchange's time
+    of the newest trade (ns). A trade that comes twice is counted, not published again.
     """
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
@@ -63,12 +65,16 @@ class TradeFeed(Feed):
         self.holes: dict[Stream, list[Hole]] = {}
         self.confirmed_at = 0
         self.lost_from: int | None = None
+        self.losses = 0
+        self.newest = 0
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """The trades of one frame, in the exchange's order, each after the gap that it shows."""
         published: Published = []
-        for data in read_trades(frame):
-            stream = self.find_stream(data.instrument_name)
+        trades = read_trades(frame)
+        # All names first: a frame is refused as a whole, before any of it has been taken as come.
+        streams = [self.find_stream(data.instrument_name) for data in trades]
+        for stream, data in zip(streams, trades, strict=True):
             seq, last = data.trade_seq, stream.last_id
             if seq != last + 1 or stream.lost or stream.has_tail:
                 if seq <= last:
@@ -77,6 +83,8 @@ class TradeFeed(Feed):
                 self._find_loss(stream, seq, receive_ts, published)
             stream.last_id = seq
             published.append((stream, self.build_trade(stream, data, receive_ts)))
+        if trades:
+            self.newest = trades[-1].timestamp * MS
         return published
 
     def build_trade(
@@ -126,8 +134,17 @@ class TradeFeed(Feed):
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
         super().lose(reason, now)
+        self.losses += 1
         if self.lost_from is None and self.confirmed_at:
-            self.lost_from = max((stream.last_ts for stream in self.streams.values()), default=0) or self.confirmed_at
+            last_ts = max((stream.last_ts for stream in self.streams.values()), default=0) or self.confirmed_at
+            self.lost_from = min(last_ts, self.newest or last_ts)  # the earlier: what came may have come late
+
+    def end_loss(self) -> None:
+        """All that a lost connection, or an earlier life, may have cost this channel has been fetched by time."""
+        self.lost_from = None
+        for stream in self.streams.values():
+            if not stream.unhealed:
+                stream.repeat_above = None
 
     def _open_hole(self, stream: Stream, gap: Gap | None, first: int, last: int | None) -> Hole:
         hole = Hole(gap, first, last)
@@ -137,15 +154,23 @@ class TradeFeed(Feed):
 
     # -- healing ------------------------------------------------------------------------------------------------------
 
-    def find_missing(self, stream: Stream) -> tuple[int, int | None] | None:
-        """The run of trade_seq to fetch for a stream: (from, to or None for open); None if nothing can be missing."""
+    def find_missing(self, stream: Stream, tails: bool = True) -> tuple[int, int | None] | None:
+        """The run of trade_seq to fetch for a stream: (from, to or None for open); None if nothing can be missing.
+
+        Without `tails`: only what is known to be missing, since all that came last has been fetched by time.
+        """
         runs = [run for hole in self.holes.get(stream, []) if hole.gap is not None for run in hole.list_missing()]
         first = min((first for first, _ in runs), default=stream.last_id + 1)
-        if stream.repeat_above is not None:
+        if stream.repeat_above is not None and (tails or stream.unhealed):
             return min(first, stream.repeat_above + 1), None
-        if stream.has_tail or (stream.lost and stream.last_id):
+        if tails and (stream.has_tail or (stream.lost and stream.last_id)):
             return first, None
         return (first, max(last for _, last in runs)) if runs else None
+
+    def lacks_more(self, stream: Stream, tails: bool) -> bool:
+        """Whether it is worth it to ask once more for what has been asked for."""
+        missing = self.find_missing(stream, tails)
+        return missing is not None and (missing[1] is not None or stream in self.holes)
 
     def backfill(self, trades: Iterable[TradeData], now: int) -> Published:
         """Fetched trades, in order: those that are missing, marked as such."""
@@ -182,12 +207,16 @@ class TradeFeed(Feed):
         stream.repeat_above = seq
         return True
 
-    def end_healing(self, stream: Stream, now: int) -> list[Repair]:
-        """All that can be had of one stream has come: say of each of its gaps what stays missing."""
-        stream.has_tail, stream.repeat_above = False, None
+    def end_healing(self, stream: Stream, holes: list[Hole], now: int) -> list[Repair]:
+        """All that can be had of these holes has come: say of each of their gaps what stays missing."""
+        left = [hole for hole in self.holes.pop(stream, ()) if hole not in holes]
+        if left:
+            self.holes[stream] = left
+        stream.has_tail = any(hole.last is None for hole in left)
+        stream.repeat_above = None
         return [
             Repair(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, hole.gap.id, len(hole.came), hole.list_missing())
-            for hole in self.holes.pop(stream, ())
+            for hole in holes
             if hole.gap is not None
         ]
 
