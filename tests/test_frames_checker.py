@@ -95,10 +95,11 @@ def test_missing_doubled_and_strange_messages_are_seen() -> None:
 
 
 def test_book_chain() -> None:
-    """A change before the snapshot is dropped; a foreign or zero predecessor is one gap, then all wait for a snapshot."""
+    """Before a snapshot a change is dropped; a foreign or zero predecessor is one gap, then a snapshot is awaited."""
     frames = [
         book("change", 3, 2), book("snapshot", 5), book("change", 6, 5, bids=[["delete", 1.5, 4]]),
-        book("snapshot", 8, 1, asks=[["new", 2, 3e1]]), book("change", 9, 0), book("change", 10, 9), book("snapshot", 12),
+        book("snapshot", 8, 1, asks=[["new", 2, 3e1]]), book("change", 9, 0), book("change", 10, 9),
+        book("snapshot", 12),
     ]  # fmt: skip
     lost = {"id": 1, "reason": "sequence", "from_ts": 1, "to_ts": 2, "last_change_id": 8}
     received = [

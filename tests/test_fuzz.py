@@ -189,7 +189,7 @@ def test_arbitrary_json_in_a_channel(wire: Wire, channel: Channel, data: Any) ->
     wire.take(channel, wrap(channel.name, json.dumps(data).encode()))
 
 
-@settings(bounded, max_examples=1500)
+@settings(bounded, max_examples=800)
 @given(st.data(), CHANNELS)
 def test_damaged_data_in_a_channel(wire: Wire, data: st.DataObject, channel: Channel) -> None:
     """One damaged frame gives nothing or valid messages; a refused one does not touch the sound one after it."""
