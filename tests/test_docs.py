@@ -1,0 +1,298 @@
+"""The documents say what is true: their tables are the code's, their examples run, what they name exists."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collector import __version__
+from collector.config import describe_keys, load_config
+from collector.keys import KEYS
+from collector.messages import CODES, OPS
+from collector.rules import CHANNEL_STATES, CONNECTION_STATES
+from collector.schema import ENVELOPE, KINDS, SCHEMA
+from tests.generated import BLOCKS, DOCUMENTS, regenerate
+from tests.pipeline import ask, find_port, short_directory
+from tests.support import REPOSITORY, Program, collector, running, wait_until
+
+README = REPOSITORY / "README.md"
+DOCS = REPOSITORY / "docs"
+TEXTS = {str(path.relative_to(REPOSITORY)): path.read_text() for path in DOCUMENTS}
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def find_code(language: str) -> list[Any]:
+    """Every block of code in that language, named by its document."""
+    return [
+        pytest.param(found[2], id=f"{name}:{text[: found.start()].count(chr(10)) + 1}")
+        for name, text in TEXTS.items()
+        for found in FENCE.finditer(text)
+        if found[1] == language
+    ]
+
+
+def read_table(document: Path, *head: str) -> list[list[str]]:
+    """The rows of every table of a document that has such a head, each cell without its backticks."""
+    rows: list[list[str]] = []
+    inside = False
+    for line in document.read_text().splitlines():
+        cells = [cell.strip().strip("`") for cell in line.strip("|").split("|")] if line.startswith("|") else []
+        inside = cells == list(head) if not inside else bool(cells)
+        if inside and cells != list(head) and set(cells[0]) != {"-"}:
+            rows.append(cells)
+    assert rows, f"{document.name} has no table with the head {head}"
+    return rows
+
+
+# What stands in the documents is what the code says.
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_parts_taken_from_the_code_are_up_to_date(name: str) -> None:
+    assert TEXTS[name] == regenerate(TEXTS[name]), f"{name}: write it anew with: python -m tests.generated"
+
+
+def test_every_generated_part_is_used() -> None:
+    named = {name for text in TEXTS.values() for name in re.findall(r"<!-- generated: ([a-z]+) -->", text)}
+    assert named == set(BLOCKS)
+
+
+def test_readme_is_short() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 350
+
+
+def test_readme_tells_every_type_and_key() -> None:
+    rows = read_table(README, "type", "from the channels", "further keys (`?`: may be absent)")
+    told = {kind: keys.split(", ") if keys != "what Deribit sends" else [] for kind, _, keys in rows}
+    assert told == {kind: list(keys) for kind, keys in SCHEMA.items()}
+    envelope = [row[0] for row in read_table(README, "key", "meaning")]
+    assert envelope == list(ENVELOPE)
+
+
+def test_wire_page_tells_every_key_and_its_value() -> None:
+    told: dict[str, dict[str, str]] = {}
+    for kind, key, value, _ in read_table(DOCS / "wire.md", "type", "key", "value", "meaning"):
+        if kind:
+            keys = told.setdefault(kind, {})
+        else:
+            keys[key] = value
+    assert told == {kind: dict(keys) for kind, keys in SCHEMA.items()}
+    envelope = read_table(DOCS / "wire.md", "key", "value", "meaning")
+    assert {key: value for key, value, _ in envelope} == dict(ENVELOPE)
+
+
+def test_wire_page_tells_every_value_reason_and_state() -> None:
+    page = DOCS / "wire.md"
+    assert [row[0] for row in read_table(page, "value", "what it is")] == list(KINDS)
+    reasons = [row[0] for row in read_table(page, "reason of a gap", "what happened")]
+    assert all(map(KINDS["gap reason"], reasons))
+    states = [row[0] for row in read_table(page, "state", "meaning")]
+    assert sorted(states) == sorted([*CHANNEL_STATES, *CONNECTION_STATES])
+
+
+@pytest.mark.parametrize("page", [README, DOCS / "control.md"], ids=lambda page: page.name)
+def test_control_tables_tell_every_op(page: Path) -> None:
+    assert [row[0] for row in read_table(page, "op", "arguments", "result")] == list(OPS)
+
+
+def test_comparison_names_only_what_there_is() -> None:
+    page = DOCS / "coming-from-websockexnova.md"
+    for _, ours, _ in read_table(page, "zen_websocket, default", "here, default", "remark"):
+        if " = " in ours:
+            name, default = ours.split(" = ")
+            found = next(row for row in describe_keys() if row[0] == f"connection.{name}")
+            assert default.removesuffix(" s").strip("`") == found[2]
+        elif re.fullmatch(r"[a-z_]+", ours):
+            assert ours in {*KEYS["connection"], "always", "none"}
+    errors = read_table(page, "zen_websocket", "control code here", "in workers.deribit")
+    codes = {found[1] for row in errors if (found := re.match(r"(\w+)(?:`|$)", row[1]))}
+    assert codes
+    assert codes <= set(CODES)
+
+
+def test_log_lines_are_those_of_the_code() -> None:
+    code = "\n".join(
+        path.read_text() for folder in ("collector", "workers") for path in (REPOSITORY / folder).rglob("*.py")
+    )
+    for line, *_ in read_table(DOCS / "operating.md", "line", "level", "meaning", "what to do"):
+        words = [part.strip(" :;,()`.") for part in re.split(r"\b[A-Z]+\b|`, `|\.\.\.", line)]
+        for part in filter(lambda part: len(part) > 3, words):
+            assert part in code, f"no log line has {part!r}"
+
+
+def test_make_targets_are_told() -> None:
+    makefile = (REPOSITORY / "Makefile").read_text()
+    told = {row[0].removeprefix("make ") for row in read_table(README, "target", "what it does")}
+    assert told <= set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
+    assert told >= set(re.findall(r"^([a-z-]+):.*##", makefile, re.MULTILINE))
+
+
+def test_changelog_tells_of_this_version() -> None:
+    newest = re.search(r"^## (\S+)", TEXTS["CHANGELOG.md"], re.MULTILINE)
+    assert newest is not None
+    assert newest[1] == __version__
+
+
+# What is named exists.
+
+
+def find_anchors(text: str) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_links_lead_somewhere(name: str) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", FENCE.sub("", TEXTS[name])):
+        path, _, anchor = target.partition("#")
+        found = (REPOSITORY / name).parent / path if path else REPOSITORY / name
+        assert found.exists(), target
+        if anchor:
+            assert anchor in find_anchors(found.read_text()), target
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_paths_exist(name: str) -> None:
+    for path in re.findall(r"`((?:configs|collector|workers|tests|docs)/[\w/.-]+)`", TEXTS[name]):
+        assert (REPOSITORY / path).exists(), path
+
+
+# What is shown works.
+
+
+@pytest.mark.parametrize("code", find_code("toml"))
+def test_configurations_are_taken(code: str, tmp_path: Path) -> None:
+    assert tomllib.loads(code)
+    file = tmp_path / "shown.toml"
+    file.write_text(code)
+    assert load_config(file, {}).connections
+
+
+def test_refusal_is_as_shown(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('[[connection]]\nname = "futures"\nurl = "practice"\ntimeout = 5000\n')
+    shown = re.search(r"\$ collector plan mine.toml\n(.*)\n", TEXTS["docs/configuration.md"])
+    assert shown is not None
+    done = subprocess.run(
+        collector("plan", "mine.toml"), cwd=tmp_path, capture_output=True, text=True, check=False, timeout=30
+    )
+    assert (done.returncode, done.stderr.strip()) == (2, shown[1])
+
+
+@pytest.mark.parametrize("code", find_code("javascript"))
+def test_javascript_is_well_formed(code: str, tmp_path: Path) -> None:
+    node = shutil.which("node")
+    if node is None:
+        pytest.skip("there is no node on this machine")
+    file = tmp_path / "shown.mjs"
+    file.write_text(code)
+    subprocess.run([node, "--check", str(file)], check=True, timeout=30)
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The demo as a process, with ports of its own: its control endpoint, and its states by connection."""
+    text = (REPOSITORY / "configs" / "demo.toml").read_text()
+    with short_directory() as directory:
+        for port in ("5601", "5602"):
+            text = text.replace(f":{port}", f":{find_port()}")
+        file = directory / "demo.toml"
+        file.write_text(f'{text}\n[collector]\nruntime_dir = "{directory}/run"\n')
+        control = f"ipc://{directory}/run/control"
+        with running(*collector("run", str(file))) as program:
+            program.wait_line("control on")
+
+            def find_live() -> dict[str, Any] | None:
+                states: dict[str, Any] = ask(control, "get_state")
+                live = all(state["state"] == "live" for state in states.values())
+                return states if live and len(states) == 2 else None
+
+            yield control, wait_until(find_live, "two live connections")
+            program.process.terminate()
+            assert program.wait_exit() == 0
+
+
+def test_state_map_is_as_told(demo: tuple[str, dict[str, Any]]) -> None:
+    told = [row[0] for row in read_table(DOCS / "control.md", "key", "meaning")]
+    assert set(told) == set(demo[1]["futures"])
+
+
+@pytest.mark.parametrize("code", find_code("python"))
+def test_python_examples_run(code: str, demo: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    control, states = demo
+    compile(code, "shown", "exec")
+    code = code.replace("tcp://127.0.0.1:5601", states["futures"]["publish"])
+    code = code.replace("wss://www.deribit.com/ws/api/v2", states["futures"]["url"])
+    file = tmp_path / "shown.py"
+    file.write_text(code)
+    with running(sys.executable, str(file), env={"COLLECTOR_CONTROL": control}) as program:
+        if "while True" in code or "for item in subscriber" in code:
+            wait_until(lambda: len(program.out) >= 3 or program.process.poll() is not None, "three lines")
+        else:
+            assert program.wait_exit() == 0, program.text()
+        assert program.out, program.text()
+        assert "Traceback" not in program.text(), program.text()
+
+
+def run_until_end(arguments: tuple[str, ...], **variables: str) -> int:
+    """Run the collector until it ends by itself; return its exit code."""
+    program = Program(*collector(*arguments), env=variables)
+    try:
+        return program.wait_exit()
+    finally:
+        program.end()
+
+
+def test_exit_codes_are_as_told(demo: tuple[str, dict[str, Any]]) -> None:
+    told = [row[0] for row in read_table(README, "code", "when")]
+    assert told == ["0", "1", "2", "3", "130", "143"]
+    control, states = demo
+    runtime_dir = control.removeprefix("ipc://").removesuffix("/control")
+    table = f'[[connection]]\nname = "a"\nurl = "{states["futures"]["url"]}"\n'
+    with short_directory() as directory:
+        file = directory / "a.toml"
+        file.write_text(f'[collector]\nruntime_dir = "{runtime_dir}"\n{table}')
+        assert run_until_end(("run", str(file))) == 1  # the demo runs there already
+        file.write_text(f'[collector]\nruntime_dir = "{directory}/run"\n{table}credentials = "KEY"\n')
+        assert run_until_end(("run", str(file))) == 2  # there is no key
+        assert run_until_end(("run", str(file)), KEY_CLIENT_ID="a", KEY_CLIENT_SECRET="b") == 3
+    assert run_until_end(("state", "--control", control)) == 0
+    assert run_until_end(("close", "nobody", "--control", control)) == 1
+    assert run_until_end(("state", "--nonsense")) == 2
+
+
+# What is shipped.
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory with the wheel and the source distribution."""
+    directory = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(directory)]
+    subprocess.run(command, cwd=REPOSITORY, env=dict(os.environ), check=True, capture_output=True, timeout=60)
+    return directory
+
+
+def test_wheel_holds_the_two_packages_and_nothing_else(built: Path) -> None:
+    with zipfile.ZipFile(next(built.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    information = f"deribit_collector-{__version__}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"collector", "workers", information}
+    assert f"{information}/licenses/LICENSE" in names
+    assert all(name.endswith((".py", ".typed")) for name in names if not name.startswith(information))
+
+
+def test_source_distribution_holds_license_and_documents(built: Path) -> None:
+    with tarfile.open(next(built.glob("*.tar.gz"))) as source:
+        names = {name.partition("/")[2] for name in source.getnames()}
+    assert names >= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "configs/demo.toml", "docs/wire.md"}
+    assert not [name for name in names if name.startswith((".venv", "build/", ".git/"))]
