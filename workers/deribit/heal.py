@@ -14,7 +14,7 @@ from collector.limits import CALL_COST, CALL_POOL, Credits
 from workers.deribit.connection import Client
 from workers.deribit.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.fetch import Ask, Healed, Page, heal_feed
-from workers.deribit.frames import TradeData
+from workers.deribit.frames import TradeData, convert_laxly
 from workers.deribit.publisher import Publisher
 from workers.deribit.trades import TradeFeed
 
@@ -56,7 +56,11 @@ class Healer:
         try:
             while True:
                 step = healing.send(page)
-                page = self._end(feed, step) if isinstance(step, Healed) else await self._fetch(feed, step)
+                if isinstance(step, Healed):
+                    page = None
+                    self._end(feed, step)
+                else:
+                    page = await self._fetch(feed, step)
         except StopIteration:
             pass
         except (Lost, NotConnected, TimeoutError) as error:
@@ -75,17 +79,17 @@ class Healer:
         await asyncio.sleep(max(ask.pause, self._credits.take(CALL_COST, time.monotonic())))
         try:
             page = read_page(await self._client.send(ask.method, ask.params))
+            now = self._client.read_clock()
+            self._publisher.publish(feed.backfill(page.trades, now), now)
         except (ExchangeError, ValueError) as error:
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None
-        now = self._client.read_clock()
-        self._publisher.publish(feed.backfill(page.trades, now), now)
         return page
 
 
 def read_page(answer: Any) -> Page:
     """The trades of an answer. Raises ValueError if it holds none."""
     try:
-        return Page(msgspec.convert(answer["trades"], list[TradeData], strict=False), bool(answer.get("has_more")))
+        return Page(convert_laxly(answer["trades"], list[TradeData]), bool(answer.get("has_more")))
     except (msgspec.ValidationError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer holds no trades: {error}") from None
