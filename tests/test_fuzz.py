@@ -1,12 +1,14 @@
 """Properties: whatever comes in a channel, subscribers get valid messages or nothing, and what follows goes on."""
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 import pytest
 import zmq
 from hypothesis import HealthCheck, given, settings
@@ -17,6 +19,7 @@ from collector.messages import parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.frames_checker import FrameReader, compare_message
 from tests.support import wait_until
+from workers.deribit.heal import read_page
 from workers.deribit.ledger import Ledger
 from workers.deribit.normalise import create_feed
 from workers.deribit.publisher import Publisher
@@ -117,6 +120,12 @@ def _damage(draw: st.DrawFn, data: Any, splices: list[str]) -> Any:
     return draw(VALUES)
 
 
+def read_leniently(text: bytes) -> Any:
+    """The JSON value as the client hands on an answer's; None for what it refuses."""
+    with suppress(msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+        return msgspec.json.decode(text)
+
+
 def wrap(channel: str, data: bytes) -> bytes:
     return b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"%s","data":%s}}' % (channel.encode(), data)
 
@@ -214,6 +223,16 @@ def test_damaged_change_does_not_spoil_a_ticker(wire: Wire, damaged: bytes) -> N
     frames = (json.dumps(SEEDS[channel.name]).encode(), damaged, sound)
     _, last = wire.take(channel, *(wrap(channel.name, frame) for frame in frames))[-1]
     assert (last["mark_price"], last["exchange_ts"]) == (0.25, 9 * MS)
+
+
+@bounded
+@given(VALUES | st.fixed_dictionaries({"trades": st.lists(damaged_data(TRADE).map(read_leniently))}))
+def test_any_answer_holds_trades_or_is_refused(answer: Any) -> None:
+    """What is fetched to fill a hole is as hostile as what streams."""
+    with suppress(ValueError):
+        for trade in read_page(answer).trades:
+            assert all(math.isfinite(number) for number in (trade.price, trade.amount))
+            assert trade.direction in ("buy", "sell")
 
 
 @settings(bounded, max_examples=400)

@@ -84,6 +84,13 @@ TickerData = dict[str, Scalar | dict[str, _Nested] | list[_Nested]]
 _json = msgspec.json.Decoder()
 
 
+def convert_laxly(value: Any, kind: Any) -> Any:
+    """Convert decoded JSON to a type, taking numbers that are spelled as text. Raises what msgspec raises."""
+    loose = msgspec.convert(value, kind, strict=False)
+    # That takes the text "nan" for a number; JSON has none for it but null, for the strict way to judge.
+    return msgspec.json.decode(msgspec.json.encode(loose), type=kind)
+
+
 class Reader(Generic[T]):
     """Decodes the data of a frame to one type: strictly, else laxly, else it is Malformed."""
 
@@ -102,9 +109,7 @@ class Reader(Generic[T]):
 
     def read_laxly(self, frame: bytes) -> T:
         try:
-            loose = msgspec.convert(_json.decode(frame)["params"]["data"], self._kind, strict=False)
-            # The lax way takes the text "nan" for a number; JSON has none for it but null, for the strict way to judge.
-            data: T = msgspec.json.decode(msgspec.json.encode(loose), type=self._kind)
+            data: T = convert_laxly(_json.decode(frame)["params"]["data"], self._kind)
             return data
         except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise Malformed(str(error)) from None
