@@ -1,7 +1,6 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
-FRAMES := $(or $(COLLECTOR_FRAMES),)
 
 .PHONY: run test lint bench bench-quick faults conformance live clean
 
@@ -35,6 +34,9 @@ conformance: $(VENV)/.test .venv-conformance/.ready   ## clients that others wro
 	$(PYTHON) -m venv .venv-conformance
 	.venv-conformance/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
+
+live: $(VENV)/.test            ## the whole program against test.deribit.com; says so and skips where that cannot be
+	COLLECTOR_LIVE=1 $(BIN)/pytest -rs tests/test_live.py
 
 clean:
 	rm -rf $(VENV) .venv-conformance .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from workers.deribit.errors import ExchangeError, Lost, NotConnected, Refused
 from workers.deribit.reconcile import Reconciler
 from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, decode_frame, encode_request
 from workers.deribit.session import Session
+from workers.deribit.together import do_together
 
 MAX_FRAME = 16 << 20
 """Bytes of one frame that are taken; Deribit's largest (an instrument list) was measured at 5.1 MB."""
@@ -153,19 +154,23 @@ class Client:
     async def subscribe(self, channels: list[str]) -> dict[str, Any]:
         """Ask for channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
 
-        While the connection is not live the wish is kept. Raises ValueError for a name that cannot be a channel, Lost.
+        While the connection is not live, or is lost meanwhile, the wish is kept. Raises ValueError for a name that
+        cannot be a channel.
         """
         self.reconciler.subscriptions.ask(channels)
-        if self.machine.state == "live":
-            await self.reconciler.reconcile()
+        await self._reconcile()
         return {name: self.reconciler.describe_wish(name) for name in channels}
 
     async def unsubscribe(self, channels: list[str]) -> dict[str, Any]:
-        """Want these channels no more. Returns {name: True} for each. Raises Lost."""
+        """Want these channels no more. Returns {name: True} for each."""
         self.reconciler.subscriptions.drop(channels)
-        if self.machine.state == "live":
-            await self.reconciler.reconcile()
+        await self._reconcile()
         return dict.fromkeys(channels, True)
+
+    async def _reconcile(self) -> None:
+        if self.machine.state == "live":
+            with suppress(Lost):  # what came to nothing now is done by the upkeep, or by the next bootstrap
+                await self.reconciler.reconcile()
 
     def get_state(self) -> dict[str, Any]:
         """The connection as it is now; times in ns since 1970, the clock's offset and its error in ns."""
@@ -240,7 +245,7 @@ class Client:
         delay = backoff_delay(max(1, self.attempts), first, random.random())
         await self._until_closing(asyncio.sleep(delay))
         if not self._closing.is_set():
-            self._apply("retry", f"after {delay:.2f} s")
+            self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")
 
     def _fail(self, event: str, code: Exit, failure: str) -> None:
         self.exit, self.failure = code, failure
@@ -294,13 +299,13 @@ class Client:
         except TimeoutError:
             raise Lost(f"no connection within {self.timeout:g} s") from None
         except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise Lost(f"cannot connect: {error or type(error).__name__}") from None
+            raise Lost(str(error).replace(" ssl:default", "") or type(error).__name__) from None
 
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile
-        await asyncio.gather(self.session.take_round(1), reconcile(self.session.awaits_login))
+        await do_together(self.session.take_round(1), reconcile(self.session.awaits_login))
         self.reconciler.logged_in = self.session.authenticated
-        await asyncio.gather(self.session.take_round(2), reconcile())
+        await do_together(self.session.take_round(2), reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
         live_since = time.monotonic()
