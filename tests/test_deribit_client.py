@@ -5,6 +5,7 @@ import logging
 import re
 import time
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -146,7 +147,7 @@ async def test_tokens_that_are_dead_when_given_do_not_make_it_spin(practice: str
 
 # -- heartbeat and silence --------------------------------------------------------------------------------------------
 
-BRISK = {"heartbeat_interval": 0.5}
+BRISK: dict[str, Any] = {"heartbeat_interval": 0.5}
 
 
 @pytest.mark.parametrize(("faults", "channels"), [("", []), ("flood:3000,", [QUOTE, TICKER])])
@@ -172,7 +173,7 @@ async def test_an_unanswered_test_request_costs_the_connection_and_it_comes_back
 
 @in_loop
 async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> None:
-    settings = {"heartbeat_interval": 0.5, "timeout": 0.7}
+    settings: dict[str, Any] = {"heartbeat_interval": 0.5, "timeout": 0.7}
     async with connected(practice, "heartbeat_floor:0.5,half_open:1", channels=[QUOTE], **settings) as (_, ear):
         await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
         reason = ear.find("backoff")[0]
@@ -239,7 +240,7 @@ STEPS = [
 @in_loop
 async def test_a_failure_at_each_step_is_got_over(practice: str, method: str, kind: str) -> None:
     fault = {"error": f"error:{method}=10001", "no_reply": f"no_reply:{method}", "wrong_id": f"wrong_id:{method}"}[kind]
-    settings = {"login": LOGIN, "cancel_on_disconnect": True, "timeout": 0.5}
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True, "timeout": 0.5}
     async with connected(practice, f"{fault},first:1", channels=[QUOTE, RAW], **settings) as (client, ear):
         (reason,) = ear.find("backoff")
         assert reason.startswith(method)
@@ -250,7 +251,7 @@ async def test_a_failure_at_each_step_is_got_over(practice: str, method: str, ki
 @pytest.mark.parametrize("method", STEPS)
 @in_loop
 async def test_a_step_that_always_fails_is_given_up(practice: str, method: str) -> None:
-    settings = {"login": LOGIN, "cancel_on_disconnect": True, "retry_count": 3}
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True, "retry_count": 3}
     async with connected(practice, f"error:{method}=11094", live=False, channels=[QUOTE], **settings) as (client, ear):
         with pytest.raises(Lost, match=f"3 attempts in a row.*{method}: 11094"):
             await client.connect()
@@ -267,7 +268,7 @@ async def test_after_retry_count_attempts_it_gives_up(practice: str, retries: in
             await client.connect()
         assert len(ear.find("connecting")) == max(1, retries)
         assert (client.exit, client.get_state()["state"]) == (Exit.GAVE_UP, "failed")
-        pauses = [float(reason.split()[1]) for reason in ear.find("connecting")[1:]]
+        pauses = [float(reason.split()[-2]) for reason in ear.find("connecting")[1:]]
         for place, pause in enumerate(pauses):
             assert 0.04 * 2**place / 2 - 0.006 <= pause <= 0.04 * 2**place + 0.006
 
@@ -299,7 +300,7 @@ async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str) -> N
 @in_loop
 async def test_an_exchange_that_is_not_there_is_given_up() -> None:
     async with connected("ws://127.0.0.1:1/ws/api/v2", live=False, retry_count=2) as (client, _):
-        with pytest.raises(Lost, match="cannot connect"):
+        with pytest.raises(Lost, match=r"127\.0\.0\.1"):
             await client.connect()
 
 

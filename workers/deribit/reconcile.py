@@ -9,6 +9,7 @@ from collector.limits import SUBSCRIBE_COST, Credits
 from workers.deribit.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.session import Send
 from workers.deribit.subscriptions import Call, Subscriptions
+from workers.deribit.together import do_together
 
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
@@ -27,16 +28,18 @@ class Reconciler:
         self._confirm = confirm
         self._refuse = refuse
         self._credits = Credits(now=time.monotonic())
+        self._lives = 0
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
         self.logged_in = False
+        self._lives += 1
         self.subscriptions.forget()
 
     async def reconcile(self, awaits_login: bool = False) -> None:
         """Ask until nothing is missing but what was refused. Raises Lost."""
         while calls := self.subscriptions.plan_calls(self.logged_in, awaits_login):
-            await asyncio.gather(*(self._place(call) for call in calls))
+            await do_together(*(self._place(call) for call in calls))
 
     async def resubscribe(self, channel: str) -> None:
         """Unsubscribe, wait for the answer, subscribe: the one way to a new snapshot of a channel. Raises Lost."""
@@ -55,7 +58,7 @@ class Reconciler:
     async def _place(self, call: Call) -> None:
         try:
             if not call.method.endswith("unsubscribe"):
-                await asyncio.sleep(self._credits.take(SUBSCRIBE_COST, time.monotonic()))
+                await self._wait_for_credits()
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
             self.subscriptions.abandon(call)
@@ -71,6 +74,12 @@ class Reconciler:
             self._confirm(gained)
             if refused:
                 self._refuse(refused, self.subscriptions.refused[refused[0]])
+
+    async def _wait_for_credits(self) -> None:
+        life = self._lives
+        await asyncio.sleep(self._credits.take(SUBSCRIBE_COST, time.monotonic()))
+        if life != self._lives:  # the next life asks for everything by itself, and in its own order
+            raise Lost("the connection ended before the turn of the call came")
 
     async def _take_error(self, call: Call, error: ExchangeError) -> None:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""

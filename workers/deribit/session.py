@@ -1,6 +1,5 @@
 """What makes a fresh connection ready and keeps it so: bootstrap, login and its tokens, the exchange's clock."""
 
-import asyncio
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -9,6 +8,7 @@ from typing import Any
 from collector.lifecycle import Exit
 from workers.deribit.bootstrap import Login, Moment, build_auth, build_refresh, plan_round
 from workers.deribit.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
+from workers.deribit.together import do_together
 
 Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
 
@@ -59,7 +59,7 @@ class Session:
             (time.time_ns() + self.clock_offset) // 1_000_000,
             secrets.token_hex(8),
         )
-        await asyncio.gather(*(self._take_step(method, params) for method, params in plan_round(number, moment)))
+        await do_together(*(self._take_step(method, params) for method, params in plan_round(number, moment)))
 
     async def keep_up(self, now: float) -> None:
         """Renew the token and measure the clock when it is time (`now` is monotonic). Raises Lost or Refused."""

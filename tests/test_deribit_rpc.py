@@ -1,0 +1,196 @@
+"""The pure parts of the protocol: requests and frames, the bootstrap's steps, the table of errors."""
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from collector import __version__
+from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
+from workers.deribit.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
+from workers.deribit.errors import REACTIONS, ExchangeError, Reaction, find_reaction
+from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
+from workers.deribit.spread import Spread
+
+# -- requests and frames ----------------------------------------------------------------------------------------------
+
+
+def test_a_request_is_json_rpc() -> None:
+    text = encode_request(7, "public/subscribe", {"channels": ["a.b"]})
+    assert json.loads(text) == {
+        "jsonrpc": "2.0",
+        "id": 7,
+        "method": "public/subscribe",
+        "params": {"channels": ["a.b"]},
+    }
+
+
+NO_METHOD = {"code": -32601, "message": "Method not found"}
+
+
+@pytest.mark.parametrize(
+    ("frame", "wanted"),
+    [
+        ({"jsonrpc": "2.0", "id": 3, "result": "ok", "usIn": 1, "usOut": 2, "usDiff": 1, "testnet": False}, (3, "ok")),
+        ({"id": 3, "result": None}, (3, None)),
+        ({"result": {"version": "1"}}, (None, {"version": "1"})),
+        ({"id": "auth", "result": 5}, (None, 5)),
+        ({"id": 0, "result": [], "unknown": {"deep": [1]}}, (0, [])),
+        ({"id": 3, "result": 1.5e3}, (3, 1500.0)),
+    ],
+)
+def test_an_answer_is_read_with_its_number_and_result(frame: dict[str, Any], wanted: tuple[int | None, Any]) -> None:
+    reply = decode_frame(json.dumps(frame).encode())
+    assert isinstance(reply, Reply)
+    assert (reply.number, reply.result, reply.error) == (*wanted, None)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (NO_METHOD, -32601, "-32601 Method not found"),
+        ({"code": 11050, "data": "invalid json", "message": "bad_request"}, 11050, "11050 bad_request (invalid json)"),
+        ({"code": 13009, "data": {"reason": "x"}, "message": "unauthorized"}, 13009, "unauthorized ({'reason': 'x'})"),
+        ({"message": "no code"}, 0, "0 no code"),
+        ({"code": "10028"}, 0, "0 "),
+        ({}, 0, "0 "),
+    ],
+)
+def test_an_error_is_kept_as_it_came(error: dict[str, Any], code: int, words: str) -> None:
+    reply = decode_frame(json.dumps({"jsonrpc": "2.0", "id": 9, "error": error}).encode())
+    assert isinstance(reply, Reply)
+    assert reply.number == 9
+    assert isinstance(reply.error, ExchangeError)
+    assert (reply.error.raw, reply.error.code) == (error, code)
+    assert str(reply.error).endswith(words)
+
+
+def test_notifications_are_told_apart_whatever_the_order_of_their_keys() -> None:
+    frame = DATA_PREFIX + b'quote.BTC-PERPETUAL","data":{"price":1}}}'
+    assert decode_frame(frame) == Data("quote.BTC-PERPETUAL")
+    turned = b'{"params":{"data":[1,{"channel":"no"}],"channel":"a.b","label":"x"},"method":"subscription"}'
+    assert decode_frame(turned) == Data("a.b")
+    assert decode_frame(b'{"params":{"type":"test_request"},"method":"heartbeat"}') == Heartbeat("test_request")
+    assert decode_frame(b'{"method":"heartbeat","params":{"type":"heartbeat"}}') == Heartbeat("heartbeat")
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        b"", b"x", b"null", b"5", b"[]", b"{}", b'{"id":1}', b'{"id":1.5,"result":1}', b'{"id":[],"result":1}',
+        b'{"method":"subscription"}', b'{"method":"subscription","params":{}}',
+        b'{"method":"subscription","params":[]}',
+        b'{"method":"subscription","params":{"channel":5}}', b'{"method":"heartbeat","params":{"type":null}}',
+        b'{"id":1,"error":"words"}', b'{"id":1,"error":[]}', b'{"id":1,"error":null}', b'{"id":1,"result":}',
+        b'{"method":7}', b'{"id":true,"result":1}',
+        b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"', b"\xff\xfe", b'{"id":1,"result":"\xff"}',
+        b"[" * 100_000, b'{"id":1,"result":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+    ],
+)  # fmt: skip
+def test_anything_else_is_refused(frame: bytes) -> None:
+    with pytest.raises(ValueError, match=r".+"):
+        decode_frame(frame)
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_raise_nothing_but_value_error(frame: bytes) -> None:
+    for text in (frame, b'{"id":1,"result":' + frame + b"}", DATA_PREFIX + frame):
+        try:
+            decode_frame(text)
+        except ValueError:
+            continue
+
+
+# -- bootstrap --------------------------------------------------------------------------------------------------------
+
+LOGIN = Login("AMANDA", "AMANDASECRECT")
+
+
+def make_moment(login: Login | None = LOGIN, cancel_on_disconnect: bool = True) -> Moment:
+    return Moment(login, 30.0, cancel_on_disconnect, 1576074319000, "1iqt2wls")
+
+
+def test_the_signature_is_that_of_deribits_documents() -> None:
+    wanted = "56590594f97921b09b18f166befe0d1319b198bbcdad7ca73382de2f88fe9aa1"
+    assert sign("AMANDASECRECT", 1576074319000, "1iqt2wls") == wanted
+    assert sign("AMANDASECRECT", 1576074319000, "1iqt2wls", "data") != wanted
+
+
+def test_a_signed_login_never_sends_the_secret() -> None:
+    params = build_auth(make_moment())
+    assert params["signature"] == sign("AMANDASECRECT", 1576074319000, "1iqt2wls")
+    assert params == {
+        "grant_type": "client_signature", "client_id": "AMANDA", "timestamp": 1576074319000, "nonce": "1iqt2wls",
+        "data": "", "signature": params["signature"],
+    }  # fmt: skip
+    assert "AMANDASECRECT" not in repr(params)
+    assert "AMANDASECRECT" not in repr(make_moment())
+
+
+def test_other_grants() -> None:
+    plain = build_auth(make_moment(LOGIN._replace(signed=False)))
+    assert plain == {"grant_type": "client_credentials", "client_id": "AMANDA", "client_secret": "AMANDASECRECT"}
+    assert build_refresh("t") == {"grant_type": "refresh_token", "refresh_token": "t"}
+
+
+def test_the_rounds_hold_what_applies() -> None:
+    assert [method for method, _ in plan_round(1, make_moment(None))] == [
+        "public/hello", "public/set_heartbeat", "public/get_time"
+    ]  # fmt: skip
+    first = dict(plan_round(1, make_moment()))
+    assert list(first) == ["public/hello", "public/auth", "public/set_heartbeat", "public/get_time"]
+    assert first["public/hello"] == {"client_name": "collector", "client_version": __version__}
+    assert first["public/set_heartbeat"] == {"interval": 30.0}
+    assert plan_round(2, make_moment()) == [("private/enable_cancel_on_disconnect", {"scope": "connection"})]
+    assert plan_round(2, make_moment(cancel_on_disconnect=False)) == plan_round(2, make_moment(None)) == []
+    assert {step.round for step in STEPS} == {1, 2}
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+DOCUMENTED = {
+    Reaction.RETRY: [10001, 10040, 10041, 11052, 11094, 13008, 13888],
+    Reaction.REFRESH: [10000, 13009],
+    Reaction.BACK_OFF: [10028, 10047, 10066, 11051, 12003, 12998, 13025, 13028, 13503],
+    Reaction.LOG_IN: [13778, 11056],
+    Reaction.REFUSED: [11042, 13004, 13007, 13012, 13021, 13403, 13668],
+    Reaction.BANNED: [11098, 12005],
+    Reaction.DROP: [10012, 10020, 11045, 13019, 13020],
+    Reaction.SPLIT: [-32600],
+    Reaction.FAULT: [-32602, -32601, 10030, 10033, 11050, 11029, 0, 99999],
+}
+
+
+@pytest.mark.parametrize("reaction", list(Reaction))
+def test_each_error_code_has_the_reaction_that_its_documents_ask_for(reaction: Reaction) -> None:
+    assert [find_reaction(code) for code in DOCUMENTED[reaction]] == [reaction] * len(DOCUMENTED[reaction])
+    assert {code for code, asked in REACTIONS.items() if asked is reaction} <= set(DOCUMENTED[reaction])
+
+
+@pytest.mark.parametrize("table", [CONNECTION, PROCESS, BOOK])
+def test_a_machine_goes_only_where_its_table_says(table: Table) -> None:
+    states = {state for state, _ in table} | set(table.values())
+    events = {event for _, event in table}
+    for state in states:
+        for event in events:
+            changes: list[tuple[str, str, str]] = []
+            machine = Machine(table, state, lambda *change, changes=changes: changes.append(change))
+            if machine.allows(event):
+                new = machine.apply(event)
+                assert new == machine.state == table[state, event]
+                assert changes == ([] if new == state else [(state, event, new)])
+            else:
+                with pytest.raises(KeyError):
+                    machine.apply(event)
+                assert machine.state == state
+
+
+def test_a_spread_tells_median_and_tail_of_the_last_samples() -> None:
+    spread = Spread()
+    assert (spread.describe(), spread.newest) == ({}, 0)
+    for sample in range(2000):
+        spread.add(sample * 1_000_000)
+    assert spread.describe() == {"p50": 1.5, "p99": 1.99}
+    assert spread.newest == 1_999_000_000

@@ -1,0 +1,363 @@
+"""Subscriptions: what is asked for becomes what is confirmed, in calls that the exchange takes, whatever goes wrong."""
+
+import asyncio
+import json
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from collector.limits import MAX_CHANNELS, MAX_FRAME, SUBSCRIBE_COST, Credits
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
+from tests.exchange_client import exchange, get
+from workers.deribit import Client
+from workers.deribit.rpc import encode_request
+from workers.deribit.subscriptions import LEFT_OUT, TRIES, Call, Subscriptions
+
+RAW = ["book.BTC-PERPETUAL.raw", "trades.ETH-PERPETUAL.raw"]
+OWN = ["user.portfolio.btc", "user.orders.BTC-PERPETUAL.raw"]
+
+# -- pure: which calls are made, and what their answers mean ----------------------------------------------------------
+
+
+def subscribe(*names: str) -> Subscriptions:
+    subscriptions = Subscriptions()
+    subscriptions.ask(list(names))
+    return subscriptions
+
+
+def test_public_and_private_channels_go_by_their_own_calls() -> None:
+    subscriptions = subscribe(QUOTE, *RAW, *OWN)
+    assert subscriptions.plan_calls(False, waiting_for_login=True) == [Call("public/subscribe", (QUOTE,))]
+    assert subscriptions.plan_calls(True) == [
+        Call("public/subscribe", tuple(RAW)), Call("private/subscribe", tuple(OWN))
+    ]  # fmt: skip
+    assert subscriptions.plan_calls(True) == []  # all on their way
+    assert subscribe(*OWN).plan_calls(False) == [Call("public/subscribe", tuple(OWN))]
+
+
+def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() -> None:
+    subscriptions = subscribe(QUOTE, BOOK)
+    for attempt in range(1, TRIES + 1):
+        (call,) = subscriptions.plan_calls(False)
+        gained, refused = subscriptions.settle(call, [QUOTE])
+        assert gained == ([QUOTE] if attempt == 1 else [])
+        assert refused == ([BOOK] if attempt == TRIES else [])
+    assert (subscriptions.plan_calls(False), subscriptions.refused) == ([], {BOOK: LEFT_OUT})
+    assert subscriptions.is_settled
+    subscriptions.ask([BOOK])
+    assert subscriptions.plan_calls(False) == [Call("public/subscribe", (BOOK,))]
+    subscriptions.forget()
+    assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE, BOOK))]
+    assert not subscriptions.is_settled
+
+
+def test_what_is_unwanted_is_unsubscribed() -> None:
+    subscriptions = subscribe(QUOTE, *OWN)
+    for call in subscriptions.plan_calls(True):
+        subscriptions.settle(call, list(call.channels))
+    subscriptions.drop([QUOTE, OWN[0], "never.asked"])
+    calls = subscriptions.plan_calls(True)
+    assert calls == [Call("public/unsubscribe", (QUOTE,)), Call("private/unsubscribe", (OWN[0],))]
+    for call in calls:
+        subscriptions.settle(call, list(call.channels))
+    assert subscriptions.confirmed == {OWN[1]}
+    assert subscriptions.is_settled
+
+
+def test_a_wish_dropped_while_on_its_way_is_taken_back() -> None:
+    subscriptions = subscribe(QUOTE)
+    (call,) = subscriptions.plan_calls(False)
+    subscriptions.drop([QUOTE])
+    subscriptions.settle(call, [QUOTE])
+    assert subscriptions.plan_calls(False) == [Call("public/unsubscribe", (QUOTE,))]
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 300, "book.BTC-PERPETUAL.50ms", "book.BTC-PERPETUAL", "ü.ü", "a..b"])
+def test_what_cannot_be_a_channel_is_refused_and_nothing_of_the_wish_is_kept(name: str) -> None:
+    subscriptions = Subscriptions()
+    with pytest.raises(ValueError, match=r"channel|offered|form"):
+        subscriptions.ask([QUOTE, name])
+    assert subscriptions.asked == {}
+
+
+NAMES = [f"quote.A{number}" for number in range(6)] + ["book.A.raw", "user.portfolio.btc"]
+some = st.lists(st.sampled_from(NAMES), max_size=4)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["ask", "drop", "answer", "fail", "forget"]), some, st.booleans())))
+def test_whatever_happens_a_well_exchange_makes_them_equal_in_the_end(steps: list[tuple[str, list[str], bool]]) -> None:
+    subscriptions = Subscriptions()
+    held: set[str] = set()
+    calls: list[Call] = []
+    for what, names, logged_in in steps:
+        calls += subscriptions.plan_calls(logged_in)
+        assert len([name for call in calls for name in call.channels]) == len({n for c in calls for n in c.channels})
+        if what == "ask":
+            subscriptions.ask(names)
+        elif what == "drop":
+            subscriptions.drop(names)
+        elif what == "forget":
+            subscriptions.forget()
+            held, calls = set(), []
+        elif calls and what == "fail":
+            subscriptions.abandon(calls.pop(0))
+        elif calls:
+            answer(subscriptions, calls.pop(0), held, leave_out=names)
+    for call in calls:
+        answer(subscriptions, call, held)
+    while calls := subscriptions.plan_calls(True):
+        for call in calls:
+            answer(subscriptions, call, held)
+    assert subscriptions.is_settled
+    assert held == subscriptions.confirmed == set(subscriptions.asked) - set(subscriptions.refused)
+
+
+def answer(subscriptions: Subscriptions, call: Call, held: set[str], leave_out: list[str] | None = None) -> None:
+    """Answer a call as Deribit does, but for the channels left out."""
+    if call.method.endswith("unsubscribe"):
+        held.difference_update(call.channels)
+        subscriptions.settle(call, list(call.channels))
+        return
+    given = [name for name in call.channels if name not in (leave_out or ())]
+    held.update(given)
+    subscriptions.settle(call, sorted(given, reverse=True))
+
+
+@given(st.integers(1, 3000), st.integers(1, 60))
+def test_no_call_is_larger_than_the_exchange_takes(count: int, length: int) -> None:
+    names = [f"quote.{'X' * length}{number}" for number in range(count)]
+    calls = subscribe(*names).plan_calls(False)
+    assert [name for call in calls for name in call.channels] == names
+    for call in calls:
+        assert len(call.channels) <= MAX_CHANNELS
+        assert len(encode_request(2**40, call.method, {"channels": list(call.channels)}).encode()) <= MAX_FRAME
+    for one, other in pairwise(calls):  # and none is smaller than need be
+        assert (
+            len(one.channels) == MAX_CHANNELS or len(json.dumps([*one.channels, other.channels[0]])) > MAX_FRAME - 200
+        )
+
+
+@given(st.lists(st.tuples(st.sampled_from([500, 3000]), st.floats(0, 3)), max_size=60))
+def test_credits_are_never_overdrawn(calls: list[tuple[int, float]]) -> None:
+    """Sent when told, no call finds the exchange's pool (10 % larger, as full, as fast) without its cost."""
+    credits, now = Credits(), 0.0
+    sent = []
+    for cost, pause in calls:
+        now += pause
+        sent.append((now + credits.take(cost, now), cost))
+    level, since = 30_000.0, 0.0
+    for at, cost in sorted(sent):
+        level = min(30_000.0, level + (at - since) * 10_000.0)
+        since = at
+        assert level >= cost - 1e-3
+        level -= cost
+    assert SUBSCRIBE_COST == 3000
+
+
+# -- against the exchange ---------------------------------------------------------------------------------------------
+
+
+def check_equal(client: Client, *but: str) -> None:
+    """Asked for and confirmed are equal, but for these, which are refused."""
+    channels = client.get_state()["channels"]
+    assert sorted(channels["asked"]) == sorted({*channels["confirmed"], *but})
+    assert sorted(channels["refused"]) == sorted(but)
+
+
+@in_loop
+async def test_a_channel_left_out_once_is_asked_for_again(practice: str) -> None:
+    async with connected(practice, f"drop_subscribe:{QUOTE}@1", channels=[BOOK, QUOTE, TICKER]) as (client, ear):
+        check_equal(client)
+        await ear.wait_frames([QUOTE])
+        assert ear.refused == {}
+
+
+@in_loop
+async def test_a_channel_left_out_for_ever_is_refused_and_the_others_flow(practice: str) -> None:
+    async with connected(practice, f"drop_subscribe:{QUOTE}@99", channels=[BOOK, QUOTE, TICKER]) as (client, ear):
+        check_equal(client, QUOTE)
+        assert ear.refused == {QUOTE: LEFT_OUT}
+        await ear.wait_frames([BOOK, TICKER])
+        result = await client.subscribe([QUOTE, TRADES])
+        assert result == {QUOTE: {"code": "exchange_error", "message": LEFT_OUT}, TRADES: True}
+
+
+@in_loop
+async def test_refused_channels_get_another_chance_at_the_next_bootstrap(practice: str) -> None:
+    async with connected(practice, f"drop_subscribe:{QUOTE}@99,first:1", channels=[QUOTE, BOOK]) as (client, ear):
+        check_equal(client, QUOTE)
+        client.cut("the test wants it so")
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        check_equal(client)
+        assert client.reconnects == 1
+
+
+@in_loop
+async def test_channels_that_do_not_exist_are_refused(practice: str) -> None:
+    strange = ["quote.NOPE", "book.NOPE-PERPETUAL.100ms", "surprise.party", "deribit_price_index.nope_usd"]
+    async with connected(practice, channels=[QUOTE, *strange]) as (client, _):
+        check_equal(client, *strange)
+
+
+@in_loop
+async def test_without_login_only_those_that_need_one_are_refused(practice: str) -> None:
+    async with connected(practice, channels=[QUOTE, *RAW, BOOK, *OWN]) as (client, ear):
+        check_equal(client, *RAW, *OWN)
+        assert all("13778" in client.get_state()["channels"]["refused"][name] for name in RAW)
+        await ear.wait_frames([QUOTE, BOOK])
+        assert (client.attempts, client.reconnects) == (1, 0)
+
+
+@in_loop
+async def test_with_login_all_are_given(practice: str) -> None:
+    async with connected(practice, channels=[QUOTE, *RAW, BOOK, *OWN], login=LOGIN) as (client, _):
+        check_equal(client)
+
+
+@pytest.mark.parametrize("code", [-32602, -32600, 10001, 11045])
+@in_loop
+async def test_a_call_that_fails_as_a_whole_is_cut_until_the_bad_channels_are_found(practice: str, code: int) -> None:
+    """The first five calls fail: 8 channels, 4, 2, and each of two; the others are given."""
+    names = [BOOK, QUOTE, TICKER, TRADES, "quote.ETH-PERPETUAL", "book.ETH-PERPETUAL.agg2", "trades.BTC_USDC.100ms"]
+    names.append("deribit_price_index.btc_usd")
+    times = 5 if code != 10001 else 1
+    async with connected(practice, f"error:public/subscribe={code}@{times}", channels=names) as (client, _):
+        check_equal(client, *(names[:2] if code != 10001 else ()))
+        assert all(str(code) in reason for reason in client.get_state()["channels"]["refused"].values())
+        assert (client.attempts, client.reconnects) == (1, 0)
+
+
+@pytest.mark.parametrize("code", [10028, 10066, 11051, 13028])
+@in_loop
+async def test_an_exchange_that_wants_a_pause_is_left_and_tried_again(practice: str, code: int) -> None:
+    channels = [QUOTE, BOOK]
+    async with connected(practice, f"error:public/subscribe={code},first:2", channels=channels) as (client, ear):
+        assert len(ear.find("backoff")) == 2
+        assert all(str(code) in reason or "1008 too_many_requests" in reason for reason in ear.find("backoff"))
+        check_equal(client)
+
+
+@pytest.mark.parametrize("fault", ["no_reply:public/subscribe", "wrong_id:public/subscribe", "credits:1000"])
+@in_loop
+async def test_calls_that_come_to_nothing_cost_the_connection(practice: str, fault: str) -> None:
+    async with connected(practice, f"{fault},first:1", channels=[QUOTE, BOOK], timeout=0.4) as (client, ear):
+        assert len(ear.find("backoff")) == 1
+        check_equal(client)
+        await ear.wait_frames([QUOTE, BOOK])
+
+
+@in_loop
+async def test_data_before_their_ack_are_taken(practice: str) -> None:
+    async with connected(practice, "ack_late", channels=[QUOTE, BOOK]) as (client, ear):
+        check_equal(client)
+        assert ear.frames
+
+
+# -- at run time ------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_channels_come_and_go_while_it_is_live(practice: str) -> None:
+    async with connected(practice) as (client, ear):
+        assert await client.subscribe([QUOTE, BOOK, RAW[0]]) == {
+            QUOTE: True, BOOK: True,
+            RAW[0]: {
+                "code": "exchange_error", "message": "13778 raw_subscriptions_not_available_for_unauthorized",
+            },
+        }  # fmt: skip
+        await ear.wait_frames([QUOTE, BOOK])
+        assert await client.subscribe([QUOTE]) == {QUOTE: True}
+        assert await client.unsubscribe([QUOTE, "quote.NEVER"]) == {QUOTE: True, "quote.NEVER": True}
+        held = ear.count_frames(QUOTE)
+        await ear.wait_frames([BOOK], 5)
+        assert ear.count_frames(QUOTE) == held
+        check_equal(client, RAW[0])
+        with pytest.raises(ValueError, match="not a channel name"):
+            await client.subscribe([TICKER, "a b"])
+        assert TICKER not in client.get_state()["channels"]["asked"]
+
+
+@in_loop
+async def test_wishes_made_while_it_is_away_are_kept(practice: str) -> None:
+    faults = "skip:1,refuse:503,first:3"
+    async with connected(practice, faults, channels=[BOOK, TICKER], retry_delay=0.2) as (client, ear):
+        client.cut("the test wants it so")
+        await wait_for(lambda: client.machine.state == "backoff", "the loss")
+        assert client.get_state()["channels"]["confirmed"] == []
+        kept = {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
+        assert await client.subscribe([QUOTE, BOOK]) == {QUOTE: kept, BOOK: kept}
+        assert await client.unsubscribe([TICKER]) == {TICKER: True}
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        check_equal(client)
+        assert client.get_state()["channels"]["confirmed"] == sorted([BOOK, QUOTE])
+
+
+@pytest.mark.parametrize("fault", ["no_reply:public/subscribe@1", "wrong_id:public/subscribe@1", "drop:0.4,first:1"])
+@in_loop
+async def test_a_wish_whose_call_comes_to_nothing_is_kept(practice: str, fault: str) -> None:
+    async with connected(practice, f"{fault},skip:0", timeout=0.3) as (client, _):
+        results = [await client.subscribe([name]) for name in (QUOTE, BOOK)]
+        if "drop" not in fault:
+            assert results[0][QUOTE]["code"] == "not_connected"
+        await wait_for(lambda: client.reconciler.subscriptions.confirmed == {QUOTE, BOOK}, "both")
+        check_equal(client)
+
+
+@in_loop
+async def test_many_wishes_side_by_side(practice: str) -> None:
+    async with connected(practice) as (client, _):
+        names = [f"chart.trades.BTC-PERPETUAL.{minutes}" for minutes in (1, 3, 5, 10, 15, 30)]
+        await asyncio.gather(*(client.subscribe([name]) for name in names))
+        await asyncio.gather(*(client.unsubscribe([name]) for name in names[::2]), client.subscribe([names[0], BOOK]))
+        await wait_for(lambda: client.reconciler.subscriptions.is_settled, "both equal")
+        assert client.reconnects == 0
+        assert {*names[1::2], BOOK} <= client.reconciler.subscriptions.confirmed
+
+
+# -- many -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large() -> Iterator[tuple[str, list[str]]]:
+    """A slow exchange with many instruments, and thousands of its channels that say little."""
+    with exchange("--rate", "10", "--options", "400") as (url, _):
+        rows: list[dict[str, Any]] = get(url, "public/get_instruments")[1]["result"]
+        minutes = (1, 3, 5, 10, 15, 30, 60, 120, 180, 360, 720, "1D")
+        names = [f"chart.trades.{row['instrument_name']}.{each}" for row in rows for each in minutes]
+        yield url, [*names, *(f"trades.{row['instrument_name']}.agg2" for row in rows)][:5600]
+
+
+@in_loop
+async def test_thousands_of_channels_are_asked_for_in_paced_calls(large: tuple[str, list[str]]) -> None:
+    url, names = large
+    assert len(names) > 5000
+    async with connected(url, channels=names) as (client, ear):
+        check_equal(client)
+        assert len(ear.confirmed) == len(set(ear.confirmed)) == len(names)
+        assert (client.attempts, client.get_state()["last_error"]) == (1, None)
+
+
+@in_loop
+async def test_an_overdrawn_pool_ends_well_all_the_same(large: tuple[str, list[str]]) -> None:
+    url, names = large
+    async with connected(url, "credits:6000", channels=names[:1600], timeout=2) as (client, ear):
+        assert all("too_many_requests" in reason for reason in ear.find("backoff"))
+        assert ear.find("backoff")
+        check_equal(client)
+
+
+@in_loop
+async def test_calls_of_a_life_that_failed_are_not_sent_in_the_next(large: tuple[str, list[str]]) -> None:
+    """The bootstrap fails while calls wait for credits: they end with it."""
+    url, names = large
+    faults = "error:public/get_time=11094,first:1"
+    async with connected(url, faults, live=False, channels=names, retry_delay=30) as (_, ear):
+        await wait_for(lambda: ear.find("backoff"), "the loss")
+        ours = {"connect", "run", "wait", "_until_closing", "sleep", "run_test"}
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        assert {getattr(task.get_coro(), "__name__", "") for task in others} <= ours
