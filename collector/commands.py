@@ -5,16 +5,15 @@ import logging
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from collector.channels import Channel, parse_channel, share_topic
-from collector.clashes import may_share
-from collector.config import ConfigError, Connection, check_together, read_connection
+from collector.channels import parse_channel
+from collector.config import ConfigError, Connection, read_connection
 from collector.keeper import Keeper
 from collector.lifecycle import Exit
 from collector.messages import ControlError, Request
+from collector.places import Places
 from collector.process import describe_exit
 from collector.supervisor import Entry, Supervisor
 
@@ -41,10 +40,9 @@ log = logging.getLogger(__name__)
 class Commands:
     """Answers control requests on a supervisor."""
 
-    def __init__(self, supervisor: Supervisor, control: str) -> None:
+    def __init__(self, supervisor: Supervisor) -> None:
         self._supervisor = supervisor
         self._entries = supervisor.entries
-        self._control = control
 
     async def answer(self, request: Request) -> Any:
         """Carry out one request. Raises ControlError."""
@@ -87,13 +85,7 @@ class Commands:
             known = self._entries.get(connection.name)
             if known is not None and not known.keeper.is_over:
                 raise ControlError("exists", f"{connection.name} runs already; close it first")
-            others = [
-                replace(entry.connection, channels=tuple(entry.channels), publish=entry.bound)
-                for entry in self._entries.values()
-                if entry is not known
-            ]
-            port = None if config.exchange is None else self._supervisor.exchange_port
-            check_together([*others, connection], "", self._control, port)
+            self._supervisor.check_beside([connection], known)
         except ConfigError as error:
             raise ControlError("bad_request", str(error)) from None
         return connection
@@ -223,36 +215,3 @@ def _explain_failure(keeper: Keeper) -> ControlError:
     words = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
     kind = next((word for exit, word in words.items() if exit == code), "not_connected")
     return ControlError(kind, f"{keeper.name}: {describe_exit(code)}", keeper.last_error)
-
-
-class Places:
-    """All channels asked for on all connections, in a form in which a clash is found without comparing each pair."""
-
-    def __init__(self, entries: Iterable[Entry]) -> None:
-        self._narrow: dict[str, tuple[str, Channel]] = {}
-        self._wide: list[tuple[str, Channel]] = []
-        for entry in entries:
-            for name in entry.channels:
-                self._add(entry.keeper.name, parse_channel(name))
-
-    def _add(self, owner: str, channel: Channel) -> None:
-        if channel.topic is None:
-            self._wide.append((owner, channel))
-        else:
-            self._narrow[channel.topic] = (owner, channel)
-
-    def place(self, owner: str, channel: Channel) -> None:
-        """Add a channel of a connection. Raises ValueError if another one would feed a topic of it too."""
-        for other in self._find_rivals(channel):
-            if (owner, channel) == other:
-                return
-            if not may_share(other, (owner, channel)):
-                raise ValueError(f"{other[1].name} of {other[0]} feeds the same topics")
-        self._add(owner, channel)
-
-    def _find_rivals(self, channel: Channel) -> list[tuple[str, Channel]]:
-        if channel.topic is None:
-            near = [*self._wide, *self._narrow.values()]
-        else:
-            near = [*self._wide, *filter(None, [self._narrow.get(channel.topic)])]
-        return [other for other in near if share_topic(other[1], channel)]

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from collector.lifecycle import (
@@ -65,6 +65,7 @@ class Keeper:
         self.report: dict[str, Any] = {}
         self.exit_code: int | None = None
         self.was_live = False
+        self.take_event: Callable[[dict[str, Any]], None] | None = None
         self._changed = asyncio.Event()
         self._first_delay = first_delay
         self._spawner = spawner
@@ -127,10 +128,13 @@ class Keeper:
 
     # its lives
 
-    async def keep(self, first: "Keeper | None" = None) -> None:
-        """Run one life after another until it is stopped or fails for good; begin once `first` is live, if given."""
-        if first is not None:
-            await self._wait_for(first)
+    async def keep(self, preparation: Coroutine[Any, Any, bool] | None = None) -> None:
+        """Run one life after another until it is stopped or fails for good.
+
+        Begins when `preparation` is over, if given; fails for good at once if that returns False.
+        """
+        if preparation is not None and not await self._prepare(preparation):
+            return self._fail()
         failures = 0
         while not self._stopping.is_set():
             self.exit_code = await self._live()
@@ -142,11 +146,18 @@ class Keeper:
                 return
             await self._back_off(failures)
 
-    async def _wait_for(self, first: "Keeper") -> None:
-        either = [asyncio.create_task(each) for each in (first.wait_settled(), self._stopping.wait())]
-        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-        for task in either:
-            task.cancel()
+    async def _prepare(self, preparation: Coroutine[Any, Any, bool]) -> bool:
+        preparing, stopping = asyncio.create_task(preparation), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((preparing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not preparing.done():
+            preparing.cancel()
+            return True  # and then stop
+        return preparing.result()
+
+    def _fail(self) -> None:
+        if not self._stopping.is_set():
+            self._apply("give_up")
 
     async def _live(self) -> int:
         self._apply("start")
@@ -259,6 +270,8 @@ class Keeper:
                 self._apply("ready")
             case {"kind": "ready"} if self.machine.state == "stopping":
                 pass
+            case {"kind": "event"} if self.take_event is not None:
+                self.take_event(message)
             case _:
                 log.error("%s: not understood on the link: %.100r", self.name, message)
 

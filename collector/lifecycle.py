@@ -39,6 +39,7 @@ PROCESS: Table = {
     ("starting", "exited"): "backoff",
     ("running", "exited"): "backoff",
     ("backoff", "start"): "starting",
+    ("stopped", "give_up"): "failed",
     ("backoff", "give_up"): "failed",
     ("starting", "stop"): "stopping",
     ("running", "stop"): "stopping",

@@ -3,11 +3,13 @@
 import asyncio
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from collector.config import Config, Connection
+from collector.config import Config, Connection, check_together
+from collector.follower import Follower
 from collector.keeper import Keeper
 from collector.lifecycle import Exit
 from collector.process import Spawner
@@ -26,13 +28,14 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Entry:
-    """One connection: how it is configured, the channels asked for now, and its keeper."""
+    """One connection: how it is configured, the channels asked for now, its keeper, and who follows its patterns."""
 
     connection: Connection
     channels: dict[str, None]
     keeper: Keeper
-    keeping: asyncio.Task[None]
     from_file: bool
+    follower: Follower | None = None
+    keeping: asyncio.Task[None] = field(init=False)
 
     @property
     def bound(self) -> str:
@@ -52,6 +55,7 @@ class Supervisor:
         self._epochs: dict[str, int] = {}
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
+        self._following: set[asyncio.Task[None]] = set()
 
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
@@ -86,7 +90,7 @@ class Supervisor:
 
     def _start_exchange(self) -> None:
         self.exchange = Keeper(EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._build_exchange_spec)
-        self._keep(self.exchange).add_done_callback(self._end_exchange)
+        self._keep(self.exchange, None).add_done_callback(self._end_exchange)
 
     def _end_exchange(self, _: object) -> None:
         """The practice exchange has ended; for those who connect to it there is nothing left if that was for good."""
@@ -107,17 +111,43 @@ class Supervisor:
 
     # connections
 
-    def start_connection(self, connection: Connection, *, from_file: bool) -> Entry:
-        """Start a connection that was checked to stand beside the others, and keep it."""
-
+    def start_connection(self, connection: Connection, *, from_file: bool, follower: Follower | None = None) -> Entry:
+        """Start a connection that was checked to stand beside the others, and keep it. `follower`: who split it off."""
         name = connection.name
         keeper = Keeper(name, "deribit", connection.retry_delay, self._spawner, self._build_connection_spec)
         keeper.epoch = self._epochs.get(name, 0)
-        first = self.exchange if connection.is_practice else None
-        entry = Entry(connection, dict.fromkeys(connection.channels), keeper, self._keep(keeper, first), from_file)
+        entry = Entry(connection, dict.fromkeys(connection.channels), keeper, from_file, follower)
+        if connection.patterns:
+            entry.follower = Follower(self, entry)
+        if entry.follower is not None:
+            keeper.take_event = entry.follower.take_event
         self.entries[name] = entry
+        entry.keeping = self._keep(keeper, self._prepare(entry))
         entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
         return entry
+
+    async def _prepare(self, entry: Entry) -> bool:
+        """Wait for what a connection needs before its first start; False if it cannot be had."""
+        if entry.connection.is_practice and self.exchange is not None:
+            await self.exchange.wait_settled()
+        return await entry.follower.expand() if entry.connection.patterns and entry.follower else True
+
+    def follow(self, following: Coroutine[Any, Any, None]) -> None:
+        """Let a follower live beside its connections."""
+        task = asyncio.create_task(following)
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+        task.add_done_callback(self._drop_task)
+
+    def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
+        """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
+        others = [
+            replace(entry.connection, channels=tuple(entry.channels), publish=entry.bound)
+            for entry in self.entries.values()
+            if entry is not known
+        ]
+        port = None if self.config.exchange is None else self.exchange_port
+        check_together([*others, *connections], "", self.config.control, port)
 
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
@@ -126,6 +156,7 @@ class Supervisor:
         return self._build_spec(keeper) | {
             "connection": connection.to_map() | {"url": self.resolve_url(connection)},
             "channels": list(entry.channels),
+            "follow": entry.follower is not None,
             "credentials": {"client_id": login.client_id, "client_secret": login.client_secret} if login else None,
         }
 
@@ -162,8 +193,8 @@ class Supervisor:
             log.error("no connection is left")
             self.end(3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in keepers) else 1)
 
-    def _keep(self, keeper: Keeper, first: Keeper | None = None) -> asyncio.Task[None]:
-        task = asyncio.create_task(keeper.keep(first), name=keeper.name)
+    def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, bool] | None) -> asyncio.Task[None]:
+        task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
         self._keeping.add(task)
         task.add_done_callback(self._drop_task)
         return task
@@ -190,7 +221,9 @@ class Supervisor:
     async def _stop(self) -> None:
         """End all in order: the connections, then the exchange that they talk with. The watch kills stragglers."""
         exchange = self.exchange
-        for entry in self.entries.values():
+        for task in self._following:
+            task.cancel()
+        for entry in list(self.entries.values()):
             entry.keeper.stop()
         await self._wait_ended([entry.keeping for entry in self.entries.values()])
         if exchange is not None:

@@ -61,7 +61,7 @@ async def _collect(config: Config, log_level: str, live_view: bool) -> int:
     stopping = Stopping(supervisor)
     for endpoint in (config.control, *(connection.publish for connection in config.connections)):
         remove_socket(endpoint)
-    commands = Commands(supervisor, config.control)
+    commands = Commands(supervisor)
     control = ControlServer(config.control, commands.answer)
     serving = asyncio.create_task(control.serve())
     _greet(config, control.endpoint)
@@ -87,7 +87,10 @@ def _open_view(control: str) -> "View":
 def _greet(config: Config, control: str) -> None:
     log.info("collector %s, %s", __version__, config.path)
     for connection in config.connections:
-        log.info("%s: %d channels of %s", connection.name, len(connection.channels), hide_secrets(connection.url))
+        count = f"{len(connection.channels)} channels" + f" and {len(connection.patterns)} patterns" * any(
+            connection.patterns
+        )
+        log.info("%s: %s of %s", connection.name, count, hide_secrets(connection.url))
     log.info("control on %s", control)
     log.info("Ctrl-C stops (SIGTERM to pid %d does too)", os.getpid())
 
