@@ -19,7 +19,7 @@ from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
 from collector.lifecycle import MAX_RESTARTS, backoff_delay
 from collector.messages import ControlError
-from collector.patterns import Instrument, expand, read_instrument
+from collector.patterns import Instrument, expand, is_instrument, read_instrument
 from collector.places import Places
 from collector.shards import assign, find_unit, spread, weigh
 
@@ -125,7 +125,7 @@ class Follower:
     def take_event(self, event: dict[str, Any]) -> None:
         """Note what a worker tells (see workers.deribit.listings)."""
         match event:
-            case {"event": "instrument", "row": {"instrument_name": str()} as row}:
+            case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
                 self._rows.append(row)
             case {"event": "listening"}:  # what happened before, it cannot have heard
                 self._stale = True

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 
 from collector.channels import parse_channel
 from collector.keys import show, suggest
-from collector.messages import is_topic_part
 
 FAMILIES = ("trades", "book", "ticker", "incremental_ticker", "quote", "perpetual", "chart")
 """First words of the channels that stand for one instrument each."""
@@ -31,6 +30,10 @@ SETTLING = 60_000
 _NEVER = 32_500_000_000_000
 """Ms since 1970; what is said to expire later does not expire."""
 
+MAX_AROUND = 60
+"""Letters of a pattern's channel around the instrument."""
+
+_NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 _PATTERN = re.compile(r"([a-z_.]+\.)([^.{}]*)(?:\{([^{}]*)\})?((?:\.[A-Za-z0-9]+)*)\Z")
 _CONDITION = re.compile(r"([^<>=]*)(<=|>=|<|>|=)([^<>=]*)\Z")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,30}\Z")
@@ -77,9 +80,14 @@ class Instrument:
         return self.kind == "future" and not self.expiry
 
 
+def is_instrument(name: Any) -> bool:
+    """Whether a name can be an instrument's: what else stands in the exchange's list is left out."""
+    return isinstance(name, str) and _NAME.match(name) is not None
+
+
 def read_instrument(row: Any) -> Instrument | None:
     """Take an instrument from a row of public/get_instruments; None for what is no such row."""
-    if not isinstance(row, dict) or not is_topic_part(str(row.get("instrument_name", ""))):
+    if not isinstance(row, dict) or not is_instrument(row.get("instrument_name")):
         return None
     expiry, strike = row.get("expiration_timestamp"), row.get("strike")
     words = {
@@ -90,7 +98,7 @@ def read_instrument(row: Any) -> Instrument | None:
         )
     }  # fmt: skip
     return Instrument(
-        name=str(row["instrument_name"]),
+        name=row["instrument_name"],
         state=state if isinstance(state := row.get("state"), str) else "open",
         expiry=expiry if isinstance(expiry, int) and 0 < expiry < _NEVER else 0,
         strike=float(strike) if isinstance(strike, (int, float)) and abs(strike) < 1e15 else None,
@@ -137,7 +145,7 @@ def parse_pattern(text: str) -> Pattern:
         meant = f"; did you mean {close}?" if (close := suggest(family, FAMILIES, 0.7)) else ""
         raise ValueError(f"{show(text)}: patterns go over instruments, in {', '.join(FAMILIES)}{meant}")
     channel = parse_channel(f"{head}INSTRUMENT{tail}")
-    if channel.instrument != "INSTRUMENT":
+    if channel.instrument != "INSTRUMENT" or len(head + tail) > MAX_AROUND:
         raise ValueError(f"{show(text)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms")
     conditions = tuple(_parse_condition(part.strip(), text) for part in (braces or "").split(",") if part.strip())
     if not glob and not conditions:

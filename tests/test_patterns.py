@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collector.channels import parse_channel
 from collector.config import Connection, read_connection
 from collector.endpoints import parse_endpoint
 from collector.keys import ConfigError
@@ -142,6 +143,7 @@ REFUSED = {
     "trades.*.any.100ms": "'trades.INSTRUMENT.any.100ms': kind 'INSTRUMENT' is not offered",
     "trades.option.*.100ms": "'trades.option.*.100ms': the pattern must stand for the instrument",
     "book.*.100s": "'book.INSTRUMENT.100s': interval '100s' is not offered (raw, 100ms, agg2)",
+    f"book.*.{'9' * 50}.10.100ms": "the pattern must stand for the instrument",
     "quote.{}": "'quote.{}': names no condition; write for example {kind=option}, or * for all",
     "quote.{knd=option}": "'quote.{knd=option}': no condition is called knd; did you mean kind?",
     "quote.{colour=red}": "no condition is called colour; there are kind, currency, base, quote, settlement, option_ty",
@@ -202,7 +204,10 @@ def test_any_text_is_a_pattern_or_refused_in_one_line(text: str) -> None:
 def test_any_row_is_an_instrument_or_none(row: Any) -> None:
     found = read_instrument(row)
     if found is not None:
-        expand(["quote.{kind=option,strike>1,expiry<1d}", "quote.*"], {found.name: found}, NOW)
+        for channels in expand(
+            ["quote.{kind=option,strike>1,expiry<1d}", "quote.*"], {found.name: found}, NOW
+        ).values():
+            assert all(parse_channel(name).instrument == found.name for name in channels)
 
 
 # over connections

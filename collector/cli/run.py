@@ -87,10 +87,8 @@ def _open_view(control: str) -> "View":
 def _greet(config: Config, control: str) -> None:
     log.info("collector %s, %s", __version__, config.path)
     for connection in config.connections:
-        count = f"{len(connection.channels)} channels" + f" and {len(connection.patterns)} patterns" * any(
-            connection.patterns
-        )
-        log.info("%s: %s of %s", connection.name, count, hide_secrets(connection.url))
+        names = (*connection.channels, *connection.patterns)
+        log.info("%s: %d channels of %s", connection.name, len(names), hide_secrets(connection.url))
     log.info("control on %s", control)
     log.info("Ctrl-C stops (SIGTERM to pid %d does too)", os.getpid())
 

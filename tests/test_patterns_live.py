@@ -1,0 +1,227 @@
+"""Patterns as a whole program: expanded at the start, spread, and kept equal to what the exchange lists."""
+
+import json
+import subprocess
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import psutil
+import pytest
+
+from collector.catalogue import Catalogue
+from collector.follower import CHECK, MARKS, count_to_check
+from tests.collected import QUICK, Collected, collected
+from tests.pipeline import Subscriber, exchange, find_port, subscribed
+from tests.support import collector, wait_until
+from workers.deribit.listings import LISTINGS
+
+OPTIONS: dict[str, Any] = {**QUICK, "channels": ["quote.{kind=option,currency=BTC}"]}
+BUSY = {"faults": "listing:1,expiry:1"}
+"""Every second an option is listed, and one expires."""
+
+
+def find_asked(run: Collected, name: str = "a") -> set[str]:
+    """The channels that a connection asks for, without those by which it hears of instruments."""
+    return set(run.get_state(name)["channels"]["asked"]) - set(LISTINGS)
+
+
+def find_expired(subscriber: Subscriber) -> list[str]:
+    return [message["instrument"] for message in subscriber.find("deribit.quote.", type="status", state="expired")]
+
+
+def test_listings_come_by_themselves_and_expired_ones_are_told_and_freed() -> None:
+    with collected({"a": OPTIONS}, exchange=BUSY) as run:
+        state = run.wait_state("a")
+        with subscribed(state["publish"]) as subscriber:
+            first = find_asked(run)
+            assert len(first) > 50
+
+            def find_new() -> list[str]:
+                return [m["instrument"] for m in subscriber.find("deribit.quote.", type="quote")
+                        if f"quote.{m['instrument']}" not in first]  # fmt: skip
+
+            subscriber.listen_until(find_new, "data of an instrument that was not there at the start")
+            subscriber.listen_until(lambda: find_expired(subscriber), "an instrument that expired")
+        gone, new = find_expired(subscriber)[0], find_new()[0]
+        assert f"quote.{gone}" in first
+        channels = run.get_state("a")["channels"]
+        assert f"quote.{gone}" not in channels["asked"]
+        assert f"quote.{gone}" not in channels["confirmed"]
+        assert f"quote.{new}" in channels["confirmed"]
+        assert not channels["refused"]
+        # It hears of instruments, but nobody asked it to publish that.
+        assert not subscriber.find("deribit.instrument.")
+        assert [m["type"] for m in subscriber.find(f"deribit.quote.{gone}.")][-1] == "status"
+
+
+def test_what_hears_of_instruments_is_published_where_it_is_asked_for() -> None:
+    channels = [*OPTIONS["channels"], "instrument.state.any.any"]
+    with (
+        collected({"a": {**OPTIONS, "channels": channels}}, exchange=BUSY) as run,
+        subscribed(run.wait_state("a")["publish"]) as subscriber,
+    ):
+        assert subscriber.wait_for("deribit.instrument.", state="delivered")["epoch"]
+        subscriber.listen_until(lambda: find_expired(subscriber), "an instrument that expired")
+
+
+def test_what_is_listed_while_the_worker_is_away_is_found() -> None:
+    with collected({"a": OPTIONS}, exchange=BUSY) as run:
+        psutil.Process(run.wait_state("a")["pid"]).kill()
+        before = find_asked(run)
+        run.wait_state("a", restarts=1)
+        wait_until(lambda: find_asked(run) - before, "a listing")
+        wait_until(lambda: before - find_asked(run), "an expiry")
+
+
+def with_exchange(act: Callable[[Catalogue, dict[str, Any]], None], *options: str) -> None:
+    """Act on an exchange of its own: its catalogue, and a table that names it."""
+    port = find_port()
+    with exchange(port, *options) as program:
+        program.wait_line(rf":{port}/")
+        url = f"ws://127.0.0.1:{port}/ws/api/v2"
+        act(Catalogue(url, {}, 5.0), {**QUICK, "url": url})
+
+
+def test_more_than_one_connection_carries_is_spread_as_planned() -> None:
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        port = find_port()
+        many = {**table, "channels": ["ticker.*.agg2", "book.{kind=option}.agg2"], "publish": f"tcp://127.0.0.1:{port}"}
+        with collected({"options": many}, exchange=None) as run:
+            run.program.wait_line("options: spread over options-1, options-2, options-3")
+            states = {name: run.wait_state(name) for name in ("options-1", "options-2", "options-3")}
+            planned = json.loads(subprocess.check_output(collector("plan", "--json", str(run.config))))
+            assert run.ask("get_state").keys() == states.keys() == {each["name"] for each in planned["connections"]}
+            for each in planned["connections"]:
+                assert find_asked(run, each["name"]) == set(each["channels"])
+                assert states[each["name"]]["publish"] == each["publish"]
+            asked = [channel for name in states for channel in find_asked(run, name)]
+            assert len(asked) == len(set(asked))
+            listed = catalogue.read_all()
+            assert set(asked) == {f"ticker.{name}.agg2" for name in listed} | {
+                f"book.{name}.agg2" for name, each in listed.items() if each.kind == "option"
+            }
+            assert run.stop() == 0
+            run.wait_gone()
+            assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
+
+    with_exchange(act, "--options", "500")
+
+
+def test_a_new_listing_goes_to_one_of_the_shards_and_the_others_stay() -> None:
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        table["channels"] = ["quote.*", "book.*.agg2", "ticker.*.agg2"]
+        with collected({"options": table}, exchange=None) as run:
+            run.program.wait_line("options: spread over options-1, options-2$")
+            shards = ("options-1", "options-2")
+            for name in shards:
+                run.wait_state(name)
+            before = {name: find_asked(run, name) for name in shards}
+
+            def find_new() -> dict[str, set[str]]:
+                new = {name: find_asked(run, name) - before[name] for name in shards}
+                return {name: channels for name, channels in new.items() if channels}
+
+            places: dict[str, set[str]] = wait_until(find_new, "a listing")
+            for channels in places.values():  # the three channels of an instrument stand together
+                names = {channel.split(".")[1] for channel in channels}
+                assert channels == {f"{form}.{name}{tail}" for name in names for form, tail in (
+                    ("quote", ""), ("book", ".agg2"), ("ticker", ".agg2"))}  # fmt: skip
+            assert all(before[name] <= find_asked(run, name) for name in shards)
+
+    with_exchange(act, "--options", "200", "--faults", "listing:2")
+
+
+def test_an_exchange_that_is_not_there_is_waited_for() -> None:
+    port = find_port()
+    table = {**QUICK, "url": f"ws://127.0.0.1:{port}/ws/api/v2", "channels": ["quote.*-PERPETUAL"], "retry_count": 1000}
+    with collected({"a": table}, exchange=None, log_level="info") as run:
+        run.program.wait_line(
+            rf"a: patterns cannot be expanded: 127\.0\.0\.1:{port} cannot be reached .*; asked again in [\d.]+ s"
+        )
+        state = run.wait_state("a", "starting")
+        assert str(port) in state["last_error"]["message"]
+        with exchange(port) as program:
+            program.wait_line(rf":{port}/")
+            assert run.wait_state("a")["last_error"] is None
+            assert "quote.BTC-PERPETUAL" in find_asked(run)
+
+
+def test_a_list_that_is_refused_for_a_while_is_asked_for_again() -> None:
+    faults = {"faults": "error:public/get_instruments=13028@3"}
+    with collected({"a": {**OPTIONS, "retry_count": 2}}, exchange=faults) as run:
+        run.wait_state("a")
+        assert len([line for line in run.program.err if "patterns cannot be expanded" in line]) == 3
+        run.program.wait_line(r"patterns cannot be expanded: 127.0.0.1:\d+ answered 13028 .*; asked again in")
+
+
+def test_it_is_given_up_like_a_connection_that_was_never_live() -> None:
+    table = {
+        **QUICK,
+        "url": "ws://127.0.0.1:9/ws/api/v2",
+        "channels": ["quote.*"],
+        "retry_count": 1,
+        "retry_delay": 0.01,
+    }
+    with collected({"a": table}, exchange=None) as run:
+        assert run.program.wait_exit() == 1, run.program.text()
+        assert len([line for line in run.program.err if "patterns cannot be expanded" in line]) == 6
+        run.program.wait_line("a: the exchange's list of instruments could not be had: not started")
+
+
+def test_it_can_be_closed_and_stopped_while_it_waits() -> None:
+    table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"], "retry_count": 1000}
+    with collected({"a": table, "b": {**table, "channels": ["book.*.100ms"]}}, exchange=None) as run:
+        run.wait_state("a", "starting")
+        assert run.ask("close", connection="a")["state"] == "closed"
+        assert run.ask("get_state").keys() == {"b"}
+        assert run.stop() == 0
+
+
+def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:
+    other = {**QUICK, "channels": ["quote.BTC-*"]}
+    with collected({"a": OPTIONS, "b": other}) as run:
+        words = run.wait_state("b", "failed")["last_error"]["message"]
+        assert "stands in connection a too; write it once" in words
+        run.wait_state("a")
+
+
+def test_no_pattern_matches_yet_and_the_connection_waits_for_a_listing() -> None:
+    table = {**QUICK, "channels": ["quote.{kind=option,expiry>9999d}"]}
+    with collected({"a": table}, log_level="info") as run:
+        run.program.wait_line(r"WARNING .*quote\.\{kind=option,expiry>9999d\}: 0 channels")
+        assert find_asked(run) == set()
+        run.wait_state("a")
+
+
+def test_connect_takes_patterns_that_one_connection_carries() -> None:
+    with collected({"a": QUICK}) as run:
+        run.wait_state("a")
+        state = run.ask("connect", connection={**OPTIONS, "name": "b"})
+        assert state["state"] == "live"
+        assert len(find_asked(run, "b")) > 50
+        everything = [f"{form}.{tail}" for form in ("book.*", "ticker.*", "trades.*") for tail in ("100ms", "agg2")]
+        refused = run.refuse("connect", connection={**QUICK, "name": "c", "channels": everything})
+        assert refused.code == "not_connected"
+        assert "must stand in the file" in refused.data["message"]
+        assert run.ask("get_state").keys() == {"a", "b"}
+
+
+def at(hour: int, minute: int, second: float = 0.0) -> float:
+    return datetime(2026, 11, 20, hour, minute, tzinfo=UTC).timestamp() + second
+
+
+@pytest.mark.parametrize(
+    ("now", "seconds"),
+    [
+        (at(12, 0), CHECK),
+        (at(7, 55, 6), 299.0),
+        (at(7, 59, 59), 1 + MARKS[0]),
+        (at(8, 0), MARKS[0]),
+        (at(8, 0, 5), MARKS[1] - 5),
+        (at(8, 1, 6), MARKS[2] - 66),
+        (at(8, 2, 30), CHECK),
+    ],
+)
+def test_the_list_is_looked_at_after_eight(now: float, seconds: float) -> None:
+    assert count_to_check(now) == pytest.approx(seconds)
