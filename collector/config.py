@@ -97,6 +97,7 @@ class Config:
     control: str
     http: str
     scheduling: str
+    read_pause: float
     exchange: Exchange | None
     connections: tuple[Connection, ...]
     secrets: Mapping[str, Credentials] = field(repr=False)
@@ -159,7 +160,9 @@ def build_config(
         for number, table in enumerate(tables["connection"], 1)
     )
     check_together(connections, where, control, exchange.port if exchange else None)
-    return Config(path, runtime_dir, control, "", collector["scheduling"], exchange, connections, secrets)
+    return Config(
+        path, runtime_dir, control, "", collector["scheduling"], collector["read_pause"], exchange, connections, secrets
+    )
 
 
 def _label(table: Mapping[str, Any], number: int) -> str:

@@ -51,6 +51,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "scheduling": Key(
             "string", "batch", '"batch"', "batch: ZeroMQ's thread never interrupts a worker's loop (Linux); or normal"
         ),
+        "read_pause": Key(
+            "seconds", 0.0002, "0.0002", "rest between reads above 8,000 frames/s, for less CPU; 0: never", 0, 0.01
+        ),
     },
     "exchange": {
         "port": Key("integer", 0, "0", "port of the practice exchange on 127.0.0.1; 0 is any free one", 0, 65535),

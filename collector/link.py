@@ -31,7 +31,9 @@ class Link(asyncio.Protocol):
         self._receive = receive
         self._ended = ended
         self._transport: asyncio.Transport | None = None
-        self._unpacker = msgpack.Unpacker(max_buffer_size=MAX_FRAME, strict_map_key=True)
+        self._unpacker = msgpack.Unpacker(
+            max_buffer_size=MAX_FRAME, max_array_len=1 << 20, max_map_len=1 << 20, strict_map_key=True
+        )
         self._fault = "end of file"
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:

@@ -169,6 +169,7 @@ class Supervisor:
             "runtime_dir": str(self.config.runtime_dir),
             "log_level": self._log_level,
             "scheduling": self.config.scheduling,
+            "read_pause": self.config.read_pause,
         }
 
     def resolve_url(self, connection: Connection) -> str:

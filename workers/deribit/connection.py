@@ -23,6 +23,7 @@ from workers.deribit.reconcile import Reconciler
 from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, decode_frame, encode_request
 from workers.deribit.session import Session
 from workers.deribit.together import do_together
+from workers.deribit.watch import Pace
 
 MAX_FRAME = 16 << 20
 """Bytes of one frame that are taken; Deribit's largest (an instrument list) was measured at 5.1 MB."""
@@ -65,6 +66,7 @@ class Listener:
 class Client:
     """One connection, with the six connection settings; times in seconds.
 
+    `read_pause` is rested between reads while frames come fast, one by one (see watch.Pace).
     `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
     """
 
@@ -79,6 +81,7 @@ class Client:
         *,
         login: Login | None = None,
         cancel_on_disconnect: bool = False,
+        read_pause: float = 0.0,
         listener: Listener | None = None,
     ) -> None:
         self.url = url
@@ -109,6 +112,7 @@ class Client:
         self._verdict: asyncio.Future[None] | None = None
         self._live = asyncio.Event()
         self._closing = asyncio.Event()
+        self._pace = Pace(read_pause)
         self._stamp = 0
         self._heard = 0.0
 
@@ -362,6 +366,9 @@ class Client:
     def _end_burst(self) -> None:
         stamp, self._stamp = self._stamp, 0
         self.listener.end_burst(stamp)
+        if self._pace.should_pause(self.frames, stamp):
+            # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
+            time.sleep(self._pace.pause)
 
     def _take_control(self, socket: aiohttp.ClientWebSocketResponse[Any], message: Any) -> None:
         if message.type is aiohttp.WSMsgType.BINARY:

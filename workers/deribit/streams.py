@@ -10,6 +10,9 @@ from workers.deribit.payloads import Book, Gap, Payload, Status
 Message = Payload | dict[str, Any]
 
 
+MAX_TOPICS = 200_000
+"""Topics of one connection; an exchange that invents instruments must not eat the memory."""
+
 REPEATS = 100
 """Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
 
@@ -118,6 +121,8 @@ class Topics:
         key = (kind, instrument, interval)
         stream = self._streams.get(key)
         if stream is None:
+            if len(self._streams) >= MAX_TOPICS:
+                raise Malformed(f"more than {MAX_TOPICS} topics on one connection")
             stream = self._streams[key] = Stream(kind, instrument, interval, self.epoch)
             stream.slot = self.ledger.find_slot(stream.topic.decode())
         return stream

@@ -32,6 +32,9 @@ log = logging.getLogger("deribit")
 
 START = len(DATA_PREFIX)
 
+SAMPLE_EVERY = 5_000_000
+"""Time between samples of latency and lag, in ns."""
+
 
 def create_worker(spec: dict[str, Any]) -> "Worker":
     """The worker that a spec describes (see workers.actor)."""
@@ -63,6 +66,7 @@ class Worker(Listener):
         self.malformed = 0
         self.unknown = 0
         self.latency = Spread()
+        self._sampled = 0
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
         self.publisher = Publisher(settings["publish"], settings["queue"], self.ledger)
@@ -71,7 +75,7 @@ class Worker(Listener):
             settings["url"], settings["headers"], settings["timeout"], settings["retry_count"],
             settings["retry_delay"], settings["heartbeat_interval"],
             login=Login(login["client_id"], login["client_secret"]) if login else None,
-            cancel_on_disconnect=settings["cancel_on_disconnect"], listener=self,
+            cancel_on_disconnect=settings["cancel_on_disconnect"], read_pause=spec["read_pause"], listener=self,
         )  # fmt: skip
         self.healer = Healer(self.client, self.publisher)
         self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
@@ -194,6 +198,8 @@ class Worker(Listener):
             return {"channels": await self.client.unsubscribe(names)}
         finally:
             for name in names:
+                if name in self.client.reconciler.subscriptions.asked:
+                    continue  # somebody wants it again by now
                 if (feed := self.feeds.pop(name.encode(), None)) is not None:
                     self.statuses.tell(feed, *condition)
                     for stream in feed.streams.values():
@@ -264,7 +270,10 @@ class Worker(Listener):
             log.warning("malformed frame %d: %.300s: %.120r", self.malformed, reason, frame)
 
     def end_burst(self, receive_ts: int) -> None:
-        """Sample latency and lag, once for all that was read together."""
+        """Sample latency and lag and look for joins: once for all that was read together, and not more than needed."""
+        if receive_ts - self._sampled < SAMPLE_EVERY:
+            return
+        self._sampled = receive_ts
         self.latency.add(time.time_ns() - receive_ts)
         if self._newest:
             message = self._newest[-1][1]
