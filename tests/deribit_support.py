@@ -117,13 +117,23 @@ async def connected(
 
 
 class Hearer(Subscriber):
-    """A subscriber in the same loop as the worker: it takes what is there and never waits."""
+    """A subscriber in the same loop as the worker: it takes what is there and never waits.
+
+    `heard` holds all of it in order, `messages` what is numbered, `joins` the answers to late subscribers.
+    """
+
+    def __init__(self, *endpoints: str) -> None:
+        super().__init__(*endpoints)
+        self.heard: list[tuple[str, dict[str, Any]]] = []
+        self.joins: list[tuple[str, dict[str, Any]]] = []
 
     def drain(self) -> None:
         """Take all that has arrived."""
         while self._socket.poll(0):
             topic, payload = self._socket.recv_multipart()
-            self.messages.append((topic.decode(), msgpack.unpackb(payload, strict_map_key=True)))
+            message = (topic.decode(), msgpack.unpackb(payload, strict_map_key=True))
+            self.heard.append(message)
+            (self.joins if message[1].get("join") else self.messages).append(message)
 
     async def hear(self, fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
         """Receive until fact() is true, and return it."""
@@ -170,7 +180,8 @@ def make_spec(url: str, directory: str, channels: Iterable[str], **settings: Any
     }  # fmt: skip
     return {
         "name": "w", "kind": "deribit", "epoch": time.time_ns(), "restarts": 0, "runtime_dir": directory,
-        "channels": list(channels), "connection": connection, "credentials": login and login._asdict(), **more,
+        "channels": list(channels), "connection": connection, "credentials": login and login._asdict(),
+        "scheduling": "normal", "read_pause": 0.0, "log_level": "debug", **more,
     }  # fmt: skip
 
 

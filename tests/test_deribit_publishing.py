@@ -1,0 +1,248 @@
+"""What a worker publishes: every type from every channel, numbered, with heartbeats and states beside the data."""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from collector.lifecycle import Exit
+from collector.messages import TYPES, ControlError, parse_topic
+from collector.schema import ENVELOPE, SCHEMA, find_faults
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, in_loop, wait_for
+from tests.exchange_client import exchange
+from tests.frames_checker import check_numbering
+
+CHANNELS = {
+    "book.BTC-PERPETUAL.raw": "book.BTC-PERPETUAL.raw",
+    "book.BTC-PERPETUAL.100ms": "book.BTC-PERPETUAL.100ms",
+    "book.ETH-PERPETUAL.agg2": "book.ETH-PERPETUAL.agg2",
+    "book.ETH-PERPETUAL.none.20.100ms": "book.ETH-PERPETUAL.none-20-100ms",
+    "book.BTC-PERPETUAL.10.1.agg2": "book.BTC-PERPETUAL.10-1-agg2",
+    "trades.BTC-PERPETUAL.raw": "trade.BTC-PERPETUAL.raw",
+    "trades.option.any.100ms": "trade.BTC-",
+    "trades.spot.USDC.agg2": "trade.BTC_USDC.agg2",
+    "ticker.BTC-PERPETUAL.raw": "ticker.BTC-PERPETUAL.raw",
+    "ticker.ETH-PERPETUAL.100ms": "ticker.ETH-PERPETUAL.100ms",
+    "incremental_ticker.BTC-PERPETUAL": "ticker.BTC-PERPETUAL.incremental",
+    "quote.BTC-PERPETUAL": "quote.BTC-PERPETUAL.raw",
+    "deribit_price_index.btc_usd": "index.btc_usd.raw",
+    "deribit_volatility_index.btc_usd": "volatility.btc_usd.raw",
+    "estimated_expiration_price.btc_usd": "expiration_price.btc_usd.raw",
+    "markprice.options.btc_usd": "mark_prices.btc_usd.raw",
+    "perpetual.BTC-PERPETUAL.100ms": "funding.BTC-PERPETUAL.100ms",
+    "chart.trades.BTC-PERPETUAL.1": "candle.BTC-PERPETUAL.1",
+    "instrument.state.any.any": "instrument.",
+    "instrument.creation.option.any": "instrument.",
+    "platform_state": "platform.",
+    "platform_state.public_methods_state": "platform.all.raw",
+    "deribit_price_ranking.btc_usd": "other.deribit_price_ranking:btc_usd.raw",
+    "deribit_price_statistics.btc_usd": "other.deribit_price_statistics:btc_usd.raw",
+    "user.portfolio.btc": "other.user:portfolio:btc.raw",
+    "user.orders.BTC-PERPETUAL.raw": "other.user:orders:BTC-PERPETUAL:raw.raw",
+    "user.changes.any.any.raw": "other.user:changes:any:any:raw.raw",
+}
+"""Channels of every family, and how the topics begin that they feed."""
+
+
+@pytest.fixture(scope="module")
+def lively() -> Iterator[str]:
+    """An exchange where instruments come and go."""
+    with exchange("--rate", "1500", "--faults", "listing:0.5,expiry:0.7", "--options", "60") as (url, _):
+        yield url
+
+
+def check_all(hearer: Hearer) -> None:
+    """Every message is valid, belongs to its topic, and each topic is numbered without a hole."""
+    assert check_numbering(hearer.messages) == []
+    for name, body in hearer.messages:
+        topic = parse_topic(name)
+        assert find_faults(body, {**ENVELOPE, **SCHEMA[body["type"]]}) == [], name
+        assert (topic.exchange, topic.instrument) == (body["exchange"], body["instrument"])
+        assert body["type"] in (topic.type, "gap", "repair", "status")
+
+
+@in_loop
+async def test_every_channel_feeds_its_topic(lively: str) -> None:
+    async with collecting(lively, "", *CHANNELS, login=LOGIN) as run:
+        await wait_for(lambda: run.worker.client.machine.state == "live", "the connection")
+        order = {"instrument_name": "BTC-PERPETUAL", "amount": 10, "type": "limit", "price": 1000}
+        await run.ask("send", method="private/buy", params=order)
+        for channel, begin in CHANNELS.items():
+            kind = begin.partition(".")[0]
+            more: dict[str, Any] = {"channel": channel} if kind == "other" else {}
+            await run.hearer.hear_of(f"deribit.{begin}", type=kind, **more)
+        await run.hearer.hear_of("deribit.heartbeat.w.1s", type="heartbeat")
+        check_all(run.hearer)
+        assert {body["type"] for _, body in run.hearer.messages} >= set(TYPES) - {"gap", "repair"}
+        assert {body["epoch"] for _, body in run.hearer.messages} == {run.worker.epoch}
+        state = await run.get_state()
+        assert (state["malformed"], state["unknown"], state["reconnects"]) == (0, 0, 0)
+        assert sorted(state["channels"]["confirmed"]) == sorted(CHANNELS)
+        assert state["messages"] >= len(run.hearer.messages)
+        assert state["lag"].keys() == state["latency"].keys() == {"p50", "p99"}
+
+
+@in_loop
+async def test_times_and_payloads_are_those_of_the_exchange(practice: str) -> None:
+    async with collecting(practice, "", "ticker.BTC-PERPETUAL.100ms", "incremental_ticker.BTC-PERPETUAL", QUOTE) as run:
+        full = (await run.hearer.hear_of("deribit.ticker.BTC-PERPETUAL.100ms", type="ticker"))[0]
+        merged = (await run.hearer.hear_of("deribit.ticker.BTC-PERPETUAL.incremental", 3, type="ticker"))[-1]
+        assert full.keys() == merged.keys()
+        assert {"volume", "high", "low", "price_change", "volume_usd"} <= full.keys()
+        assert not {"stats", "greeks", "instrument_name", "timestamp"} & full.keys()
+        for body in (full, merged, (await run.hearer.hear_of("deribit.quote.", type="quote"))[0]):
+            assert body["exchange_ts"] % 1_000_000 == 0
+            assert abs(body["receive_ts"] - body["exchange_ts"]) < 60_000_000_000
+            assert run.worker.epoch < body["receive_ts"]
+
+
+@in_loop
+async def test_a_heartbeat_each_second_also_while_disconnected(practice: str) -> None:
+    async with collecting(practice, "refuse:503", QUOTE, retry_delay=0.5) as run:
+        beats = await run.hearer.hear_of("deribit.heartbeat.w.1s", 4)
+        assert [beat["seq"] for beat in beats[:4]] == [1, 2, 3, 4]
+        assert {beat["state"] for beat in beats} <= {"connecting", "backoff"}
+        assert {(beat["wire"], beat["connection"], beat["instrument"]) for beat in beats} == {(1, "w", "w")}
+        assert all(0.5e9 < two["receive_ts"] - one["receive_ts"] < 3e9 for one, two in pairwise(beats))
+        assert all(one["published"] < two["published"] for one, two in pairwise(beats))
+
+
+@in_loop
+async def test_the_connection_tells_its_states(practice: str) -> None:
+    async with collecting(practice, "drop:0.5,first:1", QUOTE) as run:
+        await run.hearer.hear_of("deribit.status.w.connection", 2, state="live")
+        told = [(body["state"], body["connection"]) for body in run.hearer.find("deribit.status.w.connection")]
+        life = [("connecting", "w"), ("bootstrapping", "w"), ("live", "w")]
+        assert told == [*life, ("backoff", "w"), *life]
+        assert "broke off" in run.hearer.find("deribit.status.w.connection", state="backoff")[0]["reason"]
+        run.worker.stop()
+        await run.hearer.hear_of("deribit.status.w.connection", state="closed")
+    assert run.worker.client.exit == Exit.STOPPED
+
+
+@in_loop
+async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
+    async with collecting(practice, "drop:0.7,first:1", QUOTE, BOOK, TRADES, "quote.NOPE") as run:
+        for topic in ("quote.BTC-PERPETUAL.raw", "book.BTC-PERPETUAL.100ms", "trade.BTC-PERPETUAL.100ms"):
+            await run.hearer.hear_of(f"deribit.{topic}", 2, type="status", state="live")
+            told = [body["state"] for body in run.hearer.find(f"deribit.{topic}", type="status")]
+            assert told == ["live", "recovering", "live"]
+        refused = await run.hearer.hear_of("deribit.quote.NOPE.raw", 2, type="status", state="refused")
+        assert "left it out" in refused[0]["reason"]
+        check_all(run.hearer)
+
+
+@in_loop
+async def test_each_status_is_said_again_within_a_minute(practice: str) -> None:
+    async with collecting(practice, "", QUOTE, BOOK, TRADES) as run:
+        prefixes = ("deribit.quote.", "deribit.book.", "deribit.trade.")
+        for prefix in prefixes:
+            await run.hearer.hear_of(prefix, type="status", state="live")
+        said = {prefix: len(run.hearer.find(prefix, type="status")) for prefix in prefixes}
+        for part in range(60):
+            run.worker.statuses.repeat(run.worker.feeds.values(), part)
+        for prefix in prefixes:
+            again = await run.hearer.hear_of(prefix, said[prefix] + 1, type="status")
+            assert again[-1]["state"] == "live"
+            assert len(again) <= said[prefix] + 2  # one more may be of the worker's own clock
+        check_all(run.hearer)
+
+
+@in_loop
+async def test_a_topic_that_is_left_and_taken_up_again_goes_on_with_its_numbers(practice: str) -> None:
+    async with collecting(practice, "", QUOTE, BOOK) as run:
+        topic = "deribit.quote.BTC-PERPETUAL.raw"
+        await run.hearer.hear_of(topic, 3, type="quote")
+        assert await run.ask("unsubscribe", channels=[QUOTE]) == {"channels": {QUOTE: True}}
+        closed = await run.hearer.hear_of(topic, type="status", state="closed")
+        await run.hearer.hear_of("deribit.book.", len(run.hearer.find("deribit.book.")) + 5)
+        assert run.hearer.find(topic)[-1] == closed[0]
+        assert await run.ask("subscribe", channels=[QUOTE]) == {"channels": {QUOTE: True}}
+        quotes = await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="quote")) + 2, type="quote")
+        assert quotes[-1]["seq"] > closed[0]["seq"]
+        assert not run.hearer.find(topic, type="gap")  # who left it lost nothing
+        check_all(run.hearer)
+
+
+@in_loop
+async def test_unsubscribing_and_subscribing_at_once_leaves_it_subscribed(practice: str) -> None:
+    async with collecting(practice, "delay:100", QUOTE, BOOK) as run:
+        topic = "deribit.quote.BTC-PERPETUAL.raw"
+        await run.hearer.hear_of(topic, type="quote")
+        leaving = asyncio.create_task(run.ask("unsubscribe", channels=[QUOTE]))
+        await asyncio.sleep(0)  # the call is on its way
+        await run.ask("subscribe", channels=[QUOTE])
+        await leaving
+        now = time.time_ns()
+        await run.hearer.hear(lambda: run.hearer.find(topic)[-1]["receive_ts"] > now, "quotes from then on")
+        assert run.worker.client.get_state()["channels"]["confirmed"] == sorted([QUOTE, BOOK])
+        check_all(run.hearer)
+
+
+@pytest.mark.parametrize("fault", ["no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1"])
+@in_loop
+async def test_a_channel_is_closed_also_if_nobody_answers(practice: str, fault: str) -> None:
+    async with collecting(practice, fault, QUOTE, BOOK, timeout=0.5) as run:
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+        assert await run.ask("unsubscribe", channels=[QUOTE]) == {"channels": {QUOTE: True}}
+        await run.hearer.hear_of("deribit.quote.", type="status", state="closed")
+        await wait_for(lambda: run.worker.client.reconciler.subscriptions.confirmed == {BOOK}, "what is left")
+
+
+@in_loop
+async def test_wishes_while_it_is_away_are_kept_and_fed_later(practice: str) -> None:
+    async with collecting(practice, "refuse:503,first:3", BOOK, retry_delay=0.3) as run:
+        answer = await run.ask("subscribe", channels=[QUOTE])
+        assert answer["channels"][QUOTE]["code"] == "not_connected"
+        assert await run.ask("unsubscribe", channels=[BOOK]) == {"channels": {BOOK: True}}
+        await run.hearer.hear_of("deribit.quote.BTC-PERPETUAL.raw", type="quote")
+        assert not run.hearer.find("deribit.book.", type="book")
+
+
+@in_loop
+async def test_commands_are_answered_with_their_codes(practice: str) -> None:
+    async with collecting(practice, "slow:public/status=2", QUOTE) as run:
+        await wait_for(lambda: run.worker.client.machine.state == "live", "the connection")
+        assert await run.ask("send", method="public/test") == {"version": "1.2.26"}
+        codes: dict[str, ControlError] = {}
+        requests: list[tuple[str, float, dict[str, Any]]] = [
+            ("unknown_op", 5, {"op": "dance"}),
+            ("exchange_error", 5, {"op": "send", "method": "public/nothing"}),
+            ("bad_request", 5, {"op": "subscribe", "channels": ["a b"]}),
+            ("timeout", 0.2, {"op": "send", "method": "public/status"}),
+        ]
+        for code, timeout, request in requests:
+            with pytest.raises(ControlError) as error:
+                await run.ask(timeout=timeout, **request)
+            codes[code] = error.value
+            assert error.value.code == code
+        assert codes["exchange_error"].data == {"code": -32601, "message": "Method not found"}
+        run.worker.stop()
+        await wait_for(lambda: run.worker.client.machine.state == "closed", "the end")
+        with pytest.raises(ControlError, match="not_connected"):
+            await run.ask("send", method="public/test")
+
+
+@in_loop
+async def test_data_of_channels_that_nobody_asked_for_are_counted(practice: str) -> None:
+    async with collecting(practice, "", QUOTE) as run:
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+        await run.worker.client.send("public/subscribe", {"channels": [BOOK]})
+        await wait_for(lambda: run.worker.unknown > 2, "unknown data")
+        assert not run.hearer.find("deribit.book.")
+
+
+@in_loop
+async def test_wrong_types_are_counted_and_what_is_published_stays_valid(practice: str) -> None:
+    async with collecting(practice, "wrong_types:5", *(c for c in CHANNELS if not c.endswith(".raw"))) as run:
+        await wait_for(lambda: run.worker.malformed > 20, "malformed frames")
+        await run.hearer.hear_of("deribit.quote.", len(run.hearer.find("deribit.quote.")) + 5, type="quote")
+        check_all(run.hearer)
+        counts: defaultdict[str, int] = defaultdict(int)
+        for _, body in run.hearer.messages:
+            counts[body["type"]] += 1
+        assert {"book", "ticker", "quote", "index", "trade"} <= counts.keys()
