@@ -166,6 +166,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--programs", nargs="+", help="run the cases of these programs only")
     parser.add_argument("--quick", action="store_true", help="a smoke run: one short round")
     parser.add_argument("--no-pin", action="store_true", help="leave the processes to the system's scheduler")
+    parser.add_argument("--set", action="append", metavar="KEY=VALUE", help="a line for the worker's [collector] table")
     parser.add_argument("--json", type=Path, help="write all results to this file")
     return parser.parse_args(arguments)
 
@@ -176,8 +177,8 @@ def main(arguments: list[str] | None = None) -> None:
     pinned = (os.cpu_count() or 1) >= 2 and not options.no_pin
     place = Place(0, 1) if pinned else Place(None, None)
     sections = QUICK if options.quick else SECTIONS
-    written: dict[str, Any] = {"machine": describe_machine(place), "sections": {}}
-    lab = Lab(place)
+    written: dict[str, Any] = {"machine": describe_machine(place), "settings": options.set or [], "sections": {}}
+    lab = Lab(place, options.set)
     try:
         for name in options.only or sections:
             cases = [case for case in sections[name] if not options.programs or case.program in options.programs]

@@ -97,9 +97,10 @@ class Process:
 class Lab:
     """The bench: load servers, one for each tape and kept between runs, and all else for the length of a run."""
 
-    def __init__(self, place: Place, batch: bool = True) -> None:
+    def __init__(self, place: Place, settings: list[str] | None = None) -> None:
+        """`settings` are lines for the [collector] table of the worker's configuration."""
         self.place = place
-        self.batch = batch
+        self.settings = settings or []
         self._loads: dict[str, tuple[Process, dict[str, Any]]] = {}
 
     def close(self) -> None:
@@ -159,16 +160,17 @@ class Lab:
         return follower
 
     def _start_yardstick(self, stack: ExitStack, case: Case, url: str, channels: list[str], endpoint: str) -> Process:
-        batch = self.batch and case.program == "relay"
+        # The worker's own default; without it ZeroMQ's thread interrupts the loop after each send.
+        batch = case.program == "relay" and 'scheduling = "normal"' not in self.settings
         program = Process(yardsticks.run, case.program, url, channels, endpoint, batch)
         stack.callback(program.end)
         return program
 
     @contextmanager
     def _run_worker(self, folder: Path, url: str, channels: list[str], endpoint: str) -> Iterator[int]:
-        config = folder / "bench.toml"
+        config, settings = folder / "bench.toml", "\n".join(self.settings)
         config.write_text(
-            f'[collector]\nruntime_dir = "{folder}"\n[[connection]]\nname = "bench"\nurl = "{url}"\n'
+            f'[collector]\nruntime_dir = "{folder}"\n{settings}\n[[connection]]\nname = "bench"\nurl = "{url}"\n'
             f'publish = "{endpoint}"\nretry_delay = 0.1\nchannels = {json.dumps(channels)}\n'
         )
         with running(*collector("--log-level", "warning", "run", str(config))) as program:
@@ -176,7 +178,7 @@ class Lab:
             try:
                 yield wait_until(lambda: _find_worker(program.pid), "the worker process")
             except AssertionError as error:
-                raise AssertionError(f"{error}; the collector printed:\n{program.text()[-2000:]}") from None
+                raise AssertionError(f"{error}; the collector printed:\n{program.text()[:3000]}") from None
 
     def _wait_ready(self, load: Process, channels: int, pid: int) -> Results:
         """Wait until all is subscribed and the program has come to rest."""
