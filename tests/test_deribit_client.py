@@ -154,7 +154,7 @@ BRISK: dict[str, Any] = {"heartbeat_interval": 0.5}
 @in_loop
 async def test_every_test_request_is_answered(practice: str, faults: str, channels: list[str]) -> None:
     async with connected(practice, f"{faults}heartbeat_floor:0.5", channels=channels, **BRISK) as (client, ear):
-        await wait_for(lambda: client._number > 8 + bool(channels), "answers to test_requests")
+        await wait_for(lambda: client.requests.last > 8 + bool(channels), "answers to test_requests")
         assert (client.machine.state, client.reconnects, ear.malformed) == ("live", 0, [])
         if channels:
             assert len(ear.frames) > 1000
@@ -185,8 +185,8 @@ async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> 
 @in_loop
 async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None:
     async with connected(practice, "no_heartbeat,heartbeat_floor:0.1", heartbeat_interval=0.1) as (client, ear):
-        sent = client._number
-        await wait_for(lambda: client._number >= sent + 5, "five proofs of life")
+        sent = client.requests.last
+        await wait_for(lambda: client.requests.last >= sent + 5, "five proofs of life")
         assert [state for state, _ in ear.states][-1] == "live"
 
 
@@ -375,7 +375,7 @@ async def test_a_hundred_requests_at_once_get_each_its_own_answer(practice: str)
         names = ["BTC-PERPETUAL", "ETH-PERPETUAL"] * 45
         tickers = await asyncio.gather(*(client.send("public/ticker", {"instrument_name": name}) for name in names))
         assert [ticker["instrument_name"] for ticker in tickers] == names
-        assert client._pending == {}
+        assert client.requests.waiting == {}
 
 
 @in_loop

@@ -19,7 +19,9 @@ import aiohttp
 from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
 from workers.deribit.bootstrap import Login
 from workers.deribit.errors import ExchangeError, Lost, NotConnected, Refused
+from workers.deribit.listener import Listener
 from workers.deribit.reconcile import Reconciler
+from workers.deribit.requests import Requests
 from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, decode_frame, encode_request
 from workers.deribit.session import Session
 from workers.deribit.together import do_together
@@ -39,28 +41,6 @@ UPKEEP = 0.25
 
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
-
-
-class Listener:
-    """What a client tells its owner; override what is of use."""
-
-    def take_frame(self, frame: bytes, receive_ts: int) -> None:
-        """A data frame, read at `receive_ts` (ns)."""
-
-    def take_malformed(self, frame: bytes, reason: str) -> None:
-        """A frame that is not Deribit's protocol."""
-
-    def end_burst(self, receive_ts: int) -> None:
-        """All that was read at `receive_ts` has been handed out."""
-
-    def change_state(self, state: str, reason: str) -> None:
-        """The connection went into another state (words of lifecycle.CONNECTION)."""
-
-    def confirm_channels(self, names: list[str]) -> None:
-        """The exchange now sends these."""
-
-    def refuse_channels(self, names: list[str], reason: str) -> None:
-        """The exchange would not give these."""
 
 
 class Client:
@@ -104,8 +84,7 @@ class Client:
         self.malformed = 0
         self.last_error: Any = None
         self._reason = ""
-        self._number = 0
-        self._pending: dict[int, asyncio.Future[Any]] = {}
+        self.requests = Requests()
         self._socket: aiohttp.ClientWebSocketResponse[Any] | None = None
         self._life: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -140,9 +119,7 @@ class Client:
         socket = self._socket
         if socket is None or self.machine.state not in ("bootstrapping", "live"):
             raise NotConnected(f"the connection is {self.machine.state}")
-        self._number += 1
-        number = self._number
-        answer = self._pending[number] = asyncio.get_running_loop().create_future()
+        number, answer = self.requests.open()
         try:
             async with asyncio.timeout(timeout or self.timeout):
                 await socket.send_str(encode_request(number, method, params or {}))
@@ -153,7 +130,7 @@ class Client:
             self.last_error = error.raw
             raise
         finally:
-            del self._pending[number]
+            self.requests.close(number)
 
     async def subscribe(self, channels: list[str]) -> dict[str, Any]:
         """Ask for channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
@@ -272,10 +249,7 @@ class Client:
 
     async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
         self._live.clear()
-        for answer in self._pending.values():
-            if not answer.done():
-                answer.set_exception(Lost("the connection ended before the answer came"))
-                answer.exception()  # where nobody waits any more, nobody need be told
+        self.requests.fail(Lost("the connection ended before the answer came"))
         for task in (*tasks, *self._tasks):
             task.cancel()
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
@@ -390,9 +364,8 @@ class Client:
         elif isinstance(found, Heartbeat):
             if found.kind == "test_request":
                 self._answer_test()
-        elif found.number is not None and (answer := self._pending.get(found.number)) is not None:
-            if not answer.done():
-                answer.set_exception(found.error) if found.error else answer.set_result(found.result)
+        elif self.requests.settle(found):
+            pass
         elif found.error is not None:
             self.last_error = found.error.raw
             self._take_bad(frame, f"an error that answers no request of ours: {found.error}")

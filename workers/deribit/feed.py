@@ -1,11 +1,13 @@
 """What every channel's feed is: frames go in, wire messages come out. No I/O, no clock; times are arguments."""
 
+from abc import ABC, abstractmethod
+
 from collector.channels import Channel, parse_channel, share_topic
 from workers.deribit.streams import Published, Stream, Topics
 from workers.deribit.watch import Rhythm
 
 
-class Feed:
+class Feed(ABC):
     """One channel: takes its frames, gives messages.
 
     `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
@@ -50,9 +52,15 @@ class Feed:
         ):
             self.streams[stream.instrument] = stream
 
+    @abstractmethod
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """What a frame of this channel says. Raises Malformed if it is not one."""
-        raise NotImplementedError
+
+    def skip(self, now: int) -> None:
+        """A frame could not be read: announced where no numbers of the exchange's own will show it."""
+        if self.channel.type not in ("book", "trade") or self.channel.grouped:
+            for stream in self.streams.values():
+                stream.lose("sequence", self.topics, now)
 
     def lose(self, reason: str, now: int) -> None:
         """All that was on its way has been lost (`now` in ns)."""

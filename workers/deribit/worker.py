@@ -12,12 +12,13 @@ from typing import Any
 from collector.lifecycle import Exit
 from collector.messages import ControlError
 from workers.deribit.bootstrap import Login
-from workers.deribit.connection import Client, Listener
+from workers.deribit.connection import Client
 from workers.deribit.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.feed import Feed
 from workers.deribit.heal import Healer
 from workers.deribit.joins import Joins
 from workers.deribit.ledger import Ledger
+from workers.deribit.listener import Listener
 from workers.deribit.listings import LISTINGS, ListingFeed
 from workers.deribit.normalise import create_feed
 from workers.deribit.patrol import Patrol
@@ -194,6 +195,8 @@ class Worker(Listener):
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
         condition = ("expired", "") if arguments.get("reason") == "expired" else ("closed", "unsubscribed")
+        if condition[0] == "expired":
+            self._add_channels(names)  # an earlier life may have had them: then it is said all the same
         try:
             return {"channels": await self.client.unsubscribe(names)}
         finally:
@@ -247,6 +250,7 @@ class Worker(Listener):
                 self._newest = published
         except ValueError as error:
             self.take_malformed(frame, f"{feed.channel.name}: {error}")
+            feed.skip(receive_ts)
         if feed.changed:
             self._attend(feed)
 
