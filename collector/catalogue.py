@@ -66,7 +66,7 @@ class Catalogue:
         """The `result` of a GET; None where the exchange says that there is no such thing."""
         try:
             status, body = self._get(f"/api/v2/public/{question}")
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a host that is no host
             raise Unreachable(f"{self.host} cannot be reached ({error or type(error).__name__})") from None
         try:
             answer = json.loads(body)

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -65,6 +65,7 @@ class Follower:
         self._shards: list[Entry] = []
         self._ours: dict[str, int] = {}
         self._missing: set[str] = set()
+        self._untold: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._woken = asyncio.Event()
         self._stale = self._failed = False
@@ -72,14 +73,27 @@ class Follower:
     # before the start
 
     async def expand(self) -> bool:
-        """Expand the patterns and put in place what they need; False if that cannot be done."""
+        """Expand the patterns and put in place what they need; False if that cannot be done.
+
+        It takes as many attempts as a connection that was never live may make.
+        """
         connection = self._connection
-        url = self._supervisor.resolve_url(connection)
-        self._catalogue = Catalogue(url, connection.headers, connection.timeout)
-        if not await self._list_all():
-            return False
+        self._catalogue = Catalogue(self._supervisor.resolve_url(connection), connection.headers, connection.timeout)
+        for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
+            try:
+                async with self._supervisor.listing[self._catalogue.host]:  # in turn: where two meet, the first stays
+                    self._listed = await self._catalogue.fetch()
+                    return self._put_in_place()
+            except Unreachable as error:
+                delay = backoff_delay(attempt, connection.retry_delay, random.random())
+                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
+                self._entry.keeper.report["last_error"] = {"message": str(error)}
+                await asyncio.sleep(delay)
+        return self._give_up("the exchange's list of instruments could not be had")
+
+    def _put_in_place(self) -> bool:
         try:
-            found, shards = spread(connection, self._listed, read_clock())
+            found, shards = spread(self._connection, self._listed, read_clock())
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
@@ -100,20 +114,6 @@ class Follower:
             self._shards = [self._supervisor.start_connection(s, from_file=True, follower=self) for s in shards]
             self._entry.keeper.stop()  # they run in its place
         self._supervisor.follow(self._follow())
-
-    async def _list_all(self) -> bool:
-        """Get the whole list, with as many attempts as a connection that was never live may make."""
-        connection = self._connection
-        for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
-            try:
-                self._listed = await self._catalogue.fetch()
-                return True
-            except Unreachable as error:
-                delay = backoff_delay(attempt, connection.retry_delay, random.random())
-                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
-                self._entry.keeper.report["last_error"] = {"message": str(error)}
-                await asyncio.sleep(delay)
-        return self._give_up("the exchange's list of instruments could not be had")
 
     def _give_up(self, reason: str) -> bool:
         log.error("%s: %s: not started", self._name, reason)
@@ -145,13 +145,13 @@ class Follower:
             if self._stale and not self._failed:
                 due = min(due, checked + RECHECK)
             if time.monotonic() >= due:
-                self._stale, self._failed = False, not await self._check()
+                self._failed = not await self._check()
                 checked = time.monotonic()
                 due = checked + (PATIENCE if self._failed else count_to_check(time.time()))
             await self._adjust(again)
 
     async def _check(self) -> bool:
-        """Take the whole list; what is missing there is gone once it is missing twice, or had to expire."""
+        """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
         try:
             fresh = await self._catalogue.fetch()
         except Unreachable as error:
@@ -161,6 +161,7 @@ class Follower:
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
+        self._stale = bool(kept)
         self._listed = {name: self._listed[name] for name in kept} | fresh
         return True
 
@@ -192,6 +193,7 @@ class Follower:
 
     async def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments."""
+        await self._tell_ends()
         now = read_clock()
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._listed, now).values():
@@ -199,26 +201,27 @@ class Follower:
         plain = set(self._connection.channels)
         gone = [name for name in self._ours if name not in wanted and name not in plain]
         new = [name for name in wanted if name not in self._ours]
-        repeated = [
-            name for name, instrument in wanted.items()
-            if instrument in again and name in self._ours and name in self._shards[self._ours[name]].channels
-        ]  # fmt: skip
+        repeated = {
+            name: place for name, instrument in wanted.items()
+            if instrument in again and (place := self._ours.get(name)) is not None
+            and name in self._shards[place].channels
+        }  # fmt: skip
         listed = {name for name, each in self._listed.items() if each.is_listed(now)}
         await self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
         await self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
         await self._ask("subscribe", repeated)
         if placed := self._place(new):
-            log.info("%s: %s new: %s ...", self._name, _count(placed), placed[0])
+            log.info("%s: %s new: %s ...", self._name, _count(placed), next(iter(placed)))
             await self._ask("subscribe", placed)
 
-    def _place(self, new: list[str]) -> list[str]:
+    def _place(self, new: list[str]) -> dict[str, int]:
         """Give new channels their shards; those that would feed another connection's topics get none."""
         if not new:
-            return []
+            return {}
         held = {find_unit(name): place for name, place in self._ours.items()}
         places = assign(weigh([*self._ours, *new]), len(self._shards), held)
         taken = Places(self._supervisor.entries.values())
-        placed: list[str] = []
+        placed: dict[str, int] = {}
         for name in new:
             place = self._ours[name] = places[find_unit(name)]
             shard = self._shards[place]
@@ -230,30 +233,41 @@ class Follower:
                 log.warning("%s: %s is not asked for: %s", self._name, name, error)
                 continue
             shard.channels[name] = None
-            placed.append(name)
+            placed[name] = place
         return placed
 
     async def _let_go(self, names: list[str], reason: str) -> None:
         if not names:
             return
         log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
-        for name in names:
-            self._shards[self._ours[name]].channels.pop(name, None)
-        await self._ask("unsubscribe", names, reason=reason)
-        for name in names:
-            del self._ours[name]
+        places = {name: self._ours.pop(name) for name in names}
+        for name, place in places.items():
+            self._shards[place].channels.pop(name, None)
+        unheard = await self._ask("unsubscribe", places, reason=reason)
+        self._untold |= unheard if reason else {}
 
-    async def _ask(self, op: str, names: list[str], **more: str) -> None:
-        """Have each worker carry out its part; where that fails, the wish stands for its next connection or life."""
+    async def _tell_ends(self) -> None:
+        """Have it said on their topics of those, too, whose worker was away when they expired."""
+        untold, self._untold = self._untold, {}
+        self._untold = await self._ask("unsubscribe", untold, reason="expired")
+
+    async def _ask(self, op: str, places: Mapping[str, int], **more: str) -> dict[str, int]:
+        """Have each worker carry out its part; where none runs, the wish stands for its next life. Return that part."""
         groups: dict[int, list[str]] = defaultdict(list)
-        for name in names:
-            groups[self._ours[name]].append(name)
-        deadline = time.time_ns() + PATIENCE * 1_000_000_000
-        for place, group in groups.items():
-            try:
-                await self._shards[place].keeper.ask(op, {"channels": group, **more}, deadline)
-            except ControlError as error:
-                log.debug("%s: %s: %s", self._shards[place].connection.name, op, error)
+        for name, place in places.items():
+            groups[place].append(name)
+        heard = await asyncio.gather(*(self._ask_one(place, op, group, more) for place, group in groups.items()))
+        away = {place for place, was_heard in zip(groups, heard, strict=True) if not was_heard}
+        return {name: place for name, place in places.items() if place in away}
+
+    async def _ask_one(self, place: int, op: str, names: list[str], more: Mapping[str, str]) -> bool:
+        keeper = self._shards[place].keeper
+        try:
+            await keeper.ask(op, {"channels": names, **more}, time.time_ns() + PATIENCE * 1_000_000_000)
+        except ControlError as error:
+            log.debug("%s: %s: %s", keeper.name, op, error)
+            return error.code != "not_connected" or keeper.is_over
+        return True
 
 
 def read_clock() -> int:
@@ -261,5 +275,5 @@ def read_clock() -> int:
     return time.time_ns() // 1_000_000
 
 
-def _count(names: list[str]) -> str:
+def _count(names: Sized) -> str:
     return "1 channel" if len(names) == 1 else f"{len(names)} channels"

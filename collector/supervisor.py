@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -56,6 +57,7 @@ class Supervisor:
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
+        self.listing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by host: its list is being fetched
 
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""

@@ -74,6 +74,22 @@ def test_what_is_listed_while_the_worker_is_away_is_found() -> None:
         wait_until(lambda: before - find_asked(run), "an expiry")
 
 
+def test_what_expires_while_the_worker_is_away_is_told_when_it_is_back() -> None:
+    with collected({"a": OPTIONS}, exchange={"faults": "expiry:1"}) as run:
+        state = run.wait_state("a")
+        before = find_asked(run)
+        worker = psutil.Process(state["pid"])
+        worker.suspend()  # it is killed after four seconds, in which some expire
+        with subscribed(state["publish"]) as subscriber:
+            catalogue = Catalogue(state["url"], {}, 5.0)
+            there = before & {f"quote.{name}" for name in catalogue.read_all()}
+            run.program.wait_line(r"a: pid \d+ gave no sign of life")
+            gone = there - {f"quote.{name}" for name in catalogue.read_all()}
+            assert gone
+            subscriber.listen_until(lambda: gone <= {f"quote.{name}" for name in find_expired(subscriber)}, "all ends")
+            assert not gone & find_asked(run)
+
+
 def with_exchange(act: Callable[[Catalogue, dict[str, Any]], None], *options: str) -> None:
     """Act on an exchange of its own: its catalogue, and a table that names it."""
     port = find_port()
