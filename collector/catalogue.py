@@ -29,7 +29,10 @@ Result = TypeVar("Result")
 
 
 class Unreachable(Exception):
-    """The list could not be had; the text names the host and says why. Another attempt may help."""
+    """The list could not be had; one line names the host and says why. Another attempt may help."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in line[:250]))
 
 
 class Catalogue:

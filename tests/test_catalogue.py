@@ -1,0 +1,109 @@
+"""The exchange's list: from the practice exchange as it is, and from servers that are not what they should be."""
+
+import asyncio
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from collector.catalogue import Catalogue, Unreachable
+from tests.pipeline import exchange, find_port
+from tests.support import running
+
+RUDE = """
+import socket, sys
+kind, port = sys.argv[1], int(sys.argv[2])
+answers = {
+    "silence": b"", "garbage": b"\\x00\\xff" * 500, "html": b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\n<html>",
+    "deep": b"HTTP/1.0 200 OK\\r\\n\\r\\n" + b"[" * 200_000, "bytes": b"HTTP/1.0 200 OK\\r\\n\\r\\n\\xff\\xfe{",
+    "empty": b'HTTP/1.0 200 OK\\r\\n\\r\\n{"result": []}', "null": b"HTTP/1.0 200 OK\\r\\n\\r\\nnull",
+    "rows": b'HTTP/1.0 200 OK\\r\\n\\r\\n{"result": [1, {}, {"instrument_name": "a b"}, {"instrument_name": null}]}',
+    "map": b'HTTP/1.0 200 OK\\r\\n\\r\\n{"result": {"instrument_name": "BTC-1"}}',
+    "short": b'HTTP/1.1 200 OK\\r\\nContent-Length: 5000\\r\\n\\r\\n{"result": [',
+    "moved": b"HTTP/1.0 301 Moved\\r\\nLocation: http://elsewhere/\\r\\n\\r\\n",
+    "banned": b'HTTP/1.0 403 No\\r\\n\\r\\n{"error": {"code": 12005, "message": "ip_banned"}}',
+    "endless": b'HTTP/1.0 200 OK\\r\\n\\r\\n' + b" " * (65 << 20),
+}
+server = socket.create_server(("127.0.0.1", port))
+print("listening", flush=True)
+while True:
+    peer, _ = server.accept()
+    peer.recv(65536)
+    try:
+        peer.sendall(answers[kind])
+    except OSError:
+        pass
+    if kind != "silence":
+        peer.close()
+"""
+"""A server that answers everything with the same bytes."""
+
+
+@contextmanager
+def rude(kind: str) -> Iterator[Catalogue]:
+    port = find_port()
+    with running(sys.executable, "-c", RUDE, kind, str(port)) as program:
+        program.wait_line("listening")
+        yield Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2", {}, 0.5)
+
+
+ANSWERS = {
+    "silence": "cannot be reached (timed out)",
+    "garbage": "cannot be reached (",
+    "html": "answered with HTTP 200 and no list",
+    "deep": "answered with HTTP 200 and no list",
+    "bytes": "answered with HTTP 200 and no list",
+    "null": "answered with HTTP 200 and no list",
+    "empty": "lists no instruments",
+    "rows": "lists no instruments",
+    "map": "lists no instruments",
+    "short": "answered with HTTP 200 and no list",
+    "moved": "answered with HTTP 301 and no list",
+    "banned": "answered 12005 ip_banned",
+    "endless": "cannot be reached (the answer had no end after",
+}
+
+
+@pytest.mark.parametrize("kind", ANSWERS)
+def test_a_bad_answer_is_one_line_that_names_the_host(kind: str) -> None:
+    with rude(kind) as catalogue:
+        with pytest.raises(Unreachable) as caught:
+            catalogue.read_all()
+        line = str(caught.value)
+        assert line.startswith(f"{catalogue.host} ")
+        assert ANSWERS[kind] in line
+        assert line.isprintable()
+        assert len(line) < 300
+
+
+def test_the_list_and_one_of_it() -> None:
+    port = find_port()
+    with exchange(port, "--options", "100") as program:
+        program.wait_line(rf":{port}/")
+        catalogue = Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2?faults=mute", {"X-Desk": "7"}, 5.0)
+        listed = catalogue.read_all()
+        assert asyncio.run(catalogue.fetch()) == listed
+        perpetual = listed["BTC-PERPETUAL"]
+        assert (perpetual.kind, perpetual.expiry, perpetual.settlement, perpetual.state) == ("future", 0, "BTC", "open")
+        options = [each for each in listed.values() if each.kind == "option"]
+        assert len(options) == 100
+        assert all(each.expiry and each.strike and each.option_type in ("call", "put") for each in options)
+        assert catalogue.read_one("BTC-PERPETUAL") == perpetual
+        assert catalogue.read_one("NOPE") is None
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["ws://127.0.0.1:9/ws/api/v2", "wss://127.0.0.1:9/ws/api/v2", f"ws://{'a' * 64}.invalid/", "wss://no.invalid/"],
+)
+def test_nobody_there_names_the_host(url: str) -> None:
+    catalogue = Catalogue(url, {}, 1.0)
+    with pytest.raises(Unreachable, match=r"(127.0.0.1:9|\.invalid) cannot be reached \("):
+        catalogue.read_all()
+
+
+def test_an_instrument_that_cannot_be_is_no_request() -> None:
+    catalogue = Catalogue("ws://127.0.0.1:9/", {}, 1.0)
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        catalogue.read_one("BTC\r\nHost: elsewhere")
