@@ -12,7 +12,6 @@ from itertools import count
 from typing import Any
 
 import msgpack
-import zmq
 
 from collector.lifecycle import Exit
 from tests.pipeline import Subscriber, short_directory
@@ -122,8 +121,13 @@ class Hearer(Subscriber):
     `heard` holds all of it in order, `messages` what is numbered, `joins` the answers to late subscribers.
     """
 
-    def __init__(self, *endpoints: str) -> None:
-        super().__init__(*endpoints)
+    def __init__(self, *endpoints: str, prefixes: Iterable[str] = ("",)) -> None:
+        super().__init__()
+        self._socket.unsubscribe(b"")
+        for prefix in prefixes:
+            self._socket.subscribe(prefix.encode())
+        for endpoint in endpoints:
+            self._socket.connect(endpoint)
         self.heard: list[tuple[str, dict[str, Any]]] = []
         self.joins: list[tuple[str, dict[str, Any]]] = []
 
@@ -201,14 +205,3 @@ async def collecting(url: str, faults: str = "", *channels: str, **settings: Any
             code = await asyncio.wait_for(running, 8)
             hearer.close()
         assert code in (Exit.STOPPED, worker.client.exit)
-
-
-def join_late(endpoint: str, *prefixes: str) -> Hearer:
-    """One more subscriber, to these prefixes only."""
-    hearer = Hearer()
-    hearer._socket.unsubscribe(b"")
-    for prefix in prefixes:
-        hearer._socket.subscribe(prefix.encode())
-    hearer._socket.connect(endpoint)
-    assert hearer._socket.type == zmq.SUB
-    return hearer

@@ -1,0 +1,242 @@
+"""Late subscribers: whoever subscribes has what matters of each topic, in the stream, at no cost to the others."""
+
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import zmq
+
+from tests.deribit_support import BOOK, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.frames_checker import check_numbering
+
+CURRENT = {
+    "deribit.quote.BTC-PERPETUAL.raw": QUOTE,
+    "deribit.ticker.BTC-PERPETUAL.100ms": TICKER,
+    "deribit.ticker.BTC-PERPETUAL.incremental": "incremental_ticker.BTC-PERPETUAL",
+    "deribit.index.btc_usd.raw": "deribit_price_index.btc_usd",
+    "deribit.mark_prices.btc_usd.raw": "markprice.options.btc_usd",
+    "deribit.funding.BTC-PERPETUAL.100ms": "perpetual.BTC-PERPETUAL.100ms",
+    "deribit.platform.btc_usd.raw": "platform_state",
+    "deribit.book.BTC-PERPETUAL.100ms": BOOK,
+    "deribit.book.BTC-PERPETUAL.none-10-100ms": "book.BTC-PERPETUAL.none.10.100ms",
+}
+"""Topics that have a current value, and their channels."""
+
+
+@contextmanager
+def joined(run: Collecting, *prefixes: str) -> Iterator[Hearer]:
+    """One more subscriber, to these prefixes."""
+    hearer = Hearer(run.worker.publisher.endpoint, prefixes=prefixes)
+    try:
+        yield hearer
+    finally:
+        hearer.close()
+
+
+def list_joins(hearer: Hearer, topic: str) -> list[dict[str, Any]]:
+    return [body for name, body in hearer.joins if name == topic]
+
+
+async def wait_join(hearer: Hearer, topic: str, **keys: Any) -> dict[str, Any]:
+    """The first join answer on a topic with these values."""
+
+    def find() -> dict[str, Any] | None:
+        answers = list_joins(hearer, topic)
+        return next((body for body in answers if all(body.get(key) == value for key, value in keys.items())), None)
+
+    found: dict[str, Any] = await hearer.hear(find, f"a join answer on {topic} with {keys}")
+    return found
+
+
+@in_loop
+async def test_a_late_subscriber_gets_status_and_value_of_every_topic(practice: str) -> None:
+    async with collecting(practice, "", *CURRENT.values(), TRADES) as run:
+        for topic in CURRENT:
+            await run.hearer.hear_of(topic, type=topic.split(".")[1])
+        await run.hearer.hear_of("deribit.trade.", type="trade")
+        await run.hearer.hear_of("deribit.platform.btc_usd.raw", type="status")
+        with joined(run, "") as late:
+            for topic in CURRENT:
+                assert (await wait_join(late, topic, type="status"))["state"] == "live"
+                value = await wait_join(late, topic, type=topic.split(".")[1])
+                assert value["epoch"] == run.worker.epoch
+                assert value.get("kind", "snapshot") == "snapshot"
+            await wait_join(late, "deribit.status.w.connection", state="live")
+            assert (await wait_join(late, "deribit.trade.BTC-PERPETUAL.100ms"))["state"] == "live"
+            await late.hear_of("deribit.quote.", 3)
+        await run.hearer.hear_of("deribit.quote.", len(run.hearer.find("deribit.quote.")) + 3)
+        assert check_numbering(run.hearer.heard) == []
+
+
+@in_loop
+async def test_what_follows_a_join_continues_it(practice: str) -> None:
+    """Its seq is the last one used, and the changes after it chain on its change_id."""
+    async with collecting(practice, "", BOOK) as run:
+        topic = "deribit.book.BTC-PERPETUAL.100ms"
+        for _ in range(3):
+            await run.hearer.hear_of(topic, len(run.hearer.find(topic)) + 3, type="book")
+            with joined(run, f"{topic}") as late:
+                snapshot = await wait_join(late, topic, type="book")
+                await late.hear_of(topic, seq=snapshot["seq"] + 5)
+                place = [id(body) for _, body in late.heard].index(id(snapshot))
+                seq, change_id = snapshot["seq"], snapshot["change_id"]
+                for _, body in late.heard[place + 1 :]:
+                    if not body.get("join"):
+                        assert (body["seq"], body["prev_change_id"]) == (seq + 1, change_id)
+                        seq, change_id = body["seq"], body["change_id"]
+            assert seq >= snapshot["seq"] + 5
+
+
+@in_loop
+async def test_a_join_shows_the_same_book_as_the_stream(practice: str) -> None:
+    async with collecting(practice, "", BOOK) as run:
+        topic = "deribit.book.BTC-PERPETUAL.100ms"
+        await run.hearer.hear_of(topic, 10, type="book")
+        with joined(run, topic) as late:
+            snapshot = await wait_join(late, topic, type="book")
+            await run.hearer.hear_of(topic, seq=snapshot["seq"])
+        bids: dict[float, float] = {}
+        asks: dict[float, float] = {}
+        for body in run.hearer.find(topic, type="book"):
+            if body["seq"] <= snapshot["seq"]:
+                if body["kind"] == "snapshot":
+                    bids, asks = {}, {}
+                bids |= dict(body["bids"])
+                asks |= dict(body["asks"])
+        assert snapshot["bids"] == sorted(([p, a] for p, a in bids.items() if a), reverse=True)
+        assert snapshot["asks"] == sorted([p, a] for p, a in asks.items() if a)
+
+
+@in_loop
+async def test_the_last_gap_comes_first(practice: str) -> None:
+    async with collecting(practice, "", BOOK, TRADES) as run:
+        topic = "deribit.book.BTC-PERPETUAL.100ms"
+        for number in (1, 2):
+            run.hearer.drain()
+            await run.hearer.hear_of(topic, number, type="book", kind="snapshot")
+            run.worker.client.cut("the test wants it so")
+            await run.hearer.hear_of(topic, number, type="gap")
+        await run.hearer.hear_of(topic, 3, type="book", kind="snapshot")
+        last = run.hearer.find(topic, type="gap")[-1]
+        with joined(run, topic) as late:
+            await wait_join(late, topic, type="book")
+            first, second, third = list_joins(late, topic)[:3]
+            assert [first["type"], second["type"], third["type"]] == ["gap", "status", "book"]
+            assert {key: first[key] for key in last if key != "seq"} == {k: v for k, v in last.items() if k != "seq"}
+
+
+@in_loop
+async def test_a_book_out_of_step_gives_no_value_until_it_has_one(practice: str) -> None:
+    async with collecting(practice, "gap:20@1,slow:public/unsubscribe=2@1", BOOK) as run:
+        topic = "deribit.book.BTC-PERPETUAL.100ms"
+        await run.hearer.hear_of(topic, type="status", state="recovering")
+        with joined(run, topic) as late:
+            assert (await wait_join(late, topic, type="status"))["state"] == "recovering"
+            assert [body["type"] for body in list_joins(late, topic)] == ["gap", "status"]
+            snapshot = await late.hear_of(topic, type="book", kind="snapshot")
+            assert snapshot[0]["reason"] == "resync"
+            assert not [body for body in list_joins(late, topic) if body["type"] == "book"]
+
+
+@in_loop
+async def test_a_refused_channel_says_so_to_who_comes_late(practice: str) -> None:
+    async with collecting(practice, "", QUOTE, "quote.NOPE") as run:
+        await run.hearer.hear_of("deribit.quote.NOPE.raw", type="status", state="refused")
+        with joined(run, "deribit.quote.NOPE.") as late:
+            status = await wait_join(late, "deribit.quote.NOPE.raw", type="status")
+            assert (status["state"], status["seq"]) == ("refused", 1)
+
+
+@in_loop
+async def test_who_joins_while_it_is_away_gets_the_last_value_and_its_state(practice: str) -> None:
+    async with collecting(practice, "skip:1,refuse:503", QUOTE) as run:
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+        run.worker.client.cut("the test wants it so")
+        await run.hearer.hear_of("deribit.quote.", type="status", state="recovering")
+        last = run.hearer.find("deribit.quote.", type="quote")[-1]
+        with joined(run, "deribit.quote.") as late:
+            topic = "deribit.quote.BTC-PERPETUAL.raw"
+            assert (await wait_join(late, topic, type="status"))["state"] == "recovering"
+            value = await wait_join(late, topic, type="quote")
+            assert value["best_bid_price"] == last["best_bid_price"]
+            assert value["receive_ts"] == last["receive_ts"]
+
+
+@in_loop
+async def test_a_prefix_with_its_dot_is_answered_for_that_instrument_alone(practice: str) -> None:
+    async with collecting(practice, "", QUOTE, "quote.BTC_USDC-PERPETUAL", "quote.ETH-PERPETUAL") as run:
+        for name in ("BTC-PERPETUAL", "BTC_USDC-PERPETUAL", "ETH-PERPETUAL"):
+            await run.hearer.hear_of(f"deribit.quote.{name}.", type="quote")
+        with joined(run, "deribit.quote.BTC-PERPETUAL.", "nothing.at.all") as late:
+            await wait_join(late, "deribit.quote.BTC-PERPETUAL.raw", type="quote")
+            await late.hear_of("deribit.quote.", 3)
+            assert {topic for topic, _ in late.heard} == {"deribit.quote.BTC-PERPETUAL.raw"}
+
+
+# -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_a_thousand_joins_share_their_answers_and_the_stream_goes_on(practice: str) -> None:
+    channels = [QUOTE, BOOK, TICKER, TRADES, "deribit_price_index.btc_usd"]
+    async with collecting(practice, "", *channels) as run:
+        for kind in ("quote", "book", "ticker", "index"):
+            await run.hearer.hear_of(f"deribit.{kind}.", type=kind)
+        context = zmq.Context()
+        crowd = [context.socket(zmq.SUB) for _ in range(50)]
+        before, began = run.worker.publisher.subscriptions, time.monotonic()
+        joins = len(run.hearer.joins)
+        try:
+            for socket in crowd:
+                socket.connect(run.worker.publisher.endpoint)
+                socket.subscribe(b"deribit.")
+                for number in range(19):
+                    socket.subscribe(b"deribit.quote.BTC-PERPETUAL.%d" % number)
+            await wait_for(lambda: run.worker.publisher.subscriptions - before == 1000, "all joins")
+            await run.hearer.hear(lambda: len(run.hearer.joins) > joins + 5, "answers")
+            await run.hearer.hear_of("deribit.book.", len(run.hearer.find("deribit.book.")) + 5)
+            took = time.monotonic() - began
+            answers = Counter((topic, body["type"]) for topic, body in run.hearer.joins[joins:])
+            assert answers["deribit.quote.BTC-PERPETUAL.raw", "quote"] >= 1
+            assert max(answers.values()) <= took / 0.25 + 1
+            for socket in crowd:
+                assert socket.poll(5000)
+        finally:
+            context.destroy(linger=0)
+        await wait_for(lambda: run.worker.publisher.subscriptions == before, "the end of the crowd")
+        assert check_numbering(run.hearer.heard) == []
+        assert run.worker.client.reconnects == 0
+
+
+@in_loop
+async def test_more_topics_than_a_slice_holds_are_all_answered(practice: str) -> None:
+    """600 topics: refused ones have a status each, which is all that a late subscriber needs of them."""
+    channels = [f"quote.NOPE{number}" for number in range(600)]
+    async with collecting(practice, "", *channels, QUOTE) as run:
+        await run.hearer.hear_of("deribit.quote.NOPE", 600, type="status", state="refused")
+        with joined(run, "deribit.quote.") as late:
+            await late.hear(lambda: len(late.joins) >= 602, "all answers")
+            assert Counter(topic for topic, body in late.joins if body["type"] == "status").most_common(1)[0][1] == 1
+            assert len({topic for topic, _ in late.joins}) == 601
+
+
+@pytest.mark.parametrize("garbage", [b"", b"\2deribit.", b"hello", b"\1" + b"x" * 5000, b"\0deribit.", b"\xff" * 300])
+@in_loop
+async def test_garbage_from_upstream_is_ignored(practice: str, garbage: bytes) -> None:
+    async with collecting(practice, "", QUOTE) as run:
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+        context = zmq.Context()
+        stranger = context.socket(zmq.XSUB)
+        try:
+            stranger.connect(run.worker.publisher.endpoint)
+            for _ in range(100):
+                stranger.send(garbage)
+            with joined(run, "deribit.quote.") as late:
+                await late.hear_of("deribit.quote.", 5)
+            await run.hearer.hear_of("deribit.quote.", len(run.hearer.find("deribit.quote.")) + 5)
+        finally:
+            context.destroy(linger=0)
+        assert check_numbering(run.hearer.heard) == []
