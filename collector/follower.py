@@ -41,6 +41,9 @@ PATIENCE = 30
 MAX_SINGLE = 5
 """Unknown instruments that are asked for one by one; for more, the whole list is."""
 
+MAX_ROWS = 50_000
+"""Events that wait to be looked at; what is beyond them, a look at the whole list finds."""
+
 _DAY, _EIGHT = 86_400.0, 8 * 3_600.0
 
 log = logging.getLogger(__name__)
@@ -127,6 +130,8 @@ class Follower:
         match event:
             case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
                 self._rows.append(row)
+                self._stale |= len(self._rows) > MAX_ROWS
+                del self._rows[MAX_ROWS:]
             case {"event": "listening"}:  # what happened before, it cannot have heard
                 self._stale = True
         self._woken.set()

@@ -62,7 +62,7 @@ KEYS: dict[str, dict[str, Key]] = {
     "connection": {
         "name": Key("string", REQUIRED, '"futures"', "its name in state, logs, topics and the process list", 1, 40),
         "url": Key("string", REQUIRED, '"wss://www.deribit.com/ws/api/v2"', 'the WebSocket, or "practice"', 1, 2000),
-        "channels": Key("list of strings", (), '["book.BTC-PERPETUAL.100ms"]', "what to subscribe to", 1, 200),
+        "channels": Key("list of strings", (), '["book.BTC-PERPETUAL.100ms"]', "channels, or patterns of them", 1, 200),
         "publish": Key("string", "", '"tcp://127.0.0.1:5601"', "endpoint that subscribers connect to"),
         "headers": Key("table of strings", {}, '{ "User-Agent" = "desk-7" }', "sent with the upgrade"),
         "timeout": Key("seconds", 5.0, "5.0", "bound of one connection attempt and of one request", 0.05, 120),
