@@ -239,6 +239,7 @@ class Hole:
         self.first: int | None = message.get("missing_from", None if last is None else last + 1)
         self.last: int | None = message.get("missing_to")
         self.is_restart = message["reason"] == "restart"
+        self.is_partial = message.is_join  # what came of it before we joined is not known
         self.repaired = False
 
 
@@ -320,9 +321,9 @@ class Trades(Check):
         named = Ranges()
         for first, last in message["missing"]:
             named.add(first, last)
-            if self._seen.find_missing(first, last) != [(first, last)]:
+            if not hole.is_restart and self._seen.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
-        if hole.first is None or hole.last is None:
+        if hole.first is None or hole.last is None or hole.is_partial:
             return
         for first, last in self._seen.find_missing(hole.first, hole.last):
             if named.find_missing(first, last):

@@ -65,7 +65,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
             if missing is not None:
                 answered = yield from _fetch_run(stream, *missing, wait)
                 wait = 0.0
-            if not answered or pause == PAUSES[-1] or not feed.lacks_more(stream, tails):
+            if pause == PAUSES[-1] or (answered and not feed.lacks_more(stream, tails)):
                 tail = [hole for hole in feed.holes.get(stream, ()) if hole.is_tail and hole not in holes]
                 yield Healed(stream, holes + tail)
 
@@ -73,7 +73,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether that was done."""
     channel, lost_from, losses = feed.channel, feed.lost_from, feed.losses
-    if lost_from is None or any(stream.last_id for stream in feed.streams.values() if channel.instrument):
+    if lost_from is None or (channel.instrument and feed.is_numbered(feed.stream)):
         return False
     start, end = (lost_from + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
     if channel.instrument:
@@ -86,7 +86,7 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
         if not (yield from _fetch_period(subject, start, end)):
             return False
     if feed.losses == losses:  # else the connection was lost once more in the meantime
-        feed.end_loss()
+        feed.lost_from = None
     return True
 
 
@@ -94,8 +94,11 @@ def _fetch_period(subject: dict[str, str], start: int, end: int) -> Fetch:
     method = f"public/get_last_trades_by_{'instrument' if 'instrument_name' in subject else 'currency'}_and_time"
     while True:
         params = {**subject, "start_timestamp": start, "end_timestamp": end, "count": PAGE, "sorting": "asc"}
-        page = yield Ask(0.0, method, params)
-        if page is None:
+        for pause in PAUSES:  # nothing else would find an instrument that was first traded while we were away
+            page = yield Ask(pause, method, params)
+            if page is not None:
+                break
+        else:
             return False
         trades = page.trades
         if not (trades and page.has_more):

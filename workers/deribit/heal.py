@@ -15,10 +15,14 @@ from workers.deribit.connection import Client
 from workers.deribit.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.fetch import Ask, Healed, Page, heal_feed
 from workers.deribit.frames import TradeData, convert_laxly
+from workers.deribit.payloads import Repair
 from workers.deribit.publisher import Publisher
 from workers.deribit.trades import TradeFeed
 
 log = logging.getLogger("deribit")
+
+SURE = 5.0
+"""Seconds after which what was published is taken to have left this process, should it be killed."""
 
 AT_ONCE = 8
 """Channels that are healed side by side."""
@@ -69,10 +73,12 @@ class Healer:
                 self.heal(feed)
 
     def _end(self, feed: TradeFeed, healed: Healed) -> None:
-        for repair in feed.end_healing(healed.stream, healed.holes, self._client.read_clock()):
-            self.repaired += repair.repaired
-            self.missing += sum(last - first + 1 for first, last in repair.missing)
-            self._publisher.say(healed.stream, repair)
+        for message in feed.end_healing(healed.stream, healed.holes, self._client.read_clock()):
+            if isinstance(message, Repair):
+                self.repaired += message.repaired
+                self.missing += sum(last - first + 1 for first, last in message.missing)
+            self._publisher.say(healed.stream, message)
+        asyncio.get_running_loop().call_later(SURE, feed.settle, healed.stream)
 
     async def _fetch(self, feed: TradeFeed, ask: Ask) -> Page | None:
         """Send one request and publish what it brings; None if the exchange refuses. Raises Lost and its kin."""

@@ -4,7 +4,8 @@ It lies in a mapped file, so that it outlives a worker that is killed: a store i
 and the kernel keeps it. A successor that dies too loses nothing of it. The supervisor's own start begins a fresh one.
 
 Layout, in native byte order: records of 512 bytes; the first is the header (epoch, subscriptions), each later one
-belongs to a topic (receive_ts in ns, change_id or trade_seq, length of the topic, the topic).
+belongs to a topic (receive_ts in ns, change_id or trade_seq, length of the topic, first trade_seq of what is being
+healed or 0, the topic).
 """
 
 import mmap
@@ -15,6 +16,9 @@ from typing import NamedTuple
 
 RECORD = 512
 WORDS = RECORD // 8
+TEXT = 32
+"""Where a record's topic begins, in bytes."""
+
 TOPICS = 65_535
 """Topics that one ledger holds; the file is sparse, only what is used takes room."""
 
@@ -25,10 +29,14 @@ class Entry(NamedTuple):
     topic: str
     last_ts: int
     last_id: int
+    unhealed: int
 
 
 class Ledger:
-    """One mapped ledger. `cells[slot]` is a topic's receive_ts, `cells[slot + 1]` its id; slot 0 belongs to nobody."""
+    """One mapped ledger. Of a topic are `cells[slot]`: receive_ts, `+ 1`: its id, `+ 3`: the first id being healed.
+
+    Slot 0 belongs to nobody: it is the header's, in which `+ 2` and `+ 4` are the epoch and the subscriptions.
+    """
 
     def __init__(self, path: Path, fresh: bool) -> None:
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
@@ -46,11 +54,11 @@ class Ledger:
         for number in range(1, TOPICS + 1):
             start = number * RECORD
             length = self.cells[number * WORDS + 2]
-            if not 0 < length <= RECORD - 24:
+            if not 0 < length <= RECORD - TEXT:
                 return
-            topic = self._map[start + 24 : start + 24 + length].decode("utf-8", "replace")
+            topic = self._map[start + TEXT : start + TEXT + length].decode("utf-8", "replace")
             slot = number * WORDS
-            yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1])
+            yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1], self.cells[slot + 3])
 
     def find_slot(self, topic: str) -> int:
         """The slot of a topic, taken at need; 0 where the ledger is full or the topic too long."""
@@ -61,10 +69,10 @@ class Ledger:
 
     def _take_slot(self, topic: bytes) -> int:
         number = len(self._slots) + 1
-        if number > TOPICS or len(topic) > RECORD - 24:
+        if number > TOPICS or len(topic) > RECORD - TEXT:
             return 0
         start = number * RECORD
-        self._map[start + 24 : start + 24 + len(topic)] = topic
+        self._map[start + TEXT : start + TEXT + len(topic)] = topic
         self.cells[number * WORDS + 2] = len(topic)  # last: it makes the record count
         return number * WORDS
 
@@ -80,11 +88,11 @@ class Ledger:
     @property
     def subscriptions(self) -> int:
         """How many subscriptions the latest life had."""
-        return self.cells[3]
+        return self.cells[4]
 
     @subscriptions.setter
     def subscriptions(self, value: int) -> None:
-        self.cells[3] = value
+        self.cells[4] = value
 
     def close(self) -> None:
         """Let go of the file; it stays."""

@@ -27,15 +27,13 @@ class Stream:
     `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
-    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched;
-    trades above `repeat_above` up to `repeat_to`, of an earlier life, are to be said again (`unhealed`: because that
-    life had holes to heal); `slot` is in the ledger.
+    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched; `slot` is
+    its place in the ledger.
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
-        "last_id", "last_ts", "lost", "repeat_above", "repeat_to", "seq", "slot", "status", "topic", "type",
-        "unhealed",
+        "last_id", "last_ts", "lost", "seq", "slot", "status", "topic", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -51,9 +49,6 @@ class Stream:
         self.last_id = 0
         self.lost = False
         self.has_tail = False
-        self.repeat_above: int | None = None
-        self.repeat_to = 0
-        self.unhealed = False
         self.slot = 0
         self.due: Gap | None = None
         self.gap: Gap | None = None
@@ -134,7 +129,8 @@ class Topics:
             topic = parse_topic(entry.topic)
             stream = self.find(topic.type, topic.instrument, topic.interval)
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
-            stream.repeat_above, stream.repeat_to = max(0, entry.last_id - REPEATS), entry.last_id
+            if topic.type == "trade":
+                stream.last_id = max(0, min(entry.last_id - REPEATS, (entry.unhealed or entry.last_id) - 1))
             restored.append(stream)
         return restored
 

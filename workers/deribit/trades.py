@@ -41,9 +41,11 @@ class Hole:
         )
 
     def list_missing(self) -> list[tuple[int, int]]:
-        """The runs that have not come, as (from, to) of trade_seq, inclusive."""
+        """The runs that have not come, as (from, to) of trade_seq, inclusive; without a gap: after the first that has."""
         runs: list[tuple[int, int]] = []
-        expected = self.first
+        if self.gap is None and not self.came:
+            return runs
+        expected = self.first if self.gap is not None else min(self.came)
         end = max(self.came, default=self.first - 1) if self.last is None else self.last
         for seq in [*sorted(self.came), end + 1]:
             if seq > expected:
@@ -81,6 +83,7 @@ class TradeFeed(Feed):
                     self._take_late(stream, data, receive_ts, published)
                     continue
                 self._find_loss(stream, seq, receive_ts, published)
+                self._publish_due(stream, receive_ts, published)
             stream.last_id = seq
             published.append((stream, self.build_trade(stream, data, receive_ts)))
         if trades:
@@ -103,20 +106,22 @@ class TradeFeed(Feed):
         for hole in self.holes.get(stream, ()):
             if hole.holds(data.trade_seq):
                 hole.came.add(data.trade_seq)
-                published.append((stream, self.build_trade(stream, data, receive_ts)))
+                self._await_tail(stream)
+                marked = True if hole.gap is None else UNSET  # no gap says that older ones may come
+                published.append((stream, self.build_trade(stream, data, receive_ts, marked)))
                 return
         self.duplicates += 1
 
     def _find_loss(self, stream: Stream, seq: int, receive_ts: int, published: Published) -> None:
-        """Trade `seq` follows a loss, or shows one. A gap that is due is published before it by the publisher."""
+        """Trade `seq` follows a loss, or shows one: say in the gap that is due, or in a new one, what is missing."""
         first, last, gap = stream.last_id + 1, seq - 1, stream.due
         if stream.has_tail:  # what is being fetched ends before this trade
             stream.has_tail = False
             for hole in self.holes.get(stream, ()):
                 hole.last = hole.last or last
-        elif stream.last_id == 0 and self.lost_from is not None:  # it may have traded first while we were away
+        elif not is_known(stream) and self.lost_from is not None:  # it may have traded first while we were away
             self._open_hole(stream, None, 1, last)
-        elif first > last or stream.last_id == 0:
+        elif first > last or not is_known(stream):
             if gap is not None:  # nothing known to be missing, so nothing is to be healed
                 gap.missing_from, gap.healing = UNSET, False
         else:
@@ -124,32 +129,45 @@ class TradeFeed(Feed):
             gap.missing_to = last
             self._open_hole(stream, gap, first, last)
 
+    def _publish_due(self, stream: Stream, receive_ts: int, published: Published) -> None:
+        """At once, not when the frame is published: its next trade may show another hole, which has its own gap."""
+        gap, stream.due, stream.lost = stream.due, None, False
+        if gap is not None:
+            gap.to_ts = gap.receive_ts = receive_ts
+            stream.gap = gap
+            published.append((stream, gap))
+
+    def _await_tail(self, stream: Stream) -> None:
+        """A gap that is due comes to be published before an older trade: what it lacks has no end yet."""
+        if stream.due is not None and not stream.has_tail:
+            self._open_hole(stream, stream.due, stream.last_id + 1, None)
+            stream.has_tail = True
+
     def _announce(self, stream: Stream, receive_ts: int, published: Published) -> Gap:
+        stream.last_ts = stream.last_ts or receive_ts  # its first trade may stand in this very frame
         gap = stream.lose("sequence", self.topics, receive_ts)
-        assert gap is not None  # whoever sees a hole has had a trade, and nothing was lost before
-        stream.due, stream.lost, stream.gap = None, False, gap
-        published.append((stream, gap))
+        assert gap is not None  # nothing was lost before
         return gap
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
+        for stream in [stream for stream in self.holes if stream.has_tail]:
+            stream.has_tail = False  # what comes from now on belongs to the new gap
+            for hole in self.holes[stream]:
+                hole.last = stream.last_id if hole.last is None else hole.last
         super().lose(reason, now)
         self.losses += 1
         if self.lost_from is None and self.confirmed_at:
             last_ts = max((stream.last_ts for stream in self.streams.values()), default=0) or self.confirmed_at
             self.lost_from = min(last_ts, self.newest or last_ts)  # the earlier: what came may have come late
 
-    def end_loss(self) -> None:
-        """All that a lost connection, or an earlier life, may have cost this channel has been fetched by time."""
-        self.lost_from = None
-        for stream in self.streams.values():
-            if not stream.unhealed:
-                stream.repeat_above = None
-
     def _open_hole(self, stream: Stream, gap: Gap | None, first: int, last: int | None) -> Hole:
         hole = Hole(gap, first, last)
         self.holes.setdefault(stream, []).append(hole)
         self.changed = True
+        if gap is not None:
+            cells, mark = self.topics.ledger.cells, stream.slot + 3
+            cells[mark] = min(cells[mark] or first, first)
         return hole
 
     # -- healing ------------------------------------------------------------------------------------------------------
@@ -159,13 +177,15 @@ class TradeFeed(Feed):
 
         Without `tails`: only what is known to be missing, since all that came last has been fetched by time.
         """
-        runs = [run for hole in self.holes.get(stream, []) if hole.gap is not None for run in hole.list_missing()]
+        runs = [run for hole in self.holes.get(stream, ()) for run in hole.list_missing()]
         first = min((first for first, _ in runs), default=stream.last_id + 1)
-        if stream.repeat_above is not None and (tails or stream.unhealed):
-            return min(first, stream.repeat_above + 1), None
-        if tails and (stream.has_tail or (stream.lost and stream.last_id)):
+        if tails and (stream.has_tail or (stream.lost and is_known(stream))):
             return first, None
         return (first, max(last for _, last in runs)) if runs else None
+
+    def is_numbered(self, stream: Stream) -> bool:
+        """Whether what it lacks can be told by trade_seq alone."""
+        return is_known(stream) and all(hole.gap is not None for hole in self.holes.get(stream, ()))
 
     def lacks_more(self, stream: Stream, tails: bool) -> bool:
         """Whether it is worth it to ask once more for what has been asked for."""
@@ -188,37 +208,53 @@ class TradeFeed(Feed):
             for hole in self.holes.get(stream, ()):
                 if hole.holds(seq):
                     hole.came.add(seq)
+                    self._await_tail(stream)
                     return True
-            return self._is_repeat(stream, seq)
+            return False
         if stream.has_tail:
             self.holes[stream][-1].came.add(seq)
             return True
-        if stream.last_id and stream.due is None:
+        if is_known(stream) and stream.due is None:
             return False  # newer than all that came, and nothing was lost: it will come by itself
         # The quiet tail of a loss, or the first trades of an instrument that is new to us.
         self._open_hole(stream, stream.due, stream.last_id + 1, None).came.add(seq)
         stream.has_tail = True
         return True
 
-    def _is_repeat(self, stream: Stream, seq: int) -> bool:
-        """Whether an earlier life may have taken this trade along unsent; each is said again once."""
-        if stream.repeat_above is None or not stream.repeat_above < seq <= stream.repeat_to:
-            return False
-        stream.repeat_above = seq
-        return True
-
-    def end_healing(self, stream: Stream, holes: list[Hole], now: int) -> list[Repair]:
+    def end_healing(self, stream: Stream, holes: list[Hole], now: int) -> list[Gap | Repair]:
         """All that can be had of these holes has come: say of each of their gaps what stays missing."""
         left = [hole for hole in self.holes.pop(stream, ()) if hole not in holes]
         if left:
             self.holes[stream] = left
         stream.has_tail = any(hole.last is None for hole in left)
-        stream.repeat_above = None
-        return [
-            Repair(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, hole.gap.id, len(hole.came), hole.list_missing())
-            for hole in holes
-            if hole.gap is not None
-        ]
+        return [repair for hole in holes for repair in self._close_hole(stream, hole, now)]
+
+    def _close_hole(self, stream: Stream, hole: Hole, now: int) -> list[Gap | Repair]:
+        missing, gap, said = hole.list_missing(), hole.gap, []
+        if gap is None:
+            if not missing:
+                return []
+            gap = self._describe_gap(stream, missing, now)
+            said.append(gap)
+        repaired = len(hole.came) if hole.gap is not None else 0
+        return [*said, Repair(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, gap.id, repaired, missing)]
+
+    def _describe_gap(self, stream: Stream, missing: list[tuple[int, int]], now: int) -> Gap:
+        number, from_ts = self.topics.number_gap(), stream.last_ts
+        gap = Gap(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, number, "sequence", from_ts, max(now, from_ts))
+        gap.missing_from, gap.missing_to, gap.healing = missing[0][0], missing[-1][1], True
+        stream.gap = gap
+        return gap
+
+    def settle(self, stream: Stream) -> None:
+        """What healing brought is surely out: a later life need not fetch it again."""
+        holes = [hole.first for hole in self.holes.get(stream, ()) if hole.gap is not None]
+        self.topics.ledger.cells[stream.slot + 3] = min(holes, default=0)
+
+
+def is_known(stream: Stream) -> bool:
+    """Whether any trade of it has come before, maybe in an earlier life."""
+    return bool(stream.last_id or stream.last_ts)
 
 
 def _text(value: str | int | UnsetType) -> str | UnsetType:
