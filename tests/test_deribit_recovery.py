@@ -1,0 +1,383 @@
+"""Loss is told in the stream, in order, and made good where it can be: gaps, resyncs, healed trades, restarts."""
+
+from collections.abc import Iterable
+from functools import partial
+from itertools import groupby, pairwise
+from typing import Any
+
+import pytest
+
+from collector.schema import ENVELOPE, SCHEMA, find_faults
+from tests.collected import collected
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.frames_checker import check_numbering
+from tests.pipeline import Subscriber, subscribed
+
+TOPICS = {
+    "deribit.book.BTC-PERPETUAL.100ms": BOOK,
+    "deribit.trade.BTC-PERPETUAL.100ms": TRADES,
+    "deribit.quote.BTC-PERPETUAL.raw": QUOTE,
+    "deribit.ticker.BTC-PERPETUAL.100ms": TICKER,
+}
+BOOKS, TRADED = list(TOPICS)[:2]
+OWN = ("gap", "repair", "status")
+
+
+def list_data(hearer: Hearer, topic: str) -> list[dict[str, Any]]:
+    """What the exchange's frames gave on a topic, without our own messages."""
+    return [body for body in hearer.find(topic) if body["type"] not in OWN]
+
+
+async def hear_more(run: Collecting, topics: Iterable[str], more: int = 2) -> None:
+    """Hear some more data on each topic."""
+    run.hearer.drain()
+    wanted = {topic: len(list_data(run.hearer, topic)) + more for topic in topics}
+    await run.hearer.hear(
+        lambda: all(len(list_data(run.hearer, topic)) >= count for topic, count in wanted.items()), f"data on {wanted}"
+    )
+
+
+def check_stream(messages: list[tuple[str, dict[str, Any]]]) -> None:
+    """Every message is valid and numbered; books chain; a break in what is said comes after a gap."""
+    assert check_numbering(messages) == []
+    chains: dict[str, int | None] = {}
+    for topic, body in messages:
+        assert find_faults(body, {**ENVELOPE, **SCHEMA[body["type"]]}) == [], topic
+        if body["type"] == "gap":
+            chains[topic] = None
+        elif body["type"] == "book" and not body.get("join"):
+            if body["kind"] == "delta":
+                assert body["prev_change_id"] == chains[topic], topic
+            chains[topic] = body["change_id"]
+
+
+def check_trades(bodies: list[dict[str, Any]]) -> None:
+    """Within one epoch no trade comes twice, new ones come in order, and what is missing is announced."""
+    trades = [body for body in bodies if body["type"] == "trade"]
+    seqs = [body["trade_seq"] for body in trades]
+    assert len(seqs) == len(set(seqs))
+    live = [body["trade_seq"] for body in trades if "backfilled" not in body]
+    assert live == sorted(live)
+    announced = {
+        seq for body in bodies if body["type"] == "repair" for first, last in body["missing"]
+        for seq in range(first, last + 1)
+    }  # fmt: skip
+    assert set(range(min(seqs), max(seqs) + 1)) - set(seqs) == announced & set(range(min(seqs), max(seqs) + 1))
+    for body in bodies:
+        if "backfilled" in body:
+            gaps = [g for g in bodies if g["type"] == "gap" and g["seq"] < body["seq"]]
+            assert any(
+                gap["missing_from"] <= body["trade_seq"] <= gap.get("missing_to", 1 << 62)
+                for gap in gaps if "missing_from" in gap
+            )  # fmt: skip
+
+
+# -- lost connections -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", ["drop:1", "reset:1", "close:1001@1"])
+@in_loop
+async def test_a_lost_connection_is_one_gap_on_each_topic_before_its_new_data(practice: str, fault: str) -> None:
+    async with collecting(practice, f"{fault},first:1", *TOPICS.values(), "quote.NOPE") as run:
+        for topic in TOPICS:
+            await run.hearer.hear_of(topic, type="gap")
+        await hear_more(run, TOPICS)
+        for topic in TOPICS:
+            bodies = run.hearer.find(topic)
+            (gap,) = [body for body in bodies if body["type"] == "gap"]
+            place = bodies.index(gap)
+            before = [body for body in bodies[:place] if body["type"] not in OWN]
+            after = [body for body in bodies[place:] if body["type"] not in OWN]
+            assert gap["reason"] == "disconnect"
+            assert before[-1]["receive_ts"] == gap["from_ts"] < gap["to_ts"] <= after[0]["receive_ts"]
+            assert "recovering" in [body["state"] for body in bodies[:place] if body["type"] == "status"]
+            assert run.hearer.find(topic, type="status")[-1]["state"] == "live"
+        (gap,) = run.hearer.find(BOOKS, type="gap")
+        books = list_data(run.hearer, BOOKS)
+        assert gap["last_change_id"] == [b["change_id"] for b in books if b["seq"] < gap["seq"]][-1]
+        snapshot = next(book for book in books if book["seq"] > gap["seq"])
+        assert (snapshot["kind"], snapshot["reason"]) == ("snapshot", "subscribe")
+        assert gap["next_change_id"] == snapshot["change_id"]
+        assert run.hearer.find("deribit.quote.NOPE.", type="gap") == []
+        check_stream(run.hearer.messages)
+        state = await run.get_state()
+        assert (state["gaps"], state["reconnects"]) == (4, 1)
+
+
+@in_loop
+async def test_two_losses_with_no_data_between_are_one_gap(practice: str) -> None:
+    """The second connection carries no data and is lost as well."""
+    async with collecting(practice, "skip:1,mute:*@0,drop:0.5,first:1", *TOPICS.values()) as run:
+        await hear_more(run, TOPICS)
+        run.worker.client.cut("the test wants it so")
+        await wait_for(lambda: run.worker.client.reconnects == 2, "the second loss")
+        await hear_more(run, TOPICS)
+        for topic in TOPICS:
+            said = [b["type"] for b in run.hearer.find(topic) if b["type"] not in ("status", "repair")]
+            assert ("gap", "gap") not in pairwise(said), topic
+            # Trades may be fetched on the second connection: that is data, and then the second loss is one of its own.
+            assert topic == TRADED or said.count("gap") == 1
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_many_losses_are_each_told_once_and_nothing_else_is_lost(practice: str) -> None:
+    async with collecting(practice, "", *TOPICS.values()) as run:
+        for number in range(1, 6):
+            await hear_more(run, TOPICS)
+            run.worker.client.cut("the test wants it so")
+            for topic in TOPICS:
+                await run.hearer.hear_of(topic, number, type="gap")
+        await hear_more(run, TOPICS)
+        ids = [body["id"] for _, body in run.hearer.messages if body["type"] == "gap"]
+        assert len(ids) == len(set(ids)) == 20
+        for topic in TOPICS:
+            assert [b["id"] for b in run.hearer.find(topic, type="gap")] == sorted(
+                b["id"] for b in run.hearer.find(topic, type="gap")
+            )
+        for gap in run.hearer.find(TRADED, type="gap", healing=True):
+            await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])
+        check_trades(run.hearer.find(TRADED))
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_a_silent_connection_without_data_has_no_gap(practice: str) -> None:
+    async with collecting(practice, "mute:*@0,drop:0.4,first:1", *TOPICS.values()) as run:
+        await hear_more(run, TOPICS)
+        assert run.worker.client.reconnects == 1
+        assert not [body for _, body in run.hearer.messages if body["type"] == "gap"]
+        check_stream(run.hearer.messages)
+
+
+# -- books ------------------------------------------------------------------------------------------------------------
+
+OTHER = "book.ETH-PERPETUAL.100ms"
+
+
+@pytest.mark.parametrize("fault", ["gap:20@1", "prev0:20@1", "duplicate:20@1", "reorder:20@1"])
+@in_loop
+async def test_a_broken_chain_is_a_gap_and_a_new_snapshot_of_that_book_alone(practice: str, fault: str) -> None:
+    async with collecting(practice, fault, BOOK) as run:
+        (gap,) = await run.hearer.hear_of(BOOKS, type="gap")
+        snapshot = (await run.hearer.hear_of(BOOKS, type="book", reason="resync"))[0]
+        await hear_more(run, [BOOKS])
+        deltas = [b for b in list_data(run.hearer, BOOKS) if b["seq"] < gap["seq"]]
+        assert gap["reason"] == "sequence"
+        assert gap["last_change_id"] == deltas[-1]["change_id"]
+        assert not [b for b in list_data(run.hearer, BOOKS) if gap["seq"] < b["seq"] < snapshot["seq"]]
+        told = [(b["state"], b["reason"]) for b in run.hearer.find(BOOKS, type="status")]
+        changes = [state for state, _ in groupby(told)]
+        assert changes == [("live", ""), ("recovering", "sequence"), ("live", "")]
+        check_stream(run.hearer.messages)
+        state = await run.get_state()
+        assert (state["resyncs"], state["gaps"], state["reconnects"]) == (1, 1, 0)
+
+
+@in_loop
+async def test_the_others_flow_while_one_book_is_resynced(practice: str) -> None:
+    """The new snapshot is long in coming; deltas of that book are dropped and counted meanwhile."""
+    faults = "gap:60@1,slow:public/unsubscribe=0.5@1"
+    async with collecting(practice, faults, BOOK, OTHER, QUOTE) as run:
+        await run.hearer.hear(lambda: [b for _, b in run.hearer.messages if b["type"] == "gap"], "the gap")
+        (name,) = {t for t, body in run.hearer.messages if body["type"] == "gap" and body["reason"] == "sequence"}
+        await run.hearer.hear_of(name, type="book", reason="resync")
+        gap = run.hearer.find(name, type="gap")[0]
+        snapshot = run.hearer.find(name, type="book", reason="resync")[0]
+        others = [
+            body for topic, body in run.hearer.messages
+            if topic != name and gap["receive_ts"] < body["receive_ts"] < snapshot["receive_ts"]
+        ]  # fmt: skip
+        assert len([body for body in others if body["type"] in ("book", "quote")]) > 2
+        state = await run.get_state()
+        assert (state["resyncs"], state["reconnects"]) == (1, 0)
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_deltas_that_wait_for_a_snapshot_are_dropped_and_counted(practice: str) -> None:
+    async with collecting(practice, "gap:20@1,delay:300", BOOK) as run:
+        await run.hearer.hear_of(BOOKS, type="book", reason="resync")
+        assert (await run.get_state())["dropped"] > 0
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_an_unasked_snapshot_is_no_gap(practice: str) -> None:
+    async with collecting(practice, "resnapshot:20@2", BOOK) as run:
+        unasked = await run.hearer.hear_of(BOOKS, 2, type="book", reason="exchange")
+        await hear_more(run, [BOOKS])
+        assert {body["kind"] for body in unasked} == {"snapshot"}
+        assert run.hearer.find(BOOKS, type="gap") == []
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_crossed_books_are_counted_and_not_mended(practice: str) -> None:
+    async with collecting(practice, "crossed:10", BOOK) as run:
+        await wait_for(lambda: sum(feed.crossed for feed in run.worker.feeds.values()) > 1, "crossed books")
+        assert (await run.get_state())["crossed"] > 1
+        run.hearer.drain()
+        assert run.hearer.find(BOOKS, type="gap") == []
+        check_stream(run.hearer.messages)
+
+
+@pytest.mark.parametrize(
+    "fault", ["no_snapshot:1", "gap:20@1,no_reply:public/unsubscribe@1", "gap:20@1,error:public/unsubscribe=10001@1"]
+)
+@in_loop
+async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str, fault: str) -> None:
+    async with collecting(practice, fault, BOOK, QUOTE, timeout=0.5) as run:
+        if "gap" in fault:
+            await run.hearer.hear_of(BOOKS, type="gap")
+        await run.hearer.hear(
+            lambda: run.worker.feeds[BOOK.encode()].is_complete and run.worker.patrol.resyncs, "the book", 30
+        )
+        await hear_more(run, [BOOKS])
+        assert run.hearer.find(BOOKS, type="status")[-1]["state"] == "live"
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_books_that_break_again_and_again_are_bounded(practice: str) -> None:
+    async with collecting(practice, "gap:3,first:1", "book.BTC-PERPETUAL.raw", OTHER, BOOK, login=LOGIN) as run:
+        await wait_for(lambda: run.worker.client.reconnects == 1, "a new connection", 40)
+        await run.hearer.hear_of("deribit.status.w.connection", state="backoff")
+        assert "out of step" in run.hearer.find("deribit.status.w.connection", state="backoff")[0]["reason"]
+        await hear_more(run, [BOOKS, "deribit.book.ETH-PERPETUAL.100ms", "deribit.book.BTC-PERPETUAL.raw"])
+        assert (await run.get_state())["resyncs"] <= 22
+        check_stream(run.hearer.messages)
+
+
+# -- trades -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channel", [TRADES, "trades.BTC-PERPETUAL.raw", "trades.future.BTC.100ms"])
+@in_loop
+async def test_lost_trades_are_told_fetched_and_said_late(practice: str, channel: str) -> None:
+    topic = f"deribit.trade.BTC-PERPETUAL.{channel.rpartition('.')[2]}"
+    async with collecting(practice, "lost_trades:4@4", channel, login=LOGIN) as run:
+        repairs = await run.hearer.hear_of(topic, 2, type="repair")
+        bodies = run.hearer.find(topic)
+        for repair in repairs:
+            gap = next(body for body in bodies if body["type"] == "gap" and body["id"] == repair["gap"])
+            assert (gap["reason"], gap["healing"]) == ("sequence", True)
+            assert repair["repaired"] == gap["missing_to"] - gap["missing_from"] + 1
+            assert repair["missing"] == []
+            late = {body["trade_seq"] for body in bodies if body.get("backfilled") and body["seq"] < repair["seq"]}
+            assert late >= set(range(gap["missing_from"], gap["missing_to"] + 1))
+        check_trades([body for body in bodies if body["seq"] <= repairs[-1]["seq"]])
+        check_stream(run.hearer.messages)
+        state = await run.get_state()
+        assert (state["missing"], state["reconnects"]) == (0, 0)
+        assert state["repaired"] >= sum(repair["repaired"] for repair in repairs)
+
+
+@in_loop
+async def test_trades_that_nobody_has_any_more_stay_missing_and_are_named(practice: str) -> None:
+    """The exchange refuses every request for them."""
+    faults = "lost_trades:4@1,error:public/get_last_trades_by_instrument=10001"
+    async with collecting(practice, faults, TRADES) as run:
+        (repair,) = await run.hearer.hear_of(TRADED, type="repair")
+        (gap,) = run.hearer.find(TRADED, type="gap")
+        assert (repair["gap"], repair["repaired"]) == (gap["id"], 0)
+        assert repair["missing"] == [[gap["missing_from"], gap["missing_to"]]]
+        check_trades(run.hearer.find(TRADED))
+        assert (await run.get_state())["missing"] == gap["missing_to"] - gap["missing_from"] + 1
+
+
+@in_loop
+async def test_a_quiet_tail_is_healed_without_waiting_for_the_next_trade(practice: str) -> None:
+    """After the loss no trade comes by itself; what was traded meanwhile comes all the same."""
+    async with collecting(practice, f"skip:1,mute:{TRADES}@0", TRADES, QUOTE, retry_delay=2) as run:
+        await hear_more(run, [TRADED], 5)
+        run.worker.client.cut("the test wants it so")
+        late = await run.hearer.hear_of(TRADED, type="trade", backfilled=True)
+        (repair,) = await run.hearer.hear_of(TRADED, type="repair")
+        (gap,) = run.hearer.find(TRADED, type="gap")
+        assert gap["seq"] < late[0]["seq"] < repair["seq"]
+        assert (gap["reason"], repair["gap"], repair["missing"]) == ("disconnect", gap["id"], [])
+        assert not [b for b in run.hearer.find(TRADED, type="trade") if b["seq"] > gap["seq"] and "backfilled" not in b]
+        check_trades(run.hearer.find(TRADED))
+
+
+@in_loop
+async def test_duplicate_trades_are_counted_and_said_once(practice: str) -> None:
+    async with collecting(practice, "duplicate:2", TRADES) as run:
+        await wait_for(lambda: sum(feed.duplicates for feed in run.worker.feeds.values()) > 3, "duplicates")
+        await hear_more(run, [TRADED])
+        assert (await run.get_state())["duplicates"] > 3
+        assert run.hearer.find(TRADED, type="gap") == []
+        check_trades(run.hearer.find(TRADED))
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_trades_out_of_order_are_all_said(practice: str) -> None:
+    async with collecting(practice, "reorder:5@3", TRADES) as run:
+        await run.hearer.hear_of(TRADED, type="repair")
+        await hear_more(run, [TRADED], 5)
+        seqs = [body["trade_seq"] for body in run.hearer.find(TRADED, type="trade")]
+        assert len(seqs) == len(set(seqs))
+
+
+# -- restarts ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_killed_worker_is_carried_on_by_the_next_without_a_loss(practice: str) -> None:
+    """The same subscriber hears both lives: a restart gap on each topic, no number missing, no trade lost."""
+    connection = {"url": practice, "retry_delay": 0.05, "channels": list(TOPICS.values())}
+    with collected({"w": connection}, exchange=None) as run:
+        state = run.wait_state("w")
+        with subscribed(state["publish"]) as ear:
+            for _ in range(2):
+                epoch = run.wait_state("w")["epoch"]
+                for topic in TOPICS:
+                    ear.wait_for(topic, epoch=epoch, type=topic.split(".")[1])
+                ear.listen_until(partial(count_trades, ear, epoch), "trades")
+                run.find_process("w").kill()
+                for topic in TOPICS:
+                    ear.listen_until(partial(find_later, ear, topic, epoch), "the next life")
+                run.wait_state("w")
+            epoch = run.get_state("w")["epoch"]
+            ear.wait_for(TRADED, epoch=epoch, type="repair")
+            ear.listen_until(lambda: len(ear.find(BOOKS, epoch=epoch, type="book")) > 3, "the book")
+            messages = [(topic, body) for topic, body in ear.messages if not body.get("join")]
+        epochs = sorted({body["epoch"] for _, body in messages})
+        assert len(epochs) == 3
+        for topic in TOPICS:
+            for earlier, later in pairwise(epochs):
+                check_second_life([b for t, b in messages if t == topic], earlier, later)
+        trades = {b["trade_seq"] for t, b in messages if t == TRADED and b["type"] == "trade"}
+        assert set(range(min(trades), max(trades) + 1)) == trades
+        run.stop()
+
+
+def count_trades(ear: Subscriber, epoch: int) -> bool:
+    return len(ear.find(TRADED, epoch=epoch, type="trade")) > 3
+
+
+def find_later(ear: Subscriber, topic: str, epoch: int) -> bool:
+    return any(body["epoch"] > epoch for body in ear.find(topic))
+
+
+def check_second_life(bodies: list[dict[str, Any]], earlier: int, later: int) -> None:
+    """It begins with number 1, and says the gap before any new data."""
+    first = [body for body in bodies if body["epoch"] == later]
+    assert [body["seq"] for body in first] == list(range(1, len(first) + 1))
+    (gap,) = [body for body in first if body["type"] == "gap" and body["reason"] == "restart"]
+    assert [body["type"] for body in first if body["seq"] < gap["seq"]].count("status") == gap["seq"] - 1
+    before = [body for body in bodies if body["epoch"] == earlier and body["type"] not in OWN]
+    assert gap["from_ts"] >= before[-1]["receive_ts"]
+
+
+def test_a_stopped_and_started_collector_has_no_restart_gaps(practice: str) -> None:
+    connection = {"url": practice, "channels": list(TOPICS.values())}
+    with collected({"w": connection}, exchange=None) as run:
+        state = run.wait_state("w")
+        with subscribed(state["publish"]) as ear:
+            for topic in TOPICS:
+                ear.wait_for(topic, type=topic.split(".")[1])
+            assert not [body for _, body in ear.messages if body["type"] == "gap"]
+        assert run.stop() == 0
+        assert not list(run.runtime_dir.glob("*.ledger"))
