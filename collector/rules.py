@@ -86,7 +86,7 @@ class Gaps(Check):
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.epoch != self._epoch:
             self._epoch, self._id, self._open = message.epoch, 0, False
-        if message.type not in ON_DATA_TOPICS and not message.is_join:
+        if message.type == "repair" or (message.type not in ON_DATA_TOPICS and not message.is_join):
             self._open = False
         if message.type != "gap":
             return
@@ -252,6 +252,7 @@ class Trades(Check):
         super().__init__()
         self._epoch = 0
         self._reborn = False
+        self._first = 0
         self._last: int | None = None
         self._seen = Ranges()
         self._holes: dict[tuple[int, int], Hole] = {}
@@ -273,7 +274,13 @@ class Trades(Check):
     def _take_gap(self, message: Message) -> None:
         if message["reason"] == "restart":
             self._reborn = False  # this life knows of the one before: what it lost is announced
-        self._holes.setdefault((message.epoch, message["id"]), Hole(message, self._last))
+        if (message.epoch, message["id"]) in self._holes:
+            return
+        hole = Hole(message, self._last)
+        for earlier in self._holes.values():
+            if earlier.last is None and hole.first is not None:
+                earlier.last = hole.first - 1  # what it lacks ends where the next gap begins
+        self._holes[message.epoch, message["id"]] = hole
 
     def _take_trade(self, message: Message) -> Iterator[Fault]:
         number = message["trade_seq"]
@@ -282,7 +289,7 @@ class Trades(Check):
             self.forget()  # a new start of the whole collector promises nothing about the time before
             self._seen = Ranges()
         repeated = number in self._seen
-        may_repeat = "backfilled" in message and any(hole.is_restart for hole in self._holes.values())
+        may_repeat = "backfilled" in message and self._may_repeat()
         if repeated and not may_repeat:
             yield "duplicate", f"trade {number} comes again"
         if not repeated and "backfilled" not in message:
@@ -293,9 +300,9 @@ class Trades(Check):
         last = self._last
         self._last = number if last is None else max(last, number)
         if last is None:
-            pass
+            self._first = number
         elif number < last:
-            if not self._is_announced(number):
+            if number > self._first and not self._is_announced(number):
                 yield "hole", f"trade {number} comes after {last}, and is not marked"
         else:
             for first, end in self._seen.find_missing(last + 1, number - 1):
@@ -304,6 +311,10 @@ class Trades(Check):
         for hole in self._holes.values():
             if hole.last is None and (hole.first is None or hole.first <= number):
                 hole.last = number - 1
+
+    def _may_repeat(self) -> bool:
+        """Whether an earlier life may have said what this one fetches again, or finds no more."""
+        return any(hole.is_restart for hole in self._holes.values())
 
     def _is_announced(self, number: int) -> bool:
         return any(
@@ -321,7 +332,7 @@ class Trades(Check):
         named = Ranges()
         for first, last in message["missing"]:
             named.add(first, last)
-            if not hole.is_restart and self._seen.find_missing(first, last) != [(first, last)]:
+            if not self._may_repeat() and self._seen.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
         if hole.first is None or hole.last is None or hole.is_partial:
             return

@@ -82,20 +82,24 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
         kind = {} if channel.kind == "any" else {"kind": channel.kind}
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency} | kind for currency in currencies]
-    for subject in subjects:
-        if not (yield from _fetch_period(subject, start, end)):
-            return False
+    # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
+    for begin, pause in ((start, 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
+        for subject in subjects:
+            if not (yield from _fetch_period(subject, begin, end, pause)):
+                return False
+            pause = 0.0
     if feed.losses == losses:  # else the connection was lost once more in the meantime
         feed.lost_from = None
     return True
 
 
-def _fetch_period(subject: dict[str, str], start: int, end: int) -> Fetch:
+def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
     method = f"public/get_last_trades_by_{'instrument' if 'instrument_name' in subject else 'currency'}_and_time"
     while True:
         params = {**subject, "start_timestamp": start, "end_timestamp": end, "count": PAGE, "sorting": "asc"}
         for pause in PAUSES:  # nothing else would find an instrument that was first traded while we were away
-            page = yield Ask(pause, method, params)
+            page = yield Ask(max(pause, wait), method, params)
+            wait = 0.0
             if page is not None:
                 break
         else:

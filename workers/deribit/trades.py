@@ -41,7 +41,7 @@ class Hole:
         )
 
     def list_missing(self) -> list[tuple[int, int]]:
-        """The runs that have not come, as (from, to) of trade_seq, inclusive; without a gap: after the first that has."""
+        """The runs of trade_seq (from, to) that have not come; without a gap, those after the first that has."""
         runs: list[tuple[int, int]] = []
         if self.gap is None and not self.came:
             return runs
@@ -241,6 +241,8 @@ class TradeFeed(Feed):
 
     def _describe_gap(self, stream: Stream, missing: list[tuple[int, int]], now: int) -> Gap:
         number, from_ts = self.topics.number_gap(), stream.last_ts
+        if stream.due is not None:  # it will be said later, and ids rise
+            number, stream.due.id = stream.due.id, number
         gap = Gap(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, number, "sequence", from_ts, max(now, from_ts))
         gap.missing_from, gap.missing_to, gap.healing = missing[0][0], missing[-1][1], True
         stream.gap = gap
