@@ -278,7 +278,7 @@ class Trades(Check):
             return
         hole = Hole(message, self._last)
         for earlier in self._holes.values():
-            if earlier.last is None and hole.first is not None:
+            if earlier.last is None and hole.first is not None and hole.first >= (earlier.first or 0):
                 earlier.last = hole.first - 1  # what it lacks ends where the next gap begins
         self._holes[message.epoch, message["id"]] = hole
 
@@ -298,6 +298,8 @@ class Trades(Check):
 
     def _compare_number(self, number: int) -> Iterator[Fault]:
         last = self._last
+        if last is None and any(hole.is_partial and number <= (hole.last or 0) for hole in self._holes.values()):
+            return  # an older one: what came after it came before we joined
         self._last = number if last is None else max(last, number)
         if last is None:
             self._first = number
