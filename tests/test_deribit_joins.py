@@ -130,7 +130,7 @@ async def test_the_last_gap_comes_first(practice: str) -> None:
 
 @in_loop
 async def test_a_book_out_of_step_gives_no_value_until_it_has_one(practice: str) -> None:
-    async with collecting(practice, "gap:20@1,slow:public/unsubscribe=2@1", BOOK) as run:
+    async with collecting(practice, "gap:5@1,slow:public/unsubscribe=1@1", BOOK) as run:
         topic = "deribit.book.BTC-PERPETUAL.100ms"
         await run.hearer.hear_of(topic, type="status", state="recovering")
         with joined(run, topic) as late:
