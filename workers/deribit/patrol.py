@@ -51,6 +51,7 @@ class Patrol:
         self._budget = ResyncBudget()
         self._reconnected = 0
         self._was_lagging = False
+        self._is_asking = False
         self._doubted: dict[Feed, int] = {}
         self.lag = Spread()
         self.last_ts = 0
@@ -76,7 +77,7 @@ class Patrol:
                 now = time.time_ns()
                 self._judge_lag(now)
                 self._judge_whole(now)
-                await self._judge_feeds(now)
+                self._judge_feeds(now)
 
     def _beat(self) -> None:
         self._publisher.say(
@@ -120,7 +121,7 @@ class Patrol:
         if self._whole.is_broken(now):
             self._reconnect(now, f"no data at all for {(now - self.last_ts) / SECOND:.0f} s")
 
-    async def _judge_feeds(self, now: int) -> None:
+    def _judge_feeds(self, now: int) -> None:
         mute = []
         for feed in self._feeds.values():
             feed.rhythm.look(feed.last_ts)
@@ -130,10 +131,19 @@ class Patrol:
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
                 mute.append(feed)
-        if mute and await self._prove_life():
-            for feed in mute:
+        if mute and not self._is_asking:
+            self._client.spawn(self._doubt(mute))  # aside: the answer may be long in coming, and beats may not wait
+
+    async def _doubt(self, mute: list[Feed]) -> None:
+        self._is_asking = True
+        try:
+            proven = await self._prove_life()
+        finally:
+            self._is_asking = False
+        for feed in mute:
+            if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
                 self._doubted[feed] = feed.last_ts
-                log.warning("%s is silent for %.0f s", feed.channel.name, (now - feed.last_ts) / SECOND)
+                log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
                 self._statuses.tell(feed, "stale", "mute")
 
     async def _prove_life(self) -> bool:
