@@ -259,7 +259,7 @@ class Trades(Check):
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.epoch != self._epoch:
-            self._epoch, self._reborn = message.epoch, True
+            self._epoch, self._reborn = message.epoch, self._epoch != 0
         if message.type == "trade":
             yield from self._take_trade(message)
         elif message.type == "gap":

@@ -1,4 +1,4 @@
-"""An exchange in a few lines of pure code: it trades, keeps a history, and loses, repeats and swaps frames by chance."""
+"""An exchange in a few lines of pure code: it trades, keeps a history, and loses and swaps frames by chance."""
 
 import json
 from collections import defaultdict, deque
@@ -202,8 +202,8 @@ class Exchange:
         for trade in trades:
             name, seq = trade["instrument_name"], trade["trade_seq"]
             topic = line.name_topic(name)
-            if topic in self.truth.owed or seq not in self.truth.lost[name]:
-                self.truth.owed[topic] = min(seq, self.truth.owed.get(topic, seq))
+            if seq not in self.truth.lost[name]:
+                self.truth.owed.setdefault(topic, seq)
 
     def subscribe(self, lines: list[Line], late: bool = False) -> None:
         """Subscribe: the ack, then (late: after) the snapshots of books."""

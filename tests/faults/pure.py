@@ -9,9 +9,9 @@ from typing import Any
 
 import msgspec
 
+from collector.stream import read_message
 from tests.faults.exchange import OPTIONS, Exchange, Item, Line, Loss, sort_levels
 from tests.faults.judge import Received, Truth, describe_message, judge
-from collector.stream import read_message
 from tests.faults.life import SURE, Healer, Life, Reader
 from workers.deribit.book import BookFeed
 from workers.deribit.frames import TradeData

@@ -60,7 +60,8 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
     for pause in PAUSES:
         wait = pause
         for stream in [s for s in feed.streams.values() if s in feed.holes or feed.find_missing(s, tails)]:
-            holes = list(feed.holes.get(stream, ()))
+            # What a new instrument may lack is known only by time: until that has been asked it stays open.
+            holes = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
             missing, answered = feed.find_missing(stream, tails), True
             if missing is not None:
                 answered = yield from _fetch_run(stream, *missing, wait)

@@ -5,7 +5,7 @@ and the kernel keeps it. A successor that dies too loses nothing of it. The supe
 
 Layout, in native byte order: records of 512 bytes; the first is the header (epoch, subscriptions), each later one
 belongs to a topic (receive_ts in ns, change_id or trade_seq, length of the topic, first trade_seq of what is being
-healed or 0, the topic).
+healed or 0, first trade_seq that was ever said or 0, the topic).
 """
 
 import mmap
@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 RECORD = 512
 WORDS = RECORD // 8
-TEXT = 32
+TEXT = 40
 """Where a record's topic begins, in bytes."""
 
 TOPICS = 65_535
@@ -30,12 +30,14 @@ class Entry(NamedTuple):
     last_ts: int
     last_id: int
     unhealed: int
+    first_id: int
 
 
 class Ledger:
-    """One mapped ledger. Of a topic are `cells[slot]`: receive_ts, `+ 1`: its id, `+ 3`: the first id being healed.
+    """One mapped ledger.
 
-    Slot 0 belongs to nobody: it is the header's, in which `+ 2` and `+ 4` are the epoch and the subscriptions.
+    Of a topic are `cells[slot]`: receive_ts, `+ 1`: its id, `+ 3`: the first id being healed, `+ 4`: the first of all.
+    Slot 0 belongs to nobody: it is the header's, in which `+ 2` and `+ 5` are the epoch and the subscriptions.
     """
 
     def __init__(self, path: Path, fresh: bool) -> None:
@@ -58,7 +60,7 @@ class Ledger:
                 return
             topic = self._map[start + TEXT : start + TEXT + length].decode("utf-8", "replace")
             slot = number * WORDS
-            yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1], self.cells[slot + 3])
+            yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1], self.cells[slot + 3], self.cells[slot + 4])
 
     def find_slot(self, topic: str) -> int:
         """The slot of a topic, taken at need; 0 where the ledger is full or the topic too long."""
@@ -88,11 +90,11 @@ class Ledger:
     @property
     def subscriptions(self) -> int:
         """How many subscriptions the latest life had."""
-        return self.cells[4]
+        return self.cells[5]
 
     @subscriptions.setter
     def subscriptions(self, value: int) -> None:
-        self.cells[4] = value
+        self.cells[5] = value
 
     def close(self) -> None:
         """Let go of the file; it stays."""

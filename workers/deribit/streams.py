@@ -130,7 +130,8 @@ class Topics:
             stream = self.find(topic.type, topic.instrument, topic.interval)
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
             if topic.type == "trade":
-                stream.last_id = max(0, min(entry.last_id - REPEATS, (entry.unhealed or entry.last_id) - 1))
+                repeat_from = min(entry.last_id - REPEATS + 1, entry.unhealed or entry.last_id)
+                stream.last_id = max(1, entry.first_id, repeat_from) - 1
             restored.append(stream)
         return restored
 

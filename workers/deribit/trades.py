@@ -121,13 +121,20 @@ class TradeFeed(Feed):
                 hole.last = hole.last or last
         elif not is_known(stream) and self.lost_from is not None:  # it may have traded first while we were away
             self._open_hole(stream, None, 1, last)
-        elif first > last or not is_known(stream):
+        elif not is_known(stream):
+            self._note_first(stream, seq)
+        elif first > last:
             if gap is not None:  # nothing known to be missing, so nothing is to be healed
                 gap.missing_from, gap.healing = UNSET, False
         else:
             gap = gap or self._announce(stream, receive_ts, published)
             gap.missing_to = last
             self._open_hole(stream, gap, first, last)
+
+    def _note_first(self, stream: Stream, seq: int) -> None:
+        """A later life need not fetch what lies before the first trade of all."""
+        cells, place = self.topics.ledger.cells, stream.slot + 4
+        cells[place] = min(cells[place] or seq, seq)
 
     def _publish_due(self, stream: Stream, receive_ts: int, published: Published) -> None:
         """At once, not when the frame is published: its next trade may show another hole, which has its own gap."""
@@ -232,6 +239,7 @@ class TradeFeed(Feed):
     def _close_hole(self, stream: Stream, hole: Hole, now: int) -> list[Gap | Repair]:
         missing, gap, said = hole.list_missing(), hole.gap, []
         if gap is None:
+            self._note_first(stream, min(hole.came, default=(hole.last or stream.last_id) + 1))
             if not missing:
                 return []
             gap = self._describe_gap(stream, missing, now)

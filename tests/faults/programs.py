@@ -1,0 +1,242 @@
+"""Whole programs: exchange, collector and subscriber as processes; each connection of a round is one case."""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import zmq
+
+from tests.collected import Collected, collected
+from tests.exchange_client import apply_book, connect, exchange, get
+from tests.faults.judge import Received, Traded, Truth, judge
+from tests.pipeline import short_directory
+
+LASTS, SETTLES = 9.0, 20.0
+"""Seconds of a round until the market stands still, and in which all must then be told."""
+
+MS = 1_000_000
+
+
+class Scenario(NamedTuple):
+    """What happens to one connection: its channels, the faults of its URL, and when its worker is killed (seconds)."""
+
+    name: str
+    instrument: str
+    faults: str = ""
+    kills: tuple[float, ...] = ()
+    allowed: frozenset[str] = frozenset()
+
+    @property
+    def channels(self) -> list[str]:
+        if self.instrument.startswith("option."):
+            return [f"trades.{self.instrument}.100ms"]
+        return [f"{family}.{self.instrument}.100ms" for family in ("book", "trades")]
+
+
+SCENARIOS = (
+    Scenario("gap", "BTC-PERPETUAL", "gap:8@9,first:2"),
+    Scenario("lost-trades", "ETH-PERPETUAL", "lost_trades:3@9,first:2"),
+    Scenario("duplicate", "BTC_USDC-PERPETUAL", "duplicate:4@30"),
+    Scenario("reorder", "ETH_USDC-PERPETUAL", "reorder:5@8,first:2"),
+    Scenario("drop", "SOL_USDC-PERPETUAL", "drop:1.5,first:3"),
+    Scenario("reset", "XRP_USDC-PERPETUAL", "reset:2,first:2"),
+    Scenario("close", "DOGE_USDC-PERPETUAL", "close:1001@1,first:3"),
+    Scenario("mute", "ADA_USDC-PERPETUAL", "mute:*@1,drop:3,first:1"),
+    Scenario("resnapshot", "AVAX_USDC-PERPETUAL", "resnapshot:5@5,prev0:9@4,no_snapshot:1,first:2"),
+    Scenario("crossed", "LINK_USDC-PERPETUAL", "crossed:7@5,first:1", allowed=frozenset({"crossed"})),
+    Scenario("refused", "LTC_USDC-PERPETUAL", "error:public/get_last_trades_by_instrument=10028@1,drop:2,first:2"),
+    Scenario("kill", "BTC-27NOV26", kills=(3.0,)),
+    Scenario("kill-twice", "ETH-27NOV26", "lost_trades:3@4,gap:9@3,first:2", kills=(2.5, 4.5)),
+    Scenario("options-drop", "option.BTC", "drop:2,first:3"),
+    Scenario("options-kill", "option.ETH", kills=(3.5,)),
+)
+
+
+class Recorder:
+    """A thread with one SUB socket for each connection; `records` grow by name."""
+
+    def __init__(self, endpoints: dict[str, str]) -> None:
+        self.records: dict[str, list[Received]] = {name: [] for name in endpoints}
+        self._endpoints = endpoints
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        context, poller, names = zmq.Context(), zmq.Poller(), {}
+        for name, endpoint in self._endpoints.items():
+            socket = context.socket(zmq.SUB)
+            socket.setsockopt(zmq.RCVHWM, 0)
+            socket.setsockopt(zmq.RECONNECT_IVL, 5)  # so that nothing is said before it is there
+            socket.subscribe(b"")
+            socket.connect(endpoint)
+            poller.register(socket, zmq.POLLIN)
+            names[socket] = name
+        while not self._ended.is_set():
+            for socket, _ in poller.poll(50):
+                topic, payload = socket.recv_multipart()
+                self.records[names[socket]].append(Received(topic, payload, time.time_ns()))
+        context.destroy(linger=0)
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+class Witness:
+    """A thread with a plain WebSocket of its own, without faults: it has each book at each change."""
+
+    def __init__(self, url: str, channels: list[str]) -> None:
+        self.books: dict[str, dict[int, Any]] = {}
+        self._url, self._channels = url, channels
+        self._ready, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._watch()), daemon=True)
+        self._thread.start()
+        assert self._ready.wait(20), "the witness is not subscribed"
+
+    async def _watch(self) -> None:
+        levels: dict[str, dict[str, dict[float, float]]] = {}
+        async with connect(self._url, "") as client:
+            await client.ask("public/subscribe", channels=self._channels)
+            self._ready.set()
+            while not self._ended.is_set():
+                texts, client.texts = client.texts, []
+                for text in texts:
+                    self._take(json.loads(text), levels)
+                await asyncio.sleep(0.05)
+
+    def _take(self, message: dict[str, Any], levels: dict[str, dict[str, dict[float, float]]]) -> None:
+        if message.get("method") != "subscription":
+            return
+        channel, data = message["params"]["channel"], message["params"]["data"]
+        book = levels.setdefault(channel, {"bids": {}, "asks": {}})
+        apply_book(book, data)
+        state = tuple(sorted(book["bids"].items(), reverse=True)), tuple(sorted(book["asks"].items()))
+        topic = f"deribit.book.{channel.split('.')[1]}.{channel.split('.')[2]}"
+        self.books.setdefault(topic, {})[data["change_id"]] = state
+
+    def end(self) -> None:
+        self._ended.set()
+        self._thread.join()
+
+
+def run_round(seed: int, scenarios: tuple[Scenario, ...] = SCENARIOS) -> dict[str, list[str]]:
+    """Run all scenarios side by side; return what is wrong with each, by name."""
+    rng = Random(seed)
+    with short_directory() as directory:
+        oracle = directory / "oracle"
+        options = ("--oracle", str(oracle), "--rate", "900", "--seed", str(seed + 1))
+        faults = ("--faults", "connections:0,listing:2,expiry:3")
+        with exchange(*options, *faults) as (url, _), watching(url, scenarios) as witness:
+            return run_collector(url, oracle, witness, scenarios, rng)
+
+
+@contextmanager
+def watching(url: str, scenarios: tuple[Scenario, ...]) -> Iterator[Witness]:
+    """A witness for the length of a block."""
+    witness = Witness(url, [name for each in scenarios for name in each.channels if name.startswith("book.")])
+    try:
+        yield witness
+    finally:
+        witness.end()
+
+
+def run_collector(
+    url: str, oracle: Path, witness: Witness, scenarios: tuple[Scenario, ...], rng: Random
+) -> dict[str, list[str]]:
+    """One collector with a connection for each scenario; judge when the market has come to rest."""
+    tables = {
+        each.name: {
+            "url": f"{url}?faults={each.faults},seed:{rng.randrange(10**6)}" if each.faults else url,
+            "channels": each.channels, "retry_delay": 0.05, "retry_count": 1000, "heartbeat_interval": 10.0,
+        }
+        for each in scenarios
+    }  # fmt: skip
+    with collected(tables, exchange=None, log_level="info") as running:
+        endpoints = {each.name: f"ipc://{running.runtime_dir}/{each.name}.pub" for each in scenarios}
+        recorders = [Recorder(endpoints)]
+        try:
+            running.wait_state(scenarios[-1].name)
+            kill_workers(running, scenarios, rng)
+            recorders.append(Recorder(endpoints))
+            time.sleep(1.5)
+            assert get(url, "practice/freeze")[0] == 200
+            return judge_round(scenarios, recorders, oracle, witness)
+        finally:
+            for recorder in recorders:
+                recorder.end()
+
+
+def kill_workers(running: Collected, scenarios: tuple[Scenario, ...], rng: Random) -> None:
+    """Let the round last, and kill the workers whose time has come."""
+    began = time.monotonic()
+    due = sorted((at + rng.random() / 2, each.name) for each in scenarios for at in each.kills)
+    for at, name in due:
+        time.sleep(max(0.0, began + at - time.monotonic()))
+        running.find_process(name).kill()
+    time.sleep(max(0.0, began + LASTS - 1.5 - time.monotonic()))
+
+
+def judge_round(
+    scenarios: tuple[Scenario, ...], recorders: list[Recorder], oracle: Path, witness: Witness
+) -> dict[str, list[str]]:
+    """Judge each case again and again until nothing is wrong, or it has taken too long."""
+    found: dict[str, list[str]] = {}
+    end = time.monotonic() + SETTLES
+    while not found or (any(found.values()) and time.monotonic() < end):
+        time.sleep(0.7)
+        events = [json.loads(line) for line in oracle.read_bytes().splitlines()]
+        for each in scenarios:
+            if found.get(each.name) != []:
+                found[each.name] = list(judge_scenario(each, recorders, events, witness))
+    return found
+
+
+def judge_scenario(
+    scenario: Scenario, recorders: list[Recorder], events: list[dict[str, Any]], witness: Witness
+) -> Iterator[str]:
+    whole, late = (list(recorder.records[scenario.name]) for recorder in recorders)
+    truth = build_truth(scenario, whole, events, witness)
+    if not any(received.topic.startswith((b"deribit.trade.", b"deribit.book.")) for received in whole):
+        yield "nothing came"
+    yield from judge(whole, truth)
+    truth.owed.clear()
+    yield from (f"late subscriber: {text}" for text in judge(late, truth, is_whole=False))
+
+
+def build_truth(scenario: Scenario, record: list[Received], events: list[dict[str, Any]], witness: Witness) -> Truth:
+    """What the exchange's oracle and the witness know of one connection's topics."""
+    truth = Truth()
+    truth.allowed = set(scenario.allowed) | {"heartbeat"}  # on a busy machine they may come late
+    truth.books.update({topic: dict(books) for topic, books in witness.books.items()})
+    if scenario.instrument.startswith("option."):
+        wanted = lambda name: name.startswith(scenario.instrument[7:] + "-") and name[-2:] in ("-C", "-P")  # noqa: E731
+    else:
+        wanted = lambda name: name == scenario.instrument  # noqa: E731
+        topic = f"deribit.book.{scenario.instrument}.100ms"
+        truth.final[topic] = {max(truth.books[topic])}
+    if "crossed" in scenario.allowed:
+        truth.books.clear()  # what it sent was not the true book; the end is
+        truth.books.update({topic: {max(witness.books[topic]): witness.books[topic][max(witness.books[topic])]}})
+    live = find_live(record)
+    for event in events:
+        if event["event"] == "trade" and wanted(event["instrument_name"]):
+            name, seq = event["instrument_name"], event["trade_seq"]
+            truth.trades[name][seq] = Traded(
+                str(event["trade_id"]), float(event["price"]), float(event["amount"]), event["direction"]
+            )
+            if live and event["timestamp"] > live:
+                truth.owed.setdefault(f"deribit.trade.{name}.100ms", seq)
+    return truth
+
+
+def find_live(record: list[Received]) -> int:
+    """When (ms) a connection was surely live for the first time: a second after its first data; 0 if it never was."""
+    data = (b"deribit.book.", b"deribit.trade.")
+    return next((received.at // MS + 1000 for received in record if received.topic.startswith(data)), 0)
