@@ -73,41 +73,48 @@ def parse_channel(name: str) -> Channel:
     if not _NAME.match(name) or ".." in name or name.startswith(".") or name.endswith("."):
         raise ValueError(f"{name[:80]!r} is not a channel name (letters, digits, . _ -)")
     family, _, rest = name.partition(".")
-    parts = rest.split(".")
+    found = _parse_one(name, family, rest.split(".")) or _parse_many(name, family, rest.split("."))
+    if found is None and family in _FORMS:
+        raise ValueError(f"{name!r}: {family} channels have the form {_FORMS[family]}")
+    return found or Channel(name, "other", name.replace(".", ":"), "raw")
+
+
+def _parse_one(name: str, family: str, parts: list[str]) -> Channel | None:
+    """Channels that feed one topic."""
     match family, parts:
-        case "trades", [instrument, interval]:
-            return Channel(name, "trade", instrument, _check("interval", interval, INTERVALS, name))
-        case "trades", [kind, currency, interval]:
-            _check("kind", kind, KINDS, name)
-            return Channel(name, "trade", "", _check("interval", interval, INTERVALS, name), kind, currency)
-        case "book", [instrument, interval]:
-            return Channel(name, "book", instrument, _check("interval", interval, INTERVALS, name))
+        case (("trades" | "book" | "ticker" | "perpetual"), [instrument, interval]):
+            return Channel(name, _TYPES[family], instrument, _check("interval", interval, INTERVALS, name))
         case "book", [instrument, group, depth, interval]:
             _check("depth", depth, DEPTHS, name)
             _check("interval", interval, INTERVALS[1:], name)
             if not GROUPS.match(group):
                 raise ValueError(f"{name!r}: group {group!r} is not offered (none, 1, 2, 5, 10, 25, 100, 250)")
             return Channel(name, "book", instrument, f"{group}-{depth}-{interval}", grouped=True)
-        case "ticker", [instrument, interval]:
-            return Channel(name, "ticker", instrument, _check("interval", interval, INTERVALS, name))
         case "incremental_ticker", [instrument] if instrument:
             return Channel(name, "ticker", instrument, "incremental")
-        case "perpetual", [instrument, interval]:
-            return Channel(name, "funding", instrument, _check("interval", interval, INTERVALS, name))
         case "chart", ["trades", instrument, resolution]:
             return Channel(name, "candle", instrument, _check("resolution", resolution, RESOLUTIONS, name))
         case "markprice", ["options", index]:
             return Channel(name, "mark_prices", index, "raw")
+        case _, [subject] if subject and family in _SIMPLE:
+            return Channel(name, _SIMPLE[family], subject, "raw")
+    return None
+
+
+def _parse_many(name: str, family: str, parts: list[str]) -> Channel | None:
+    """Channels that feed the topics of many instruments."""
+    match family, parts:
+        case "trades", [kind, currency, interval]:
+            _check("kind", kind, KINDS, name)
+            return Channel(name, "trade", "", _check("interval", interval, INTERVALS, name), kind, currency)
         case "instrument", ["state" | "creation", kind, currency]:
             return Channel(name, "instrument", "", "raw", _check("kind", kind, KINDS, name), currency)
         case "platform_state", _:
             return Channel(name, "platform", "", "raw")
-        case _, [subject] if subject and family in _SIMPLE:
-            return Channel(name, _SIMPLE[family], subject, "raw")
-        case ("trades" | "book" | "ticker" | "perpetual" | "quote" | "incremental_ticker"), _:
-            raise ValueError(f"{name!r}: {family} channels have the form {_FORMS[family]}")
-    return Channel(name, "other", name.replace(".", ":"), "raw")
+    return None
 
+
+_TYPES = {"trades": "trade", "book": "book", "ticker": "ticker", "perpetual": "funding"}
 
 _FORMS = {
     "trades": "trades.INSTRUMENT.INTERVAL or trades.KIND.CURRENCY.INTERVAL",
