@@ -194,8 +194,10 @@ class Client:
         while not (self._closing.is_set() or self.machine.state == "failed"):
             try:
                 await self._until_closing(self._run_session())
-            except (Lost, NotConnected) as error:
-                await self._back_off(str(error))
+            except Lost as error:
+                await self._back_off(str(error), error.pause)
+            except NotConnected as error:
+                await self._back_off(str(error), 0.0)
             except Refused as error:
                 self._fail("refused", error.exit, str(error))
         if self.machine.state == "closing":
@@ -211,7 +213,7 @@ class Client:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _back_off(self, reason: str) -> None:
+    async def _back_off(self, reason: str, pause: float) -> None:
         if self._closing.is_set():
             return
         self.last_error = self.last_error or {"message": reason}
@@ -223,7 +225,7 @@ class Client:
             )
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
-        delay = backoff_delay(max(1, self.attempts), first, random.random())
+        delay = max(pause, backoff_delay(max(1, self.attempts), first, random.random()))
         await self._until_closing(asyncio.sleep(delay))
         if not self._closing.is_set():
             self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")

@@ -7,7 +7,11 @@ from collector.lifecycle import Exit
 
 
 class Lost(Exception):
-    """The connection cannot go on, but another attempt may."""
+    """The connection cannot go on, but another attempt may, after `pause` seconds at least."""
+
+    def __init__(self, message: str, pause: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause = pause
 
 
 class Refused(Exception):
@@ -32,6 +36,10 @@ class ExchangeError(Exception):
         data = raw.get("data")
         detail = f" ({data})" if data is not None else ""
         super().__init__(f"{self.code} {raw.get('message', '')}{detail}")
+
+
+BACK_OFF_PAUSE = 3.0
+"""Seconds in which a used-up pool of credits refills (deribit.com: rate limits)."""
 
 
 class Reaction(Enum):

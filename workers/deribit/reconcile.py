@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from collector.limits import SUBSCRIBE_COST, Credits
-from workers.deribit.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.errors import BACK_OFF_PAUSE, ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.session import Send
 from workers.deribit.subscriptions import Call, Subscriptions
 from workers.deribit.together import do_together
@@ -85,7 +85,9 @@ class Reconciler:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
         self.last_error = error.raw
         reaction = find_reaction(error.code)
-        if reaction is Reaction.BACK_OFF or call.method.endswith("unsubscribe"):
+        if reaction is Reaction.BACK_OFF:
+            raise Lost(f"{call.method}: {error}", BACK_OFF_PAUSE)
+        if call.method.endswith("unsubscribe"):
             raise Lost(f"{call.method}: {error}")
         if reaction is Reaction.RETRY:
             await asyncio.sleep(RETRY_PAUSE)
