@@ -336,9 +336,9 @@ class Trades(Check):
             named.add(first, last)
             if not self._may_repeat() and self._seen.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
-        if hole.first is None or hole.last is None or hole.is_partial:
+        if hole.first is None or hole.last is None or hole.is_partial or self._last is None:
             return
-        for first, last in self._seen.find_missing(hole.first, hole.last):
+        for first, last in self._seen.find_missing(max(hole.first, self._first), hole.last):
             if named.find_missing(first, last):
                 yield "repair", f"trades {first} to {last} of gap {message['gap']} neither came nor are named"
 

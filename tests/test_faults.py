@@ -1,0 +1,20 @@
+"""A small share of `make faults`: whatever is lost on the way is announced, and nothing else is."""
+
+import pytest
+
+from tests.faults.programs import SCENARIOS, run_round
+from tests.faults.pure import run_case
+
+SEEDS, CHUNK = 240, 40
+
+
+@pytest.mark.parametrize("first", range(0, SEEDS, CHUNK))
+def test_seeded_cases_account_for_every_trade_and_book(first: int) -> None:
+    failed = {seed: found for seed in range(first, first + CHUNK) if (found := run_case(seed))}
+    assert not failed, f"python -m tests.faults --only {min(failed)}: {failed[min(failed)][:3]}"
+
+
+def test_whole_programs_account_for_every_trade_and_book() -> None:
+    found = run_round(1)
+    assert found.keys() == {scenario.name for scenario in SCENARIOS}
+    assert not {name: complaints[:3] for name, complaints in found.items() if complaints}
