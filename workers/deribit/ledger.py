@@ -50,6 +50,7 @@ class Ledger:
             os.close(file)
         self.cells = memoryview(self._map).cast("q")
         self._slots = {entry.topic: slot for slot, entry in self._read()}
+        self._free: list[int] = []
         self.earlier = [entry for _, entry in self._read() if entry.last_ts]
 
     def _read(self) -> Iterator[tuple[int, Entry]]:
@@ -69,9 +70,18 @@ class Ledger:
             slot = self._slots[topic] = self._take_slot(topic.encode())
         return slot
 
+    def free_slot(self, topic: str) -> None:
+        """Nothing will be said on this topic any more: another may have its place."""
+        slot = self._slots.pop(topic, 0)
+        if slot:
+            self.cells[slot] = 0
+            self._free.append(slot // WORDS)
+
     def _take_slot(self, topic: bytes) -> int:
-        number = len(self._slots) + 1
-        if number > TOPICS or len(topic) > RECORD - TEXT:
+        if len(topic) > RECORD - TEXT:
+            return 0
+        number = self._free.pop() if self._free else len(self._slots) + 1
+        if number > TOPICS:
             return 0
         start = number * RECORD
         self._map[start + TEXT : start + TEXT + len(topic)] = topic

@@ -24,6 +24,9 @@ log = logging.getLogger("deribit")
 SNAPSHOT_WAIT = 5 * SECOND
 """A book that is subscribed to and has no snapshot after this is asked for anew."""
 
+HOUR = 3600
+"""Seconds between looks for topics that can be forgotten."""
+
 JITTER = 0.2
 """Seconds over which resyncs are spread: books often break together."""
 
@@ -73,11 +76,22 @@ class Patrol:
             self.rate, self._counted = float(published - self._counted), published
             self._beat()
             self._statuses.repeat(self._feeds.values(), second % REPEAT)
+            if second % HOUR == HOUR - 1:
+                self._forget_expired()
             if self._client.machine.state == "live":
                 now = time.time_ns()
                 self._judge_lag(now)
                 self._judge_whole(now)
                 self._judge_feeds(now)
+
+    def _forget_expired(self) -> None:
+        """Options come and go every day; a collector that runs for months must not keep them all."""
+        kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
+        gone = self._topics.forget_expired(time.time_ns(), kept)
+        for feed in self._feeds.values():
+            for stream in gone:
+                if feed.streams.get(stream.instrument) is stream:
+                    del feed.streams[stream.instrument]
 
     def _beat(self) -> None:
         self._publisher.say(

@@ -1,8 +1,9 @@
 """One topic each: its sequence, what was last said on it, and the gap that is due before its next data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
+from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
 from workers.deribit.ledger import Ledger
 from workers.deribit.payloads import Book, Gap, Payload, Status
@@ -12,6 +13,8 @@ Message = Payload | dict[str, Any]
 
 MAX_TOPICS = 200_000
 """Topics of one connection; an exchange that invents instruments must not eat the memory."""
+
+DAY = 86_400 * 1_000_000_000
 
 REPEATS = 100
 """Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
@@ -126,7 +129,10 @@ class Topics:
         """The streams of which an earlier life had carried data."""
         restored = []
         for entry in self.ledger.earlier:
-            topic = parse_topic(entry.topic)
+            try:
+                topic = parse_topic(entry.topic)
+            except ValueError:  # the life before was killed while it wrote this
+                continue
             stream = self.find(topic.type, topic.instrument, topic.interval)
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
             if topic.type == "trade":
@@ -134,6 +140,18 @@ class Topics:
                 stream.last_id = max(1, entry.first_id, repeat_from) - 1
             restored.append(stream)
         return restored
+
+    def forget_expired(self, now: int, kept: Collection[Stream]) -> list[Stream]:
+        """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept."""
+        expired = [
+            (key, stream)
+            for key, stream in self._streams.items()
+            if (expiry := guess_expiry(stream.instrument)) and now > expiry + DAY and stream not in kept
+        ]
+        for key, stream in expired:
+            del self._streams[key]
+            self.ledger.free_slot(stream.topic.decode())
+        return [stream for _, stream in expired]
 
     def number_gap(self) -> int:
         """The id of the next gap."""
