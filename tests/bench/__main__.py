@@ -61,6 +61,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {
     "start_ms": ("start ms", "{:,.0f}".format),
     "away_ms": ("away ms", "{:,.0f}".format),
     "backoff_ms": ("of it backoff ms", "{:,.0f}".format),
+    "jumps": ("seq jumps", "{:.0f}".format),
     "others": ("others %", "{:.0f}".format),
 }
 """What is printed, each as min/median/max; all else is in the JSON only. CPU and switches are per message."""

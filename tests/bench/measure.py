@@ -110,7 +110,7 @@ class Lab:
         self._loads.clear()
 
     def run(self, case: Case) -> Results:
-        """Run a case; return what was measured, by name (README of the names: docs/performance.md)."""
+        """Run a case; return what was measured, by name (their meaning: docs/performance.md)."""
         with ExitStack() as stack:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
             load, channels, url = self._find_load(case)

@@ -44,9 +44,7 @@ async def plain(ws: Any, publisher: zmq.Socket[bytes]) -> None:
     sequence: dict[str, int] = defaultdict(int)
     channel = ""
     while channel != LAST_CHANNEL:
-        params = json.loads((await ws.receive()).data).get("params")
-        if params is None:
-            continue
+        params = json.loads((await ws.receive()).data)["params"]
         channel, data = params["channel"], params["data"]
         family, instrument, *interval = channel.split(".")
         kind = {"trades": "trade"}.get(family, family)
@@ -100,6 +98,8 @@ async def follow(pipe: Connection, program: str, url: str, channels: list[str], 
         for first in range(0, len(channels), 500):
             params = {"channels": channels[first : first + 500]}
             await ws.send_str(json.dumps({"jsonrpc": "2.0", "id": 1, "method": "public/subscribe", "params": params}))
+            while "id" not in json.loads((await ws.receive()).data):
+                pass  # snapshots of the call before
         await PROGRAMS[program](ws, publisher)
         pipe.send(("last", {"time": time.monotonic_ns()}))
         await asyncio.to_thread(pipe.recv)
