@@ -41,5 +41,5 @@ live: $(VENV)/.test            ## the whole program against test.deribit.com; sa
 clean:
 	rm -rf $(VENV) .venv-conformance .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
-faults: $(VENV)/.test          ## seeded cases of loss against what really happened; CASES=2000 PROGRAMS=45 SEED=0
-	$(BIN)/python -m tests.faults --cases $(or $(CASES),2000) --programs $(or $(PROGRAMS),45) --seed $(or $(SEED),0)
+faults: $(VENV)/.test          ## seeded cases of loss against what really happened; CASES=2000 PROGRAMS=48 SEED=0
+	$(BIN)/python -m tests.faults --cases $(or $(CASES),2000) --programs $(or $(PROGRAMS),48) --seed $(or $(SEED),0)

@@ -5,9 +5,8 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
 
-from tests.faults.programs import run_round
+from tests.faults.programs import SCENARIOS, SLOW, run_round
 from tests.faults.pure import run_case
 
 
@@ -33,8 +32,7 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=2000, help="seeded cases of frames, connections and lives")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
     parser.add_argument("--only", type=int, help="run the case of this seed alone, and print what was received")
-    parser.add_argument("--programs", type=int, default=36, help="cases with the real programs, twelve at a time")
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--programs", type=int, default=48, help="cases with the real programs, a round at a time")
     return parser.parse_args()
 
 
@@ -42,12 +40,12 @@ def run_all(seed: int, cases: int, programs: int) -> Iterator[tuple[str, list[st
     """Run all cases; give the name of each and what is wrong."""
     with ProcessPoolExecutor(2) as pool:
         seeds = range(seed, seed + cases)
-        found = pool.map(partial(run_case), seeds, chunksize=8)
+        found = pool.map(run_case, seeds, chunksize=8)
         for each, complaints in zip(seeds, found, strict=True):
             yield f"--only {each}", complaints
     done = 0
     while done < programs:
-        for name, complaints in list(run_round(seed + done).items())[: programs - done]:
+        for name, complaints in list(run_round(seed + done, SCENARIOS + SLOW).items())[: programs - done]:
             done += 1
             yield f"program {name}", complaints
 
