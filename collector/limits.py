@@ -49,6 +49,11 @@ class Credits:
         self._level -= cost
         return max(0.0, -self._level / self.refill)
 
+    def shrink(self) -> None:
+        """The exchange says that we overdrew: others draw on the pool as well, so count on half of it from now on."""
+        self.pool = max(SUBSCRIBE_COST, self.pool / 2)
+        self._level = min(self._level, 0.0)
+
 
 def measure_call(channels: Sequence[str], method: str, reserve: int = 0) -> int:
     """Bytes of the JSON frame that asks for these channels, at most; `reserve` for further params."""

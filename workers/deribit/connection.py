@@ -18,11 +18,19 @@ import aiohttp
 
 from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
 from workers.deribit.bootstrap import Login
-from workers.deribit.errors import ExchangeError, Lost, NotConnected, Refused
+from workers.deribit.errors import (
+    BACK_OFF_PAUSE,
+    ExchangeError,
+    Lost,
+    NotConnected,
+    Reaction,
+    Refused,
+    find_reaction,
+)
 from workers.deribit.listener import Listener
 from workers.deribit.reconcile import Reconciler
 from workers.deribit.requests import Requests
-from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, decode_frame, encode_request
+from workers.deribit.rpc import DATA_PREFIX, Data, Reply, decode_frame, encode_request
 from workers.deribit.session import Session
 from workers.deribit.together import do_together
 from workers.deribit.watch import Pace
@@ -91,6 +99,7 @@ class Client:
         self._verdict: asyncio.Future[None] | None = None
         self._live = asyncio.Event()
         self._closing = asyncio.Event()
+        self._pause = 0.0
         self._pace = Pace(read_pause)
         self._stamp = 0
         self._heard = 0.0
@@ -194,10 +203,8 @@ class Client:
         while not (self._closing.is_set() or self.machine.state == "failed"):
             try:
                 await self._until_closing(self._run_session())
-            except Lost as error:
-                await self._back_off(str(error), error.pause)
-            except NotConnected as error:
-                await self._back_off(str(error), 0.0)
+            except (Lost, NotConnected) as error:
+                await self._back_off(str(error))
             except Refused as error:
                 self._fail("refused", error.exit, str(error))
         if self.machine.state == "closing":
@@ -213,7 +220,7 @@ class Client:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _back_off(self, reason: str, pause: float) -> None:
+    async def _back_off(self, reason: str) -> None:
         if self._closing.is_set():
             return
         self.last_error = self.last_error or {"message": reason}
@@ -225,7 +232,8 @@ class Client:
             )
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
-        delay = max(pause, backoff_delay(max(1, self.attempts), first, random.random()))
+        delay = max(self._pause, backoff_delay(max(1, self.attempts), first, random.random()))
+        self._pause = 0.0
         await self._until_closing(asyncio.sleep(delay))
         if not self._closing.is_set():
             self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")
@@ -363,14 +371,21 @@ class Client:
             return self._take_bad(frame, str(error))
         if isinstance(found, Data):
             self.listener.take_frame(frame, stamp)
-        elif isinstance(found, Heartbeat):
-            if found.kind == "test_request":
-                self._answer_test()
-        elif self.requests.settle(found):
-            pass
-        elif found.error is not None:
-            self.last_error = found.error.raw
-            self._take_bad(frame, f"an error that answers no request of ours: {found.error}")
+        elif isinstance(found, Reply):
+            self._take_reply(found, frame)
+        elif found.kind == "test_request":
+            self._answer_test()
+
+    def _take_reply(self, reply: Reply, frame: bytes) -> None:
+        if reply.error is not None and find_reaction(reply.error.code) is Reaction.BACK_OFF:
+            # Told here, where no cut that follows can come before it.
+            self._pause = BACK_OFF_PAUSE
+            self.reconciler.credits.shrink()
+        if self.requests.settle(reply):
+            return
+        if reply.error is not None:
+            self.last_error = reply.error.raw
+            self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
         else:
             self._take_bad(frame, "an answer to no request of ours")
 

@@ -7,11 +7,7 @@ from collector.lifecycle import Exit
 
 
 class Lost(Exception):
-    """The connection cannot go on, but another attempt may, after `pause` seconds at least."""
-
-    def __init__(self, message: str, pause: float = 0.0) -> None:
-        super().__init__(message)
-        self.pause = pause
+    """The connection cannot go on, but another attempt may."""
 
 
 class Refused(Exception):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from collector.limits import SUBSCRIBE_COST, Credits
-from workers.deribit.errors import BACK_OFF_PAUSE, ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.session import Send
 from workers.deribit.subscriptions import Call, Subscriptions
 from workers.deribit.together import do_together
@@ -27,7 +27,7 @@ class Reconciler:
         self._send = send
         self._confirm = confirm
         self._refuse = refuse
-        self._credits = Credits(now=time.monotonic())
+        self.credits = Credits(now=time.monotonic())
         self._lives = 0
 
     def end(self) -> None:
@@ -77,7 +77,7 @@ class Reconciler:
 
     async def _wait_for_credits(self) -> None:
         life = self._lives
-        await asyncio.sleep(self._credits.take(SUBSCRIBE_COST, time.monotonic()))
+        await asyncio.sleep(self.credits.take(SUBSCRIBE_COST, time.monotonic()))
         if life != self._lives:  # the next life asks for everything by itself, and in its own order
             raise Lost("the connection ended before the turn of the call came")
 
@@ -85,9 +85,7 @@ class Reconciler:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
         self.last_error = error.raw
         reaction = find_reaction(error.code)
-        if reaction is Reaction.BACK_OFF:
-            raise Lost(f"{call.method}: {error}", BACK_OFF_PAUSE)
-        if call.method.endswith("unsubscribe"):
+        if reaction is Reaction.BACK_OFF or call.method.endswith("unsubscribe"):
             raise Lost(f"{call.method}: {error}")
         if reaction is Reaction.RETRY:
             await asyncio.sleep(RETRY_PAUSE)

@@ -7,7 +7,7 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from workers.deribit.bootstrap import Login, Moment, build_auth, build_refresh, plan_round
-from workers.deribit.errors import BACK_OFF_PAUSE, ExchangeError, Lost, Reaction, Refused, find_reaction
+from workers.deribit.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 from workers.deribit.together import do_together
 
 Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
@@ -88,7 +88,7 @@ class Session:
             raise Refused(f"{method}: {error}", Exit.CREDENTIALS)
         if reaction is Reaction.BANNED:
             raise Refused(f"{method}: {error}", Exit.BANNED)
-        raise Lost(f"{method}: {error}", BACK_OFF_PAUSE if reaction is Reaction.BACK_OFF else 0.0)
+        raise Lost(f"{method}: {error}")
 
     async def _log_in(self, params: dict[str, Any]) -> None:
         try:
