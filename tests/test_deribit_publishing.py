@@ -186,7 +186,7 @@ async def test_unsubscribing_and_subscribing_at_once_leaves_it_subscribed(practi
 @pytest.mark.parametrize("fault", ["no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1"])
 @in_loop
 async def test_a_channel_is_closed_also_if_nobody_answers(practice: str, fault: str) -> None:
-    async with collecting(practice, fault, QUOTE, BOOK, timeout=0.5) as run:
+    async with collecting(practice, fault, QUOTE, BOOK, timeout=2.0) as run:
         await run.hearer.hear_of("deribit.quote.", type="quote")
         assert await run.ask("unsubscribe", channels=[QUOTE]) == {"channels": {QUOTE: True}}
         await run.hearer.hear_of("deribit.quote.", type="status", state="closed")

@@ -226,7 +226,7 @@ async def test_crossed_books_are_counted_and_not_mended(practice: str) -> None:
 @in_loop
 async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -> None:
     async def recover(fault: str) -> None:
-        async with collecting(practice, fault, BOOK, timeout=0.5) as run:
+        async with collecting(practice, fault, BOOK, timeout=2.0) as run:
             feed = run.worker.feeds[BOOK.encode()]
             await run.hearer.hear(lambda: feed.is_complete and run.worker.patrol.resyncs, "the book", 30)
             await hear_more(run, [BOOKS])

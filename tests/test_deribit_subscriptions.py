@@ -245,7 +245,7 @@ async def test_an_exchange_that_wants_a_pause_is_left_and_tried_again(practice: 
 @pytest.mark.parametrize("fault", ["no_reply:public/subscribe", "wrong_id:public/subscribe", "credits:1000"])
 @in_loop
 async def test_calls_that_come_to_nothing_cost_the_connection(practice: str, fault: str) -> None:
-    async with connected(practice, f"{fault},first:1", channels=[QUOTE, BOOK], timeout=0.4) as (client, ear):
+    async with connected(practice, f"{fault},first:1", channels=[QUOTE, BOOK], timeout=2.0) as (client, ear):
         assert len(ear.find("backoff")) == 1
         check_equal(client)
         await ear.wait_frames([QUOTE, BOOK])
@@ -300,7 +300,7 @@ async def test_wishes_made_while_it_is_away_are_kept(practice: str) -> None:
 @pytest.mark.parametrize("fault", ["no_reply:public/subscribe@1", "wrong_id:public/subscribe@1", "drop:0.4,first:1"])
 @in_loop
 async def test_a_wish_whose_call_comes_to_nothing_is_kept(practice: str, fault: str) -> None:
-    async with connected(practice, f"{fault},skip:0", timeout=0.3) as (client, _):
+    async with connected(practice, f"{fault},skip:0", timeout=1.5) as (client, _):
         results = [await client.subscribe([name]) for name in (QUOTE, BOOK)]
         if "drop" not in fault:
             assert results[0][QUOTE]["code"] == "not_connected"
