@@ -74,7 +74,8 @@ class Ledger:
         """Nothing will be said on this topic any more: another may have its place."""
         slot = self._slots.pop(topic, 0)
         if slot:
-            self.cells[slot] = 0
+            for place in (0, 1, 3, 4):  # all but the length: what is left of a topic would be taken for the next one's
+                self.cells[slot + place] = 0
             self._free.append(slot // WORDS)
 
     def _take_slot(self, topic: bytes) -> int:
