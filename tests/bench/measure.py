@@ -73,10 +73,12 @@ class Process:
         return self.process.pid
 
     def wait_for(self, event: str, timeout: float = 60.0) -> dict[str, Any]:
-        """The facts of the next such event; others before it are dropped."""
+        """The facts of the next such event; others before it are dropped. Raises AssertionError if it cannot come."""
         end = time.monotonic() + timeout
         while self.pipe.poll(max(0.0, end - time.monotonic())):
             name, facts = self.pipe.recv()
+            if name == "broken":
+                raise AssertionError(facts["reason"])
             if name == event:
                 found: dict[str, Any] = facts
                 return found
@@ -191,10 +193,10 @@ class Lab:
     def _measure(self, case: Case, load: Process, end: Process, pid: int) -> Results:
         busy, before = read_busy(self.place.measured), read_usage(pid)
         load.pipe.send(case.order)
+        sent = load.wait_for("sent")
         last = end.wait_for("last")
         after, elapsed = read_usage(pid), last["time"]
         busy = read_busy(self.place.measured) - busy
-        sent = load.wait_for("sent")
         count = sent["count"]
         elapsed -= sent["start"]
         results = {

@@ -104,7 +104,11 @@ class Server:
                 if steered:
                     self.obey(*self.pipe.recv())
             else:
-                self.read(self.clients[key.fd])
+                client = self.clients[key.fd]
+                try:
+                    self.read(client)
+                except ConnectionError:  # gone before it had its answer
+                    self.drop(client)
 
     def obey(self, verb: str, arguments: dict[str, Any]) -> None:
         """Carry out one order of the one who steers."""
@@ -206,10 +210,12 @@ class Server:
         """Play a part of the tape to the client that subscribed, then the frame that ends it."""
         client = [client for client in self.clients.values() if client.channels][-1]
         start = time.monotonic_ns()
-        count = play(client.socket, **arguments)
-        end = time.monotonic_ns()
-        client.socket.sendall(frame_text(last_payload(time.time_ns() // 1_000_000)))
-        self.report("sent", count=count, start=start, end=end)
+        try:
+            count = play(client.socket, **arguments)
+            client.socket.sendall(frame_text(last_payload(time.time_ns() // 1_000_000)))
+            self.report("sent", count=count, start=start, end=time.monotonic_ns())
+        except ConnectionError as error:
+            self.report("broken", reason=f"the measured program cut the connection: {error}")
 
     def play_full(self, sock: socket.socket, count: int) -> int:
         """Send `count` frames (once round the tape at most) as fast as the other side takes them."""
