@@ -49,10 +49,10 @@ KEYS: dict[str, dict[str, Key]] = {
         "control": Key("string", "", '"ipc:///run/collector/control"', "endpoint of the control channel"),
         "http": Key("string", "", '""', "metrics, health and dashboard; comes later, must be empty"),
         "scheduling": Key(
-            "string", "batch", '"batch"', "batch: ZeroMQ's thread never interrupts a worker's loop (Linux); or normal"
+            "string", "normal", '"normal"', "normal, or batch: workers do not interrupt other programs (Linux)"
         ),
         "read_pause": Key(
-            "seconds", 0.0002, "0.0002", "rest between reads above 8,000 frames/s, for less CPU; 0: never", 0, 0.01
+            "seconds", 0.0001, "0.0001", "rest between reads above 8,000 frames/s, for less CPU; 0: never", 0, 0.01
         ),
     },
     "exchange": {

@@ -32,7 +32,7 @@ from workers.deribit.reconcile import Reconciler
 from workers.deribit.requests import Requests
 from workers.deribit.rpc import DATA_PREFIX, Data, Reply, decode_frame, encode_request
 from workers.deribit.session import Session
-from workers.deribit.together import do_together
+from workers.deribit.together import Resumed, do_together
 from workers.deribit.watch import Pace
 
 MAX_FRAME = 16 << 20
@@ -259,6 +259,7 @@ class Client:
 
     async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
         self._live.clear()
+        self._end_burst()  # a cut may have come in the middle of one
         self.requests.fail(Lost("the connection ended before the answer came"))
         for task in (*tasks, *self._tasks):
             task.cancel()
@@ -327,7 +328,15 @@ class Client:
         receive, take_frame = socket.receive, self.listener.take_frame
         text = aiohttp.WSMsgType.TEXT
         while True:
-            message = await receive()
+            taking = receive()
+            try:
+                # Stepped by hand, since only so it shows whether it had to wait: then all that was read has been taken.
+                waits_for = taking.send(None)
+            except StopIteration as done:
+                message = done.value
+            else:
+                self._end_burst()
+                message = await Resumed(taking, waits_for)
             if message.type is not text:
                 self._take_control(socket, message)
                 continue
@@ -341,14 +350,15 @@ class Client:
                 self._take_other(frame, stamp)
 
     def _start_burst(self) -> int:
-        """Stamp all that is read before the loop comes round again with one time."""
+        """Stamp all that is taken before the socket has to be waited for with one time."""
         self._stamp = time.time_ns()
         self._heard = time.monotonic()
-        asyncio.get_running_loop().call_soon(self._end_burst)
         return self._stamp
 
     def _end_burst(self) -> None:
         stamp, self._stamp = self._stamp, 0
+        if not stamp:
+            return
         self.listener.end_burst(stamp)
         if self._pace.should_pause(self.frames, stamp):
             # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
