@@ -1,10 +1,15 @@
 """Fixtures that several files of tests use."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from tests.exchange_client import exchange
+
+# A job that a shell runs in the background has SIGINT ignored, and hands that down: the programs under test would
+# never see a Ctrl-C.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
