@@ -57,6 +57,7 @@ class Subscriber:
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.RECONNECT_IVL, 10)
         self._socket.subscribe(b"")
         for endpoint in endpoints:
             self._socket.connect(endpoint)

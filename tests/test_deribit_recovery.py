@@ -276,7 +276,7 @@ async def test_lost_trades_are_told_fetched_and_said_late(practice: str, channel
 @in_loop
 async def test_trades_that_nobody_has_any_more_stay_missing_and_are_named(practice: str) -> None:
     """The exchange refuses every request for them."""
-    faults = "lost_trades:4@1,error:public/get_last_trades_by_instrument=10001"
+    faults = "lost_trades:4@1,error:public/get_last_trades_by_instrument=13020"
     async with collecting(practice, faults, TRADES) as run:
         (repair,) = await run.hearer.hear_of(TRADED, type="repair")
         (gap,) = run.hearer.find(TRADED, type="gap")

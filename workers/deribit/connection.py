@@ -239,8 +239,9 @@ class Client:
             self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")
 
     def _fail(self, event: str, code: Exit, failure: str) -> None:
-        self.exit, self.failure = code, failure
-        self._apply(event, failure)
+        if not self._closing.is_set():
+            self.exit, self.failure = code, failure
+            self._apply(event, failure)
 
     async def _run_session(self) -> None:
         self.attempts += 1
@@ -317,6 +318,11 @@ class Client:
         except TimeoutError:
             silence = time.monotonic() - self._heard
             raise Lost(f"no frame for {silence:.1f} s and no answer to public/test") from None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is live, and not about to be cut."""
+        return self._live.is_set()
 
     def read_clock(self) -> int:
         """Now, in ns since 1970; while a burst is handed out, the time at which it was read."""
@@ -419,6 +425,8 @@ class Client:
             await self.send("public/test")
 
     def _apply(self, event: str, reason: str) -> None:
+        if self._closing.is_set() and event != "ended":
+            return  # whatever came in the meantime: it is being closed
         self._reason = reason
         self.machine.apply(event)
 

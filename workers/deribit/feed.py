@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 
-from collector.channels import Channel, parse_channel, share_topic
+from collector.channels import Channel, share_topic
 from workers.deribit.streams import Published, Stream, Topics
 from workers.deribit.watch import Rhythm
 
@@ -12,11 +12,13 @@ class Feed(ABC):
 
     `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
     `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
-    `duplicates` count oddities. `last_ts` is when data came last, `waiting_since` when a snapshot was asked for (ns).
+    `duplicates` count oddities. `last_ts` is when data came last, `waiting_since` when a snapshot was asked for (ns),
+    `waits` how often in vain. `is_ended` is set when nobody asks for the channel any more.
     """
 
     is_complete = True
     changed = False
+    is_ended = False
     dropped = 0
     crossed = 0
     emptied = 0
@@ -30,6 +32,7 @@ class Feed(ABC):
         self.rhythm = Rhythm()
         self.last_ts = 0
         self.waiting_since = 0
+        self.waits = 0
         self.streams: dict[str, Stream] = {}
         if channel.instrument:
             self.stream = self.find_stream(channel.instrument)
@@ -47,16 +50,14 @@ class Feed(ABC):
         channel = self.channel
         if channel.instrument or stream.type != channel.type or stream.interval != channel.interval:
             return
-        if stream.type != "trade" or share_topic(
-            channel, parse_channel(f"trades.{stream.instrument}.{stream.interval}")
-        ):
+        if share_topic(channel, Channel("", stream.type, stream.instrument, stream.interval)):
             self.streams[stream.instrument] = stream
 
     @abstractmethod
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """What a frame of this channel says. Raises Malformed if it is not one."""
 
-    def skip(self, now: int) -> None:
+    def skip(self, frame: bytes, now: int) -> None:
         """A frame could not be read: announced where no numbers of the exchange's own will show it."""
         if self.channel.type not in ("book", "trade") or self.channel.grouped:
             for stream in self.streams.values():

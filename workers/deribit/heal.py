@@ -12,7 +12,7 @@ import msgspec
 
 from collector.limits import CALL_COST, CALL_POOL, Credits
 from workers.deribit.connection import Client
-from workers.deribit.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.fetch import Ask, Healed, Page, heal_feed
 from workers.deribit.frames import TradeData, convert_laxly
 from workers.deribit.payloads import Repair
@@ -23,6 +23,9 @@ log = logging.getLogger("deribit")
 
 SURE = 5.0
 """Seconds after which what was published is taken to have left this process, should it be killed."""
+
+PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
+"""Seconds before each further try of a request that the exchange asks us to send again."""
 
 AT_ONCE = 8
 """Channels that are healed side by side."""
@@ -58,21 +61,27 @@ class Healer:
         healing = heal_feed(feed, time.time_ns(), self._client.session.clock_offset)
         page = None
         try:
-            while True:
+            while not feed.is_ended:
                 step = healing.send(page)
                 if isinstance(step, Healed):
                     page = None
-                    self._end(feed, step)
+                    self._say_repairs(feed, step)
                 else:
                     page = await self._fetch(feed, step)
         except StopIteration:
             pass
         except (Lost, NotConnected, TimeoutError) as error:
             log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
-            if self._client.machine.state == "live":
+            if self._client.is_live:
                 self.heal(feed)
 
-    def _end(self, feed: TradeFeed, healed: Healed) -> None:
+    def end(self, feed: TradeFeed) -> None:
+        """Nobody asks for this channel any more: what came is all that comes."""
+        feed.is_ended = True
+        for stream, holes in list(feed.holes.items()):
+            self._say_repairs(feed, Healed(stream, list(holes)))
+
+    def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
         for message in feed.end_healing(healed.stream, healed.holes, self._client.read_clock()):
             if isinstance(message, Repair):
                 self.repaired += message.repaired
@@ -82,15 +91,27 @@ class Healer:
 
     async def _fetch(self, feed: TradeFeed, ask: Ask) -> Page | None:
         """Send one request and publish what it brings; None if the exchange refuses. Raises Lost and its kin."""
-        await asyncio.sleep(max(ask.pause, self._credits.take(CALL_COST, time.monotonic())))
+        await asyncio.sleep(ask.pause)
         try:
-            page = read_page(await self._client.send(ask.method, ask.params))
-            now = self._client.read_clock()
-            self._publisher.publish(feed.backfill(page.trades, now), now)
+            page = read_page(await self._send_patiently(ask))
         except (ExchangeError, ValueError) as error:
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None
+        if not feed.is_ended:
+            now = self._client.read_clock()
+            self._publisher.publish(feed.backfill(page.trades, now), now)
         return page
+
+    async def _send_patiently(self, ask: Ask) -> Any:
+        """Settlement or maintenance may last: while the exchange asks for patience it gets it."""
+        for patience in (*PATIENCE, None):
+            await asyncio.sleep(self._credits.take(CALL_COST, time.monotonic()))
+            try:
+                return await self._client.send(ask.method, ask.params)
+            except ExchangeError as error:
+                if patience is None or find_reaction(error.code) not in (Reaction.RETRY, Reaction.BACK_OFF):
+                    raise
+                await asyncio.sleep(patience)
 
 
 def read_page(answer: Any) -> Page:

@@ -50,6 +50,8 @@ class Ledger:
             os.close(file)
         self.cells = memoryview(self._map).cast("q")
         self._slots = {entry.topic: slot for slot, entry in self._read()}
+        self._records = sum(1 for _ in self._read())
+        self._had = frozenset(self._slots)
         self._free: list[int] = []
         self.earlier = [entry for _, entry in self._read() if entry.last_ts]
 
@@ -62,6 +64,10 @@ class Ledger:
             topic = self._map[start + TEXT : start + TEXT + length].decode("utf-8", "replace")
             slot = number * WORDS
             yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1], self.cells[slot + 3], self.cells[slot + 4])
+
+    def had(self, topic: str) -> bool:
+        """Whether an earlier life had this topic (or channel)."""
+        return topic in self._had
 
     def find_slot(self, topic: str) -> int:
         """The slot of a topic, taken at need; 0 where the ledger is full or the topic too long."""
@@ -81,9 +87,10 @@ class Ledger:
     def _take_slot(self, topic: bytes) -> int:
         if len(topic) > RECORD - TEXT:
             return 0
-        number = self._free.pop() if self._free else len(self._slots) + 1
+        number = self._free.pop() if self._free else self._records + 1
         if number > TOPICS:
             return 0
+        self._records = max(self._records, number)
         start = number * RECORD
         self._map[start + TEXT : start + TEXT + len(topic)] = topic
         self.cells[number * WORDS + 2] = len(topic)  # last: it makes the record count

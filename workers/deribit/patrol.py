@@ -108,6 +108,8 @@ class Patrol:
             feed.rhythm.forget_pause()
         self._whole.forget_pause()
         self._doubted.clear()
+        self._late = LagWatch()
+        self._was_lagging = False
 
     # -- lag ----------------------------------------------------------------------------------------------------------
 
@@ -116,10 +118,11 @@ class Patrol:
         if self._late.is_lagging != self._was_lagging:
             self._was_lagging = self._late.is_lagging
             log.warning("lag %.1f s" if self._was_lagging else "lag is over, %.1f s", self.lag.newest / SECOND)
-            state = ("stale", "lag") if self._was_lagging else ("live", "")
-            for feed in self._feeds.values():
-                if feed.condition in (("live", ""), ("stale", "lag")):
-                    self._statuses.tell(feed, *state)
+        fine, late = ("live", ""), ("stale", "lag")
+        before, after = (fine, late) if self._was_lagging else (late, fine)
+        for feed in self._feeds.values():  # each second: some may have come into step only now
+            if feed.condition == before:
+                self._statuses.tell(feed, *after)
         if hopeless:
             self._reconnect(now, f"data come {self.lag.newest / SECOND:.0f} s late, and later and later")
 
@@ -174,22 +177,28 @@ class Patrol:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def _judge_waiting(self, feed: Feed, now: int) -> None:
+        """A first snapshot that does not come is asked for again, ever less often; others must not suffer from it."""
         if feed.channel.name not in self._client.reconciler.subscriptions.confirmed:
             feed.waiting_since = 0
         elif not feed.waiting_since:
             feed.waiting_since = now
-        elif now - feed.waiting_since > SNAPSHOT_WAIT:
-            self.resync(feed)
+        elif now - feed.waiting_since > SNAPSHOT_WAIT << min(feed.waits, 6):
+            feed.waits += 1
+            self._ask_anew(feed, now)
 
     def resync(self, feed: Feed) -> None:
         """Ask for a new snapshot of one book; for a new connection if too many books break."""
-        now = time.time_ns()
-        feed.waiting_since = now
-        self.resyncs += 1
-        if self._budget.take(now):
-            self._client.spawn(self._resubscribe(feed))
-        else:
+        if not self._ask_anew(feed, time.time_ns()):
+            self._budget.restore()
             self._client.cut("too many books out of step")
+
+    def _ask_anew(self, feed: Feed, now: int) -> bool:
+        feed.waiting_since = now
+        if not self._budget.take(now):
+            return False
+        self.resyncs += 1
+        self._client.spawn(self._resubscribe(feed))
+        return True
 
     async def _resubscribe(self, feed: Feed) -> None:
         await asyncio.sleep(random() * JITTER)

@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from workers.deribit.ledger import Ledger
-from workers.deribit.payloads import Gap, Payload
+from workers.deribit.payloads import Gap, Payload, Trade
 from workers.deribit.streams import Message, Published, Stream
 
 LINGER_MS = 1000
@@ -84,8 +84,15 @@ class Publisher:
             except ValueError:
                 stream.current = None  # what cannot be said cannot be repeated
                 raise
-            stream.last_ts = cells[stream.slot] = receive_ts
-            cells[stream.slot + 1] = stream.last_id
+            stream.last_ts = receive_ts
+            if self.is_holding:
+                continue  # not out yet: a later life must not take it as said
+            slot = stream.slot
+            cells[slot] = receive_ts
+            if message.__class__ is Trade:  # its own number: the frame may hold more that are not out yet
+                cells[slot + 1] = max(cells[slot + 1], message.trade_seq)
+            else:
+                cells[slot + 1] = stream.last_id
 
     def say(self, stream: Stream, message: Message) -> None:
         """Send one message as the next of its topic. Raises ValueError for what cannot be encoded."""

@@ -85,7 +85,10 @@ class Reconciler:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
         self.last_error = error.raw
         reaction = find_reaction(error.code)
-        if reaction is Reaction.BACK_OFF or call.method.endswith("unsubscribe"):
+        leaves = call.method.endswith("unsubscribe")
+        if reaction is Reaction.RETRY and leaves:
+            return await asyncio.sleep(RETRY_PAUSE)
+        if reaction is Reaction.BACK_OFF or leaves:
             raise Lost(f"{call.method}: {error}")
         if reaction is Reaction.RETRY:
             await asyncio.sleep(RETRY_PAUSE)

@@ -8,6 +8,7 @@ from typing import Any
 from collector.lifecycle import Exit
 from workers.deribit.bootstrap import Login, Moment, build_auth, build_refresh, plan_round
 from workers.deribit.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
+from workers.deribit.frames import MAX_MS
 from workers.deribit.together import do_together
 
 Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
@@ -112,7 +113,7 @@ class Session:
         theirs = await self._send("public/get_time", {})
         received = time.time_ns()
         self._sync_at = time.monotonic() + TIME_SYNC
-        if isinstance(theirs, int):
+        if type(theirs) is int and 0 <= theirs <= MAX_MS:
             # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
             self.clock_offset = theirs * 1_000_000 + 500_000 - (sent + received) // 2
             self.clock_error = (received - sent) // 2 + 500_000

@@ -153,6 +153,13 @@ class Topics:
             self.ledger.free_slot(stream.topic.decode())
         return [stream for _, stream in expired]
 
+    def leave(self, stream: Stream) -> None:
+        """Nobody asks for a topic any more: neither this life nor a later one goes on from what was said."""
+        stream.reset()
+        if stream.slot:
+            for cell in (0, 1, 3, 4):
+                self.ledger.cells[stream.slot + cell] = 0
+
     def number_gap(self) -> int:
         """The id of the next gap."""
         self.gaps += 1

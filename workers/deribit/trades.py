@@ -3,6 +3,7 @@
 Fact: trade_seq counts each instrument's trades without a hole (90,988 in a row were measured), on every interval.
 """
 
+import re
 from collections.abc import Iterable
 
 from msgspec import UNSET, UnsetType
@@ -12,7 +13,9 @@ from collector.messages import EXCHANGE
 from workers.deribit.feed import Feed
 from workers.deribit.frames import MS, TradeData, read_trades
 from workers.deribit.payloads import Gap, Repair, Trade
-from workers.deribit.streams import Published, Stream, Topics
+from workers.deribit.streams import Malformed, Published, Stream, Topics
+
+_NAME = re.compile(rb'"instrument_name":"([A-Za-z0-9_-]{1,200})"')
 
 MAX_HELD = 100_000
 """Trades of one hole that are kept track of; what a larger hole lacks beyond them stays missing."""
@@ -164,9 +167,22 @@ class TradeFeed(Feed):
                 hole.last = stream.last_id if hole.last is None else hole.last
         super().lose(reason, now)
         self.losses += 1
+        self._note_loss()
+
+    def _note_loss(self) -> None:
         if self.lost_from is None and self.confirmed_at:
             last_ts = max((stream.last_ts for stream in self.streams.values()), default=0) or self.confirmed_at
             self.lost_from = min(last_ts, self.newest or last_ts)  # the earlier: what came may have come late
+
+    def skip(self, frame: bytes, now: int) -> None:
+        """A frame could not be read: its trades are fetched, those of quiet and of new instruments too."""
+        for name in set(_NAME.findall(frame)):
+            stream = self.streams.get(name.decode())
+            if stream is not None:
+                stream.lose("sequence", self.topics, now)
+        self.losses += 1
+        self._note_loss()
+        self.changed = True
 
     def _open_hole(self, stream: Stream, gap: Gap | None, first: int, last: int | None) -> Hole:
         hole = Hole(gap, first, last)
@@ -203,7 +219,11 @@ class TradeFeed(Feed):
         """Fetched trades, in order: those that are missing, marked as such."""
         published: Published = []
         for data in trades:
-            stream = self.find_stream(data.instrument_name)
+            try:
+                stream = self.find_stream(data.instrument_name)
+            except Malformed:  # what the stream itself could not bring either
+                self.dropped += 1
+                continue
             if self._fill(stream, data.trade_seq):
                 stream.last_id = max(stream.last_id, data.trade_seq)
                 published.append((stream, self.build_trade(stream, data, now, True)))

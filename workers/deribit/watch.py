@@ -29,10 +29,11 @@ class Rhythm:
         self._mean = 0.0
         self._longest = 0
         self._samples = 0
+        self._before = 0
 
     def look(self, last_ts: int) -> None:
         """Take note of when it came last (0: never)."""
-        if last_ts == self._last:
+        if last_ts in (self._last, self._before):
             return
         if self._last:
             interval = last_ts - self._last
@@ -44,6 +45,7 @@ class Rhythm:
 
     def forget_pause(self) -> None:
         """The next interval is none of its own: the connection was away."""
+        self._before = self._last or self._before
         self._last = 0
 
     def is_broken(self, now: int) -> bool:
@@ -87,14 +89,17 @@ class ResyncBudget:
         self._since = 0
 
     def take(self, now: int) -> bool:
-        """Take one; False if they are used up, and then they are all there again."""
+        """Take one; False if they are used up."""
         self._level = min(self.size, self._level + (now - self._since) * self.refill)
         self._since = now
         if self._level < 1:
-            self._level = self.size
             return False
         self._level -= 1
         return True
+
+    def restore(self) -> None:
+        """A new connection brings all books anew."""
+        self._level = self.size
 
 
 class Pace:

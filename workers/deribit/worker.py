@@ -107,7 +107,7 @@ class Worker(Listener):
         for feed in self.feeds.values():
             for stream in restored:
                 feed.adopt(stream)
-            if isinstance(feed, TradeFeed):
+            if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
                 feed.confirmed_at = self.ledger.epoch
             feed.lose("restart", self.epoch)
         self.ledger.epoch = self.epoch
@@ -138,8 +138,6 @@ class Worker(Listener):
         self.joins.end()
         await asyncio.to_thread(self.publisher.close)
         self.ledger.close()
-        if self.client.exit is Exit.STOPPED:
-            self.ledger_path.unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End in order: close frame, then what is still queued for subscribers."""
@@ -204,9 +202,11 @@ class Worker(Listener):
                 if name in self.client.reconciler.subscriptions.asked:
                     continue  # somebody wants it again by now
                 if (feed := self.feeds.pop(name.encode(), None)) is not None:
+                    if isinstance(feed, TradeFeed):
+                        self.healer.end(feed)
                     self.statuses.tell(feed, *condition)
                     for stream in feed.streams.values():
-                        stream.reset()
+                        self.topics.leave(stream)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
         # The deadline of the command bounds it, not the connection's own timeout.
@@ -251,7 +251,7 @@ class Worker(Listener):
                 self._newest = published
         except ValueError as error:
             self.take_malformed(frame, f"{feed.channel.name}: {error}")
-            feed.skip(receive_ts)
+            feed.skip(frame, receive_ts)
         if feed.changed:
             self._attend(feed)
 
@@ -310,6 +310,7 @@ class Worker(Listener):
                 self._events.append({"event": "listening"})
             if isinstance(feed, TradeFeed):
                 feed.confirmed_at = feed.confirmed_at or time.time_ns()
+                self.ledger.find_slot(feed.channel.name)  # a later life is told that this one had it
                 self.healer.heal(feed)
 
     def refuse_channels(self, names: list[str], reason: str) -> None:
@@ -327,6 +328,7 @@ class Worker(Listener):
         if isinstance(feed, TradeFeed):
             self.healer.heal(feed)
         elif feed.is_complete:
+            feed.waits = 0
             self.statuses.tell(feed, "live", "")
         else:
             self.statuses.tell(feed, "recovering", "sequence")
