@@ -62,6 +62,8 @@ class Commands:
     # connect and close
 
     async def _connect(self, request: Request) -> dict[str, Any]:
+        if self._supervisor.is_stopping:
+            raise ControlError("not_connected", "the collector is stopping")
         connection = self._check_connection(request.arguments["connection"])
         entry = self._supervisor.start_connection(connection, from_file=False)
         keeper = entry.keeper
@@ -73,7 +75,8 @@ class Commands:
             text = f"{connection.name} is not live yet ({keeper.state}); it is still being tried, see get_state"
             raise ControlError("timeout", text, keeper.last_error) from None
         if not keeper.is_live:
-            del self._entries[connection.name]
+            if self._entries.get(connection.name) is entry:  # else it was closed meanwhile, or replaced
+                del self._entries[connection.name]
             raise _explain_failure(keeper)
         return await self._look(entry, request.deadline)
 

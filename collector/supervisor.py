@@ -57,6 +57,7 @@ class Supervisor:
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
+        self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
         self.listing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by host: its list is being fetched
 
     async def run(self) -> int:
@@ -72,6 +73,11 @@ class Supervisor:
             await self._stop()
             watching.cancel()
             self._spawner.close()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether all is being stopped: nothing may be started any more."""
+        return self._ended.done()
 
     def end(self, code: int) -> None:
         """Have `run` stop all in order and return the code."""
@@ -126,6 +132,8 @@ class Supervisor:
         self.entries[name] = entry
         entry.keeping = self._keep(keeper, self._prepare(entry))
         entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
+        if self.is_stopping:  # a shard whose list came just now: those that are being stopped were counted already
+            keeper.stop()
         return entry
 
     async def _prepare(self, entry: Entry) -> bool:
@@ -182,19 +190,27 @@ class Supervisor:
         return urlunsplit(urlsplit(str(self.exchange.endpoints["url"]))._replace(query=query))
 
     def _end_connection(self, entry: Entry) -> None:
-        """A connection has ended for good. The collector goes on while another one runs."""
+        """A connection has ended for good.
+
+        The collector goes on while another one runs. One that was added at run time ends it only if it is the last to
+        fail where the file's connections have failed before.
+        """
         keeper = entry.keeper
         self._epochs[keeper.name] = keeper.epoch
         remove_socket(entry.connection.publish)  # these two are what a killed worker leaves
         (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
         if keeper.machine.state == "stopped" and self.entries.get(keeper.name) is entry:
             del self.entries[keeper.name]
-        if keeper.machine.state != "failed" or not (entry.from_file or keeper.was_live):
+        if keeper.machine.state != "failed":
             return
-        keepers = [other.keeper for other in self.entries.values()]
-        if all(keeper.is_over for keeper in keepers):
+        others = list(self.entries.values())
+        failed = [keeper, *(other.keeper for other in others if other.keeper.is_over)]
+        code = 3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in failed) else 1
+        if entry.from_file and all(other.keeper.is_over for other in others if other.from_file):
+            self._lost = code
+        if self._lost is not None and all(other.keeper.is_over for other in others):
             log.error("no connection is left")
-            self.end(3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in keepers) else 1)
+            self.end(max(self._lost, code))
 
     def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, bool] | None) -> asyncio.Task[None]:
         task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
@@ -223,6 +239,7 @@ class Supervisor:
 
     async def _stop(self) -> None:
         """End all in order: the connections, then the exchange that they talk with. The watch kills stragglers."""
+        self.end(1)  # if it is a fault that has brought us here
         exchange = self.exchange
         for task in self._following:
             task.cancel()

@@ -381,6 +381,43 @@ def test_the_collector_goes_on_without_connections() -> None:
         run.wait_gone()
 
 
+def test_a_connect_while_the_collector_stops_is_refused_at_once_and_does_not_keep_it() -> None:
+    with collected() as run:
+        psutil.Process(run.wait_state("a")["pid"]).suspend()  # else it would be over before the request comes
+        run.find_processes()
+        asked = time.monotonic()
+        run.program.process.send_signal(signal.SIGINT)
+        run.program.wait_line("SIGINT: stopping")
+        error = run.refuse("connect", connection={**QUICK, "name": "b", "channels": []})
+        assert (error.code, error.message) == ("not_connected", "the collector is stopping")
+        assert time.monotonic() - asked < 2.0
+        assert run.program.wait_exit() == 0
+        assert time.monotonic() - asked < 5.5
+        run.wait_gone()
+
+
+def test_a_connection_that_is_closed_while_connect_waits_for_it_is_no_fault() -> None:
+    with collected() as run, connected(run, zmq.REQ) as client:
+        run.wait_state("a")
+        table = {"name": "c", "url": "ws://127.0.0.1:9/", "channels": [], "retry_count": 1000}
+        client.send(encode({"op": "connect", "connection": table, "deadline": time.time_ns() + 20_000_000_000}))
+        wait_until(lambda: "c" in run.ask("get_state"), "the new connection")
+        run.ask("close", connection="c")
+        assert read_code(client.recv()) == "not_connected"
+        assert list(run.ask("get_state")) == ["a"]
+        assert "a control request failed" not in run.program.text()
+
+
+def test_a_failing_connect_does_not_end_a_collector_whose_connections_were_closed() -> None:
+    with collected() as run:
+        run.wait_state("a")
+        run.ask("close", connection="a")
+        table = {"name": "c", "url": "ws://127.0.0.1:9/", "channels": [], "retry_count": 1, "retry_delay": 0.01}
+        assert "gave up" in run.refuse("connect", connection=table, deadline=time.time_ns() + 20_000_000_000).message
+        assert run.ask("get_state") == {}
+        assert run.stop() == 0
+
+
 def test_a_url_is_shown_without_what_may_be_secret(shared: Collected) -> None:
     table = {**QUICK, "name": "c", "url": "ws://127.0.0.1:9/path?hidden=hunter2", "channels": [], "retry_count": 1000}
     shared.refuse("connect", connection=table, deadline=time.time_ns() + 300_000_000)

@@ -5,11 +5,14 @@ import socket
 import stat
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 
+from collector.messages import ControlError
 from tests.collected import QUICK, collected, is_alive
 from tests.pipeline import find_port, short_directory, write_config
 from tests.support import Program, collector, running, wait_until
@@ -179,6 +182,22 @@ def test_one_that_was_never_live_is_given_up_after_five_restarts() -> None:
     with collected({"a": DEAD}, exchange=None) as run:
         assert run.program.wait_exit() == 1
         run.program.wait_line(r"a: gave up after retry_count attempts: never live in 6 starts, given up", stream="err")
+        run.wait_gone()
+
+
+@pytest.mark.parametrize(("change", "code"), [(DEAD, 1), ({"credentials": "KEY"}, 3)])
+def test_it_ends_when_one_added_at_run_time_fails_after_those_of_the_file(change: dict[str, Any], code: int) -> None:
+    secrets = {"KEY_CLIENT_ID": "nobody-1234", "KEY_CLIENT_SECRET": "hunter2-hunter2"}
+    with collected({"a": QUICK | change}, env=secrets) as run:
+        # More attempts, further apart: it is still tried when `a` has failed.
+        table = DEAD | {"name": "b", "channels": [], "retry_count": 3, "retry_delay": 0.2}
+        run.program.wait_line("control on")
+        with suppress(ControlError):
+            run.ask("connect", connection=table, deadline=time.time_ns() + 200_000_000)
+        run.program.wait_line("a: .*(given up|not started again)")
+        assert run.get_state("a")["state"] == "failed"
+        assert run.program.wait_exit(60) == code, run.program.text()
+        run.program.wait_line("b: gave up after retry_count attempts: never live in 6 starts")
         run.wait_gone()
 
 
