@@ -191,7 +191,7 @@ class Subscriber(_Socket):
         self._look_at = 0.0
         self._ask_at = 0.0
         self.socket.setsockopt(zmq.RCVHWM, queue)
-        self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a worker that comes back waits half a second for its subscribers
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a restarted worker waits half a second for us
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
         for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
             self.socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
