@@ -24,6 +24,21 @@ COMMANDS = {
 }
 """Each command and the module beside this one that holds it, as a click command of the same name."""
 
+SUMMARIES = {
+    "run": "Run the collector on FILE until it is asked to stop",
+    "plan": "Say what FILE would do, and whether Deribit's limits allow it",
+    "state": "Show how all connections are, or one in full",
+    "connect": "Add a connection to a running collector",
+    "subscribe": "Subscribe a connection to further channels",
+    "unsubscribe": "Give channels of a connection up",
+    "send": "Send one request to the exchange, print its result",
+    "close": "End a connection for good; the others go on",
+    "tail": "Show the messages, live",
+    "verify": "Check every rule of the wire, print a verdict",
+    "exchange": "Run the practice exchange: Deribit's protocol, no network",
+}
+"""What `collector --help` says of each: it need not import them all to say so."""
+
 
 class _Lazy(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -35,6 +50,10 @@ class _Lazy(click.Group):
         module = import_module(f"collector.cli.{COMMANDS[cmd_name]}")
         command: click.Command = getattr(module, cmd_name)
         return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(SUMMARIES.items()))
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
