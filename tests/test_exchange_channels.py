@@ -148,7 +148,8 @@ def test_an_options_trade_has_iv_and_a_combos_trade_is_on_its_legs_too() -> None
                     client, "trades.option.any.100ms", "trades.combo.any.100ms", "trades.future.any.100ms"
                 )
                 await client.wait_data("trades.combo.any.100ms", 2)
-                combo = client.data("trades.combo.any.100ms")[0][0]
+                trades = [trade for data in client.data("trades.combo.any.100ms") for trade in data]
+                combo = next(trade for trade in trades if "legs" in trade)  # of one sweep the last trade has them
                 legs = combo["legs"]
                 assert [leg["combo_id"] for leg in legs] == [combo["instrument_name"]] * 2
                 assert [leg["combo_trade_id"] for leg in legs] == [combo["trade_id"]] * 2
