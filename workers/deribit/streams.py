@@ -64,7 +64,11 @@ class Stream:
         return self.current
 
     def reset(self) -> None:
-        """Nobody asks for this topic any more: what comes on it later continues nothing but the sequence."""
+        """Nobody asks for this topic any more: what comes on it later continues nothing but the sequence.
+
+        Late subscribers are told nothing of it either: another connection may feed it by now.
+        """
+        self.gap, self.status, self.describe = None, None, self._give_current
         self.lost, self.has_tail, self.due, self.current, self.last_ts, self.last_id = False, False, None, None, 0, 0
 
     def build_envelope(self, receive_ts: int, exchange_ts: int = 0) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""When silence, lag and broken books are judged to be more than chance; and when reading rests. Pure."""
+
+from workers.deribit.watch import LAGGING, LASTING, QUIET, SAMPLES, SECOND, LagWatch, Pace, ResyncBudget, Rhythm
+
+
+def beat(rhythm: Rhythm, start: int, interval: int, count: int) -> int:
+    """Something comes so often; return when it came last."""
+    for number in range(count):
+        rhythm.look(start + number * interval)
+    return start + (count - 1) * interval
+
+
+def test_a_steady_channel_that_falls_silent_is_out_of_its_rhythm() -> None:
+    rhythm = Rhythm()
+    last = beat(rhythm, SECOND, SECOND, SAMPLES + 1)
+    assert not rhythm.is_broken(last + QUIET)
+    assert rhythm.is_broken(last + 21 * SECOND)
+    rhythm.look(last + 22 * SECOND)
+    assert not rhythm.is_broken(last + 23 * SECOND)
+
+
+def test_a_quiet_channel_is_held_to_its_own_rhythm() -> None:
+    rhythm = Rhythm()
+    last = beat(rhythm, SECOND, 60 * SECOND, SAMPLES + 1)
+    assert not rhythm.is_broken(last + 19 * 60 * SECOND)
+    assert rhythm.is_broken(last + 21 * 60 * SECOND)
+
+
+def test_too_few_samples_say_nothing() -> None:
+    rhythm = Rhythm()
+    last = beat(rhythm, SECOND, SECOND, SAMPLES)
+    assert not rhythm.is_broken(last + 10_000 * SECOND)
+
+
+def test_an_outage_is_nobodys_silence() -> None:
+    rhythm = Rhythm()
+    last = beat(rhythm, SECOND, SECOND, SAMPLES + 1)
+    rhythm.forget_pause()
+    later = last + 3600 * SECOND
+    rhythm.look(last)  # nothing new has come yet
+    assert not rhythm.is_broken(later)
+    end = beat(rhythm, later, SECOND, 3)
+    assert not rhythm.is_broken(end + QUIET)
+    assert rhythm.is_broken(end + 21 * SECOND)  # the hour away has not become a part of the rhythm
+
+
+def test_lag_that_lasts_is_told_and_rising_lag_is_hopeless() -> None:
+    watch = LagWatch()
+    for _ in range(LASTING - 1):
+        watch.add(LAGGING + 1)
+        watch.end_second()
+        assert not watch.is_lagging
+    watch.add(LAGGING + 1)
+    assert not watch.end_second()
+    assert watch.is_lagging
+    watch.add(LAGGING + 1)
+    watch.add(SECOND)  # the least of a second counts: one that is late alone is not the stream's lag
+    watch.end_second()
+    assert not watch.is_lagging
+    hopeless = []
+    for second in range(LASTING):
+        watch.add((31 + second) * SECOND)
+        hopeless.append(watch.end_second())
+    assert hopeless == [False] * (LASTING - 1) + [True]
+
+
+def test_the_budget_of_resyncs_runs_out_and_comes_back() -> None:
+    budget = ResyncBudget()
+    assert [budget.take(SECOND) for _ in range(21)] == [True] * 20 + [False]
+    assert budget.take(4 * SECOND + SECOND // 1000)
+    assert not budget.take(4 * SECOND + SECOND // 1000)
+    budget.restore()
+    assert budget.take(4 * SECOND + SECOND // 1000)
+
+
+def test_reading_rests_only_when_frames_come_fast_and_one_by_one() -> None:
+    def read(pause: float, rate: int, burst: int) -> bool:
+        pace, frames, now, rested = Pace(pause), 0, SECOND, False
+        for _ in range(rate // burst // 10):
+            frames, now = frames + burst, now + SECOND * burst // rate
+            rested = pace.should_pause(frames, now)
+        return rested
+
+    assert read(0.0001, 20_000, 1)
+    assert not read(0.0001, 5_000, 1)
+    assert not read(0.0001, 100_000, 64)
+    assert not read(0.0, 20_000, 1)
