@@ -48,6 +48,7 @@ class Publisher:
         self._ledger = ledger
         self._expected = ledger.subscriptions
         self._waiting: list[bytes] = []
+        self._unsaid: dict[Stream, int] = {}
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
         self._socket.setsockopt(zmq.SNDHWM, queue)
@@ -85,8 +86,9 @@ class Publisher:
                 stream.current = None  # what cannot be said cannot be repeated
                 raise
             stream.last_ts = receive_ts
-            if self.is_holding:
-                continue  # not out yet: a later life must not take it as said
+            if self.is_holding:  # not out yet: a later life must not take it as said
+                self._unsaid[stream] = receive_ts
+                continue
             slot = stream.slot
             cells[slot] = receive_ts
             if message.__class__ is Trade:  # its own number: the frame may hold more that are not out yet
@@ -132,6 +134,9 @@ class Publisher:
         if self.is_holding and len(waiting) < MAX_HELD:
             return
         self.is_holding = False
+        for stream, receive_ts in self._unsaid.items():
+            self._ledger.cells[stream.slot], self._ledger.cells[stream.slot + 1] = receive_ts, stream.last_id
+        self._unsaid.clear()
         frames = iter(waiting)
         for topic, payload in zip(frames, frames, strict=True):
             send(topic, MORE, True, False)
