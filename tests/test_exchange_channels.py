@@ -344,7 +344,8 @@ def test_instruments_are_listed_and_expire_during_the_run() -> None:
                 assert last[-1]["estimated_delivery_price"] == "expired"
                 assert last[-1]["delivery_price"] > 0
                 assert last[-1]["best_bid_price"] == last[-1]["best_ask_amount"] == 0.0
-                assert check_chain(client.data(f"book.{name}.100ms")) == {"bids": {}, "asks": {}}
+                empty = {"bids": {}, "asks": {}}
+                await client.wait(lambda: check_chain(client.data(f"book.{name}.100ms")) == empty, "the emptied book")
                 again = await client.ask(
                     "public/subscribe", channels=[f"quote.{name}", f"quote.{fresh['instrument_name']}"]
                 )

@@ -27,7 +27,8 @@ MS = 1_000_000
 class Scenario(NamedTuple):
     """What happens to one connection: its channels, the faults of its URL, and when its worker is killed (seconds).
 
-    `shown`: the reason of a gap that must be seen, so that it is known to have happened; "" where nothing is lost.
+    `shown`: the reason of a gap that must be seen, so that it is known to have happened; "" where nothing is lost, or
+    where topics are so quiet that none need have data after it (a gap stands before the next data).
     """
 
     name: str
@@ -63,8 +64,8 @@ SCENARIOS = (
     ),
     Scenario("kill", "BTC-27NOV26", "restart", kills=(3.0,)),
     Scenario("kill-twice", "ETH-27NOV26", "restart", "lost_trades:3@4,gap:9@3,first:2", kills=(2.5, 4.5)),
-    Scenario("options-drop", "option.BTC", "disconnect", "drop:2,first:3"),
-    Scenario("options-kill", "option.ETH", "restart", kills=(3.5,)),
+    Scenario("options-drop", "option.BTC", "", "drop:2,first:3"),
+    Scenario("options-kill", "option.ETH", "", kills=(3.5,)),
 )
 
 SLOW = (Scenario("half-open", "BTC-4DEC26", "disconnect", "half_open:1,first:1"),)
