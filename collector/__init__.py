@@ -10,23 +10,24 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from collector.client import Control, Subscriber
+    from collector.client.control import Control
+    from collector.client.orderbook import NotInSync, OrderBook
+    from collector.client.stream import Loss, LossError, Message
+    from collector.client.subscriber import Subscriber
     from collector.config import Config, ConfigError, load_config
     from collector.messages import ControlError
-    from collector.orderbook import NotInSync, OrderBook
-    from collector.stream import Loss, LossError, Message
 
 _HOMES = {
     "Config": "config",
     "ConfigError": "config",
-    "Control": "client",
+    "Control": "client.control",
     "ControlError": "messages",
-    "Loss": "stream",
-    "LossError": "stream",
-    "Message": "stream",
-    "NotInSync": "orderbook",
-    "OrderBook": "orderbook",
-    "Subscriber": "client",
+    "Loss": "client.stream",
+    "LossError": "client.stream",
+    "Message": "client.stream",
+    "NotInSync": "client.orderbook",
+    "OrderBook": "client.orderbook",
+    "Subscriber": "client.subscriber",
     "load_config": "config",
 }
 

@@ -13,10 +13,10 @@ import click
 
 from collector.cli import COMMANDS
 from collector.config import describe_keys
+from collector.config.patterns import CONDITIONS
 from collector.lifecycle import Exit
 from collector.messages import CODES
-from collector.patterns import CONDITIONS
-from collector.process import describe_exit
+from collector.supervisor.process import describe_exit
 from tests.support import REPOSITORY, collector
 
 DOCUMENTS = sorted([REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md", *REPOSITORY.glob("docs/*.md")])

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from collector.catalogue import Catalogue, Unreachable
+from collector.planning.catalogue import Catalogue, Unreachable
 from tests.pipeline import exchange, find_port
 from tests.support import running
 

@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from collector import Control, ControlError, Subscriber
+from collector.client.stream import Loss, LossError, Message
 from collector.messages import decode, encode
-from collector.stream import Loss, LossError, Message
 
 START = 1_790_000_000_000_000_000
 TOPIC = "deribit.index.btc_usd.raw"

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collector.client.orderbook import NotInSync, OrderBook
+from collector.client.stream import Loss, Message
 from collector.messages import parse_topic
-from collector.orderbook import NotInSync, OrderBook
-from collector.stream import Loss, Message
 
 TOPIC = parse_topic("deribit.book.BTC-PERPETUAL.100ms")
 

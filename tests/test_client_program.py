@@ -14,9 +14,9 @@ import zmq
 from support import collector, running, wait_until
 
 from collector import Control, ControlError, Subscriber
+from collector.client.orderbook import OrderBook
+from collector.client.stream import Message
 from collector.messages import encode
-from collector.orderbook import OrderBook
-from collector.stream import Message
 
 CONFIG = """
 [collector]

@@ -22,7 +22,7 @@ from collector.config import (
     read_connection,
     take_secrets,
 )
-from collector.keys import KEYS
+from collector.config.keys import KEYS
 from tests.support import REPOSITORY
 
 URL = "wss://www.deribit.com/ws/api/v2"

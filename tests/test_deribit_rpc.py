@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from collector import __version__
 from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
-from workers.deribit.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
-from workers.deribit.errors import REACTIONS, ExchangeError, Reaction, find_reaction
-from workers.deribit.rpc import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
-from workers.deribit.spread import Spread
+from workers.deribit.connection.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
+from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
+from workers.deribit.rpc.errors import REACTIONS, ExchangeError, Reaction, find_reaction
+from workers.deribit.watching.spread import Spread
 
 # -- requests and frames ----------------------------------------------------------------------------------------------
 

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from collector.channels import guess_expiry
-from workers.deribit.ledger import Ledger
-from workers.deribit.streams import DAY, Topics
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.streams import DAY, Topics
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""

@@ -14,8 +14,8 @@ from collector.limits import MAX_CHANNELS, MAX_FRAME, SUBSCRIBE_COST, Credits
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
 from tests.exchange_client import exchange, get
 from workers.deribit import Client
-from workers.deribit.rpc import encode_request
-from workers.deribit.subscriptions import LEFT_OUT, TRIES, Call, Subscriptions
+from workers.deribit.connection.subscriptions import LEFT_OUT, TRIES, Call, Subscriptions
+from workers.deribit.rpc.codec import encode_request
 
 RAW = ["book.BTC-PERPETUAL.raw", "trades.ETH-PERPETUAL.raw"]
 OWN = ["user.portfolio.btc", "user.orders.BTC-PERPETUAL.raw"]

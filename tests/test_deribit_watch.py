@@ -1,6 +1,16 @@
 """When silence, lag and broken books are judged to be more than chance; and when reading rests. Pure."""
 
-from workers.deribit.watch import LAGGING, LASTING, QUIET, SAMPLES, SECOND, LagWatch, Pace, ResyncBudget, Rhythm
+from workers.deribit.watching.watch import (
+    LAGGING,
+    LASTING,
+    QUIET,
+    SAMPLES,
+    SECOND,
+    LagWatch,
+    Pace,
+    ResyncBudget,
+    Rhythm,
+)
 
 
 def beat(rhythm: Rhythm, start: int, interval: int, count: int) -> int:

@@ -16,10 +16,10 @@ import pytest
 
 from collector import __version__
 from collector.cli import COMMANDS, SUMMARIES
+from collector.client.rules import CHANNEL_STATES, CONNECTION_STATES
 from collector.config import describe_keys, load_config
-from collector.keys import KEYS
+from collector.config.keys import KEYS
 from collector.messages import CODES, OPS
-from collector.rules import CHANNEL_STATES, CONNECTION_STATES
 from collector.schema import ENVELOPE, KINDS, SCHEMA
 from tests.generated import BLOCKS, DOCUMENTS, regenerate
 from tests.pipeline import ask, find_port, short_directory

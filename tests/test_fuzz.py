@@ -19,11 +19,11 @@ from collector.messages import parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.frames_checker import FrameReader, compare_message
 from tests.support import wait_until
-from workers.deribit.heal import read_page
-from workers.deribit.ledger import Ledger
-from workers.deribit.normalise import create_feed
-from workers.deribit.publisher import Publisher
-from workers.deribit.streams import Topics
+from workers.deribit.feeds.normalise import create_feed
+from workers.deribit.healing.heal import read_page
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Topics
 
 bounded = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

@@ -23,7 +23,7 @@ from collector.messages import (
     encode,
     parse_topic,
 )
-from workers.deribit.rpc import Data, Heartbeat, Reply, decode_frame
+from workers.deribit.rpc.codec import Data, Heartbeat, Reply, decode_frame
 
 bounded = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 

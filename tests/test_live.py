@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import msgpack
 import pytest
 
-from collector.verify import Verifier
+from collector.client.verify import Verifier
 from tests.collected import Collected, collected
 from tests.pipeline import Subscriber
 

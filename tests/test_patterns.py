@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 
 from collector.channels import parse_channel
 from collector.config import Connection, read_connection
-from collector.endpoints import parse_endpoint
-from collector.keys import ConfigError
-from collector.limits import MAX_CHANNELS
-from collector.patterns import (
+from collector.config.endpoints import parse_endpoint
+from collector.config.keys import ConfigError
+from collector.config.patterns import (
     CONDITIONS,
     SETTLING,
     Instrument,
@@ -25,7 +24,18 @@ from collector.patterns import (
     parse_pattern,
     read_instrument,
 )
-from collector.shards import MAX_RATE, SLACK, Weight, assign, count_shards, estimate_rate, shift_endpoint, spread, weigh
+from collector.limits import MAX_CHANNELS
+from collector.planning.shards import (
+    MAX_RATE,
+    SLACK,
+    Weight,
+    assign,
+    count_shards,
+    estimate_rate,
+    shift_endpoint,
+    spread,
+    weigh,
+)
 
 DAY = 86_400_000
 NOW = int(datetime(2026, 11, 20, 12, tzinfo=UTC).timestamp() * 1000)

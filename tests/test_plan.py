@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector.config import ConfigError, load_config
+from collector.config.patterns import Instrument
 from collector.limits import (
     CALL_COST,
     CALL_POOL,
@@ -23,8 +24,7 @@ from collector.limits import (
     estimate_seconds,
     measure_call,
 )
-from collector.patterns import Instrument
-from collector.plan import Listing, make_plan, plan_calls
+from collector.planning.plan import Listing, make_plan, plan_calls
 from tests.pipeline import exchange, find_port
 from tests.support import REPOSITORY, collector
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from collector.client.rules import Ranges
+from collector.client.verify import RULES, Verifier
 from collector.messages import encode
-from collector.rules import Ranges
-from collector.verify import RULES, Verifier
 
 SECOND = 1_000_000_000
 START = 1_790_000_000 * SECOND

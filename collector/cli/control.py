@@ -11,7 +11,7 @@ import click
 
 from collector.cli.options import control_option, exit_on_error, json_option, timeout_option
 from collector.cli.render import printable
-from collector.client import Control
+from collector.client.control import Control
 
 COLORS = {"live": "green", "failed": "red", "closed": "red", "backoff": "yellow"}
 

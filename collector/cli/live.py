@@ -9,8 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from collector.cli.render import describe, printable, show_clock, show_level
-from collector.orderbook import OrderBook
-from collector.stream import Loss, Message
+from collector.client.orderbook import OrderBook
+from collector.client.stream import Loss, Message
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
 EVENTS = frozenset({"gap", "repair", "status"})

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from collector.config import Config, ConfigError, load_config
-from collector.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
+from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
 
 
 @click.command()
@@ -38,7 +38,7 @@ def _list_instruments(config: Config) -> Listing:
     patterned = {c.url: c for c in config.connections if c.patterns and not c.is_practice}
     if not patterned:
         return Listing()
-    from collector.catalogue import Catalogue, Unreachable  # what speaks HTTP is dear to load
+    from collector.planning.catalogue import Catalogue, Unreachable  # what speaks HTTP is dear to load
 
     listing = Listing(time.time_ns() // 1_000_000, listed := {}, failures := {})
     for url, connection in patterned.items():

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from collector.stream import Loss, Message
+from collector.client.stream import Loss, Message
 
 
 def show_number(value: Any) -> str:

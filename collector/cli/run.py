@@ -12,12 +12,12 @@ import click
 import zmq
 
 from collector import __version__
-from collector.commands import Commands, hide_secrets
 from collector.config import Config, ConfigError, load_config
-from collector.control import ControlServer
 from collector.log import start_log
-from collector.runtime import Unavailable, lock_runtime_dir, remove_socket
-from collector.supervisor import Supervisor
+from collector.supervisor.commands import Commands, hide_secrets
+from collector.supervisor.control import ControlServer
+from collector.supervisor.runtime import Unavailable, lock_runtime_dir, remove_socket
+from collector.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collector.cli.watch import View

@@ -10,9 +10,9 @@ import click
 
 from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
 from collector.cli.render import format_line
-from collector.client import Subscriber
+from collector.client.stream import Loss, Message
+from collector.client.subscriber import Subscriber
 from collector.messages import ControlError
-from collector.stream import Loss, Message
 
 Items = Iterator[Message | Loss | None]
 """Messages as they come; None where none came for a moment."""

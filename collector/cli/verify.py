@@ -9,8 +9,8 @@ import click
 
 from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
 from collector.cli.render import printable
-from collector.client import Subscriber
-from collector.verify import RULES, Finding, Verifier
+from collector.client.subscriber import Subscriber
+from collector.client.verify import RULES, Finding, Verifier
 
 EXAMPLES = 5
 """Findings that are shown of each rule."""

@@ -4,9 +4,9 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-from collector.orderbook import OrderBook
-from collector.stream import Message, read_message
-from collector.verify import Verifier
+from collector.client.orderbook import OrderBook
+from collector.client.stream import Message, read_message
+from collector.client.verify import Verifier
 
 Levels = tuple[tuple[tuple[float, float], ...], tuple[tuple[float, float], ...]]
 """Bids and asks, best first."""

@@ -8,12 +8,12 @@ import zmq
 
 from collector.channels import parse_channel
 from tests.faults.judge import Received
-from workers.deribit.fetch import Ask, Healed, Healing, Page, heal_feed
-from workers.deribit.ledger import Ledger
-from workers.deribit.normalise import create_feed
-from workers.deribit.publisher import Publisher
-from workers.deribit.streams import Stream, Topics
-from workers.deribit.trades import TradeFeed
+from workers.deribit.feeds.normalise import create_feed
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Stream, Topics
 
 CONTEXT = zmq.Context()
 SURE = 5_000_000_000

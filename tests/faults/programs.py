@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import zmq
 
-from collector.stream import read_message
+from collector.client.stream import read_message
 from tests.collected import Collected, collected
 from tests.exchange_client import apply_book, connect, exchange, get
 from tests.faults.judge import Received, Traded, Truth, judge

@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
-from collector.stream import read_message
+from collector.client.stream import read_message
 from tests.faults.exchange import OPTIONS, Exchange, Item, Line, Loss, sort_levels
 from tests.faults.judge import Received, Truth, describe_message, judge
 from tests.faults.life import SURE, Healer, Life, Reader
-from workers.deribit.book import BookFeed
-from workers.deribit.frames import TradeData
-from workers.deribit.trades import TradeFeed
+from workers.deribit.feeds.book import BookFeed
+from workers.deribit.feeds.frames import TradeData
+from workers.deribit.feeds.trades import TradeFeed
 
 MS = 1_000_000
 START = 1_790_000_000_000

@@ -11,23 +11,23 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from collector.messages import ControlError
-from workers.deribit.bootstrap import Login
-from workers.deribit.connection import Client
-from workers.deribit.errors import ExchangeError, Lost, NotConnected
-from workers.deribit.feed import Feed
-from workers.deribit.heal import Healer
-from workers.deribit.joins import Joins
-from workers.deribit.ledger import Ledger
-from workers.deribit.listener import Listener
-from workers.deribit.listings import LISTINGS, ListingFeed
-from workers.deribit.normalise import create_feed
-from workers.deribit.patrol import Patrol
-from workers.deribit.publisher import Publisher
-from workers.deribit.rpc import DATA_PREFIX, Data, decode_frame
-from workers.deribit.spread import Spread
-from workers.deribit.statuses import Statuses
-from workers.deribit.streams import Published, Topics
-from workers.deribit.trades import TradeFeed
+from workers.deribit.connection.bootstrap import Login
+from workers.deribit.connection.client import Client
+from workers.deribit.connection.listener import Listener
+from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.listings import LISTINGS, ListingFeed
+from workers.deribit.feeds.normalise import create_feed
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.healing.heal import Healer
+from workers.deribit.publishing.joins import Joins
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Published, Topics
+from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.watching.patrol import Patrol
+from workers.deribit.watching.spread import Spread
+from workers.deribit.watching.statuses import Statuses
 
 log = logging.getLogger("deribit")
 

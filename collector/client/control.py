@@ -1,0 +1,150 @@
+"""`Control` asks a running collector."""
+
+import errno
+import os
+import socket
+import time
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Any, Self
+
+import zmq
+
+from collector.messages import ControlError, decode_reply, encode
+
+MAX_REPLY = 64 << 20
+"""Bytes of a control reply that are taken."""
+
+GRACE = 0.5
+"""Seconds that a reply may come after the deadline: the collector's own word on a timeout says more than ours."""
+
+
+class OwnSocket:
+    """One ZeroMQ socket in a context of its own, so that closing it leaves nothing behind."""
+
+    def __init__(self, kind: int) -> None:
+        self._context = zmq.Context()
+        self.socket: zmq.Socket[bytes] = self._context.socket(kind)
+        self.socket.setsockopt(zmq.LINGER, 0)
+
+    def disconnect(self) -> None:
+        """Leave; the collector goes on. The end of a `with` block does the same."""
+        self._context.destroy(linger=0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.disconnect()
+
+
+class Control(OwnSocket):
+    """Asks a running collector; each method waits for the answer, or raises ControlError (see messages.CODES).
+
+    `endpoint`: the control endpoint; None is COLLECTOR_CONTROL, else the default one. `timeout`: seconds for each
+    request, sent along as its deadline: what the collector has not done by then it will not do. After a timeout the
+    same object can be used again.
+    """
+
+    def __init__(self, endpoint: str | None = None, timeout: float = 5.0) -> None:
+        super().__init__(zmq.REQ)
+        self.endpoint = endpoint or find_control()
+        self.timeout = timeout
+        # A lost reply must not block the next request, and a late one must not be taken for its answer.
+        self.socket.setsockopt(zmq.REQ_RELAXED, 1)
+        self.socket.setsockopt(zmq.REQ_CORRELATE, 1)
+        self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY)
+        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        try:
+            self.socket.connect(self.endpoint)
+        except zmq.ZMQError as error:
+            self.disconnect()
+            raise ValueError(
+                f"{self.endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
+            ) from None
+
+    def connect(self, table: dict[str, Any]) -> dict[str, Any]:
+        """Add a connection: a table as in the configuration file. Returns its state, once it is live."""
+        return self._ask_map("connect", connection=table)
+
+    def subscribe(self, name: str, channels: Iterable[str]) -> dict[str, Any]:
+        """Ask for channels. Returns {"channels": {channel: True, or {"code", "message"}}}."""
+        return self._ask_map("subscribe", connection=name, channels=list(channels))
+
+    def unsubscribe(self, name: str, channels: Iterable[str]) -> dict[str, Any]:
+        """Give channels up. Returns the same as subscribe."""
+        return self._ask_map("unsubscribe", connection=name, channels=list(channels))
+
+    def send(self, name: str, method: str, params: dict[str, Any] | None = None) -> Any:
+        """Send one request to the exchange; returns its result, raw. Its own error is in ControlError.data."""
+        return self.ask("send", connection=name, method=method, params=params)
+
+    def close(self, name: str) -> dict[str, Any]:
+        """End a connection for good; returns its final state."""
+        return self._ask_map("close", connection=name)
+
+    def get_state(self, name: str | None = None) -> dict[str, Any]:
+        """The state of one connection, or {name: state} of all."""
+        return self._ask_map("get_state", **({"connection": name} if name else {}))
+
+    def ask(self, op: str, **arguments: Any) -> Any:
+        """Send one request and wait for its result."""
+        check_listener(self.endpoint)
+        self.send_request(op, **arguments)
+        if not self.socket.poll(int((self.timeout + GRACE) * 1000)):
+            raise ControlError("timeout", self._explain_silence())
+        return decode_reply(self.socket.recv(), MAX_REPLY)
+
+    def _ask_map(self, op: str, **arguments: Any) -> dict[str, Any]:
+        result = self.ask(op, **arguments)
+        if not isinstance(result, dict):
+            raise ControlError("internal", f"{self.endpoint} answered {op} with a {type(result).__name__}, not a map")
+        return result
+
+    def send_request(self, op: str, **arguments: Any) -> None:
+        """Send a request without waiting; it replaces one that is still unanswered."""
+        given = {key: value for key, value in arguments.items() if value is not None}
+        deadline = time.time_ns() + int(self.timeout * 1e9)
+        try:
+            self.socket.send(encode({"op": op, **given, "deadline": deadline}), zmq.NOBLOCK)
+        except zmq.Again:
+            raise ControlError("timeout", self._explain_silence()) from None
+
+    def _explain_silence(self) -> str:
+        return (
+            f"nobody answered at {self.endpoint} within {self.timeout:g} s; is a collector running there, and is it "
+            "not stopped? (collector run FILE; --control or COLLECTOR_CONTROL names another endpoint)"
+        )
+
+
+def find_control() -> str:
+    """The control endpoint that is asked unless one is given."""
+    given = os.environ.get("COLLECTOR_CONTROL")
+    if given:
+        return given
+    from collector.config import default_control  # only where it is needed: it takes longer than the request
+
+    return default_control(os.environ)
+
+
+def check_listener(endpoint: str) -> None:
+    """Raise ControlError at once where it is sure that nobody listens on an ipc endpoint: ZeroMQ would only wait."""
+    path = endpoint.removeprefix("ipc://")
+    if path == endpoint or path.startswith("@"):
+        return
+    reasons = {
+        errno.ENOENT: "there is no such socket file",
+        errno.ECONNREFUSED: "its socket file was left behind by one that is gone",
+        errno.EACCES: "its socket file belongs to another user",
+    }
+    with socket.socket(socket.AF_UNIX) as probe:
+        try:
+            probe.connect(path)
+        except OSError as error:
+            if error.errno not in reasons:
+                return  # ZeroMQ will say it, or wait
+            raise ControlError(
+                "timeout",
+                f"no collector answers at {endpoint}: {reasons[error.errno]}; "
+                "start one (collector run FILE), or name its endpoint (--control or COLLECTOR_CONTROL)",
+            ) from None

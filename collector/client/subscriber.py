@@ -1,0 +1,161 @@
+"""`Subscriber` reads what a collector publishes, and sees what was lost on the way."""
+
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal
+
+import zmq
+
+from collector.client.control import MAX_REPLY, Control, OwnSocket
+from collector.client.stream import (
+    MAX_PAYLOAD,
+    Loss,
+    LossError,
+    Message,
+    SequenceCheck,
+    describe_malformed,
+    read_message,
+)
+from collector.messages import ControlError, decode_reply
+
+FIND_EVERY = 2.0
+"""Seconds between two questions for connections that have been added or have moved."""
+
+LOOK_EVERY = 0.1
+"""Seconds between two looks for the answer; also between two questions while no connection is known."""
+
+
+class Subscriber(OwnSocket):
+    """Yields Messages from one or more publishing endpoints, and watches that none is lost on the way.
+
+    `endpoints`: one or several; None finds them, also those that come later, by asking the collector at `control`
+    (an endpoint; None is the default one), and keeps them in `found` by the connection's name; `timeout`: seconds that
+    it gets for the first answer. `prefixes`: of the topics to read, e.g. "deribit.book.BTC-PERPETUAL.". `on_loss`:
+    "raise" raises LossError where messages were dropped on the way to this reader or cannot be read; "report" yields
+    the Loss in its place. `queue`: messages that may wait here for a slow reader.
+
+        with Subscriber(prefixes=["deribit.trade."]) as subscriber:
+            for message in subscriber:
+                print(message.instrument, message["price"])
+    """
+
+    def __init__(
+        self,
+        endpoints: str | Iterable[str] | None = None,
+        prefixes: str | Iterable[str] = ("",),
+        control: str | None = None,
+        on_loss: Literal["raise", "report"] = "raise",
+        queue: int = 100_000,
+        timeout: float = 5.0,
+    ) -> None:
+        super().__init__(zmq.SUB)
+        self.endpoints: set[str] = set()
+        self.found: dict[str, str] = {}
+        self._raises = on_loss == "raise"
+        self._sequence = SequenceCheck()
+        self._waiting: deque[Message] = deque()
+        self._finder: Control | None = None
+        self._look_at = 0.0
+        self._ask_at = 0.0
+        self.socket.setsockopt(zmq.RCVHWM, queue)
+        self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a restarted worker waits half a second for us
+        self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
+        for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
+            self.socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
+        if endpoints is None:
+            self._finder = Control(control, timeout)
+            self._find(self._finder.get_state())
+        else:
+            self._connect([endpoints] if isinstance(endpoints, str) else endpoints)
+
+    def _connect(self, endpoints: Iterable[str]) -> None:
+        for endpoint in sorted(set(endpoints) - self.endpoints):
+            try:
+                self.socket.connect(endpoint)
+            except zmq.ZMQError as error:
+                raise ValueError(
+                    f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
+                ) from None
+            self.endpoints.add(endpoint)
+
+    def _find(self, states: dict[str, Any]) -> None:
+        self.found = find_endpoints(states)
+        self._connect(self.found.values())
+
+    def __iter__(self) -> Iterator[Message | Loss]:
+        while True:
+            item = self.receive()
+            if item is not None:
+                yield item
+
+    def receive(self, timeout: float | None = None) -> Message | Loss | None:
+        """The next message (or loss), or None if none comes within `timeout` seconds (None: wait for ever)."""
+        if self._waiting:
+            return self._waiting.popleft()
+        frames = self.receive_frames(timeout)
+        if frames is None:
+            return None
+        try:
+            message = read_message(*_expect_two(frames))
+        except ValueError as error:
+            return self._report(describe_malformed(frames[0], error))
+        loss = self._sequence.follow(message)
+        if loss is None:
+            return message
+        if loss.reason == "sequence":
+            self._waiting.append(message)
+        return self._report(loss)
+
+    def _report(self, loss: Loss) -> Loss:
+        if self._raises:
+            raise LossError(loss)
+        return loss
+
+    def receive_frames(self, timeout: float | None = None) -> list[bytes] | None:
+        """The frames of the next message, unread and unchecked, or None if none comes within `timeout` seconds."""
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            self._find_more()
+            try:
+                return self.socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                pass
+            longest = 3600.0 if self._finder is None else LOOK_EVERY
+            rest = longest if end is None else min(end - time.monotonic(), longest)
+            if rest <= 0:
+                return None
+            self.socket.poll(max(1, int(rest * 1000)))
+
+    def _find_more(self) -> None:
+        """Ask for endpoints now and then, without ever waiting for the answer; a collector that is away may return."""
+        now = time.monotonic()
+        if self._finder is None or now < self._look_at:
+            return
+        self._look_at = now + LOOK_EVERY
+        try:
+            if self._finder.socket.poll(0):
+                self._find(decode_reply(self._finder.socket.recv(), MAX_REPLY))
+            elif now >= self._ask_at:
+                self._finder.send_request("get_state")
+                self._ask_at = now + (FIND_EVERY if self.found else LOOK_EVERY)
+        except (ControlError, ValueError):
+            pass  # it is asked again
+
+    def disconnect(self) -> None:
+        """Leave all endpoints. The end of a `with` block does the same."""
+        super().disconnect()
+        if self._finder is not None:
+            self._finder.disconnect()
+
+
+def _expect_two(frames: list[bytes]) -> list[bytes]:
+    if len(frames) != 2:
+        raise ValueError(f"{len(frames)} frames instead of topic and payload")
+    return frames
+
+
+def find_endpoints(states: dict[str, Any]) -> dict[str, str]:
+    """Where each connection publishes, by name, from what get_state returns for all of them."""
+    found = {name: state.get("publish") for name, state in states.items() if isinstance(state, dict)}
+    return {name: endpoint for name, endpoint in found.items() if isinstance(endpoint, str) and endpoint}

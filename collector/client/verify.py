@@ -1,0 +1,112 @@
+"""The rules of the wire, checked on what a subscriber receives. No I/O, no clock.
+
+`Verifier.check` takes the two frames of a message and returns what is wrong with it. It knows only the wire:
+nothing here shares code with the worker that publishes.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+from collector.client.rules import Check, Fault, create_checks
+from collector.client.stream import Message, SequenceCheck, read_envelope
+from collector.messages import Topic
+from collector.schema import SCHEMA, find_faults
+
+RULES = {
+    "envelope": "two frames: a topic of four parts, and a map with the seven keys that says the same",
+    "schema": "each type has its keys, with values of the right kind",
+    "sequence": "seq rises by one on each topic, and starts again with 1 in a new epoch",
+    "epoch": "the epoch of a topic never falls",
+    "join": "a join repeats what is known: the last seq used, the book as it stands",
+    "gap": "gaps have rising ids, and stand between data",
+    "chain": "each delta follows the change before it; after a gap comes a snapshot",
+    "crossed": "the best bid of a book is below its best ask",
+    "duplicate": "a trade comes once, but for marked repeats after a restart",
+    "hole": "trade_seq rises by one; a hole has been announced by a gap",
+    "repair": "after healing, each trade of a gap has come or is named as missing, once",
+    "time": "receive_ts does not fall on a topic, and is not in the future",
+    "status": "states are words of the wire",
+    "heartbeat": "each connection says once a second that it lives",
+}
+"""Each rule and what it asks."""
+
+
+class Finding(NamedTuple):
+    """One thing that is wrong: the rule (a key of RULES), the topic, and what was seen."""
+
+    rule: str
+    topic: str
+    text: str
+
+
+class Verifier:
+    """Checks every message of a wire against RULES, and counts."""
+
+    def __init__(self) -> None:
+        self.messages = 0
+        self.wrong: Counter[str] = Counter()
+        self.topics: Counter[Topic] = Counter()
+        self._sequence = SequenceCheck()
+        self._checks: dict[Topic, list[Check]] = {}
+
+    def check(self, topic: bytes, payload: bytes, now_ns: int) -> list[Finding]:
+        """Check the next message, which came at `now_ns`. Returns what is wrong with it."""
+        self.messages += 1
+        try:
+            message = read_envelope(topic, payload)
+        except ValueError as error:
+            return self._count(topic[:200].decode(errors="replace"), [("envelope", str(error))])
+        return self._count(str(message.topic), self._find_faults(message, now_ns))
+
+    def check_frames(self, frames: list[bytes], now_ns: int) -> list[Finding]:
+        """Check a message as it came from the socket, however many frames that are."""
+        if len(frames) == 2:
+            return self.check(frames[0], frames[1], now_ns)
+        self.messages += 1
+        return self._count(frames[0][:200].decode(errors="replace"), [("envelope", f"{len(frames)} frames")])
+
+    def finish(self, now_ns: int) -> list[Finding]:
+        """Say at the end what should have come and has not."""
+        return [
+            finding
+            for topic, checks in self._checks.items()
+            for check in checks
+            for finding in self._count(str(topic), check.finish(now_ns))
+        ]
+
+    def count_checks(self) -> Counter[str]:
+        """How often each rule was put to the test."""
+        read = sum(self.topics.values())
+        counts = Counter({"envelope": self.messages, "schema": read, "sequence": read, "epoch": read})
+        for checks in self._checks.values():
+            for check in checks:
+                counts.update(dict.fromkeys(check.rules, check.count))
+        return counts
+
+    def _find_faults(self, message: Message, now: int) -> Iterator[Fault]:
+        faults = find_faults(message.payload, SCHEMA[message.type])
+        if faults:
+            yield "schema", "; ".join(faults)
+        loss = self._sequence.follow(message)
+        if loss is not None:
+            yield _RULE_OF_LOSS[loss.reason], str(loss).partition(": ")[2]
+            if loss.reason != "sequence":
+                return
+        self.topics[message.topic] += 1
+        if message.topic not in self._checks:
+            self._checks[message.topic] = create_checks(message.topic.type)
+        for check in self._checks[message.topic]:
+            if loss is not None:
+                check.forget()
+            if not faults:
+                check.count += 1
+                yield from check.check(message, now)
+
+    def _count(self, topic: str, faults: Iterable[Fault]) -> list[Finding]:
+        findings = [Finding(rule, topic, text) for rule, text in faults]
+        self.wrong.update(finding.rule for finding in findings)
+        return findings
+
+
+_RULE_OF_LOSS = {"sequence": "sequence", "repeated": "sequence", "epoch": "epoch", "malformed": "envelope"}

@@ -1,0 +1,20 @@
+"""The configuration: one TOML file and the environment, turned into typed, frozen values, or refused in one line."""
+
+from collector.config.clashes import check_together
+from collector.config.credentials import Credentials, take_secrets
+from collector.config.keys import ConfigError, describe_keys
+from collector.config.reader import (
+    Config,
+    Connection,
+    Exchange,
+    build_config,
+    default_control,
+    default_runtime_dir,
+    load_config,
+    read_connection,
+)
+
+__all__ = [
+    "Config", "ConfigError", "Connection", "Credentials", "Exchange", "build_config", "check_together",
+    "default_control", "default_runtime_dir", "describe_keys", "load_config", "read_connection", "take_secrets",
+]  # fmt: skip

@@ -1,0 +1,130 @@
+"""What cannot stand side by side: connections of one name, sockets on one endpoint, channels that feed one topic."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from collector.channels import Channel, guess_currencies, parse_channel, share_topic
+from collector.config.endpoints import Endpoint, parse_endpoint
+from collector.config.keys import ConfigError
+from collector.limits import MAX_CONNECTIONS
+
+if TYPE_CHECKING:
+    from collector.config.reader import Connection
+
+Placed = tuple[str, Channel]
+"""A channel with the name of its connection."""
+
+
+def check_together(
+    connections: Sequence["Connection"], where: str = "", control: str = "", exchange_port: int | None = 0
+) -> None:
+    """Check what only shows across connections. Raises ConfigError.
+
+    `where` (the file) begins each error; `exchange_port` is None where no practice exchange runs.
+    """
+    prefix = f"{where}: " if where else ""
+    if len(connections) > MAX_CONNECTIONS:
+        raise ConfigError(
+            f"{prefix}{len(connections)} connections, Deribit takes {MAX_CONNECTIONS} from one address; "
+            "write more channels into fewer [[connection]]"
+        )
+    _check_names(connections, prefix)
+    for connection in connections:
+        if connection.is_practice and exchange_port is None:
+            raise ConfigError(
+                f"{prefix}[[connection]] {connection.name}: url practice needs the practice exchange; write [exchange]"
+            )
+    _check_endpoints(connections, prefix, control, exchange_port)
+    _check_patterns(connections, prefix)
+    _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix)
+
+
+def _check_names(connections: Sequence["Connection"], prefix: str) -> None:
+    seen: set[str] = set()
+    for connection in connections:
+        if connection.name in seen:
+            name = connection.name
+            raise ConfigError(f"{prefix}[[connection]] {name}: name is used twice; write for example {name}-2")
+        seen.add(connection.name)
+
+
+def _check_endpoints(connections: Sequence["Connection"], prefix: str, control: str, exchange_port: int | None) -> None:
+    owners: dict[Endpoint, str] = {}
+    if exchange_port:
+        owners[Endpoint("tcp", "127.0.0.1", exchange_port)] = "port under [exchange]"
+    if control:
+        _claim(owners, control, "control under [collector]", f"{prefix}[collector]: control")
+    for connection in connections:
+        who = f"publish of {connection.name}"
+        _claim(owners, connection.publish, who, f"{prefix}[[connection]] {connection.name}: publish")
+
+
+def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None:
+    endpoint = parse_endpoint(text)
+    if not endpoint.is_fixed:
+        return
+    if endpoint in owners:
+        advice = "another path" if endpoint.scheme == "ipc" else "another port"
+        raise ConfigError(f"{where} {endpoint} is also {owners[endpoint]}; write {advice}")
+    owners[endpoint] = who
+
+
+def _check_patterns(connections: Sequence["Connection"], prefix: str) -> None:
+    """A pattern written twice; patterns that meet in some instrument are found once they are expanded."""
+    owners: dict[str, str] = {}
+    for connection in connections:
+        for pattern in connection.patterns:
+            if pattern in owners:
+                _refuse_repeat(pattern, owners[pattern], connection.name, prefix)
+            owners[pattern] = connection.name
+
+
+def _check_topics(placed: list[Placed], prefix: str) -> None:
+    """Each narrow channel is looked up by its topic; only the few wide ones are compared, by currency."""
+    topics: dict[str, Placed] = {}
+    wide: dict[tuple[str, str, str], list[Placed]] = defaultdict(list)
+    names: dict[str, str] = {}
+    for owner, channel in placed:
+        if channel.name in names:
+            _refuse_repeat(channel.name, names[channel.name], owner, prefix)
+        names[channel.name] = owner
+        if channel.topic is None:
+            wide[channel.type, channel.interval, channel.currency].append((owner, channel))
+        elif channel.topic in topics:
+            _refuse_pair(topics[channel.topic], (owner, channel), prefix)
+        else:
+            topics[channel.topic] = (owner, channel)
+    for here in placed:
+        for other in _find_wide(here[1], wide):
+            if other[1] is not here[1] and share_topic(other[1], here[1]) and not may_share(other, here):
+                first, second = sorted((other, here), key=placed.index)
+                _refuse_pair(first, second, prefix)
+
+
+def _find_wide(channel: Channel, wide: dict[tuple[str, str, str], list[Placed]]) -> Iterator[Placed]:
+    currencies = guess_currencies(channel.instrument) if channel.instrument else {channel.currency}
+    for currency in currencies | {"any"}:
+        yield from wide.get((channel.type, channel.interval, currency), ())
+
+
+def may_share(one: Placed, other: Placed) -> bool:
+    """Different events of one connection on one topic are numbered in one row, so they may stand together."""
+    if one[0] != other[0]:
+        return False
+    if one[1].type == "instrument":
+        return one[1].name.split(".")[1] != other[1].name.split(".")[1]
+    return one[1].type == "platform" and one[1].name != other[1].name
+
+
+def _refuse_repeat(name: str, first: str, second: str, prefix: str) -> None:
+    place = "twice" if first == second else f"in connection {first} too"
+    raise ConfigError(f"{prefix}[[connection]] {second}: channels: {name} stands {place}; write it once")
+
+
+def _refuse_pair(one: Placed, other: Placed, prefix: str) -> None:
+    place = "" if one[0] == other[0] else f" of connection {one[0]}"
+    raise ConfigError(
+        f"{prefix}[[connection]] {other[0]}: channels: {other[1].name} would feed the same topics as "
+        f"{one[1].name}{place}; write one of them"
+    )

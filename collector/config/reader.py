@@ -1,0 +1,314 @@
+"""The configuration: one TOML file and the environment, read here and nowhere else, into typed, frozen values.
+
+Whatever is wrong is refused before anything starts, in one line: file, table, key, and what to write instead.
+"""
+
+import os
+import re
+from collections.abc import Iterable, Mapping, MutableMapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from collector.channels import Channel, parse_channel
+from collector.config.clashes import check_together
+from collector.config.credentials import Credentials, take_secrets
+from collector.config.endpoints import parse_endpoint
+from collector.config.keys import (
+    KEYS,
+    SECRET_ADVICE,
+    ConfigError,
+    read_table,
+    show,
+    sounds_secret,
+    suggest,
+)
+from collector.config.patterns import is_pattern, parse_pattern
+from collector.config.urls import PRACTICE, check_headers, check_url
+
+MAX_FILE = 16 << 20
+"""Bytes of a configuration file."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9-]*\Z")
+_PREFIX = re.compile(r"[A-Z][A-Z0-9_]*\Z")
+_METHOD = re.compile(r"(public|private)/[a-z0-9_]+\Z")
+_RESERVED = ("exchange", "collector", "supervisor")
+
+FAMILIES = (
+    "trades", "book", "ticker", "quote", "incremental_ticker", "perpetual", "chart", "markprice", "instrument",
+    "deribit_price_index", "deribit_price_ranking", "deribit_price_statistics", "deribit_volatility_index",
+    "estimated_expiration_price", "platform_state", "announcements", "block_rfq", "block_trade_confirmations", "user",
+)  # fmt: skip
+"""First words of the channels that Deribit documents; a near miss of one is taken for a slip of the pen."""
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """One [[connection]] table: one worker process, one WebSocket. Times are in seconds.
+
+    `channels` are those that the file names one by one; `patterns` stand for more (see collector.config.patterns).
+    """
+
+    name: str
+    url: str
+    channels: tuple[str, ...]
+    publish: str
+    headers: Mapping[str, str] = field(default_factory=dict)
+    timeout: float = 5.0
+    retry_count: int = 3
+    retry_delay: float = 1.0
+    heartbeat_interval: float = 30.0
+    credentials: str | None = None
+    cancel_on_disconnect: bool = False
+    send_allow: tuple[str, ...] = ()
+    queue: int = 100_000
+    patterns: tuple[str, ...] = ()
+
+    def to_map(self) -> dict[str, Any]:
+        """Return it as a plain dict, as it stands in the file and travels to a worker."""
+        table = {**asdict(self), "channels": [*self.channels, *self.patterns], "send_allow": list(self.send_allow)}
+        del table["patterns"]
+        return table
+
+    @classmethod
+    def from_map(cls, table: Mapping[str, Any]) -> "Connection":
+        """Build it again from `to_map()`."""
+        channels, patterns = split_channels(table["channels"])
+        lists = {"channels": channels, "patterns": patterns, "send_allow": tuple(table["send_allow"])}
+        return cls(**{**table, **lists})
+
+    @property
+    def is_practice(self) -> bool:
+        """Whether it goes to the practice exchange of [exchange]."""
+        return self.url.partition("?")[0] == PRACTICE
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """The [exchange] table: the practice exchange that the supervisor runs too. Port 0 is any free one."""
+
+    port: int = 0
+    faults: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """One configuration file and the secrets of the environment, checked."""
+
+    path: Path
+    runtime_dir: Path
+    control: str
+    http: str
+    scheduling: str
+    read_pause: float
+    exchange: Exchange | None
+    connections: tuple[Connection, ...]
+    secrets: Mapping[str, Credentials] = field(repr=False)
+
+
+def default_runtime_dir(environ: Mapping[str, str]) -> Path:
+    """Where sockets, lock and ledgers lie unless the file says otherwise."""
+    base = environ.get("XDG_RUNTIME_DIR", "")
+    return Path(base, "collector") if base.startswith("/") else Path(f"/tmp/collector-{os.getuid()}")
+
+
+def default_control(environ: Mapping[str, str]) -> str:
+    """The control endpoint to which commands go: COLLECTOR_CONTROL, else the one in the default runtime directory."""
+    return environ.get("COLLECTOR_CONTROL") or f"ipc://{default_runtime_dir(environ)}/control"
+
+
+def load_config(path: str | os.PathLike[str], environ: MutableMapping[str, str]) -> Config:
+    """Read and check a file. Takes the secrets out of `environ`. Raises ConfigError."""
+    secrets = take_secrets(environ)
+    where = str(path) if str(path).isprintable() else repr(str(path))
+    return build_config(_read_toml(path, where), Path(path), where, environ, secrets)
+
+
+def _read_toml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
+    import tomllib  # only `run` and `plan` read files; the other commands must start fast
+
+    try:
+        with open(path, "rb") as file:
+            text = file.read(MAX_FILE + 1)
+        if len(text) > MAX_FILE:
+            raise ConfigError(f"{where}: larger than {MAX_FILE >> 20} MiB; is this the right file?")
+        return tomllib.loads(text.decode())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{where}: no such file; write the path of a configuration, or copy one of configs/"
+        ) from None
+    except OSError as error:
+        raise ConfigError(f"{where}: cannot be read ({error.strerror}); write the path of a readable file") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{where}: not TOML: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where}: not TOML: {str(error)[:200]}") from None
+
+
+def build_config(
+    tables: Mapping[str, Any], path: Path, where: str, environ: Mapping[str, str], secrets: Mapping[str, Credentials]
+) -> Config:
+    """Check what a file holds. `where` (the file) begins each error. Raises ConfigError."""
+    _check_tables(tables, where)
+    collector = read_table(tables.get("collector", {}), "collector", f"{where}: [collector]")
+    runtime_dir = _read_runtime_dir(collector["runtime_dir"], where, environ)
+    control = _read_control(collector["control"], runtime_dir, where)
+    if collector["http"]:
+        raise ConfigError(f'{where}: [collector]: http comes later; write http = "" or leave it out')
+    if collector["scheduling"] not in ("batch", "normal"):
+        raise ConfigError(f'{where}: [collector]: scheduling must be "batch" or "normal"')
+    exchange = _read_exchange(tables, where)
+    connections = tuple(
+        read_connection(table, f"{where}: [[connection]] {_label(table, number)}", runtime_dir, secrets)
+        for number, table in enumerate(tables["connection"], 1)
+    )
+    check_together(connections, where, control, exchange.port if exchange else None)
+    return Config(
+        path, runtime_dir, control, "", collector["scheduling"], collector["read_pause"], exchange, connections, secrets
+    )
+
+
+def _label(table: Mapping[str, Any], number: int) -> str:
+    name = table.get("name")
+    return name if isinstance(name, str) and _NAME.match(name) and len(name) <= 40 else f"number {number}"
+
+
+def _check_tables(tables: Mapping[str, Any], where: str) -> None:
+    for name, value in tables.items():
+        if name not in KEYS:
+            raise ConfigError(f"{where}: {_explain_table(name, value)}")
+        if name != "connection" and not isinstance(value, dict):
+            raise ConfigError(f"{where}: {name} must be a table; write [{name}]")
+    connections = tables.get("connection", [])
+    if not isinstance(connections, list) or not all(isinstance(table, dict) for table in connections):
+        raise ConfigError(f"{where}: connection must be a list of tables; write [[connection]] with two brackets")
+    if not connections:
+        raise ConfigError(f"{where}: there is no connection; write at least one [[connection]] with name and url")
+
+
+def _explain_table(name: str, value: Any) -> str:
+    if sounds_secret(name):
+        return f"{show(name)}: {SECRET_ADVICE}"
+    home = next(
+        (f"[[{table}]]" if table == "connection" else f"[{table}]" for table in KEYS if name in KEYS[table]), ""
+    )
+    if home and not isinstance(value, dict):
+        return f"key {name} stands outside a table; write it under {home}"
+    close = suggest(name, KEYS)
+    written = {"connection": "[[connection]]"}.get(close, f"[{close}]")
+    advice = f"did you mean {written}?" if close else "there are [collector], [exchange] and [[connection]]"
+    return f"unknown table or key {show(name)}; {advice}"
+
+
+def _read_runtime_dir(text: str, where: str, environ: Mapping[str, str]) -> Path:
+    if not text:
+        return default_runtime_dir(environ)
+    if not text.startswith("/") or not text.isprintable():
+        raise ConfigError(f'{where}: [collector]: runtime_dir must be an absolute path; write "/run/collector"')
+    return Path(os.path.normpath(text))
+
+
+def _read_control(text: str, runtime_dir: Path, where: str) -> str:
+    where = f"{where}: [collector]: control"
+    control = _read_endpoint(text, f"ipc://{runtime_dir}/control", where)
+    if control.endswith(":*"):
+        raise ConfigError(f"{where} {control} has no fixed port, nobody could find it; write tcp://127.0.0.1:5600")
+    return control
+
+
+def _read_exchange(tables: Mapping[str, Any], where: str) -> Exchange | None:
+    if "exchange" not in tables:
+        return None
+    return Exchange(**read_table(tables["exchange"], "exchange", f"{where}: [exchange]"))
+
+
+def _read_endpoint(text: str, default: str, where: str) -> str:
+    try:
+        return str(parse_endpoint(text or default))
+    except ValueError as error:
+        cure = "" if text else " (it is the default: shorten runtime_dir under [collector])"
+        raise ConfigError(f"{where} {show_endpoint(text or default)} {error}{cure}") from None
+
+
+def show_endpoint(text: str) -> str:
+    """An endpoint as an error line shows it: whole if it is printable and short."""
+    return text if text.isprintable() and len(text) <= 200 else repr(text[:100])
+
+
+def read_connection(
+    table: Mapping[str, Any], where: str, runtime_dir: Path, secrets: Mapping[str, Credentials]
+) -> Connection:
+    """Check one [[connection]] table by itself; `where` begins each error. Raises ConfigError.
+
+    Whether it can stand beside the others is for `check_together` to say.
+    """
+    values = read_table(table, "connection", where)
+    _check_name(values["name"], where)
+    values["publish"] = _read_endpoint(
+        values["publish"], f"ipc://{runtime_dir}/{values['name']}.pub", f"{where}: publish"
+    )
+    values["credentials"] = _check_credentials(table.get("credentials"), where, secrets)
+    check_url(values["url"], bool(values["credentials"]), where)
+    check_headers(values["headers"], where)
+    for name in values["channels"]:
+        _check_channel(name, bool(values["credentials"]), where)
+    values["channels"], values["patterns"] = split_channels(values["channels"])
+    _check_sending(values, where)
+    return Connection(**{**values, "headers": dict(values["headers"])})
+
+
+def split_channels(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Tell channels from patterns."""
+    names = tuple(names)
+    return tuple(name for name in names if not is_pattern(name)), tuple(filter(is_pattern, names))
+
+
+def _check_name(name: str, where: str) -> None:
+    if not _NAME.match(name):
+        better = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-") or "futures"
+        raise ConfigError(f"{where}: name {show(name)} may hold only a-z, 0-9 and -; write for example {better[:40]}")
+    if name in _RESERVED:
+        raise ConfigError(f"{where}: name {name} is taken by the collector itself; write for example {name}-1")
+
+
+def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Credentials]) -> str | None:
+    if prefix is None:
+        return None
+    where = f"{where}: credentials"
+    if not _PREFIX.match(prefix):  # never shown: it may be the secret itself
+        raise ConfigError(
+            f"{where} must be the prefix of two environment variables; write for example DERIBIT, "
+            "and set DERIBIT_CLIENT_ID and DERIBIT_CLIENT_SECRET"
+        )
+    if prefix not in secrets:
+        raise ConfigError(f"{where} = {prefix}: set {prefix}_CLIENT_ID and {prefix}_CLIENT_SECRET in the environment")
+    if secrets[prefix].fault:
+        raise ConfigError(f"{where} = {prefix}: {secrets[prefix].fault}")
+    return prefix
+
+
+def _check_channel(name: str, login: bool, where: str) -> None:
+    where = f"{where}: channels"
+    family = name.partition(".")[0]
+    if family not in FAMILIES and (meant := suggest(family, FAMILIES, 0.7)):
+        raise ConfigError(f"{where}: {show(name)}: no channels are called {show(family)}; did you mean {meant}?")
+    try:
+        channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
+    except ValueError as error:
+        raise ConfigError(f"{where}: {error}") from None
+    if channel.needs_login and not login:
+        raise ConfigError(f"{where}: {_explain_login(channel, name)}")
+
+
+def _explain_login(channel: Channel, written: str) -> str:
+    if channel.is_private:
+        return f"{written} is private; write credentials = ... or leave it out"
+    return f"{written} needs a login; write {written[:-3]}100ms, or credentials = ..."
+
+
+def _check_sending(values: Mapping[str, Any], where: str) -> None:
+    if values["cancel_on_disconnect"] and not values["credentials"]:
+        raise ConfigError(f"{where}: cancel_on_disconnect needs a login; write credentials = ... or leave it out")
+    for method in values["send_allow"]:
+        if not _METHOD.match(method):
+            raise ConfigError(f"{where}: send_allow: {show(method)} is no method; write for example private/buy")

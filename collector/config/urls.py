@@ -1,0 +1,70 @@
+"""The URL and headers of a connection: what is taken, and where a secret or a slip hides in them. No I/O."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from collector.config.keys import SECRET_ADVICE, ConfigError, show, sounds_secret, suggest
+
+PRACTICE = "practice"
+"""The url of a connection to the practice exchange of [exchange]; a query may choose faults."""
+
+_EXAMPLE = "wss://www.deribit.com/ws/api/v2"
+_HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}\Z")
+_HANDSHAKE = re.compile(r"upgrade|connection|host|content-length|transfer-encoding|sec-websocket-.*", re.I)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host is this machine, by its name alone."""
+    return host in ("localhost", "::1") or re.fullmatch(r"127(\.\d{1,3}){3}", host) is not None
+
+
+def check_url(url: str, login: bool, where: str) -> None:
+    """Refuse a URL to which no WebSocket could go, or that holds a secret or would show one. Raises ConfigError."""
+    where = f"{where}: url"
+    if not url.isascii() or not url.isprintable() or " " in url:
+        raise ConfigError(f"{where} holds a space or a letter that URLs cannot; write for example {_EXAMPLE}")
+    base, _, query = url.partition("?")
+    if any(sounds_secret(part.partition("=")[0]) for part in query.split("&")):
+        raise ConfigError(f"{where}: {SECRET_ADVICE}")
+    if base == PRACTICE:
+        return
+    if "://" not in url:
+        advice = f'did you mean "{PRACTICE}"?' if suggest(base, [PRACTICE]) else f"write for example {_EXAMPLE}"
+        raise ConfigError(f"{where} {show(base)} is no URL; {advice}")
+    _check_parts(url, login, where)
+
+
+def _check_parts(url: str, login: bool, where: str) -> None:
+    from urllib.parse import urlsplit  # dear to import, and only `run`, `plan` and `connect` come here
+
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        raise ConfigError(f"{where} is malformed; write for example {_EXAMPLE}") from None
+    if "@" in parts.netloc:
+        raise ConfigError(f"{where}: a user or password stands before the host; {SECRET_ADVICE}")
+    if parts.scheme not in ("ws", "wss"):
+        instead = "ws" if is_loopback(host) else "wss"
+        raise ConfigError(f"{where} begins with {show(parts.scheme)}://; write {instead}://{host}/ws/api/v2")
+    if not host or port == 0 or parts.fragment:
+        raise ConfigError(f"{where} needs a host, no port 0 and no #; write for example {_EXAMPLE}")
+    if login and parts.scheme == "ws" and not is_loopback(host):
+        raise ConfigError(f"{where} would send credentials without encryption; write wss://{host}/ws/api/v2")
+    if parts.path in ("", "/") and host.endswith("deribit.com"):
+        raise ConfigError(f"{where} has no path; write {parts.scheme}://{host}/ws/api/v2")
+
+
+def check_headers(headers: Mapping[Any, Any], where: str) -> None:
+    """Refuse headers that are not text, would break the upgrade, or hold a secret. Values are never shown."""
+    for name, value in headers.items():
+        here = f"{where}: headers: {show(name)}"
+        if not isinstance(name, str) or not _HEADER.match(name):
+            raise ConfigError(f"{here} is no header name; write letters, digits and -")
+        if sounds_secret(name):
+            raise ConfigError(f"{here}: {SECRET_ADVICE}")
+        if _HANDSHAKE.fullmatch(name):
+            raise ConfigError(f"{here} belongs to the WebSocket upgrade itself; leave it out")
+        if not isinstance(value, str) or not value.isascii() or not value.isprintable() or len(value) > 4000:
+            raise ConfigError(f'{here} must be a string of printable ASCII; write for example {name} = "desk-7"')

@@ -1,0 +1,129 @@
+"""The exchange's own list of instruments, by REST beside the WebSocket: public/get_instruments.
+
+A plain HTTP request in a thread of its own: it is asked rarely, and neither `plan` nor the supervisor shall import what
+the workers need. The thread is a daemon, so that an exchange which never answers holds up no end.
+"""
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from collector.config.patterns import Instrument, read_instrument
+
+MAX_ANSWER = 64 << 20
+"""Bytes of an answer that are taken; all of Deribit's instruments were measured at 5.1 MB."""
+
+MAX_SECONDS = 30.0
+"""How long one answer may take as a whole."""
+
+NOT_THERE = (-32602, 10020, 13019, 13020)
+"""Error codes that mean: no such instrument."""
+
+Result = TypeVar("Result")
+
+
+class Unreachable(Exception):
+    """The list could not be had; one line names the host and says why. Another attempt may help."""
+
+    def __init__(self, line: str) -> None:
+        super().__init__("".join(letter if letter.isprintable() else "?" for letter in line[:250]))
+
+
+class Catalogue:
+    """What one exchange lists. `url` is the WebSocket's; REST is http(s)://<same host>/api/v2. `timeout` in seconds."""
+
+    def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
+        parts = urlsplit(url)
+        self.host = parts.netloc.rpartition("@")[2]
+        self._secure = parts.scheme == "wss"
+        self._headers = dict(headers)
+        self._timeout = timeout
+
+    async def fetch(self) -> dict[str, Instrument]:
+        """All instruments by name. Raises Unreachable."""
+        return await _run_aside(self.read_all)
+
+    async def fetch_one(self, name: str) -> Instrument | None:
+        """One instrument; None if the exchange knows none of that name. Raises Unreachable."""
+        return await _run_aside(lambda: self.read_one(name))
+
+    def read_all(self) -> dict[str, Instrument]:
+        """The same as `fetch`, for programs without an event loop."""
+        rows = self._ask("get_instruments?currency=any")
+        listed = {each.name: each for row in rows if (each := read_instrument(row))} if isinstance(rows, list) else {}
+        if not listed:  # never taken for the truth: it would end every subscription
+            raise Unreachable(f"{self.host} lists no instruments")
+        return listed
+
+    def read_one(self, name: str) -> Instrument | None:
+        """The same as `fetch_one`, for programs without an event loop."""
+        return read_instrument(self._ask(f"get_instrument?instrument_name={name}"))
+
+    def _ask(self, question: str) -> Any:
+        """The `result` of a GET; None where the exchange says that there is no such thing."""
+        try:
+            status, body = self._get(f"/api/v2/public/{question}")
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a host that is no host
+            raise Unreachable(f"{self.host} cannot be reached ({error or type(error).__name__})") from None
+        try:
+            answer = json.loads(body)
+        except (ValueError, RecursionError):
+            answer = None
+        match answer:
+            case {"result": result} if status == 200:
+                return result
+            case {"error": {"code": code}} if code in NOT_THERE:
+                return None
+            case {"error": {"code": code, "message": message}}:
+                raise Unreachable(f"{self.host} answered {str(code)[:20]} {str(message)[:100]}")
+        raise Unreachable(f"{self.host} answered with HTTP {status} and no list")
+
+    def _get(self, path: str) -> tuple[int, bytes]:
+        end = time.monotonic() + MAX_SECONDS
+        connection = (HTTPSConnection if self._secure else HTTPConnection)(self.host, timeout=self._timeout)
+        try:
+            connection.request("GET", path, headers={"Accept": "application/json", **self._headers})
+            response = connection.getresponse()
+            chunks: list[bytes] = []
+            size = 0
+            while chunk := response.read(1 << 16):
+                chunks.append(chunk)
+                size += len(chunk)
+                if size > MAX_ANSWER or time.monotonic() > end:
+                    raise OSError(f"the answer had no end after {size} bytes")
+            return response.status, b"".join(chunks)
+        finally:
+            connection.close()
+
+
+async def _run_aside(work: Callable[[], Result]) -> Result:
+    """Run blocking work in a daemon thread; an executor's threads would be waited for at the end of the program."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def settle(result: Result | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(result)  # type: ignore[arg-type]
+
+    def run() -> None:
+        result: Result | None = None
+        caught: BaseException | None = None
+        try:
+            result = work()
+        except Exception as error:
+            caught = error
+        with suppress(RuntimeError):  # the loop has ended meanwhile, nobody waits
+            loop.call_soon_threadsafe(settle, result, caught)
+
+    threading.Thread(target=run, name="catalogue", daemon=True).start()
+    return await done

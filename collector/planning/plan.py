@@ -1,0 +1,215 @@
+"""What a configuration would do at the exchange, and what that costs there. Pure: no I/O, no clock."""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from collector.channels import parse_channel
+from collector.config import Config, ConfigError, Connection, check_together
+from collector.config.patterns import Instrument
+from collector.limits import (
+    CALL_COST,
+    CALL_POOL,
+    MAX_CONNECTIONS,
+    SUBSCRIBE_COST,
+    SUBSCRIBE_POOL,
+    chunk_channels,
+    estimate_seconds,
+    measure_call,
+)  # fmt: skip
+from collector.planning.shards import estimate_rate, spread
+
+BOOTSTRAP = ("public/hello", "public/set_heartbeat", "public/get_time")
+"""Calls of each bootstrap besides subscribing."""
+
+
+class Call(NamedTuple):
+    """One subscribe call: how many channels, and bytes of JSON."""
+
+    method: str
+    channels: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """What is known of the instruments of the exchanges: by URL, or why not; `now` is in ms."""
+
+    now: int = 0
+    listed: Mapping[str, Mapping[str, Instrument]] = field(default_factory=dict)
+    failures: Mapping[str, str] = field(default_factory=dict)
+
+
+class PlannedPattern(NamedTuple):
+    """One pattern: how many channels it stands for, None while unknown."""
+
+    connection: str
+    pattern: str
+    channels: int | None
+
+
+class PlannedConnection(NamedTuple):
+    """One worker. `types` counts its channels by the type of message; `rate` is messages a second in a quiet market."""
+
+    name: str
+    url: str
+    publish: str
+    login: str
+    channels: tuple[str, ...]
+    types: dict[str, int]
+    rate: float
+    bootstrap: tuple[str, ...]
+    calls: tuple[Call, ...]
+    seconds: float
+
+
+class Pool(NamedTuple):
+    """Connections that draw on the same credits, and the seconds until all of them are subscribed."""
+
+    host: str
+    login: str
+    connections: tuple[str, ...]
+    calls: int
+    seconds: float
+
+
+class Plan(NamedTuple):
+    """The whole: `notes` say what works, but may surprise."""
+
+    path: str
+    runtime_dir: str
+    control: str
+    exchange: str
+    patterns: tuple[PlannedPattern, ...]
+    connections: tuple[PlannedConnection, ...]
+    pools: tuple[Pool, ...]
+    connections_limit: int
+    notes: tuple[str, ...]
+
+    def to_map(self) -> dict[str, Any]:
+        """Return it as plain values, for JSON."""
+        plan = self._asdict()
+        plan["connections"] = [c._asdict() | {"calls": [k._asdict() for k in c.calls]} for c in self.connections]
+        plan["patterns"] = [pattern._asdict() for pattern in self.patterns]
+        plan["pools"] = [pool._asdict() for pool in self.pools]
+        return plan
+
+
+def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
+    """Work out what a checked configuration would do. Raises ConfigError for what only shows in expanded patterns."""
+    patterns, expanded = _expand(config, listing)
+    connections = tuple(map(_plan_connection, expanded))
+    pools = tuple(_plan_pools(connections))
+    return Plan(
+        path=str(config.path),
+        runtime_dir=str(config.runtime_dir),
+        control=config.control,
+        exchange=f"127.0.0.1:{config.exchange.port or '*'}" if config.exchange else "",
+        patterns=patterns,
+        connections=connections,
+        pools=pools,
+        connections_limit=MAX_CONNECTIONS,
+        notes=(
+            *_find_unexpanded(config, listing),
+            *_find_notes(connections, pools, {each.connection for each in patterns}),
+        ),
+    )
+
+
+def _expand(config: Config, listing: Listing) -> tuple[tuple[PlannedPattern, ...], list[Connection]]:
+    patterns: list[PlannedPattern] = []
+    expanded: list[Connection] = []
+    for connection in config.connections:
+        listed = listing.listed.get(connection.url)
+        if not connection.patterns or listed is None:
+            patterns += [PlannedPattern(connection.name, pattern, None) for pattern in connection.patterns]
+            expanded.append(connection)
+            continue
+        try:
+            found, shards = spread(connection, listed, listing.now)
+        except ConfigError as error:
+            raise ConfigError(f"{config.path}: {error}") from None
+        patterns += [PlannedPattern(connection.name, pattern, number) for pattern, number in found.items()]
+        expanded += shards
+    check_together(expanded, str(config.path), config.control, config.exchange.port if config.exchange else None)
+    return tuple(patterns), expanded
+
+
+def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
+    for connection in config.connections:
+        if connection.patterns and connection.url not in listing.listed:
+            why = listing.failures.get(connection.url) or "the practice exchange starts with the collector"
+            yield f"{connection.name} stays unexpanded: {why}"
+
+
+def _plan_connection(connection: Connection) -> PlannedConnection:
+    calls = tuple(plan_calls(connection.channels))
+    return PlannedConnection(
+        name=connection.name,
+        url=connection.url,
+        publish=connection.publish,
+        login=connection.credentials or "",
+        channels=connection.channels,
+        types=_count_types(connection.channels),
+        rate=round(sum(map(estimate_rate, connection.channels)), 1),
+        bootstrap=_list_bootstrap(connection),
+        calls=calls,
+        seconds=estimate_seconds(len(calls)),
+    )
+
+
+def plan_calls(channels: Iterable[str]) -> Iterable[Call]:
+    """Cut channels into the subscribe calls that ask for them, public ones first."""
+    by_method: dict[str, list[str]] = {"public/subscribe": [], "private/subscribe": []}
+    for name in channels:
+        by_method["private/subscribe" if parse_channel(name).is_private else "public/subscribe"].append(name)
+    for method, names in by_method.items():
+        for chunk in chunk_channels(names, method):
+            yield Call(method, len(chunk), measure_call(chunk, method))
+
+
+def _count_types(channels: Iterable[str]) -> dict[str, int]:
+    types: dict[str, int] = defaultdict(int)
+    for name in channels:
+        types[parse_channel(name).type] += 1
+    return dict(types)
+
+
+def _list_bootstrap(connection: Connection) -> tuple[str, ...]:
+    login = ("public/auth",) if connection.credentials else ()
+    cancel = ("private/enable_cancel_on_disconnect",) if connection.cancel_on_disconnect else ()
+    return (*login, *BOOTSTRAP, *cancel)
+
+
+def _plan_pools(connections: Iterable[PlannedConnection]) -> Iterable[Pool]:
+    members: dict[tuple[str, str], list[PlannedConnection]] = defaultdict(list)
+    for connection in connections:
+        members[_find_host(connection.url), connection.login].append(connection)
+    for (host, login), group in members.items():
+        calls = sum(len(connection.calls) for connection in group)
+        others = sum(len(connection.bootstrap) for connection in group)
+        seconds = max(estimate_seconds(calls), estimate_seconds(others, CALL_COST, CALL_POOL))
+        yield Pool(host, login, tuple(connection.name for connection in group), calls, seconds)
+
+
+def _find_host(url: str) -> str:
+    return url.partition("?")[0].partition("://")[2].partition("/")[0] or "practice"
+
+
+def _find_notes(
+    connections: tuple[PlannedConnection, ...], pools: tuple[Pool, ...], patterned: set[str]
+) -> Iterable[str]:
+    if len(connections) == MAX_CONNECTIONS:
+        yield f"all {MAX_CONNECTIONS} connections are used: none is left for REST requests or a browser on this address"
+    for connection in connections:
+        if not connection.channels and connection.name not in patterned:
+            yield f"{connection.name} has no channels until control subscribes it to some"
+    for pool in pools:
+        if pool.calls * SUBSCRIBE_COST > SUBSCRIBE_POOL and len(pool.connections) > 1:
+            yield (
+                f"{len(pool.connections)} connections draw on one pool of credits at {pool.host} and make "
+                f"{pool.calls} subscribe calls, more than the 10 it allows at once"
+            )
+        if not pool.login and pool.host != "practice":
+            yield f"{pool.host} without login: what it allows an address is unpublished; reckoned as for an account"

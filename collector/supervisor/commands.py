@@ -1,0 +1,220 @@
+"""What each control op does to a running collector. See messages.OPS and messages.CODES."""
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Iterable
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from collector.channels import parse_channel
+from collector.config import ConfigError, Connection, read_connection
+from collector.lifecycle import Exit
+from collector.messages import ControlError, Request
+from collector.supervisor.keeper import Keeper
+from collector.supervisor.places import Places
+from collector.supervisor.process import describe_exit
+from collector.supervisor.supervisor import Entry, Supervisor
+
+LOOK = 500_000_000
+"""Ns that a worker has to say its state; what is known of it is answered after that."""
+
+MAX_CHANNELS = 20_000
+"""Channels that may be asked for on one connection."""
+
+_METHOD = re.compile(r"(public|private)/[a-z0-9_]+\Z")
+_READING = re.compile(r"public/|private/get_")
+
+UNSENDABLE = frozenset(
+    {
+        "public/subscribe", "public/unsubscribe", "public/unsubscribe_all", "public/auth", "public/fork_token",
+        "public/exchange_token", "public/set_heartbeat", "public/disable_heartbeat",
+    }
+)  # fmt: skip
+"""Public methods that would change, behind the worker's back, what it keeps itself."""
+
+log = logging.getLogger(__name__)
+
+
+class Commands:
+    """Answers control requests on a supervisor."""
+
+    def __init__(self, supervisor: Supervisor) -> None:
+        self._supervisor = supervisor
+        self._entries = supervisor.entries
+
+    async def answer(self, request: Request) -> Any:
+        """Carry out one request. Raises ControlError."""
+        ops = {
+            "connect": self._connect, "subscribe": self._subscribe, "unsubscribe": self._unsubscribe,
+            "send": self._send, "close": self._close, "get_state": self._get_state,
+        }  # fmt: skip
+        return await ops[request.op](request)
+
+    def _find(self, name: str | None) -> Entry:
+        entry = self._entries.get(name or "")
+        if entry is None:
+            names = ", ".join(self._entries) or "none"
+            raise ControlError("unknown_connection", f"no connection {str(name)[:60]!r}; there are: {names}")
+        return entry
+
+    # connect and close
+
+    async def _connect(self, request: Request) -> dict[str, Any]:
+        if self._supervisor.is_stopping:
+            raise ControlError("not_connected", "the collector is stopping")
+        connection = self._check_connection(request.arguments["connection"])
+        entry = self._supervisor.start_connection(connection, from_file=False)
+        keeper = entry.keeper
+        log.info("%s: connected by a control request", connection.name)
+        try:
+            async with asyncio.timeout(_left(request.deadline)):
+                await keeper.wait_settled()
+        except TimeoutError:
+            text = f"{connection.name} is not live yet ({keeper.state}); it is still being tried, see get_state"
+            raise ControlError("timeout", text, keeper.last_error) from None
+        if not keeper.is_live:
+            if self._entries.get(connection.name) is entry:  # else it was closed meanwhile, or replaced
+                del self._entries[connection.name]
+            raise _explain_failure(keeper)
+        return await self._look(entry, request.deadline)
+
+    def _check_connection(self, table: dict[str, Any]) -> Connection:
+        """Check a table as the file's are, by itself and beside those that run."""
+        config = self._supervisor.config
+        try:
+            connection = read_connection(table, "connection", config.runtime_dir, config.secrets)
+            known = self._entries.get(connection.name)
+            if known is not None and not known.keeper.is_over:
+                raise ControlError("exists", f"{connection.name} runs already; close it first")
+            self._supervisor.check_beside([connection], known)
+        except ConfigError as error:
+            raise ControlError("bad_request", str(error)) from None
+        return connection
+
+    async def _close(self, request: Request) -> dict[str, Any]:
+        entry = self._find(request.connection)
+        log.info("%s: closed by a control request", entry.keeper.name)
+        entry.keeper.stop()
+        try:
+            async with asyncio.timeout(_left(request.deadline)):
+                await asyncio.shield(entry.keeping)
+        except TimeoutError:
+            raise ControlError("timeout", f"{entry.keeper.name} is still closing; it will be killed soon") from None
+        return self._describe(entry, {})
+
+    # state
+
+    async def _get_state(self, request: Request) -> dict[str, Any]:
+        if request.connection is not None:
+            return await self._look(self._find(request.connection), request.deadline)
+        entries = dict(self._entries)
+        states = await asyncio.gather(*(self._look(entry, request.deadline) for entry in entries.values()))
+        return dict(zip(entries, states, strict=True))
+
+    async def _look(self, entry: Entry, deadline: int) -> dict[str, Any]:
+        """The state map, from the worker if it answers soon; a stuck or dead one does not hold up the answer."""
+        try:
+            theirs = await entry.keeper.ask("get_state", {}, min(deadline, time.time_ns() + LOOK))
+        except ControlError:
+            theirs = {}
+        return self._describe(entry, theirs if isinstance(theirs, dict) else {})
+
+    def _describe(self, entry: Entry, theirs: dict[str, Any]) -> dict[str, Any]:
+        """The supervisor's part of the state map first, then the worker's: just now, or what it said last."""
+        keeper = entry.keeper
+        keeper.report |= theirs
+        ours = keeper.describe() | {
+            "url": hide_secrets(self._supervisor.resolve_url(entry.connection)),
+            "publish": entry.bound,
+        }
+        if keeper.machine.state != "running":
+            now = {"authenticated": False, "channels": {"asked": list(entry.channels), "confirmed": []}}
+        else:
+            now = {key: theirs[key] for key in ("state", "since") if key in theirs}
+        return ours | {key: value for key, value in keeper.report.items() if key not in ours} | now
+
+    # channels
+
+    async def _subscribe(self, request: Request) -> dict[str, Any]:
+        entry = self._find(request.connection)
+        asked = list(dict.fromkeys(request.arguments["channels"]))
+        results = self._admit(entry, asked)
+        wanted = [name for name in asked if name not in results]
+        results |= await self._pass_on(entry, request, wanted)
+        return {"channels": {name: results[name] for name in asked}}
+
+    def _admit(self, entry: Entry, asked: list[str]) -> dict[str, Any]:
+        """Add to the channels of a connection those that may stand beside all others; return why the rest may not."""
+        refused: dict[str, Any] = {}
+        places = Places(self._entries.values())
+        for name in asked:
+            try:
+                places.place(entry.keeper.name, parse_channel(name))
+                if name not in entry.channels and len(entry.channels) >= MAX_CHANNELS:
+                    raise ValueError(f"{MAX_CHANNELS} channels are asked for on {entry.keeper.name} already")
+            except ValueError as error:
+                refused[name] = {"code": "bad_request", "message": str(error)}
+            else:
+                entry.channels[name] = None
+        return refused
+
+    async def _unsubscribe(self, request: Request) -> dict[str, Any]:
+        entry = self._find(request.connection)
+        names = list(dict.fromkeys(request.arguments["channels"]))
+        for name in names:
+            entry.channels.pop(name, None)
+        if entry.keeper.machine.state != "running":
+            return {"channels": dict.fromkeys(names, True)}  # nothing is subscribed now, and will not be
+        return {"channels": await self._pass_on(entry, request, names)}
+
+    async def _pass_on(self, entry: Entry, request: Request, names: list[str]) -> dict[str, Any]:
+        """Have the worker (un)subscribe; while there is none the wish stands, for its next life."""
+        if not names:
+            return {}
+        try:
+            answer = await entry.keeper.ask(request.op, {"channels": names}, request.deadline)
+            channels = dict(answer["channels"])
+        except ControlError as error:
+            if error.code != "not_connected":
+                raise
+            channels = {}
+        kept = {"code": "not_connected", "message": "kept, and carried out when the connection is live"}
+        return {name: channels.get(name, kept) for name in names}
+
+    # send
+
+    async def _send(self, request: Request) -> Any:
+        entry = self._find(request.connection)
+        method = request.arguments["method"]
+        if not is_sendable(method, entry.connection.send_allow):
+            raise ControlError("forbidden", f"{method[:60]!r}: public/*, private/get_* and send_allow may be sent")
+        arguments = {"method": method, "params": request.arguments.get("params") or {}}
+        return await entry.keeper.ask("send", arguments, request.deadline)
+
+
+def is_sendable(method: str, allowed: Iterable[str]) -> bool:
+    """Whether a method may be sent through control; `allowed` are the table's own exceptions."""
+    if method in allowed:
+        return True
+    return bool(_METHOD.match(method) and _READING.match(method)) and method not in UNSENDABLE
+
+
+def hide_secrets(url: str) -> str:
+    """A URL as it may be shown: without user, password, or query (but for the practice exchange's faults)."""
+    parts = urlsplit(url)
+    query = parts.query if parts.query.startswith("faults=") and "&" not in parts.query else ""
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+
+
+def _left(deadline: int) -> float:
+    return (deadline - time.time_ns()) / 1e9
+
+
+def _explain_failure(keeper: Keeper) -> ControlError:
+    """Say why a new connection came to nothing."""
+    code = keeper.exit_code if keeper.exit_code is not None else Exit.STOPPED
+    words = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
+    kind = next((word for exit, word in words.items() if exit == code), "not_connected")
+    return ControlError(kind, f"{keeper.name}: {describe_exit(code)}", keeper.last_error)

@@ -1,0 +1,284 @@
+"""One connection with patterns: expanded from the exchange's own list before its start, and kept equal to that list.
+
+Workers tell of listings and ends as they happen; a look at the whole list, some minutes apart and after 08:00 UTC,
+when instruments expire and new ones are listed, finds what was missed.
+"""
+
+import asyncio
+import logging
+import random
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sized
+from contextlib import suppress
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from collector.channels import parse_channel
+from collector.config import ConfigError, Connection
+from collector.config.patterns import Instrument, expand, is_instrument, read_instrument
+from collector.lifecycle import MAX_RESTARTS, backoff_delay
+from collector.messages import ControlError
+from collector.planning.catalogue import Catalogue, Unreachable
+from collector.planning.shards import assign, find_unit, spread, weigh
+from collector.supervisor.places import Places
+
+if TYPE_CHECKING:
+    from collector.supervisor.supervisor import Entry, Supervisor
+
+CHECK = 300.0
+"""Seconds between two looks at the whole list."""
+
+MARKS = (5.0, 65.0, 150.0)
+"""Seconds after 08:00 UTC at which it is looked at too: what is listed, settled or late by then."""
+
+RECHECK = 5.0
+"""Seconds between two looks at least, whatever happens."""
+
+PATIENCE = 30
+"""Seconds that a worker has to carry out what follows from one look."""
+
+MAX_SINGLE = 5
+"""Unknown instruments that are asked for one by one; for more, the whole list is."""
+
+MAX_ROWS = 50_000
+"""Events that wait to be looked at; what is beyond them, a look at the whole list finds."""
+
+_DAY, _EIGHT = 86_400.0, 8 * 3_600.0
+
+log = logging.getLogger(__name__)
+
+
+def count_to_check(now: float) -> float:
+    """Seconds from `now` (s since 1970) to the next regular look at the whole list."""
+    since = (now - _EIGHT) % _DAY
+    return min(CHECK, *(mark - since for mark in MARKS if mark > since), _DAY + MARKS[0] - since)
+
+
+class Follower:
+    """Expands the patterns of one connection, starts what it becomes, and follows the exchange's list."""
+
+    def __init__(self, supervisor: "Supervisor", entry: "Entry") -> None:
+        self._supervisor = supervisor
+        self._entry = entry
+        self._connection = entry.connection
+        self._name = entry.connection.name
+        self._catalogue: Catalogue
+        self._listed: dict[str, Instrument] = {}
+        self._shards: list[Entry] = []
+        self._ours: dict[str, int] = {}
+        self._missing: set[str] = set()
+        self._untold: dict[str, int] = {}
+        self._rows: list[dict[str, Any]] = []
+        self._woken = asyncio.Event()
+        self._stale = self._failed = False
+
+    # before the start
+
+    async def expand(self) -> bool:
+        """Expand the patterns and put in place what they need; False if that cannot be done.
+
+        It takes as many attempts as a connection that was never live may make.
+        """
+        connection = self._connection
+        self._catalogue = Catalogue(self._supervisor.resolve_url(connection), connection.headers, connection.timeout)
+        for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
+            try:
+                async with self._supervisor.listing[self._catalogue.host]:  # in turn: where two meet, the first stays
+                    self._listed = await self._catalogue.fetch()
+                    return self._put_in_place()
+            except Unreachable as error:
+                delay = backoff_delay(attempt, connection.retry_delay, random.random())
+                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
+                self._entry.keeper.report["last_error"] = {"message": str(error)}
+                await asyncio.sleep(delay)
+        return self._give_up("the exchange's list of instruments could not be had")
+
+    def _put_in_place(self) -> bool:
+        try:
+            found, shards = spread(self._connection, self._listed, read_clock())
+            if len(shards) > 1 and not self._entry.from_file:
+                raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
+            self._supervisor.check_beside(shards, self._entry)
+        except ConfigError as error:
+            return self._give_up(str(error))
+        for pattern, number in found.items():
+            log.log(logging.INFO if number else logging.WARNING, "%s: %s: %d channels", self._name, pattern, number)
+        self._start(shards)
+        return True
+
+    def _start(self, shards: list[Connection]) -> None:
+        self._ours = {name: place for place, shard in enumerate(shards) for name in shard.channels}
+        if len(shards) == 1:
+            self._entry.channels.update(dict.fromkeys(shards[0].channels))
+            self._shards = [self._entry]
+        else:
+            log.info("%s: spread over %s", self._name, ", ".join(shard.name for shard in shards))
+            self._shards = [self._supervisor.start_connection(s, from_file=True, follower=self) for s in shards]
+            self._entry.keeper.stop()  # they run in its place
+        self._supervisor.follow(self._follow())
+
+    def _give_up(self, reason: str) -> bool:
+        log.error("%s: %s: not started", self._name, reason)
+        self._entry.keeper.report["last_error"] = {"message": reason}
+        return False
+
+    # what workers tell
+
+    def take_event(self, event: dict[str, Any]) -> None:
+        """Note what a worker tells (see workers.deribit.feeds.listings)."""
+        match event:
+            case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
+                self._rows.append(row)
+                self._stale |= len(self._rows) > MAX_ROWS
+                del self._rows[MAX_ROWS:]
+            case {"event": "listening"}:  # what happened before, it cannot have heard
+                self._stale = True
+        self._woken.set()
+
+    # from then on
+
+    async def _follow(self) -> None:
+        due = time.monotonic() + count_to_check(time.time())
+        checked = time.monotonic()
+        while not all(shard.keeper.is_over for shard in self._shards):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), max(0.0, due - time.monotonic()))
+            self._woken.clear()
+            rows, self._rows = self._rows, []
+            again = await self._take_rows(rows)
+            if self._stale and not self._failed:
+                due = min(due, checked + RECHECK)
+            if time.monotonic() >= due:
+                self._failed = not await self._check()
+                checked = time.monotonic()
+                due = checked + (PATIENCE if self._failed else count_to_check(time.time()))
+            await self._adjust(again)
+
+    async def _check(self) -> bool:
+        """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
+        try:
+            fresh = await self._catalogue.fetch()
+        except Unreachable as error:
+            log.warning("%s: the list of instruments is not checked: %s", self._name, error)
+            return False
+        now = read_clock()
+        missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
+        kept = missing - self._missing
+        self._missing = kept
+        self._stale = bool(kept)
+        self._listed = {name: self._listed[name] for name in kept} | fresh
+        return True
+
+    async def _take_rows(self, rows: list[dict[str, Any]]) -> set[str]:
+        """Take what workers told of instruments; return those that can be traded (again)."""
+        unknown: set[str] = set()
+        for row in rows:
+            name, state = row["instrument_name"], row.get("state")
+            if "kind" in row and (instrument := read_instrument(row)) is not None:
+                self._listed[name] = instrument
+            elif name in self._listed and isinstance(state, str):
+                self._listed[name] = replace(self._listed[name], state=state)
+            else:
+                unknown.add(name)
+        if len(unknown) > MAX_SINGLE:
+            self._stale = True
+        else:
+            await self._ask_for(unknown)
+        return {row["instrument_name"] for row in rows if row.get("state") == "open"}
+
+    async def _ask_for(self, names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                instrument = await self._catalogue.fetch_one(name)
+            except Unreachable as error:
+                log.debug("%s: %s is left to the next check: %s", self._name, name, error)
+            else:
+                self._listed.update({name: instrument} if instrument else {})
+
+    async def _adjust(self, again: set[str]) -> None:
+        """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments."""
+        await self._tell_ends()
+        now = read_clock()
+        wanted: dict[str, str] = {}
+        for channels in expand(self._connection.patterns, self._listed, now).values():
+            wanted |= channels
+        plain = set(self._connection.channels)
+        gone = [name for name in self._ours if name not in wanted and name not in plain]
+        new = [name for name in wanted if name not in self._ours]
+        repeated = {
+            name: place for name, instrument in wanted.items()
+            if instrument in again and (place := self._ours.get(name)) is not None
+            and name in self._shards[place].channels
+        }  # fmt: skip
+        listed = {name for name, each in self._listed.items() if each.is_listed(now)}
+        await self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
+        await self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
+        await self._ask("subscribe", repeated)
+        if placed := self._place(new):
+            log.info("%s: %s new: %s ...", self._name, _count(placed), next(iter(placed)))
+            await self._ask("subscribe", placed)
+
+    def _place(self, new: list[str]) -> dict[str, int]:
+        """Give new channels their shards; those that would feed another connection's topics get none."""
+        if not new:
+            return {}
+        held = {find_unit(name): place for name, place in self._ours.items()}
+        places = assign(weigh([*self._ours, *new]), len(self._shards), held)
+        taken = Places(self._supervisor.entries.values())
+        placed: dict[str, int] = {}
+        for name in new:
+            place = self._ours[name] = places[find_unit(name)]
+            shard = self._shards[place]
+            try:
+                if shard.keeper.is_over:
+                    raise ValueError(f"{shard.connection.name} is closed")
+                taken.place(shard.connection.name, parse_channel(name))
+            except ValueError as error:
+                log.warning("%s: %s is not asked for: %s", self._name, name, error)
+                continue
+            shard.channels[name] = None
+            placed[name] = place
+        return placed
+
+    async def _let_go(self, names: list[str], reason: str) -> None:
+        if not names:
+            return
+        log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
+        places = {name: self._ours.pop(name) for name in names}
+        for name, place in places.items():
+            self._shards[place].channels.pop(name, None)
+        unheard = await self._ask("unsubscribe", places, reason=reason)
+        self._untold |= unheard if reason else {}
+
+    async def _tell_ends(self) -> None:
+        """Have it said on their topics of those, too, whose worker was away when they expired."""
+        untold, self._untold = self._untold, {}
+        self._untold = await self._ask("unsubscribe", untold, reason="expired")
+
+    async def _ask(self, op: str, places: Mapping[str, int], **more: str) -> dict[str, int]:
+        """Have each worker carry out its part; where none runs, the wish stands for its next life. Return that part."""
+        groups: dict[int, list[str]] = defaultdict(list)
+        for name, place in places.items():
+            groups[place].append(name)
+        heard = await asyncio.gather(*(self._ask_one(place, op, group, more) for place, group in groups.items()))
+        away = {place for place, was_heard in zip(groups, heard, strict=True) if not was_heard}
+        return {name: place for name, place in places.items() if place in away}
+
+    async def _ask_one(self, place: int, op: str, names: list[str], more: Mapping[str, str]) -> bool:
+        keeper = self._shards[place].keeper
+        try:
+            await keeper.ask(op, {"channels": names, **more}, time.time_ns() + PATIENCE * 1_000_000_000)
+        except ControlError as error:
+            log.debug("%s: %s: %s", keeper.name, op, error)
+            return error.code != "not_connected" or keeper.is_over
+        return True
+
+
+def read_clock() -> int:
+    """Ms since 1970."""
+    return time.time_ns() // 1_000_000
+
+
+def _count(names: Sized) -> str:
+    return "1 channel" if len(names) == 1 else f"{len(names)} channels"

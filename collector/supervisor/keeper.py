@@ -1,0 +1,337 @@
+"""One worker kept alive over its lives: started, watched, asked, killed when it is stuck, restarted, given up."""
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from collector.lifecycle import (
+    BEAT_INTERVAL,
+    BEATS_MISSED,
+    FINAL_EXITS,
+    MAX_RESTARTS,
+    PROCESS,
+    READY_TIMEOUT,
+    STEADY_AFTER,
+    STOP_GRACE,
+    Machine,
+    backoff_delay,
+)
+from collector.messages import ControlError
+from collector.supervisor.process import UNKNOWN_EXIT, Child, Spawner, describe_exit, start_child
+
+MAX_ASKED = 64
+"""Requests that one worker may owe answers to."""
+
+log = logging.getLogger(__name__)
+
+BEAT_READ = BEAT_INTERVAL + 0.05
+"""Seconds after a beat from which the next one should be waiting in the link."""
+
+_OVERDUE = {"starting": "was not ready", "running": "gave no sign of life", "stopping": "did not stop"}
+"""What to say of a process that owes us a word in each state."""
+
+_STATES = {
+    "stopped": "closed",
+    "starting": "starting",
+    "running": "starting",
+    "backoff": "backoff",
+    "stopping": "closing",
+    "failed": "failed",
+}
+"""What a connection's state is called until its worker says it, and when there is none."""
+
+
+class Keeper:
+    """One worker over its lives. `build_spec(keeper)` makes the spec of each, for its epoch."""
+
+    def __init__(
+        self,
+        name: str,
+        kind: str,
+        first_delay: float,
+        spawner: Spawner,
+        build_spec: Callable[["Keeper"], dict[str, Any]],
+    ) -> None:
+        self.name = name
+        self.kind = kind
+        self.machine = Machine(PROCESS, "stopped", self._log_change)
+        self.since = time.time_ns()
+        self.epoch = 0
+        self.restarts = 0
+        self.endpoints: dict[str, Any] = {}
+        self.report: dict[str, Any] = {}
+        self.exit_code: int | None = None
+        self.was_live = False
+        self.take_event: Callable[[dict[str, Any]], None] | None = None
+        self._changed = asyncio.Event()
+        self._first_delay = first_delay
+        self._spawner = spawner
+        self._build_spec = build_spec
+        self._child: Child | None = None
+        self._stopping = asyncio.Event()
+        self._asked: dict[int, asyncio.Future[Any]] = {}
+        self._number = 0
+        self._limit = self._due = 0.0
+        self._heard_at = 0.0
+        self._live_since: float | None = None
+
+    # what is known of it
+
+    @property
+    def pid(self) -> int | None:
+        """The process of this life, if there is one."""
+        return self._child.pid if self._child is not None else None
+
+    @property
+    def state(self) -> str:
+        """The worker's own word while it runs, else what the supervisor does with it."""
+        if self.machine.state == "running" and self._heard_at:
+            return str(self.report.get("state", "live"))
+        if self.machine.state == "stopped" and not self.is_over:
+            return "starting"
+        return _STATES[self.machine.state]
+
+    @property
+    def is_live(self) -> bool:
+        """Whether a running worker does what it is for."""
+        return self.machine.state == "running" and self.state == "live"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether there will be no other life."""
+        stopped = self._stopping.is_set() and self.machine.state == "stopped"
+        return stopped or self.machine.state == "failed"
+
+    @property
+    def last_error(self) -> Any:
+        """What went wrong last, in the words of whoever said it; None if nothing did."""
+        return self.report.get("last_error")
+
+    def describe(self) -> dict[str, Any]:
+        """What the supervisor itself knows."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "since": self.since,
+            "pid": self.pid,
+            "epoch": self.epoch,
+            "restarts": self.restarts,
+        }
+
+    async def wait_settled(self) -> None:
+        """Wait until it is live, or there will be no other life."""
+        while not self.is_live and not self.is_over:
+            await self._changed.wait()
+
+    # its lives
+
+    async def keep(self, preparation: Coroutine[Any, Any, bool] | None = None) -> None:
+        """Run one life after another until it is stopped or fails for good.
+
+        Begins when `preparation` is over, if given; fails for good at once if that returns False.
+        """
+        if preparation is not None and not await self._prepare(preparation):
+            return self._fail()
+        failures = 0
+        while not self._stopping.is_set():
+            self.exit_code = await self._live()
+            if self._stopping.is_set():
+                return
+            failures = 1 if self._was_steady() else failures + 1
+            if self._is_hopeless(self.exit_code, failures):
+                self._apply("give_up")
+                return
+            await self._back_off(failures)
+
+    async def _prepare(self, preparation: Coroutine[Any, Any, bool]) -> bool:
+        preparing, stopping = asyncio.create_task(preparation), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((preparing, stopping), return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if not preparing.done():
+            preparing.cancel()
+            return True  # and then stop
+        return preparing.result()
+
+    def _fail(self) -> None:
+        if not self._stopping.is_set():
+            self._apply("give_up")
+
+    async def _live(self) -> int:
+        self._apply("start")
+        self.epoch = max(time.time_ns(), self.epoch + 1)
+        self._live_since = None
+        self._heard_at = 0.0
+        self._allow(READY_TIMEOUT)
+        try:
+            self._child = await start_child(self._spawner, self.kind, self._receive)
+        except (OSError, EOFError) as error:
+            log.error("%s: cannot be started: %s", self.name, error or type(error).__name__)
+            return self._end_life(UNKNOWN_EXIT)
+        if self._stopping.is_set():
+            self._child.kill()
+        self._child.send({"kind": "spec", "spec": self._build_spec(self)})
+        return self._end_life(await self._child.wait())
+
+    def _end_life(self, code: int) -> int:
+        self._child = None
+        for answer in self._asked.values():
+            if not answer.done():
+                answer.set_exception(self._refuse("ended before it answered; whether it was carried out is not known"))
+        self._asked.clear()
+        self._apply("exited")
+        return code
+
+    def _was_steady(self) -> bool:
+        return self._live_since is not None and time.monotonic() - self._live_since >= STEADY_AFTER
+
+    def _is_hopeless(self, code: int, failures: int) -> bool:
+        if code in FINAL_EXITS:
+            log.error("%s: %s: not started again", self.name, describe_exit(code))
+            return True
+        if not self.was_live and failures > MAX_RESTARTS:
+            log.error("%s: %s: never live in %d starts, given up", self.name, describe_exit(code), failures)
+            return True
+        return False
+
+    async def _back_off(self, failures: int) -> None:
+        delay = backoff_delay(failures, self._first_delay, random.random())
+        reason = describe_exit(UNKNOWN_EXIT if self.exit_code is None else self.exit_code)
+        log.warning("%s: %s; started again in %.1f s", self.name, reason, delay)
+        try:
+            await asyncio.wait_for(self._stopping.wait(), delay)
+        except TimeoutError:
+            self.restarts += 1
+
+    def stop(self, grace: float = STOP_GRACE) -> None:
+        """Ask it to end in order within `grace` seconds, and not to come back. `keep` returns when it is gone."""
+        if self._stopping.is_set():
+            return
+        self._stopping.set()
+        if self.machine.allows("stop"):
+            self._apply("stop")
+            self._allow(grace)
+        if self._child is not None:
+            self._child.read()
+            self._child.send({"kind": "stop"})
+
+    def kill(self) -> None:
+        """Kill this life's process, if there is one."""
+        if self._child is not None:
+            self._child.kill()
+
+    def watch(self, now: float, pause: float) -> None:
+        """Take its beats; kill it if it is overdue, not counting a `pause` in which the supervisor itself was away."""
+        self._due += pause
+        if self._child is None:
+            return
+        if now >= self._heard_at + BEAT_READ:
+            self._child.read()
+        if now < self._due:
+            return
+        log.error("%s: pid %s %s in %g s: killed", self.name, self.pid, _OVERDUE[self.machine.state], self._limit)
+        self._child.kill()
+        self._allow(self._limit)
+
+    def _allow(self, seconds: float) -> None:
+        self._limit = seconds
+        self._due = time.monotonic() + seconds
+
+    def _apply(self, event: str) -> None:
+        state = self.state
+        self.machine.apply(event)
+        self._note_state(state)
+
+    def _note_state(self, before: str) -> None:
+        if self.state != before:
+            self.since = time.time_ns()
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _log_change(self, old: str, event: str, new: str) -> None:
+        log.debug("%s: process %s, %s -> %s", self.name, event, old, new)
+
+    # what it says
+
+    def _receive(self, message: dict[str, Any]) -> None:
+        match message:
+            case {"kind": "beat", "report": dict(report)}:
+                self._take_report(report)
+            case {"kind": "reply", "id": number, "ok": bool()} if (answer := self._asked.pop(number, None)) is not None:
+                _settle(answer, message)
+            case {"kind": "reply"}:
+                log.debug("%s: a late answer: %s", self.name, _name_outcome(message))
+            case {"kind": "ready", "endpoints": dict(endpoints)} if self.machine.state == "starting":
+                self.endpoints = endpoints
+                log.info("%s: ready, pid %s, %s", self.name, self.pid, _write_endpoints(endpoints))
+                self._allow(BEATS_MISSED)
+                self._apply("ready")
+            case {"kind": "ready"} if self.machine.state == "stopping":
+                pass
+            case {"kind": "event"} if self.take_event is not None:
+                self.take_event(message)
+            case _:
+                log.error("%s: not understood on the link: %.100r", self.name, message)
+
+    def _take_report(self, report: dict[str, Any]) -> None:
+        before = self.state
+        self.report |= report
+        if self.machine.state != "running":
+            return
+        self._heard_at = time.monotonic()
+        self._allow(BEATS_MISSED)
+        if self.is_live:
+            self.was_live = True
+            self._live_since = self._live_since or time.monotonic()
+            if self._child is not None and not self._asked:
+                self._child.pause()  # its next beat is read by `watch`, with those of others: what costs is the waking
+        if self.state != before:
+            self._note_state(before)
+
+    async def ask(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+        """Have the worker carry out a request; return its result. Raises ControlError, at once if it is not running."""
+        if self.machine.state != "running" or self._child is None:
+            raise self._refuse(f"is not running ({self.state})")
+        if len(self._asked) >= MAX_ASKED:
+            raise self._refuse(f"owes {MAX_ASKED} answers already; this request was not carried out")
+        self._number += 1
+        number = self._number
+        answer = self._asked[number] = asyncio.get_running_loop().create_future()
+        request = {"kind": "request", "id": number, "op": op, "deadline": deadline, "arguments": arguments}
+        self._child.read()
+        try:
+            if not self._child.send(request):
+                raise self._refuse("does not read its link; this request was not carried out")
+            async with asyncio.timeout((deadline - time.time_ns()) / 1e9):
+                return await answer
+        except TimeoutError:
+            raise ControlError("timeout", f"{self.name} did not answer within the deadline") from None
+        finally:
+            self._asked.pop(number, None)
+
+    def _refuse(self, reason: str) -> ControlError:
+        return ControlError("not_connected", f"the worker of {self.name} {reason}")
+
+
+def _settle(answer: asyncio.Future[Any], message: dict[str, Any]) -> None:
+    if answer.done():
+        return
+    if message["ok"]:
+        answer.set_result(message.get("result"))
+        return
+    error = message.get("error")
+    if not isinstance(error, dict):
+        error = {"code": "internal", "message": "the worker answered with garbage"}
+    answer.set_exception(ControlError(str(error.get("code")), str(error.get("message")), error.get("data")))
+
+
+def _name_outcome(message: dict[str, Any]) -> str:
+    error = message.get("error")
+    return "ok" if not isinstance(error, dict) else str(error.get("code"))
+
+
+def _write_endpoints(endpoints: dict[str, Any]) -> str:
+    words = {"publish": "publishes on", "url": "listens on"}
+    return ", ".join(f"{words.get(key, key)} {value}" for key, value in endpoints.items())

@@ -1,0 +1,185 @@
+"""One child process over one life: start it, talk with it, kill it, know when it is really gone and why.
+
+Children come from a forkserver: a helper process that has the workers' modules loaded, so that a new worker
+starts in some 20 ms and shares that memory. It has no secrets (they were taken out of the environment before)
+and knows nothing of the command line.
+"""
+
+import asyncio
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from importlib import import_module
+from multiprocessing import resource_tracker
+from multiprocessing.context import ForkServerProcess
+from types import ModuleType
+from typing import Any
+
+from collector.lifecycle import Exit
+from collector.link import Link, open_link
+
+PRELOAD = ("collector.supervisor.process", "workers.actor", "workers.deribit.worker", "workers.exchange.worker")
+"""What the forkserver loads once for all workers."""
+
+UNKNOWN_EXIT = 255
+"""The exit code of a child whose forkserver died before it: nobody could ask for the real one."""
+
+_CODE_WAIT = 1.0
+"""Seconds that the forkserver has to tell the exit code of a child that is gone, and the link to run dry."""
+
+log = logging.getLogger(__name__)
+
+
+def enter(kind: str, end: socket.socket) -> None:
+    """Where a child begins: the one place that knows of the workers, by name and kind only."""
+    import_module("workers.actor").main(kind, end)
+
+
+class Spawner:
+    """Starts children from a forkserver, one at a time and off the event loop. It restarts a forkserver that died."""
+
+    def __init__(self) -> None:
+        # A directory that happens to hold a `workers` package must not stand before ours.
+        os.environ["PYTHONSAFEPATH"] = "1"
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOAD))
+        self._thread = ThreadPoolExecutor(1, "spawner")
+
+    async def spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
+        """Start a child of that kind at one end of a link. Raises OSError or EOFError if the forkserver fails."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._spawn, kind, end)
+
+    def _spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
+        # Ctrl-C reaches the whole group. Children inherit the mask of this thread, so not even one that is just
+        # starting can be struck. The resource tracker is started before, since that clears the mask again.
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        child = self._context.Process(target=enter, args=(kind, end), daemon=True)
+        with end, _hidden_main():
+            child.start()
+        return child
+
+    def close(self) -> None:
+        """Let the thread go; the forkserver ends with this process."""
+        self._thread.shutdown(wait=False)
+
+
+@contextmanager
+def _hidden_main() -> Iterator[None]:
+    """Keep multiprocessing from having each child import our main program again."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
+
+
+class Child:
+    """One life of one child. Made by `start_child`; ends with `wait`."""
+
+    def __init__(self, process: ForkServerProcess, pidfd: int, receive: Callable[[dict[str, Any]], None]) -> None:
+        assert process.pid is not None
+        self.pid = process.pid
+        self._process = process
+        self._pidfd = pidfd
+        self._receive = receive
+        self._link: Link
+        self._unlinked = asyncio.Event()
+
+    async def connect(self, end: socket.socket) -> None:
+        """Take our end of the link into the loop."""
+        self._link = await open_link(end, self._receive, self._lose_link)
+
+    def send(self, message: dict[str, Any]) -> bool:
+        """Send a message down the link; False if it cannot be."""
+        return self._link.send(message)
+
+    def pause(self) -> None:
+        """Leave what it says unread until `read`."""
+        self._link.pause()
+
+    def read(self) -> None:
+        """Receive what it has said, and what it will."""
+        self._link.read()
+
+    def kill(self) -> None:
+        """Kill it, whatever it does. By pidfd: a number that went to another process is never hit."""
+        with suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _lose_link(self, reason: str) -> None:
+        if "garbage" in reason:
+            log.error("pid %d: %s", self.pid, reason)
+            self.kill()
+        self._unlinked.set()
+
+    async def wait(self) -> int:
+        """Wait until it is really gone and all that it said has been received; return its exit code.
+
+        The forkserver's word is not enough: if it dies, it says 255 of children that are alive and well.
+        """
+        await _readable(self._pidfd)
+        self._link.read()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CODE_WAIT):
+                await self._unlinked.wait()
+                await _readable(self._process.sentinel)
+        code = self._process.exitcode
+        self._link.close()
+        os.close(self._pidfd)
+        if code is not None:
+            self._process.close()
+        return UNKNOWN_EXIT if code is None else code
+
+
+async def start_child(spawner: Spawner, kind: str, receive: Callable[[dict[str, Any]], None]) -> Child:
+    """Start a child of that kind; `receive` gets what it says. Raises OSError or EOFError if it cannot be started."""
+    ours, theirs = socket.socketpair()
+    try:
+        process = await spawner.spawn(kind, theirs)
+        assert process.pid is not None
+        child = Child(process, os.pidfd_open(process.pid), receive)
+        await child.connect(ours)
+    except BaseException:
+        ours.close()  # the end of file is the end of the child as well
+        raise
+    return child
+
+
+async def _readable(descriptor: int) -> None:
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(descriptor, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(descriptor)
+
+
+_REASONS = {
+    Exit.STOPPED: "stopped in order",
+    Exit.CRASHED: "crashed (see its log)",
+    Exit.BAD_SPEC: "cannot run as configured",
+    Exit.CREDENTIALS: "the exchange refused the credentials",
+    Exit.BANNED: "the exchange refuses this host or account",
+    Exit.GAVE_UP: "gave up after retry_count attempts",
+    Exit.ORPHANED: "lost its link to the supervisor",
+    UNKNOWN_EXIT: "ended for an unknown reason (the forkserver was gone)",
+}
+
+
+def describe_exit(code: int) -> str:
+    """Say in words why a child ended."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}" if -code in _SIGNALS else f"killed by signal {-code}"
+    return _REASONS.get(code, f"ended with exit code {code}")
+
+
+_SIGNALS = frozenset(int(each) for each in signal.Signals)

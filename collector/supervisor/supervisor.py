@@ -1,0 +1,255 @@
+"""The supervisor: one keeper for each connection, and one for the practice exchange; starts, watches and stops them."""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Coroutine
+from dataclasses import dataclass, field, replace
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from collector.config import Config, Connection, check_together
+from collector.lifecycle import Exit
+from collector.supervisor.follower import Follower
+from collector.supervisor.keeper import Keeper
+from collector.supervisor.process import Spawner
+from collector.supervisor.runtime import remove_socket
+
+EXCHANGE_NAME = "exchange"
+
+TICK = 0.25
+"""Seconds between two looks at who is overdue."""
+
+EXCHANGE_GRACE = 1.5
+"""Seconds that the practice exchange has to stop: with STOP_GRACE before it, all is over within 5 s."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Entry:
+    """One connection: how it is configured, the channels asked for now, its keeper, and who follows its patterns."""
+
+    connection: Connection
+    channels: dict[str, None]
+    keeper: Keeper
+    from_file: bool
+    follower: Follower | None = None
+    keeping: asyncio.Task[None] = field(init=False)
+
+    @property
+    def bound(self) -> str:
+        """Where it publishes: as bound once it is, else as configured."""
+        return str(self.keeper.endpoints.get("publish", self.connection.publish))
+
+
+class Supervisor:
+    """All workers of one collector. `run` is its life; `entries` are the connections by name."""
+
+    def __init__(self, config: Config, log_level: str) -> None:
+        self.config = config
+        self.entries: dict[str, Entry] = {}
+        self.exchange: Keeper | None = None
+        self._log_level = log_level
+        self._spawner = Spawner()
+        self._epochs: dict[str, int] = {}
+        self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._keeping: set[asyncio.Task[None]] = set()
+        self._following: set[asyncio.Task[None]] = set()
+        self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
+        self.listing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by host: its list is being fetched
+
+    async def run(self) -> int:
+        """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
+        watching = asyncio.create_task(self._watch())
+        try:
+            if self.config.exchange is not None:
+                self._start_exchange()
+            for connection in self.config.connections:
+                self.start_connection(connection, from_file=True)
+            return await self._ended
+        finally:
+            await self._stop()
+            watching.cancel()
+            self._spawner.close()
+
+    @property
+    def is_stopping(self) -> bool:
+        """Whether all is being stopped: nothing may be started any more."""
+        return self._ended.done()
+
+    def end(self, code: int) -> None:
+        """Have `run` stop all in order and return the code."""
+        if not self._ended.done():
+            self._ended.set_result(code)
+
+    def kill(self) -> None:
+        """Kill all workers at once: a second signal forces the end."""
+        for keeper in self._keepers():
+            keeper.stop()
+            keeper.kill()
+
+    def _keepers(self) -> list[Keeper]:
+        keepers = [entry.keeper for entry in self.entries.values()]
+        return [*keepers, self.exchange] if self.exchange is not None else keepers
+
+    # the practice exchange
+
+    def _start_exchange(self) -> None:
+        self.exchange = Keeper(EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._build_exchange_spec)
+        self._keep(self.exchange, None).add_done_callback(self._end_exchange)
+
+    def _end_exchange(self, _: object) -> None:
+        """The practice exchange has ended; for those who connect to it there is nothing left if that was for good."""
+        if self.exchange is not None and self.exchange.machine.state == "failed":
+            log.error("the practice exchange cannot run: %s", self.exchange.last_error)
+            self.end(1)
+
+    @property
+    def exchange_port(self) -> int:
+        """The port of the practice exchange. Workers know it by that of its first life: later ones take the same."""
+        assert self.exchange is not None
+        assert self.config.exchange is not None
+        return urlsplit(self.exchange.endpoints.get("url", "")).port or self.config.exchange.port
+
+    def _build_exchange_spec(self, keeper: Keeper) -> dict[str, Any]:
+        assert self.config.exchange is not None
+        return self._build_spec(keeper) | {"port": self.exchange_port, "faults": self.config.exchange.faults}
+
+    # connections
+
+    def start_connection(self, connection: Connection, *, from_file: bool, follower: Follower | None = None) -> Entry:
+        """Start a connection that was checked to stand beside the others, and keep it. `follower`: who split it off."""
+        name = connection.name
+        keeper = Keeper(name, "deribit", connection.retry_delay, self._spawner, self._build_connection_spec)
+        keeper.epoch = self._epochs.get(name, 0)
+        entry = Entry(connection, dict.fromkeys(connection.channels), keeper, from_file, follower)
+        if connection.patterns:
+            entry.follower = Follower(self, entry)
+        if entry.follower is not None:
+            keeper.take_event = entry.follower.take_event
+        self.entries[name] = entry
+        entry.keeping = self._keep(keeper, self._prepare(entry))
+        entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
+        if self.is_stopping:  # a shard whose list came just now: those that are being stopped were counted already
+            keeper.stop()
+        return entry
+
+    async def _prepare(self, entry: Entry) -> bool:
+        """Wait for what a connection needs before its first start; False if it cannot be had."""
+        if entry.connection.is_practice and self.exchange is not None:
+            await self.exchange.wait_settled()
+        return await entry.follower.expand() if entry.connection.patterns and entry.follower else True
+
+    def follow(self, following: Coroutine[Any, Any, None]) -> None:
+        """Let a follower live beside its connections."""
+        task = asyncio.create_task(following)
+        self._following.add(task)
+        task.add_done_callback(self._following.discard)
+        task.add_done_callback(self._drop_task)
+
+    def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
+        """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
+        others = [
+            replace(entry.connection, channels=tuple(entry.channels), publish=entry.bound)
+            for entry in self.entries.values()
+            if entry is not known
+        ]
+        port = None if self.config.exchange is None else self.exchange_port
+        check_together([*others, *connections], "", self.config.control, port)
+
+    def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
+        entry = self.entries[keeper.name]
+        connection = entry.connection
+        login = self.config.secrets[connection.credentials] if connection.credentials else None
+        return self._build_spec(keeper) | {
+            "connection": connection.to_map() | {"url": self.resolve_url(connection)},
+            "channels": list(entry.channels),
+            "follow": entry.follower is not None,
+            "credentials": {"client_id": login.client_id, "client_secret": login.client_secret} if login else None,
+        }
+
+    def _build_spec(self, keeper: Keeper) -> dict[str, Any]:
+        return {
+            "name": keeper.name,
+            "kind": keeper.kind,
+            "epoch": keeper.epoch,
+            "restarts": keeper.restarts,
+            "runtime_dir": str(self.config.runtime_dir),
+            "log_level": self._log_level,
+            "scheduling": self.config.scheduling,
+            "read_pause": self.config.read_pause,
+        }
+
+    def resolve_url(self, connection: Connection) -> str:
+        """The URL to connect to: `practice` stands for that of the practice exchange."""
+        if not connection.is_practice or self.exchange is None or "url" not in self.exchange.endpoints:
+            return connection.url
+        query = urlsplit(connection.url).query
+        return urlunsplit(urlsplit(str(self.exchange.endpoints["url"]))._replace(query=query))
+
+    def _end_connection(self, entry: Entry) -> None:
+        """A connection has ended for good.
+
+        The collector goes on while another one runs. One that was added at run time ends it only if it is the last to
+        fail where the file's connections have failed before.
+        """
+        keeper = entry.keeper
+        self._epochs[keeper.name] = keeper.epoch
+        remove_socket(entry.connection.publish)  # these two are what a killed worker leaves
+        (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
+        if keeper.machine.state == "stopped" and self.entries.get(keeper.name) is entry:
+            del self.entries[keeper.name]
+        if keeper.machine.state != "failed":
+            return
+        others = list(self.entries.values())
+        failed = [keeper, *(other.keeper for other in others if other.keeper.is_over)]
+        code = 3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in failed) else 1
+        if entry.from_file and all(other.keeper.is_over for other in others if other.from_file):
+            self._lost = code
+        if self._lost is not None and all(other.keeper.is_over for other in others):
+            log.error("no connection is left")
+            self.end(max(self._lost, code))
+
+    def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, bool] | None) -> asyncio.Task[None]:
+        task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
+        self._keeping.add(task)
+        task.add_done_callback(self._drop_task)
+        return task
+
+    def _drop_task(self, task: asyncio.Task[None]) -> None:
+        self._keeping.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.critical("a fault of the supervisor itself", exc_info=error)
+            self.end(1)
+
+    # all of them
+
+    async def _watch(self) -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            # Who was stopped or starved itself cannot tell a late beat from one that it has not read yet.
+            pause = max(0.0, now - last - 4 * TICK)
+            last = now
+            for keeper in self._keepers():
+                keeper.watch(now, pause)
+
+    async def _stop(self) -> None:
+        """End all in order: the connections, then the exchange that they talk with. The watch kills stragglers."""
+        self.end(1)  # if it is a fault that has brought us here
+        exchange = self.exchange
+        for task in self._following:
+            task.cancel()
+        for entry in list(self.entries.values()):
+            entry.keeper.stop()
+        await self._wait_ended([entry.keeping for entry in self.entries.values()])
+        if exchange is not None:
+            exchange.stop(EXCHANGE_GRACE)
+        await self._wait_ended(list(self._keeping))
+
+    async def _wait_ended(self, tasks: list[asyncio.Task[None]]) -> None:
+        if tasks:
+            await asyncio.wait(tasks)

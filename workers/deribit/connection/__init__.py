@@ -1,0 +1,1 @@
+"""The WebSocket: connect, bootstrap, subscribe, stay connected."""

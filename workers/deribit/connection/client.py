@@ -1,0 +1,435 @@
+"""One WebSocket to Deribit: connect, send, subscribe, unsubscribe, get_state, close - and stay connected in between.
+
+The only module that imports aiohttp. A `Client` can be used by itself from any asyncio program:
+
+    client = Client("wss://www.deribit.com/ws/api/v2", listener=MyListener())
+    await client.connect()
+    await client.subscribe(["trades.BTC-PERPETUAL.100ms"])
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Coroutine, Mapping
+from contextlib import suppress
+from typing import Any
+
+import aiohttp
+
+from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
+from workers.deribit.connection.bootstrap import Login
+from workers.deribit.connection.listener import Listener
+from workers.deribit.connection.reconcile import Reconciler
+from workers.deribit.connection.session import Session
+from workers.deribit.connection.together import Resumed, do_together
+from workers.deribit.rpc.codec import DATA_PREFIX, Data, Reply, decode_frame, encode_request
+from workers.deribit.rpc.errors import (
+    BACK_OFF_PAUSE,
+    ExchangeError,
+    Lost,
+    NotConnected,
+    Reaction,
+    Refused,
+    find_reaction,
+)
+from workers.deribit.rpc.requests import Requests
+from workers.deribit.watching.watch import Pace
+
+MAX_FRAME = 16 << 20
+"""Bytes of one frame that are taken; Deribit's largest (an instrument list) was measured at 5.1 MB."""
+
+CLOSE_TIMEOUT = 1.0
+"""Seconds that a peer gets to answer our close frame."""
+
+LASTED = 10.0
+"""Seconds live after which failed attempts are forgotten."""
+
+UPKEEP = 0.25
+"""Seconds between looks at silence, tokens and subscriptions."""
+
+CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
+"""What aiohttp raises for a send on a socket that has just gone."""
+
+
+class Client:
+    """One connection, with the six connection settings; times in seconds.
+
+    `read_pause` is rested between reads while frames come fast, one by one (see watch.Pace).
+    `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str] | None = None,
+        timeout: float = 5.0,
+        retry_count: int = 3,
+        retry_delay: float = 1.0,
+        heartbeat_interval: float = 30.0,
+        *,
+        login: Login | None = None,
+        cancel_on_disconnect: bool = False,
+        read_pause: float = 0.0,
+        listener: Listener | None = None,
+    ) -> None:
+        self.url = url
+        self.headers = dict(headers or {})
+        self.timeout = timeout
+        self.retry_count = retry_count
+        self.retry_delay = retry_delay
+        self.heartbeat_interval = heartbeat_interval
+        self.listener = listener or Listener()
+        self.session = Session(self.send, login, heartbeat_interval, cancel_on_disconnect)
+        self.reconciler = Reconciler(self.send, self.listener.confirm_channels, self.listener.refuse_channels)
+        self.machine = Machine(CONNECTION, "closed", self._note_change)
+        self.since = time.time_ns()
+        self.exit = Exit.STOPPED
+        self.failure = "closed"
+        self.attempts = 0
+        self.reconnects = 0
+        self.frames = 0
+        self.bytes = 0
+        self.malformed = 0
+        self.last_error: Any = None
+        self._reason = ""
+        self.requests = Requests()
+        self._socket: aiohttp.ClientWebSocketResponse[Any] | None = None
+        self._life: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._verdict: asyncio.Future[None] | None = None
+        self._live = asyncio.Event()
+        self._closing = asyncio.Event()
+        self._pause = 0.0
+        self._pace = Pace(read_pause)
+        self._stamp = 0
+        self._heard = 0.0
+
+    def cut(self, reason: str) -> None:
+        """Give the connection up, and connect anew."""
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_exception(Lost(reason))
+
+    # -- the five functions -------------------------------------------------------------------------------------------
+
+    async def connect(self) -> None:
+        """Connect and return once live; from then on stay connected. Raises Lost or Refused if that fails for good."""
+        if self._life is None:
+            self._life = asyncio.create_task(self.run())
+        live = asyncio.create_task(self._live.wait())
+        try:
+            await asyncio.wait({live, self._life}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            live.cancel()
+        if not self._live.is_set():
+            raise Lost(self.failure) if self.exit is Exit.GAVE_UP else Refused(self.failure, self.exit)
+
+    async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
+        socket = self._socket
+        if socket is None or self.machine.state not in ("bootstrapping", "live"):
+            raise NotConnected(f"the connection is {self.machine.state}")
+        number, answer = self.requests.open()
+        try:
+            async with asyncio.timeout(timeout or self.timeout):
+                await socket.send_str(encode_request(number, method, params or {}))
+                return await answer
+        except CUT as error:
+            raise Lost(f"cut while sending {method}: {error}") from None
+        except ExchangeError as error:
+            self.last_error = error.raw
+            raise
+        finally:
+            self.requests.close(number)
+
+    async def subscribe(self, channels: list[str]) -> dict[str, Any]:
+        """Ask for channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
+
+        While the connection is not live, or is lost meanwhile, the wish is kept. Raises ValueError for a name that
+        cannot be a channel.
+        """
+        self.reconciler.subscriptions.ask(channels)
+        await self._reconcile()
+        return {name: self.reconciler.describe_wish(name) for name in channels}
+
+    async def unsubscribe(self, channels: list[str]) -> dict[str, Any]:
+        """Want these channels no more. Returns {name: True} for each."""
+        self.reconciler.subscriptions.drop(channels)
+        await self._reconcile()
+        return dict.fromkeys(channels, True)
+
+    async def _reconcile(self) -> None:
+        if self.machine.state == "live":
+            with suppress(Lost):  # what came to nothing now is done by the upkeep, or by the next bootstrap
+                await self.reconciler.reconcile()
+
+    def get_state(self) -> dict[str, Any]:
+        """The connection as it is now; times in ns since 1970, the clock's offset and its error in ns."""
+        subscriptions = self.reconciler.subscriptions
+        return {
+            "state": self.machine.state,
+            "since": self.since,
+            "url": self.url,
+            "attempts": self.attempts,
+            "reconnects": self.reconnects,
+            "authenticated": self.session.authenticated,
+            "channels": {
+                "asked": list(subscriptions.asked),
+                "confirmed": sorted(subscriptions.confirmed),
+                "refused": dict(subscriptions.refused),
+            },
+            "messages": self.frames,
+            "bytes": self.bytes,
+            "malformed": self.malformed,
+            "clock_offset": self.session.clock_offset,
+            "clock_error": self.session.clock_error,
+            "last_error": self.last_error,
+        }
+
+    async def close(self) -> None:
+        """Close in order: close frame, its answer awaited for CLOSE_TIMEOUT at most, then the socket."""
+        if not self._closing.is_set() and self.machine.allows("close"):
+            self._apply("close", "asked to")
+        self._closing.set()
+        if self._life is not None:
+            await self._life
+
+    # -- staying connected --------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Live until closed or failed for good; `exit` and `failure` then say why."""
+        if self._closing.is_set():
+            return
+        self._apply("connect", "")
+        while not (self._closing.is_set() or self.machine.state == "failed"):
+            try:
+                await self._until_closing(self._run_session())
+            except (Lost, NotConnected) as error:
+                await self._back_off(str(error))
+            except Refused as error:
+                self._fail("refused", error.exit, str(error))
+        if self.machine.state == "closing":
+            self._apply("ended", "")
+
+    async def _until_closing(self, work: Coroutine[Any, Any, None]) -> None:
+        task, closing = asyncio.create_task(work), asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            closing.cancel()
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    async def _back_off(self, reason: str) -> None:
+        if self._closing.is_set():
+            return
+        self.last_error = self.last_error or {"message": reason}
+        self.reconnects += self.machine.state == "live"
+        self._apply("lost", reason)
+        if self.attempts >= max(1, self.retry_count):
+            return self._fail(
+                "exhausted", Exit.GAVE_UP, f"{self.attempts} attempts in a row came to nothing, the last: {reason}"
+            )
+        # After a good life the first attempt comes almost at once; only failures wait.
+        first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
+        delay = max(self._pause, backoff_delay(max(1, self.attempts), first, random.random()))
+        self._pause = 0.0
+        await self._until_closing(asyncio.sleep(delay))
+        if not self._closing.is_set():
+            self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")
+
+    def _fail(self, event: str, code: Exit, failure: str) -> None:
+        if not self._closing.is_set():
+            self.exit, self.failure = code, failure
+            self._apply(event, failure)
+
+    async def _run_session(self) -> None:
+        self.attempts += 1
+        self.last_error = None
+        tasks: list[asyncio.Task[None]] = []
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
+            try:
+                self._socket = await self._open(session)
+                self._heard = time.monotonic()
+                self._apply("opened", "")
+                tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._serve())]
+                self._verdict = asyncio.get_running_loop().create_future()
+                await asyncio.gather(*tasks, self._verdict)
+            finally:
+                await self._end_session(tasks)
+
+    async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
+        self._live.clear()
+        self._end_burst()  # a cut may have come in the middle of one
+        self.requests.fail(Lost("the connection ended before the answer came"))
+        for task in (*tasks, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        socket, self._socket = self._socket, None
+        if socket is not None:
+            with suppress(TimeoutError, *CUT):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await socket.close()
+        self.session.end()
+        self.reconciler.end()
+
+    async def _open(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[Any]:
+        try:
+            async with asyncio.timeout(self.timeout):
+                return await session.ws_connect(
+                    self.url,
+                    headers=self.headers,
+                    max_msg_size=MAX_FRAME,
+                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
+                    decode_text=False,
+                )
+        except aiohttp.WSServerHandshakeError as error:
+            hint = " (32 connections are allowed from one address)" if error.status == 429 else ""
+            raise Lost(f"HTTP {error.status} instead of a WebSocket{hint}") from None
+        except TimeoutError:
+            raise Lost(f"no connection within {self.timeout:g} s") from None
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            raise Lost(str(error).replace(" ssl:default", "") or type(error).__name__) from None
+
+    async def _serve(self) -> None:
+        reconcile = self.reconciler.reconcile
+        await do_together(self.session.take_round(1), reconcile(self.session.awaits_login))
+        self.reconciler.logged_in = self.session.authenticated
+        await do_together(self.session.take_round(2), reconcile())
+        self._apply("bootstrapped", "")
+        self._live.set()
+        live_since = time.monotonic()
+        while True:
+            await asyncio.sleep(UPKEEP)
+            now = time.monotonic()
+            if now - live_since > LASTED:
+                self.attempts = 0
+            if now - self._heard > 1.5 * self.heartbeat_interval:
+                await self._prove_life()
+            await self.session.keep_up(now)
+            await reconcile()
+
+    async def _prove_life(self) -> None:
+        """A half-open socket gives no sign at all: ask before it is cut. Raises Lost if there is no answer."""
+        try:
+            await self.send("public/test")
+        except ExchangeError:
+            pass  # an answer all the same
+        except TimeoutError:
+            silence = time.monotonic() - self._heard
+            raise Lost(f"no frame for {silence:.1f} s and no answer to public/test") from None
+
+    @property
+    def is_live(self) -> bool:
+        """Whether it is live, and not about to be cut."""
+        return self._live.is_set()
+
+    def read_clock(self) -> int:
+        """Now, in ns since 1970; while a burst is handed out, the time at which it was read."""
+        return self._stamp or time.time_ns()
+
+    # -- frames -------------------------------------------------------------------------------------------------------
+
+    async def _read(self, socket: aiohttp.ClientWebSocketResponse[Any]) -> None:
+        receive, take_frame = socket.receive, self.listener.take_frame
+        text = aiohttp.WSMsgType.TEXT
+        while True:
+            taking = receive()
+            try:
+                # Stepped by hand, since only so it shows whether it had to wait: then all that was read has been taken.
+                waits_for = taking.send(None)
+            except StopIteration as done:
+                message = done.value
+            else:
+                self._end_burst()
+                message = await Resumed(taking, waits_for)
+            if message.type is not text:
+                self._take_control(socket, message)
+                continue
+            frame = message.data
+            self.frames += 1
+            self.bytes += len(frame)
+            stamp = self._stamp or self._start_burst()
+            if frame.startswith(DATA_PREFIX):
+                take_frame(frame, stamp)
+            else:
+                self._take_other(frame, stamp)
+
+    def _start_burst(self) -> int:
+        """Stamp all that is taken before the socket has to be waited for with one time."""
+        self._stamp = time.time_ns()
+        self._heard = time.monotonic()
+        return self._stamp
+
+    def _end_burst(self) -> None:
+        stamp, self._stamp = self._stamp, 0
+        if not stamp:
+            return
+        self.listener.end_burst(stamp)
+        if self._pace.should_pause(self.frames, stamp):
+            # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
+            time.sleep(self._pace.pause)
+
+    def _take_control(self, socket: aiohttp.ClientWebSocketResponse[Any], message: Any) -> None:
+        if message.type is aiohttp.WSMsgType.BINARY:
+            return self._take_bad(message.data, "a binary frame")
+        if message.type is aiohttp.WSMsgType.ERROR:
+            raise Lost(f"broken frame: {message.data}")
+        if message.type is aiohttp.WSMsgType.CLOSE:
+            raise Lost(f"closed by the exchange: {message.data} {message.extra or ''}".rstrip())
+        if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
+            raise Lost(f"the connection broke off (code {socket.close_code})")
+
+    def _take_other(self, frame: bytes, stamp: int) -> None:
+        try:
+            found = decode_frame(frame)
+        except ValueError as error:
+            return self._take_bad(frame, str(error))
+        if isinstance(found, Data):
+            self.listener.take_frame(frame, stamp)
+        elif isinstance(found, Reply):
+            self._take_reply(found, frame)
+        elif found.kind == "test_request":
+            self._answer_test()
+
+    def _take_reply(self, reply: Reply, frame: bytes) -> None:
+        if reply.error is not None and find_reaction(reply.error.code) is Reaction.BACK_OFF:
+            # Told here, where no cut that follows can come before it.
+            self._pause = BACK_OFF_PAUSE
+            self.reconciler.credits.shrink()
+        if self.requests.settle(reply):
+            return
+        if reply.error is not None:
+            self.last_error = reply.error.raw
+            self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
+        else:
+            self._take_bad(frame, "an answer to no request of ours")
+
+    def _take_bad(self, frame: bytes, reason: str) -> None:
+        self.malformed += 1
+        # An answer that nobody can place may be the one that holds the tokens.
+        self.listener.take_malformed(b"(not shown)" if b"_token" in frame else frame, reason)
+
+    def _answer_test(self) -> None:
+        """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
+        self.spawn(self._answer())
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something beside the reading, no longer than this connection lasts."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self) -> None:
+        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
+            await self.send("public/test")
+
+    def _apply(self, event: str, reason: str) -> None:
+        if self._closing.is_set() and event != "ended":
+            return  # whatever came in the meantime: it is being closed
+        self._reason = reason
+        self.machine.apply(event)
+
+    def _note_change(self, old: str, event: str, new: str) -> None:
+        self.since = time.time_ns()
+        self.listener.change_state(new, self._reason)

@@ -1,0 +1,109 @@
+"""Makes the channels that the exchange sends equal to those asked for: paced calls, refusals, resyncs."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Any
+
+from collector.limits import SUBSCRIBE_COST, Credits
+from workers.deribit.connection.session import Send
+from workers.deribit.connection.subscriptions import Call, Subscriptions
+from workers.deribit.connection.together import do_together
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+
+RETRY_PAUSE, RETRIES = 1.0, 10
+"""Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
+
+
+class Reconciler:
+    """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`."""
+
+    def __init__(
+        self, send: Send, confirm: Callable[[list[str]], None], refuse: Callable[[list[str], str], None]
+    ) -> None:
+        self.subscriptions = Subscriptions()
+        self.logged_in = False
+        self.last_error: Any = None
+        self._send = send
+        self._confirm = confirm
+        self._refuse = refuse
+        self.credits = Credits(now=time.monotonic())
+        self._lives = 0
+
+    def end(self) -> None:
+        """The connection is gone: everything must be asked for again."""
+        self.logged_in = False
+        self._lives += 1
+        self.subscriptions.forget()
+
+    async def reconcile(self, awaits_login: bool = False) -> None:
+        """Ask until nothing is missing but what was refused. Raises Lost."""
+        while calls := self.subscriptions.plan_calls(self.logged_in, awaits_login):
+            await do_together(*(self._place(call) for call in calls))
+
+    async def resubscribe(self, channel: str) -> None:
+        """Unsubscribe, wait for the answer, subscribe: the one way to a new snapshot of a channel. Raises Lost."""
+        if channel in self.subscriptions.confirmed and channel in self.subscriptions.asked:
+            await self._place(Call("public/unsubscribe", (channel,)))
+            await self.reconcile()
+
+    def describe_wish(self, name: str) -> Any:
+        """True if the channel is confirmed, else a map of code and message."""
+        if name in self.subscriptions.confirmed:
+            return True
+        if name in self.subscriptions.refused:
+            return {"code": "exchange_error", "message": self.subscriptions.refused[name]}
+        return {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
+
+    async def _place(self, call: Call) -> None:
+        try:
+            if not call.method.endswith("unsubscribe"):
+                await self._wait_for_credits()
+            answered = await self._send(call.method, {"channels": list(call.channels)})
+        except ExchangeError as error:
+            self.subscriptions.abandon(call)
+            await self._take_error(call, error)
+        except (TimeoutError, NotConnected, asyncio.CancelledError) as error:
+            self.subscriptions.abandon(call)
+            if isinstance(error, asyncio.CancelledError):
+                raise
+            raise Lost(f"{call.method} was not answered ({type(error).__name__})") from None
+        else:
+            names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
+            gained, refused = self.subscriptions.settle(call, names)
+            self._confirm(gained)
+            if refused:
+                self._refuse(refused, self.subscriptions.refused[refused[0]])
+
+    async def _wait_for_credits(self) -> None:
+        life = self._lives
+        await asyncio.sleep(self.credits.take(SUBSCRIBE_COST, time.monotonic()))
+        if life != self._lives:  # the next life asks for everything by itself, and in its own order
+            raise Lost("the connection ended before the turn of the call came")
+
+    async def _take_error(self, call: Call, error: ExchangeError) -> None:
+        """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
+        self.last_error = error.raw
+        reaction = find_reaction(error.code)
+        leaves = call.method.endswith("unsubscribe")
+        if reaction is Reaction.RETRY and leaves:
+            return await asyncio.sleep(RETRY_PAUSE)
+        if reaction is Reaction.BACK_OFF or leaves:
+            raise Lost(f"{call.method}: {error}")
+        if reaction is Reaction.RETRY:
+            await asyncio.sleep(RETRY_PAUSE)
+            return self._count_refusal(list(call.channels), error, RETRIES)
+        asked = self.subscriptions.asked
+        needing_login = [n for n in call.channels if n in asked and asked[n].needs_login]
+        if reaction is Reaction.LOG_IN and needing_login and not self.logged_in:
+            return self._count_refusal(needing_login, error)
+        if len(call.channels) == 1:
+            return self._count_refusal(list(call.channels), error)
+        middle = len(call.channels) // 2
+        for half in (call.channels[:middle], call.channels[middle:]):
+            await self._place(Call(call.method, half))
+
+    def _count_refusal(self, names: list[str], error: ExchangeError, tries: int = 1) -> None:
+        refused = self.subscriptions.refuse(names, str(error), tries)
+        if refused:
+            self._refuse(refused, str(error))

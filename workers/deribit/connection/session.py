@@ -1,0 +1,119 @@
+"""What makes a fresh connection ready and keeps it so: bootstrap, login and its tokens, the exchange's clock."""
+
+import secrets
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from collector.lifecycle import Exit
+from workers.deribit.connection.bootstrap import Login, Moment, build_auth, build_refresh, plan_round
+from workers.deribit.connection.together import do_together
+from workers.deribit.feeds.frames import MAX_MS
+from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
+
+Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
+
+TIME_SYNC = 60.0
+"""Seconds between measurements of the exchange's clock."""
+
+REFRESH_AT = 0.8
+"""Part of a token's life after which it is renewed."""
+
+NEVER = float("inf")
+
+
+class Session:
+    """The settings of the bootstrap, and what came of it on the connection that is up now.
+
+    `clock_offset` is the exchange's clock less ours and `clock_error` how far off that may be, in ns.
+    """
+
+    def __init__(self, send: Send, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool) -> None:
+        self._send = send
+        self._login = login
+        self._heartbeat_interval = heartbeat_interval
+        self._cancel_on_disconnect = cancel_on_disconnect
+        self._refresh_token = ""
+        self._refresh_at = NEVER
+        self._sync_at = NEVER
+        self.authenticated = False
+        self.clock_offset = 0
+        self.clock_error = 0
+        self.last_error: Any = None
+
+    @property
+    def awaits_login(self) -> bool:
+        """Whether a login is still to come."""
+        return self._login is not None and not self.authenticated
+
+    def end(self) -> None:
+        """The connection is gone, and the login with it."""
+        self.authenticated = False
+        self._refresh_at = self._sync_at = NEVER
+
+    async def take_round(self, number: int) -> None:
+        """Send the requests of one round of the bootstrap together. Raises Lost or Refused."""
+        moment = Moment(
+            self._login,
+            self._heartbeat_interval,
+            self._cancel_on_disconnect,
+            (time.time_ns() + self.clock_offset) // 1_000_000,
+            secrets.token_hex(8),
+        )
+        await do_together(*(self._take_step(method, params) for method, params in plan_round(number, moment)))
+
+    async def keep_up(self, now: float) -> None:
+        """Renew the token and measure the clock when it is time (`now` is monotonic). Raises Lost or Refused."""
+        if now >= self._refresh_at:
+            await self._take_step("public/auth", build_refresh(self._refresh_token))
+        if now >= self._sync_at:
+            await self._take_step("public/get_time", {})
+
+    async def _take_step(self, method: str, params: dict[str, Any]) -> None:
+        try:
+            if method == "public/auth":
+                await self._log_in(params)
+            elif method == "public/get_time":
+                await self._sync_time()
+            else:
+                await self._send(method, params)
+        except TimeoutError:
+            raise Lost(f"{method} was not answered in time") from None
+        except ExchangeError as error:
+            self._react(method, error)
+
+    def _react(self, method: str, error: ExchangeError) -> None:
+        self.last_error = error.raw
+        reaction = find_reaction(error.code)
+        if reaction is Reaction.REFUSED or (reaction is Reaction.REFRESH and method == "public/auth"):
+            raise Refused(f"{method}: {error}", Exit.CREDENTIALS)
+        if reaction is Reaction.BANNED:
+            raise Refused(f"{method}: {error}", Exit.BANNED)
+        raise Lost(f"{method}: {error}")
+
+    async def _log_in(self, params: dict[str, Any]) -> None:
+        try:
+            tokens = await self._send("public/auth", params)
+        except ExchangeError as error:
+            if find_reaction(error.code) is not Reaction.REFRESH or self._login is None:
+                raise
+            # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
+            self.last_error = error.raw
+            plain = Moment(self._login._replace(signed=False), 0.0, False, 0, "")
+            tokens = await self._send("public/auth", build_auth(plain))
+        try:
+            life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
+        except (TypeError, KeyError, ValueError):
+            raise Lost("public/auth: there are no tokens in the answer") from None
+        self.authenticated = True
+        self._refresh_at = time.monotonic() + life * REFRESH_AT
+
+    async def _sync_time(self) -> None:
+        sent = time.time_ns()
+        theirs = await self._send("public/get_time", {})
+        received = time.time_ns()
+        self._sync_at = time.monotonic() + TIME_SYNC
+        if type(theirs) is int and 0 <= theirs <= MAX_MS:
+            # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
+            self.clock_offset = theirs * 1_000_000 + 500_000 - (sent + received) // 2
+            self.clock_error = (received - sent) // 2 + 500_000

@@ -1,0 +1,1 @@
+"""From frames to messages: one feed for each channel, which checks and normalises what comes on it."""

@@ -1,0 +1,69 @@
+"""What every channel's feed is: frames go in, wire messages come out. No I/O, no clock; times are arguments."""
+
+from abc import ABC, abstractmethod
+
+from collector.channels import Channel, share_topic
+from workers.deribit.publishing.streams import Published, Stream, Topics
+from workers.deribit.watching.watch import Rhythm
+
+
+class Feed(ABC):
+    """One channel: takes its frames, gives messages.
+
+    `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
+    `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
+    `duplicates` count oddities. `last_ts` is when data came last, `waiting_since` when a snapshot was asked for (ns),
+    `waits` how often in vain. `is_ended` is set when nobody asks for the channel any more.
+    """
+
+    is_complete = True
+    changed = False
+    is_ended = False
+    dropped = 0
+    crossed = 0
+    emptied = 0
+    duplicates = 0
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        self.channel = channel
+        self.topics = topics
+        self.epoch = topics.epoch
+        self.condition = ("recovering", "subscribe")
+        self.rhythm = Rhythm()
+        self.last_ts = 0
+        self.waiting_since = 0
+        self.waits = 0
+        self.streams: dict[str, Stream] = {}
+        if channel.instrument:
+            self.stream = self.find_stream(channel.instrument)
+
+    def find_stream(self, instrument: str) -> Stream:
+        """The stream of one instrument on this channel, made at need. Raises Malformed for a bad name."""
+        stream = self.streams.get(instrument)
+        if stream is None:
+            stream = self.topics.find(self.channel.type, instrument, self.channel.interval)
+            self.streams[instrument] = stream
+        return stream
+
+    def adopt(self, stream: Stream) -> None:
+        """Take on a stream of an earlier life, if it is one of this channel's."""
+        channel = self.channel
+        if channel.instrument or stream.type != channel.type or stream.interval != channel.interval:
+            return
+        if share_topic(channel, Channel("", stream.type, stream.instrument, stream.interval)):
+            self.streams[stream.instrument] = stream
+
+    @abstractmethod
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """What a frame of this channel says. Raises Malformed if it is not one."""
+
+    def skip(self, frame: bytes, now: int) -> None:
+        """A frame could not be read: announced where no numbers of the exchange's own will show it."""
+        if self.channel.type not in ("book", "trade") or self.channel.grouped:
+            for stream in self.streams.values():
+                stream.lose("sequence", self.topics, now)
+
+    def lose(self, reason: str, now: int) -> None:
+        """All that was on its way has been lost (`now` in ns)."""
+        for stream in self.streams.values():
+            stream.lose(reason, self.topics, now)

@@ -1,0 +1,134 @@
+"""What Deribit's data frames hold, family by family, and the decoders that read them. No I/O, no clock.
+
+The busy families (book, trades, quote) are decoded straight to what is needed of them; all others as maps, so that
+what Deribit adds to them one day is passed on as well. A frame that a typed decoder refuses is read once more, laxly
+(numbers as strings), before it counts as malformed.
+"""
+
+from typing import Annotated, Any, Generic, Literal, TypeVar
+
+import msgspec
+from msgspec import UNSET, Meta, UnsetType
+
+from workers.deribit.publishing.payloads import Number
+from workers.deribit.publishing.streams import Malformed
+
+T = TypeVar("T")
+MS = 1_000_000
+"""Deribit's timestamps are ms; ours are ns."""
+
+MAX_MS = 9_000_000_000_000
+"""The year 2255: as ns it still fits what MessagePack and others take for an int."""
+
+Scalar = float | str | bool | None
+Time = Annotated[int, Meta(ge=0, le=MAX_MS)]
+Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[float, Meta(ge=0)]
+
+
+class _Params(msgspec.Struct, Generic[T], gc=False):
+    data: T
+
+
+class _Frame(msgspec.Struct, Generic[T], gc=False):
+    params: _Params[T]
+
+
+class BookData(msgspec.Struct, gc=False):
+    change_id: Count
+    bids: list[tuple[str, float, Amount]]
+    asks: list[tuple[str, float, Amount]]
+    timestamp: Time = 0
+    type: str | None = None
+    prev_change_id: Count | None = None
+
+
+class WindowData(msgspec.Struct, gc=False):
+    change_id: Count
+    bids: list[tuple[float, Amount]]
+    asks: list[tuple[float, Amount]]
+    timestamp: Time = 0
+
+
+class TradeData(msgspec.Struct, gc=False):
+    instrument_name: str
+    trade_seq: Count
+    trade_id: str | int
+    price: float
+    amount: float
+    direction: Literal["buy", "sell"]
+    timestamp: Time = 0
+    mark_price: Number = UNSET
+    index_price: Number = UNSET
+    tick_direction: Count | UnsetType = UNSET
+    iv: Number = UNSET
+    liquidation: str | UnsetType = UNSET
+    block_trade_id: str | int | UnsetType = UNSET
+    combo_id: str | UnsetType = UNSET
+    combo_trade_id: str | int | UnsetType = UNSET
+    contracts: Number = UNSET
+
+
+class QuoteData(msgspec.Struct, gc=False):
+    timestamp: Time
+    best_bid_price: float | None = None
+    best_bid_amount: float | None = None
+    best_ask_price: float | None = None
+    best_ask_amount: float | None = None
+
+
+_Nested = Scalar | dict[str, Any] | list[Any]
+TickerData = dict[str, Scalar | dict[str, _Nested] | list[_Nested]]
+"""Numbers are floats down to the members of stats and greeks; what nobody knows yet may be of any shape."""
+
+_json = msgspec.json.Decoder()
+
+
+def convert_laxly(value: Any, kind: Any) -> Any:
+    """Convert decoded JSON to a type, taking numbers that are spelled as text. Raises what msgspec raises."""
+    loose = msgspec.convert(value, kind, strict=False)
+    # That takes the text "nan" for a number; JSON has none for it but null, for the strict way to judge.
+    return msgspec.json.decode(msgspec.json.encode(loose), type=kind)
+
+
+class Reader(Generic[T]):
+    """Decodes the data of a frame to one type: strictly, else laxly, else it is Malformed."""
+
+    def __init__(self, kind: Any) -> None:
+        self._kind = kind
+        self._decode = msgspec.json.Decoder(_Frame[kind]).decode
+
+    def read(self, frame: bytes) -> T:
+        try:
+            data: T = self._decode(frame).params.data
+            return data
+        except msgspec.ValidationError:
+            return self.read_laxly(frame)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Malformed(str(error)) from None
+
+    def read_laxly(self, frame: bytes) -> T:
+        try:
+            data: T = convert_laxly(_json.decode(frame)["params"]["data"], self._kind)
+            return data
+        except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
+            raise Malformed(str(error)) from None
+
+
+read_book = Reader[BookData](BookData).read
+read_window = Reader[WindowData](WindowData).read
+read_trades = Reader[list[TradeData]](list[TradeData]).read
+read_quote = Reader[QuoteData](QuoteData).read
+read_ticker = Reader[TickerData](TickerData).read
+read_any = Reader[Any](Any).read
+
+
+def take_timestamp(data: dict[str, Any]) -> int:
+    """Take the `timestamp` (ms) out of a map; return it in ns, 0 if there is none."""
+    value = data.pop("timestamp", 0)
+    try:
+        if 0 <= value <= MAX_MS:
+            return int(value) * MS
+    except TypeError:
+        pass
+    raise Malformed(f"timestamp {value!r:.60} is no time")

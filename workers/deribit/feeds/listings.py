@@ -1,0 +1,36 @@
+"""How a connection with patterns hears of instruments that come and go. No I/O, no clock."""
+
+from typing import Any
+
+from collector.channels import Channel
+from workers.deribit.feeds.frames import read_any
+from workers.deribit.feeds.normalise import EventFeed
+from workers.deribit.publishing.streams import Published, Topics
+
+LISTINGS = ("instrument.state.any.any", "instrument.creation.any.any")
+"""The channels that say so, whatever the patterns are."""
+
+MAX_EVENTS = 20_000
+"""Events that wait for the next beat; what is beyond them, the regular look at the exchange's list finds."""
+
+_MEMBERS = (
+    "instrument_name", "state", "kind", "base_currency", "quote_currency", "settlement_currency", "option_type",
+    "strike", "expiration_timestamp",
+)  # fmt: skip
+
+
+class ListingFeed(EventFeed):
+    """One of LISTINGS: each event goes to the supervisor, and is published only if the channel `is_asked` for too."""
+
+    def __init__(self, channel: Channel, topics: Topics, events: list[dict[str, Any]], is_asked: bool) -> None:
+        super().__init__(channel, topics)
+        self.is_asked = is_asked
+        self._events = events
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """Note one event."""
+        row = read_any(frame)
+        if isinstance(row, dict) and len(self._events) < MAX_EVENTS:
+            members = {key: row[key] for key in _MEMBERS if isinstance(row.get(key), (str, int, float))}
+            self._events.append({"event": "instrument", "row": members})
+        return super().take(frame, receive_ts) if self.is_asked else []

@@ -1,0 +1,234 @@
+"""From Deribit's data frames to wire messages: one feed per channel. No I/O, no clock; times come in as arguments."""
+
+import math
+from operator import itemgetter
+from typing import Any
+
+import msgspec
+
+from collector.channels import Channel
+from collector.messages import EXCHANGE
+from collector.schema import SCHEMA
+from workers.deribit.feeds.book import BookFeed, WindowFeed
+from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.frames import MS, read_any, read_quote, read_ticker, take_timestamp
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.publishing.payloads import Quote
+from workers.deribit.publishing.streams import Malformed, Published, Topics
+
+
+class QuoteFeed(Feed):
+    """The top of one book."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One quote."""
+        data = read_quote(frame)
+        stream = self.stream
+        message = Quote(
+            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            data.best_bid_price, data.best_bid_amount, data.best_ask_price, data.best_ask_amount,
+        )  # fmt: skip
+        stream.current = message
+        return [(stream, message)]
+
+
+class TickerFeed(Feed):
+    """A ticker, always complete: incremental ones are merged into the last full one."""
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        super().__init__(channel, topics)
+        self._incremental = channel.interval == "incremental"
+        self._merged: dict[str, Any] = {}
+        self._envelope = self.stream.build_envelope(0)
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One full ticker, or nothing while the first full one is awaited."""
+        data: dict[str, Any] = read_ticker(frame)
+        for nested in ("stats", "greeks"):
+            members = data.pop(nested, None)
+            if members.__class__ is dict:
+                data.update(members)
+        exchange_ts = take_timestamp(data)
+        # Numbers come as floats; of the few others, those that should be numbers are looked at.
+        for key in [key for key, value in data.items() if value.__class__ is not float]:
+            if key in TICKER_NUMBERS and data[key] is not None:
+                data[key] = _check_number(key, data[key])
+        if self._incremental:
+            if not (data := self._merge(data)):
+                return []
+        else:
+            _complete_ticker(data)
+        stream = self.stream
+        data.update(self._envelope)
+        data["exchange_ts"] = exchange_ts
+        data["receive_ts"] = receive_ts
+        stream.current = data
+        return [(stream, data)]
+
+    def _merge(self, data: dict[str, Any]) -> dict[str, Any]:
+        """The full ticker that a change makes; empty while the first full one is awaited."""
+        if data.pop("type", None) != "snapshot":
+            if not self._merged:
+                return {}
+            data = self._merged | data
+        _complete_ticker(data)
+        try:
+            msgspec.msgpack.encode(data)  # what is kept must not spoil all that follows
+        except (TypeError, OverflowError, RecursionError) as error:
+            raise Malformed(f"cannot be encoded: {error}") from None
+        self._merged = data
+        return dict(data)
+
+    def lose(self, reason: str, now: int) -> None:
+        """The connection is gone: a change alone would no longer make a full ticker."""
+        super().lose(reason, now)
+        self._merged = {}
+
+
+TICKER_NUMBERS = frozenset(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
+TICKER_KEYS = frozenset(key for key, kind in SCHEMA["ticker"].items() if kind == "float or nil" and key[-1] != "?")
+_pick_core = itemgetter(*TICKER_KEYS)
+"""Raises KeyError if one is missing: the quickest look at all of them."""
+
+
+def _complete_ticker(data: dict[str, Any]) -> None:
+    """What every ticker has: a state, and the core numbers, null where the exchange left one out."""
+    if type(data.get("state")) is not str:
+        raise Malformed("a ticker without state")
+    try:
+        _pick_core(data)
+    except KeyError:
+        data.update(dict.fromkeys(TICKER_KEYS - data.keys()))
+    data.pop("instrument_name", None)
+    data.pop("join", None)  # ours to say
+
+
+PLAIN_TYPES = ("index", "volatility", "expiration_price", "funding", "candle")
+"""The small types: their keys are those of the wire's table."""
+
+
+class PlainFeed(Feed):
+    """The small types: a fixed set of keys, the current value of one thing."""
+
+    def __init__(self, channel: Channel, topics: Topics) -> None:
+        super().__init__(channel, topics)
+        self._keys = SCHEMA[channel.type]
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message."""
+        data = _read_map(frame)
+        stream = self.stream
+        message = stream.build_envelope(receive_ts, take_timestamp(data))
+        for key, kind in self._keys.items():
+            message[key] = _CHECKS[kind](key, data.get(key))
+        stream.current = message
+        return [(stream, message)]
+
+
+def _check_number(key: str, value: Any) -> float:
+    """A finite float, also from an int or from text."""
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise Malformed(f"{key} is {value!r:.60}")
+    return number
+
+
+def _check_count(key: str, value: Any) -> int:
+    if type(value) is int and 0 <= value < 1 << 63:
+        return value
+    raise Malformed(f"{key} is {value!r:.60}")
+
+
+def _check_bool(key: str, value: Any) -> bool:
+    if isinstance(value, bool):
+        return value
+    raise Malformed(f"{key} is {value!r:.60}")
+
+
+_CHECKS = {"float": _check_number, "count": _check_count, "bool": _check_bool}
+
+
+class MarkPricesFeed(Feed):
+    """The mark prices of all options of one index."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message with all marks of the frame; its time is the newest one's."""
+        rows = read_any(frame)
+        if not isinstance(rows, list):
+            raise Malformed("not a list of marks")
+        newest = 0
+        marks = []
+        for row in rows:
+            if not isinstance(row, dict) or not isinstance(row.get("instrument_name"), str):
+                raise Malformed(f"a mark is {row!r:.60}")
+            newest = max(newest, take_timestamp(row))
+            mark: dict[str, Any] = {"instrument": row["instrument_name"]}
+            for key in ("mark_price", "iv"):
+                mark[key] = None if row.get(key) is None else _check_number(key, row[key])
+            marks.append(mark)
+        message = self.stream.build_envelope(receive_ts, newest)
+        message["marks"] = marks
+        self.stream.current = message
+        return [(self.stream, message)]
+
+
+class EventFeed(Feed):
+    """Instruments and the platform: what Deribit sends, on the topic of the thing that it is about."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message."""
+        data = _read_map(frame)
+        if self.channel.type == "platform":
+            subject = data.get("price_index") or "all"
+        else:
+            subject = data.pop("instrument_name", None)
+        if not isinstance(subject, str) or not isinstance(data.get("state", ""), str):
+            raise Malformed("it names no instrument, or no state")
+        data.pop("join", None)  # ours to say
+        stream = self.find_stream(subject)
+        exchange_ts = take_timestamp(data)
+        data.update(stream.build_envelope(receive_ts, exchange_ts))
+        stream.current = data
+        return [(stream, data)]
+
+
+class OtherFeed(Feed):
+    """Every other channel: its data as decoded."""
+
+    def take(self, frame: bytes, receive_ts: int) -> Published:
+        """One message."""
+        data = read_any(frame)
+        timestamp = data.get("timestamp") if isinstance(data, dict) else None
+        exchange_ts = timestamp * MS if type(timestamp) is int and 0 <= timestamp < 1 << 43 else 0
+        message = self.stream.build_envelope(receive_ts, exchange_ts)
+        message["channel"] = self.channel.name
+        message["data"] = data
+        return [(self.stream, message)]
+
+
+def _read_map(frame: bytes) -> dict[str, Any]:
+    data = read_any(frame)
+    if not isinstance(data, dict):
+        raise Malformed(f"data is {data!r:.60}, not an object")
+    return data
+
+
+_FEEDS: dict[str, type[Feed]] = {
+    "book": BookFeed,
+    "trade": TradeFeed,
+    "quote": QuoteFeed,
+    "ticker": TickerFeed,
+    "mark_prices": MarkPricesFeed,
+    "instrument": EventFeed,
+    "platform": EventFeed,
+    "other": OtherFeed,
+} | dict.fromkeys(PLAIN_TYPES, PlainFeed)
+
+
+def create_feed(channel: Channel, topics: Topics) -> Feed:
+    """The feed for a channel."""
+    kind = WindowFeed if channel.grouped else _FEEDS[channel.type]
+    return kind(channel, topics)

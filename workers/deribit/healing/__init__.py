@@ -1,0 +1,1 @@
+"""Trades that were missed, fetched from the exchange and published late."""

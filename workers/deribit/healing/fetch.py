@@ -1,0 +1,125 @@
+"""Which pages of trades to ask the exchange for, to heal what a channel lacks. Pure: requests go out, pages come in.
+
+A healing is a generator: it yields an `Ask`, is sent the `Page` once its trades have been handed to the feed (None if
+the exchange refused), and yields `Healed` for each topic of which all that can be had has come.
+"""
+
+from collections.abc import Generator
+from typing import Any, NamedTuple
+
+from workers.deribit.feeds.frames import MS, TradeData
+from workers.deribit.feeds.trades import Hole, TradeFeed
+from workers.deribit.publishing.streams import Stream
+
+PAGE = 1000
+"""Trades of one answer; more are not given."""
+
+SLACK_MS = 5000
+"""A fetch by time begins this much before the loss: clocks differ, and repeats are known by their trade_seq."""
+
+PAUSES = (0.0, 0.5, 1.0, 2.0)
+"""Seconds before each try to get what is still missing: the exchange's history may be a little behind its stream."""
+
+CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR")
+"""What `any` stands for in requests for trades."""
+
+
+class Ask(NamedTuple):
+    """One request, to be sent after `pause` seconds."""
+
+    pause: float
+    method: str
+    params: dict[str, Any]
+
+
+class Page(NamedTuple):
+    """What one request brought; `has_more`: and that was not all."""
+
+    trades: list[TradeData]
+    has_more: bool
+
+
+class Healed(NamedTuple):
+    """These holes of a topic are as full as they will be."""
+
+    stream: Stream
+    holes: list[Hole]
+
+
+Healing = Generator[Ask | Healed, Page | None, None]
+Fetch = Generator[Ask | Healed, Page | None, bool]
+
+
+def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
+    """Heal one channel at `now` (ns); the exchange's clock is `offset` ns ahead of ours.
+
+    A wide channel is asked by time first, so that 1,500 instruments do not cost 1,500 requests, and one that was first
+    traded while we were away is found. What that did not bring is asked by trade_seq, instrument by instrument.
+    """
+    tails = not (yield from _fetch_loss(feed, now, offset))
+    for pause in PAUSES:
+        wait = pause
+        for stream in [s for s in feed.streams.values() if s in feed.holes or feed.find_missing(s, tails)]:
+            # What a new instrument may lack is known only by time: until that has been asked it stays open.
+            holes = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
+            missing, answered = feed.find_missing(stream, tails), True
+            if missing is not None:
+                answered = yield from _fetch_run(stream, *missing, wait)
+                wait = 0.0
+            if pause == PAUSES[-1] or (answered and not feed.lacks_more(stream, tails)):
+                tail = [hole for hole in feed.holes.get(stream, ()) if hole.is_tail and hole not in holes]
+                yield Healed(stream, holes + tail)
+
+
+def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
+    """Fetch by time all that a lost connection may have cost a channel; say whether that was done."""
+    channel, lost_from, losses = feed.channel, feed.lost_from, feed.losses
+    if lost_from is None or (channel.instrument and feed.is_numbered(feed.stream)):
+        return False
+    start, end = (lost_from + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
+    if channel.instrument:
+        subjects = [{"instrument_name": channel.instrument}]
+    else:
+        kind = {} if channel.kind == "any" else {"kind": channel.kind}
+        currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
+        subjects = [{"currency": currency} | kind for currency in currencies]
+    # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
+    for begin, pause in ((start, 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
+        for subject in subjects:
+            if not (yield from _fetch_period(subject, begin, end, pause)):
+                return False
+            pause = 0.0
+    if feed.losses == losses:  # else the connection was lost once more in the meantime
+        feed.lost_from = None
+    return True
+
+
+def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
+    method = f"public/get_last_trades_by_{'instrument' if 'instrument_name' in subject else 'currency'}_and_time"
+    while True:
+        params = {**subject, "start_timestamp": start, "end_timestamp": end, "count": PAGE, "sorting": "asc"}
+        for pause in PAUSES:  # nothing else would find an instrument that was first traded while we were away
+            page = yield Ask(max(pause, wait), method, params)
+            wait = 0.0
+            if page is not None:
+                break
+        else:
+            return False
+        trades = page.trades
+        if not (trades and page.has_more):
+            return True
+        # A page may end within one ms: what it repeats is known, and a page of one ms alone must not hold us up.
+        start = max(trades[-1].timestamp, start + (trades[-1].timestamp == trades[0].timestamp == start))
+
+
+def _fetch_run(stream: Stream, first: int, last: int | None, pause: float) -> Fetch:
+    while True:
+        params = {"instrument_name": stream.instrument, "start_seq": first, "count": PAGE, "sorting": "asc"}
+        if last is not None:
+            params["end_seq"] = last
+        page = yield Ask(pause, "public/get_last_trades_by_instrument", params)
+        if page is None:
+            return False
+        if not (page.trades and page.has_more) or page.trades[-1].trade_seq < first:
+            return True
+        first, pause = page.trades[-1].trade_seq + 1, 0.0

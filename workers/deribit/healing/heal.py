@@ -1,0 +1,122 @@
+"""Fetches the trades that were missed and has them published, marked, with one repair message for each gap.
+
+New trades are not held up: healing is requests beside the stream, on the same connection, paced to Deribit's credits.
+"""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+import msgspec
+
+from collector.limits import CALL_COST, CALL_POOL, Credits
+from workers.deribit.connection.client import Client
+from workers.deribit.feeds.frames import TradeData, convert_laxly
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
+from workers.deribit.publishing.payloads import Repair
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+
+log = logging.getLogger("deribit")
+
+SURE = 5.0
+"""Seconds after which what was published is taken to have left this process, should it be killed."""
+
+PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
+"""Seconds before each further try of a request that the exchange asks us to send again."""
+
+AT_ONCE = 8
+"""Channels that are healed side by side."""
+
+
+class Healer:
+    """The feeds that wait for healing. `repaired` and `missing` count trades over this epoch."""
+
+    def __init__(self, client: Client, publisher: Publisher) -> None:
+        self._client = client
+        self._publisher = publisher
+        self._credits = Credits(CALL_POOL // 2, now=time.monotonic())
+        self._waiting: dict[TradeFeed, None] = {}
+        self._called = asyncio.Event()
+        self.repaired = 0
+        self.missing = 0
+
+    def heal(self, feed: TradeFeed) -> None:
+        """Fetch what this feed lacks, soon."""
+        self._waiting[feed] = None
+        self._called.set()
+
+    async def run(self) -> None:
+        """Heal whatever is asked for, until cancelled."""
+        while True:
+            await self._called.wait()
+            self._called.clear()
+            feeds, self._waiting = list(self._waiting), {}
+            for start in range(0, len(feeds), AT_ONCE):
+                await asyncio.gather(*(self._heal_feed(feed) for feed in feeds[start : start + AT_ONCE]))
+
+    async def _heal_feed(self, feed: TradeFeed) -> None:
+        healing = heal_feed(feed, time.time_ns(), self._client.session.clock_offset)
+        page = None
+        try:
+            while not feed.is_ended:
+                step = healing.send(page)
+                if isinstance(step, Healed):
+                    page = None
+                    self._say_repairs(feed, step)
+                else:
+                    page = await self._fetch(feed, step)
+        except StopIteration:
+            pass
+        except (Lost, NotConnected, TimeoutError) as error:
+            log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
+            if self._client.is_live:
+                self.heal(feed)
+
+    def end(self, feed: TradeFeed) -> None:
+        """Nobody asks for this channel any more: what came is all that comes."""
+        feed.is_ended = True
+        for stream, holes in list(feed.holes.items()):
+            self._say_repairs(feed, Healed(stream, list(holes)))
+
+    def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
+        for message in feed.end_healing(healed.stream, healed.holes, self._client.read_clock()):
+            if isinstance(message, Repair):
+                self.repaired += message.repaired
+                self.missing += sum(last - first + 1 for first, last in message.missing)
+            self._publisher.say(healed.stream, message)
+        asyncio.get_running_loop().call_later(SURE, feed.settle, healed.stream)
+
+    async def _fetch(self, feed: TradeFeed, ask: Ask) -> Page | None:
+        """Send one request and publish what it brings; None if the exchange refuses. Raises Lost and its kin."""
+        await asyncio.sleep(ask.pause)
+        try:
+            page = read_page(await self._send_patiently(ask))
+        except (ExchangeError, ValueError) as error:
+            log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
+            return None
+        if not feed.is_ended:
+            now = self._client.read_clock()
+            self._publisher.publish(feed.backfill(page.trades, now), now)
+        return page
+
+    async def _send_patiently(self, ask: Ask) -> Any:
+        """Settlement or maintenance may last: while the exchange asks for patience it gets it."""
+        for patience in (*PATIENCE, None):
+            await asyncio.sleep(self._credits.take(CALL_COST, time.monotonic()))
+            try:
+                return await self._client.send(ask.method, ask.params)
+            except ExchangeError as error:
+                if patience is None or find_reaction(error.code) not in (Reaction.RETRY, Reaction.BACK_OFF):
+                    raise
+                await asyncio.sleep(patience)
+
+
+def read_page(answer: Any) -> Page:
+    """The trades of an answer. Raises ValueError if it holds none."""
+    try:
+        return Page(convert_laxly(answer["trades"], list[TradeData]), bool(answer.get("has_more")))
+    except (msgspec.ValidationError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the answer holds no trades: {error}") from None

@@ -1,0 +1,87 @@
+"""Answers late subscribers in the stream: who subscribes to a topic gets its last gap, its status and its full value.
+
+Measured with libzmq 4.3.5: a send swallows the edge-triggered event of the socket's descriptor, so a look at it after
+each burst and by a slow timer is what makes sure that no subscription stays unseen.
+"""
+
+import asyncio
+import time
+
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Stream, Topics
+
+GATHER = 0.005
+"""Seconds in which joins are gathered to share one answer."""
+
+SLICE, SLICE_TOPICS, SLICE_TIME = 0.010, 200, 0.005
+"""Seconds from one slice of answers to the next, and what one slice may hold: topics, and seconds of work."""
+
+ONCE_IN = 0.250
+"""Seconds in which a topic is answered at most once."""
+
+LOOK = 0.1
+"""Seconds between looks for subscriptions while no data flows."""
+
+HOLD, LOOK_OFTEN = 0.5, 0.005
+"""Seconds that the first messages wait for the subscribers of an earlier life, and seconds between looks for them."""
+
+MAX_PREFIXES = 1000
+"""Prefixes that wait to be matched; one more, and all topics are answered."""
+
+
+class Joins:
+    """The subscriptions that wait for an answer. Bounded by the topics that there are."""
+
+    def __init__(self, publisher: Publisher, topics: Topics) -> None:
+        self._publisher = publisher
+        self._topics = topics
+        self._began = time.monotonic()
+        self._prefixes: dict[bytes, None] = {}
+        self._waiting: dict[Stream, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+        self._look: asyncio.TimerHandle | None = None
+
+    def watch(self) -> None:
+        """Look for subscriptions from now on, also while no data flows."""
+        self.notice()
+        if self._publisher.is_holding and time.monotonic() - self._began > HOLD:
+            self._publisher.release()
+        pause = LOOK_OFTEN if self._publisher.is_holding else LOOK
+        self._look = asyncio.get_running_loop().call_later(pause, self.watch)
+
+    def end(self) -> None:
+        """Answer no more."""
+        for timer in (self._look, self._timer):
+            if timer is not None:
+                timer.cancel()
+
+    def notice(self) -> None:
+        """Take in new subscriptions and see to it that they are answered soon."""
+        for prefix in self._publisher.take_subscriptions():
+            self._prefixes[prefix if len(self._prefixes) < MAX_PREFIXES else b""] = None
+        if self._prefixes and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(GATHER, self._answer)
+
+    def _answer(self) -> None:
+        """Answer one slice; come back for the rest."""
+        self._timer = None
+        end = time.monotonic() + SLICE_TIME
+        while self._prefixes and time.monotonic() < end:
+            prefix = next(iter(self._prefixes))
+            del self._prefixes[prefix]
+            self._waiting.update(dict.fromkeys(self._topics.match(prefix)))
+        for stream in list(self._waiting)[:SLICE_TOPICS]:
+            now = time.monotonic()
+            if now > end:
+                break
+            if now - stream.answered >= ONCE_IN:
+                del self._waiting[stream]
+                stream.answered = now
+                self._repeat(stream)
+        if self._prefixes or self._waiting:
+            self._timer = asyncio.get_running_loop().call_later(SLICE, self._answer)
+
+    def _repeat(self, stream: Stream) -> None:
+        for message in (stream.gap, stream.status, stream.describe()):
+            if message is not None:
+                self._publisher.repeat(stream, message)

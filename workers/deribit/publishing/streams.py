@@ -1,0 +1,178 @@
+"""One topic each: its sequence, what was last said on it, and the gap that is due before its next data."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+from collector.channels import guess_expiry
+from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
+
+Message = Payload | dict[str, Any]
+
+
+MAX_TOPICS = 200_000
+"""Topics of one connection; an exchange that invents instruments must not eat the memory."""
+
+DAY = 86_400 * 1_000_000_000
+
+REPEATS = 100
+"""Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
+
+
+class Malformed(ValueError):
+    """A frame, or a part of one, that is not what its channel carries."""
+
+
+class Stream:
+    """The state of one topic.
+
+    `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
+    `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
+    that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
+    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched; `slot` is
+    its place in the ledger.
+    """
+
+    __slots__ = (
+        "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
+        "last_id", "last_ts", "lost", "seq", "slot", "status", "topic", "type",
+    )  # fmt: skip
+
+    def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
+        if not (is_topic_part(instrument) and is_topic_part(interval)):
+            raise Malformed(f"{instrument[:80]!r} cannot stand in a topic")
+        self.topic = str(Topic(EXCHANGE, kind, instrument, interval)).encode()
+        self.type = kind
+        self.instrument = instrument
+        self.interval = interval
+        self.epoch = epoch
+        self.seq = 0
+        self.last_ts = 0
+        self.last_id = 0
+        self.lost = False
+        self.has_tail = False
+        self.slot = 0
+        self.due: Gap | None = None
+        self.gap: Gap | None = None
+        self.status: Status | None = None
+        self.current: Message | None = None
+        self.describe: Callable[[], Message | None] = self._give_current
+        self.answered = 0.0
+
+    def _give_current(self) -> Message | None:
+        return self.current
+
+    def reset(self) -> None:
+        """Nobody asks for this topic any more: what comes on it later continues nothing but the sequence.
+
+        Late subscribers are told nothing of it either: another connection may feed it by now.
+        """
+        self.gap, self.status, self.describe = None, None, self._give_current
+        self.lost, self.has_tail, self.due, self.current, self.last_ts, self.last_id = False, False, None, None, 0, 0
+
+    def build_envelope(self, receive_ts: int, exchange_ts: int = 0) -> dict[str, Any]:
+        """The keys that every payload has, for one that is a map; the publisher counts `seq`."""
+        return {
+            "type": self.type,
+            "exchange": EXCHANGE,
+            "instrument": self.instrument,
+            "epoch": self.epoch,
+            "seq": 0,
+            "exchange_ts": exchange_ts,
+            "receive_ts": receive_ts,
+        }
+
+    def lose(self, reason: str, topics: "Topics", now: int) -> Gap | None:
+        """Note a loss. Returns its gap, or None where nothing was yet to lose or the last loss had no data after it."""
+        if self.lost or not self.last_ts:
+            return None
+        self.lost = True
+        self.due = Gap(EXCHANGE, self.instrument, self.epoch, 0, 0, now, topics.number_gap(), reason, self.last_ts, now)
+        if self.type == "book":
+            self.due.last_change_id = self.last_id
+        elif self.type == "trade":
+            self.due.missing_from = self.last_id + 1
+            self.due.healing = True
+        return self.due
+
+    def resume(self, message: Message, receive_ts: int) -> Gap | None:
+        """Data comes again with `message`. Returns the gap that must be published before it, if one is due."""
+        self.lost = False
+        gap, self.due = self.due, None
+        if gap is None:
+            return None
+        gap.to_ts = gap.receive_ts = receive_ts
+        if isinstance(message, Book):
+            gap.next_change_id = message.change_id
+        self.gap = gap
+        return gap
+
+
+class Topics:
+    """All streams of one epoch, by topic: a topic that is left and taken up again goes on with its sequence."""
+
+    def __init__(self, epoch: int, ledger: Ledger) -> None:
+        self.epoch = epoch
+        self.ledger = ledger
+        self.gaps = 0
+        self._streams: dict[tuple[str, str, str], Stream] = {}
+
+    def find(self, kind: str, instrument: str, interval: str) -> Stream:
+        """The stream of a topic, made at need. Raises Malformed for what cannot stand in a topic."""
+        key = (kind, instrument, interval)
+        stream = self._streams.get(key)
+        if stream is None:
+            if len(self._streams) >= MAX_TOPICS:
+                raise Malformed(f"more than {MAX_TOPICS} topics on one connection")
+            stream = self._streams[key] = Stream(kind, instrument, interval, self.epoch)
+            stream.slot = self.ledger.find_slot(stream.topic.decode())
+        return stream
+
+    def restore(self) -> list[Stream]:
+        """The streams of which an earlier life had carried data."""
+        restored = []
+        for entry in self.ledger.earlier:
+            try:
+                topic = parse_topic(entry.topic)
+            except ValueError:  # the life before was killed while it wrote this
+                continue
+            stream = self.find(topic.type, topic.instrument, topic.interval)
+            stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
+            if topic.type == "trade":
+                repeat_from = min(entry.last_id - REPEATS + 1, entry.unhealed or entry.last_id)
+                stream.last_id = max(1, entry.first_id, repeat_from) - 1
+            restored.append(stream)
+        return restored
+
+    def forget_expired(self, now: int, kept: Collection[Stream]) -> list[Stream]:
+        """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept."""
+        expired = [
+            (key, stream)
+            for key, stream in self._streams.items()
+            if (expiry := guess_expiry(stream.instrument)) and now > expiry + DAY and stream not in kept
+        ]
+        for key, stream in expired:
+            del self._streams[key]
+            self.ledger.free_slot(stream.topic.decode())
+        return [stream for _, stream in expired]
+
+    def leave(self, stream: Stream) -> None:
+        """Nobody asks for a topic any more: neither this life nor a later one goes on from what was said."""
+        stream.reset()
+        if stream.slot:
+            for cell in (0, 1, 3, 4):
+                self.ledger.cells[stream.slot + cell] = 0
+
+    def number_gap(self) -> int:
+        """The id of the next gap."""
+        self.gaps += 1
+        return self.gaps
+
+    def match(self, prefix: bytes) -> list[Stream]:
+        """The streams that have said something and whose topic begins so."""
+        return [s for s in self._streams.values() if s.seq and s.topic.startswith(prefix)]
+
+
+Published = list[tuple[Stream, Message]]
+"""What one frame gave, in order."""

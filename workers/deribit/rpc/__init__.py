@@ -1,0 +1,1 @@
+"""Deribit's JSON-RPC: requests, replies, errors."""

@@ -1,0 +1,43 @@
+"""Requests that wait for their answers, by number."""
+
+import asyncio
+from typing import Any
+
+from workers.deribit.rpc.codec import Reply
+
+
+class Requests:
+    """Numbers requests 1, 2, 3 ... over the life of a client, so that no answer can be taken for another's.
+
+    `last` is the number of the newest, `waiting` holds those without an answer.
+    """
+
+    def __init__(self) -> None:
+        self.last = 0
+        self.waiting: dict[int, asyncio.Future[Any]] = {}
+
+    def open(self) -> tuple[int, asyncio.Future[Any]]:
+        """The number of a new request, and what will hold its result."""
+        self.last += 1
+        answer = self.waiting[self.last] = asyncio.get_running_loop().create_future()
+        return self.last, answer
+
+    def close(self, number: int) -> None:
+        """Nobody waits for this one any more."""
+        self.waiting.pop(number, None)
+
+    def settle(self, reply: Reply) -> bool:
+        """Give a reply to who waits for it; False if nobody does."""
+        answer = self.waiting.get(reply.number) if reply.number is not None else None
+        if answer is None:
+            return False
+        if not answer.done():
+            answer.set_exception(reply.error) if reply.error else answer.set_result(reply.result)
+        return True
+
+    def fail(self, error: Exception) -> None:
+        """No answer will come any more."""
+        for answer in self.waiting.values():
+            if not answer.done():
+                answer.set_exception(error)
+                answer.exception()  # where nobody waits any more, nobody need be told

@@ -1,0 +1,1 @@
+"""Once a second: staleness, lag, resyncs, the state of each channel."""

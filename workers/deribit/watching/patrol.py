@@ -1,0 +1,206 @@
+"""Once a second: the heartbeat, and a look at what silence, lag and waiting books say."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import count
+from random import random
+
+from collector.messages import EXCHANGE, WIRE
+from workers.deribit.connection.client import Client
+from workers.deribit.feeds.feed import Feed
+from workers.deribit.publishing.payloads import ConnectionHeartbeat
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Topics
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.watching.spread import Spread
+from workers.deribit.watching.statuses import REPEAT, Statuses
+from workers.deribit.watching.watch import RECONNECT_ONCE_IN, SECOND, LagWatch, ResyncBudget, Rhythm
+
+log = logging.getLogger("deribit")
+
+SNAPSHOT_WAIT = 5 * SECOND
+"""A book that is subscribed to and has no snapshot after this is asked for anew."""
+
+HOUR = 3600
+"""Seconds between looks for topics that can be forgotten."""
+
+JITTER = 0.2
+"""Seconds over which resyncs are spread: books often break together."""
+
+RHYTHMIC = ("book", "ticker", "quote", "trade", "index", "volatility", "mark_prices", "funding", "expiration_price")
+"""Types whose silence can mean something; the others speak only when something happens."""
+
+
+class Patrol:
+    """Watches over the feeds of one connection. `resyncs` counts books asked for anew, `rate` is messages/s."""
+
+    def __init__(
+        self, name: str, feeds: Mapping[bytes, Feed], client: Client, publisher: Publisher,
+        statuses: Statuses, topics: Topics,
+    ) -> None:  # fmt: skip
+        self._name = name
+        self._feeds = feeds
+        self._client = client
+        self._publisher = publisher
+        self._statuses = statuses
+        self._topics = topics
+        self._heartbeat = topics.find("heartbeat", name, "1s")
+        self._counted = 0
+        self._whole = Rhythm()
+        self._late = LagWatch()
+        self._budget = ResyncBudget()
+        self._reconnected = 0
+        self._was_lagging = False
+        self._is_asking = False
+        self._doubted: dict[Feed, int] = {}
+        self.lag = Spread()
+        self.last_ts = 0
+        self.rate = 0.0
+        self.resyncs = 0
+
+    def take_lag(self, lag: int) -> None:
+        """One sample of lag, in ns."""
+        self.lag.add(lag)
+        self._late.add(lag)
+
+    async def run(self) -> None:
+        """Look once a second, until cancelled."""
+        due = time.monotonic()
+        for second in count():
+            due = max(due + 1.0, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
+            published = self._publisher.published
+            self.rate, self._counted = float(published - self._counted), published
+            self._beat()
+            self._statuses.repeat(self._feeds.values(), second % REPEAT)
+            if second % HOUR == HOUR - 1:
+                self._forget_expired()
+            if self._client.machine.state == "live":
+                now = time.time_ns()
+                self._judge_lag(now)
+                self._judge_whole(now)
+                self._judge_feeds(now)
+
+    def _forget_expired(self) -> None:
+        """Options come and go every day; a collector that runs for months must not keep them all."""
+        kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
+        gone = self._topics.forget_expired(time.time_ns(), kept)
+        for feed in self._feeds.values():
+            for stream in gone:
+                if feed.streams.get(stream.instrument) is stream:
+                    del feed.streams[stream.instrument]
+
+    def _beat(self) -> None:
+        self._publisher.say(
+            self._heartbeat,
+            ConnectionHeartbeat(
+                EXCHANGE, self._name, self._topics.epoch, 0, 0, time.time_ns(), WIRE, self._name,
+                self._client.machine.state, self._publisher.published, self.lag.newest / 1e9,
+            ),
+        )  # fmt: skip
+
+    def lose(self) -> None:
+        """The connection is gone: its silence is nobody's rhythm."""
+        for feed in self._feeds.values():
+            feed.rhythm.forget_pause()
+        self._whole.forget_pause()
+        self._doubted.clear()
+        self._late = LagWatch()
+        self._was_lagging = False
+
+    # -- lag ----------------------------------------------------------------------------------------------------------
+
+    def _judge_lag(self, now: int) -> None:
+        hopeless = self._late.end_second()
+        if self._late.is_lagging != self._was_lagging:
+            self._was_lagging = self._late.is_lagging
+            log.warning("lag %.1f s" if self._was_lagging else "lag is over, %.1f s", self.lag.newest / SECOND)
+        fine, late = ("live", ""), ("stale", "lag")
+        before, after = (fine, late) if self._was_lagging else (late, fine)
+        for feed in self._feeds.values():  # each second: some may have come into step only now
+            if feed.condition == before:
+                self._statuses.tell(feed, *after)
+        if hopeless:
+            self._reconnect(now, f"data come {self.lag.newest / SECOND:.0f} s late, and later and later")
+
+    def _reconnect(self, now: int, reason: str) -> None:
+        if now - self._reconnected > RECONNECT_ONCE_IN:
+            self._reconnected = now
+            self._client.cut(reason)
+
+    # -- silence ------------------------------------------------------------------------------------------------------
+
+    def _judge_whole(self, now: int) -> None:
+        self._whole.look(self.last_ts)
+        if self._whole.is_broken(now):
+            self._reconnect(now, f"no data at all for {(now - self.last_ts) / SECOND:.0f} s")
+
+    def _judge_feeds(self, now: int) -> None:
+        mute = []
+        for feed in self._feeds.values():
+            feed.rhythm.look(feed.last_ts)
+            if not feed.is_complete:
+                self._judge_waiting(feed, now)
+            elif feed.condition == ("stale", "mute") and feed.last_ts > self._doubted.get(feed, 0):
+                self._statuses.tell(feed, "live", "")
+            elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
+                mute.append(feed)
+        if mute and not self._is_asking:
+            self._client.spawn(self._doubt(mute))  # aside: the answer may be long in coming, and beats may not wait
+
+    async def _doubt(self, mute: list[Feed]) -> None:
+        self._is_asking = True
+        try:
+            proven = await self._prove_life()
+        finally:
+            self._is_asking = False
+        for feed in mute:
+            if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
+                self._doubted[feed] = feed.last_ts
+                log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
+                self._statuses.tell(feed, "stale", "mute")
+
+    async def _prove_life(self) -> bool:
+        """Whether the exchange answers and says that it is open: only then is silence the channel's own."""
+        try:
+            await self._client.send("public/test")
+            status = await self._client.send("public/status")
+        except ExchangeError:
+            return True
+        except (TimeoutError, Lost, NotConnected):
+            return False
+        return not (isinstance(status, dict) and str(status.get("locked", "")).lower() == "true")
+
+    # -- books --------------------------------------------------------------------------------------------------------
+
+    def _judge_waiting(self, feed: Feed, now: int) -> None:
+        """A first snapshot that does not come is asked for again, ever less often; others must not suffer from it."""
+        if feed.channel.name not in self._client.reconciler.subscriptions.confirmed:
+            feed.waiting_since = 0
+        elif not feed.waiting_since:
+            feed.waiting_since = now
+        elif now - feed.waiting_since > SNAPSHOT_WAIT << min(feed.waits, 6):
+            feed.waits += 1
+            self._ask_anew(feed, now)
+
+    def resync(self, feed: Feed) -> None:
+        """Ask for a new snapshot of one book; for a new connection if too many books break."""
+        if not self._ask_anew(feed, time.time_ns()):
+            self._budget.restore()
+            self._client.cut("too many books out of step")
+
+    def _ask_anew(self, feed: Feed, now: int) -> bool:
+        feed.waiting_since = now
+        if not self._budget.take(now):
+            return False
+        self.resyncs += 1
+        self._client.spawn(self._resubscribe(feed))
+        return True
+
+    async def _resubscribe(self, feed: Feed) -> None:
+        await asyncio.sleep(random() * JITTER)
+        with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
+            await self._client.reconciler.resubscribe(feed.channel.name)

@@ -1,0 +1,51 @@
+"""What is said of states: of each channel on its topics, of the connection on its own topic."""
+
+from collections.abc import Callable, Iterable
+
+from collector.messages import EXCHANGE
+from workers.deribit.feeds.feed import Feed
+from workers.deribit.publishing.payloads import Status
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Stream, Topics
+
+REPEAT = 60
+"""Seconds in which each topic's status is said again: its seq shows a subscriber what ZeroMQ dropped last."""
+
+
+class Statuses:
+    """Says each change of state once, and all of them again from time to time."""
+
+    def __init__(self, publisher: Publisher, topics: Topics, name: str, read_clock: Callable[[], int]) -> None:
+        self._publisher = publisher
+        self._topics = topics
+        self._name = name
+        self._read_clock = read_clock
+        self._connection = topics.find("status", name, "connection")
+
+    def tell_connection(self, state: str, reason: str) -> None:
+        """The connection went into another state."""
+        self._say(self._connection, state, reason)
+
+    def tell(self, feed: Feed, state: str, reason: str) -> None:
+        """A channel is in this state now; said if it is a change."""
+        if (state, reason) != feed.condition:
+            feed.condition = (state, reason)
+            for stream in feed.streams.values():
+                self._say(stream, state, reason)
+
+    def repeat(self, feeds: Iterable[Feed], part: int) -> None:
+        """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
+
+        Topics that have come up since, on channels that feed many, are told theirs for the first time.
+        """
+        place = 0
+        for feed in feeds:
+            for stream in feed.streams.values():
+                place += 1
+                if stream.seq and (place % REPEAT == part or stream.status is None):
+                    self._say(stream, *feed.condition)
+
+    def _say(self, stream: Stream, state: str, reason: str) -> None:
+        now = self._read_clock()
+        stream.status = Status(EXCHANGE, stream.instrument, self._topics.epoch, 0, 0, now, state, reason, self._name)
+        self._publisher.say(stream, stream.status)
