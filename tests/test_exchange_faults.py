@@ -171,6 +171,88 @@ def test_mute_stops_data_but_not_answers(url: str) -> None:
     asyncio.run(act())
 
 
+def check_same_order(late: list[dict[str, Any]], true: list[dict[str, Any]]) -> None:
+    """One connection has the very frames of another, with none left out; it began somewhere among them."""
+    ids, all_ids = [frame["change_id"] for frame in late], [frame["change_id"] for frame in true]
+    start = all_ids.index(ids[0])
+    assert ids == all_ids[start : start + len(ids)]
+
+
+def test_lag_makes_data_late_and_nothing_else(url: str) -> None:
+    async def act() -> None:
+        async with (
+            connect(url) as true,
+            connect(url, "lag:1@0") as late,
+            connect(url, "lag:1000@0,heartbeat_floor:0.1") as never,
+        ):
+            for client in (true, late, never):
+                await follow(client)
+            await true.wait_data(BOOK, 5)
+            assert "result" in await late.ask("public/test")
+            assert late.data(BOOK) == []
+            await never.ask("public/set_heartbeat", interval=0.1)
+            await never.wait(lambda: any("test_request" in text for text in never.texts), "a test_request")
+            behind = len(true.data(BOOK)) - len(await late.wait_data(BOOK))
+            assert behind > 3
+            frames = await late.wait_data(BOOK, 10)
+            check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
+            assert -0.5 < (await late.ask("public/get_time"))["result"] / 1000 - time.time() < 0.5
+
+    asyncio.run(act())
+
+
+def test_a_backlog_grows(url: str) -> None:
+    async def act() -> None:
+        async with connect(url) as true, connect(url, "backlog:0.3@0") as late:
+            await follow(true)
+            await follow(late)
+            behind = []
+            for count in (3, 6, 9):
+                frames = await late.wait_data(BOOK, count)
+                behind.append(len(true.data(BOOK)) - len(frames))
+            assert behind == sorted(set(behind))
+            check_same_order(frames, true.data(BOOK))
+
+    asyncio.run(act())
+
+
+def test_what_is_late_is_bounded(url: str, oracle: Path) -> None:
+    async def act() -> None:
+        async with connect(url, "lag:1000@0,slow_reader:20000") as client:
+            await follow(client)
+            await client.wait(lambda: client.closed, "the cut")
+            assert client.data(BOOK) == []
+            assert read_oracle(oracle, event="ended", reason="connection_too_slow")
+
+    asyncio.run(act())
+
+
+def test_a_connection_is_well_again_in_the_end(url: str) -> None:
+    async def act() -> None:
+        async with (
+            connect(url) as true,
+            connect(url, "lag:1000@0,until:1") as late,
+            connect(url, f"mute:{BOOK}@0,garbage:0.1,until:1") as mute,
+            connect(url, "half_open:0.2,until:1") as silent,
+        ):
+            for client in (true, late, mute, silent):
+                await follow(client)
+            await true.wait_data(BOOK, 5)
+            assert (late.data(BOOK), mute.data(BOOK)) == ([], [])
+            frames = await late.wait_data(BOOK, 15)
+            check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
+            assert frames[0]["type"] == "snapshot"
+            assert (await mute.wait_data(BOOK))[0]["type"] == "change"
+            assert any("hello" in text for text in mute.texts)
+            count = len(mute.texts)
+            await mute.wait_data(BOOK, 10)
+            assert not any("hello" in text for text in mute.texts[count:])
+            assert "result" in await silent.ask("public/test")
+            assert find_breaks(await silent.wait_data(BOOK, 15))
+
+    asyncio.run(act())
+
+
 @pytest.mark.parametrize("faults", ["garbage:0.1", "bad_json:0.1", "deep_json:0.1", "odd_json:0.1"])
 def test_nonsense_comes_among_the_data(url: str, faults: str) -> None:
     def is_json(text: str) -> bool:

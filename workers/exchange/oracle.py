@@ -1,7 +1,8 @@
 """The oracle: a file of JSON lines that says what really happened, for judging what a client made of it.
 
 Events: `trade` (every trade of the market), `listed`, `expired`, `opened` and `ended` (connections, with the
-reason), `fault` (each frame that a fault kept back, changed or added, with its channel and ids).
+reason), `fault` (each frame that a fault kept back, changed or added, with its channel and ids; each request that
+`no_reply` left without an answer, with its method).
 """
 
 from pathlib import Path

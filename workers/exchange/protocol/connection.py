@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol
 from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Exchange, find_failure
 from workers.exchange.protocol.distort import Distortion, distorts, make_nonsense
-from workers.exchange.protocol.faults import Faults
+from workers.exchange.protocol.faults import FOREVER, Faults
+from workers.exchange.protocol.lateness import Lateness, delays
 from workers.exchange.protocol.rpc import (
     NO_ID,
     Call,
@@ -64,6 +65,7 @@ class Connection:
         self._delay = faults.number("delay") / 1000.0
         self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
         self._distortion = Distortion(faults, self._rng, self._report) if distorts(faults) else None
+        self._lateness = Lateness(faults, now) if delays(faults) else None
         self._counts: Counter[tuple[str, str]] = Counter()
         self._dropped: dict[str, int] = {}
         self._done: set[str] = set()
@@ -79,14 +81,26 @@ class Connection:
             return
         if self._distortion is not None:
             for text in self._distortion.apply(frame):
-                self._send(text)
+                self._send_data(text)
             return
         label = self.session.subscriptions.get(frame.channel)
-        self._send(frame.text if label is None else encode_notification(frame.channel, frame.data, label))
+        self._send_data(frame.text if label is None else encode_notification(frame.channel, frame.data, label))
 
     def _is_mute(self, channel: str) -> bool:
         age = self._now - self.session.opened
         return any(s.text in ("*", channel) and age >= s.at for s in self._faults.all("mute"))
+
+    def _send_data(self, text: bytes) -> None:
+        if self._lateness is None:
+            self._send(text)
+            return
+        self._lateness.hold(text, self._now)
+        self._release(self._lateness, self._now)
+        self._bound_waiting(self._lateness.size)
+
+    def _release(self, lateness: Lateness, until: float) -> None:
+        for text in lateness.take_due(until):
+            self._send(text)
 
     def _send(self, payload: bytes, opcode: int = TEXT, code: int = 0) -> None:
         if self.silent or self.session.ended:
@@ -95,7 +109,10 @@ class Connection:
         self.outbox.append(Outgoing(self._now + self._delay, opcode, payload, code))
         self.session.last_sent = self._now
         self._transport.wake()
-        if self.waiting > self._faults.number("slow_reader", MAX_WAITING):
+        self._bound_waiting()
+
+    def _bound_waiting(self, held: int = 0) -> None:
+        if self.waiting + held > self._faults.number("slow_reader", MAX_WAITING):
             self.end("connection_too_slow")
             self._transport.cut(False)
 
@@ -150,6 +167,9 @@ class Connection:
             return
         if find_failure(self._faults, "no_reply", call.method, self._counts) is None:
             self._carry_out(call, now)
+            return
+        number, ms = self.session.number, int(now * 1000)
+        self._exchange.oracle.note("fault", connection=number, fault="no_reply", method=call.method, timestamp=ms)
 
     def _carry_out(self, call: Call, now: float) -> None:
         try:
@@ -218,6 +238,11 @@ class Connection:
 
     def _run_timed_faults(self, now: float) -> None:
         age = now - self.session.opened
+        if age >= self._faults.number("until", FOREVER):
+            self._recover()
+            return
+        if self._lateness is not None:
+            self._release(self._lateness, now)
         self._run_endings(age)
         if self.session.ended:
             return
@@ -230,6 +255,17 @@ class Connection:
                 self._send_nonsense("oversized", setting.value)
         if "flood" in self._faults and self._distortion is not None:
             self._flood(now)
+
+    def _recover(self) -> None:
+        self._faults = Faults()
+        if self._distortion is not None:
+            self._distortion.end()
+        if self._lateness is not None:
+            self._release(self._lateness, FOREVER)
+            self._lateness = None
+        self._periodic.clear()
+        self._done.clear()
+        self.silent = False
 
     def _run_endings(self, age: float) -> None:
         for setting in self._faults.all("close"):
@@ -266,7 +302,7 @@ class Connection:
         if texts and due and not self.session.ended:
             self._flooded += due / self._faults.number("flood")
             for place in range(min(due, 20_000)):
-                self._send(texts[place % len(texts)])
+                self._send_data(texts[place % len(texts)])
 
 
 def refuse_positional() -> RpcError:

@@ -36,6 +36,10 @@ class Distortion:
         self._uncross: dict[str, tuple[str, float]] = {}
         self.repeatable: dict[str, bytes] = {}
 
+    def end(self) -> None:
+        """No more faults; what has been begun is ended with the next frames."""
+        self._faults = Faults()
+
     def apply(self, frame: Frame) -> list[bytes]:
         """The texts that go out in the place of a frame, in order; maybe none."""
         changed = self._change_data(frame)

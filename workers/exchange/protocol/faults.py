@@ -26,6 +26,12 @@ CONNECTION_FAULTS = (
         "only the first N connections that name these same faults have them; the later ones are well",
     ),
     Fault("skip", "N", None, "the first N connections that name these same faults are well"),
+    Fault(
+        "until",
+        "SECONDS",
+        None,
+        "so long after opening the connection is well again (but for delay and credits); what waited comes at once",
+    ),
     Fault("seed", "N", None, "seed of this connection's chance; else the exchange's seed and the connection's number"),
     Fault("refuse", "STATUS", "503", "the upgrade is refused with this HTTP status"),
     Fault("429", "", "", "the upgrade is refused as if 32 connections were open"),
@@ -38,6 +44,10 @@ CONNECTION_FAULTS = (
     Fault(
         "mute", "CHANNEL@SECONDS", "*@5", "from then on no data of the channel (* all); heartbeats and answers go on"
     ),
+    Fault(
+        "lag", "SECONDS@START", "8@5", "from START on data come so late, in order; heartbeats and answers are in time"
+    ),
+    Fault("backlog", "SHARE@START", "0.1@5", "from START on data run at this share of the true speed: later and later"),
     Fault(
         "maintenance", "SECONDS", "5", "platform_state says so, requests get 11051, and a second later the socket drops"
     ),
