@@ -1,6 +1,6 @@
 """One WebSocket to Deribit: connect, send, subscribe, unsubscribe, get_state, close - and stay connected in between.
 
-The only module that imports aiohttp. A `Client` can be used by itself from any asyncio program:
+A `Client` can be used by itself from any asyncio program:
 
     client = Client("wss://www.deribit.com/ws/api/v2", listener=MyListener())
     await client.connect()
@@ -14,14 +14,13 @@ from collections.abc import Coroutine, Mapping
 from contextlib import suppress
 from typing import Any
 
-import aiohttp
-
 from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.reconcile import Reconciler
 from workers.deribit.connection.session import Session
-from workers.deribit.connection.together import Resumed, do_together
+from workers.deribit.connection.socket import Socket
+from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import (
     BACK_OFF_PAUSE,
@@ -35,20 +34,11 @@ from workers.deribit.rpc.errors import (
 from workers.deribit.rpc.requests import Requests
 from workers.deribit.watching.watch import Pace
 
-MAX_FRAME = 16 << 20
-"""Bytes of one frame that are taken; Deribit's largest (an instrument list) was measured at 5.1 MB."""
-
-CLOSE_TIMEOUT = 1.0
-"""Seconds that a peer gets to answer our close frame."""
-
 LASTED = 10.0
 """Seconds live after which failed attempts are forgotten."""
 
 UPKEEP = 0.25
 """Seconds between looks at silence, tokens and subscriptions."""
-
-CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
-"""What aiohttp raises for a send on a socket that has just gone."""
 
 
 class Client:
@@ -57,6 +47,18 @@ class Client:
     `read_pause` is rested between reads while frames come fast, one by one (see watch.Pace).
     `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
     """
+
+    exit = Exit.STOPPED
+    failure = "closed"
+    attempts = 0
+    reconnects = 0
+    frames = 0
+    malformed = 0
+    last_error: Any = None
+    _reason = ""
+    _pause = 0.0
+    _stamp = 0
+    _heard = 0.0
 
     def __init__(
         self,
@@ -83,26 +85,15 @@ class Client:
         self.reconciler = Reconciler(self.send, self.listener.confirm_channels, self.listener.refuse_channels)
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
-        self.exit = Exit.STOPPED
-        self.failure = "closed"
-        self.attempts = 0
-        self.reconnects = 0
-        self.frames = 0
         self.bytes = 0
-        self.malformed = 0
-        self.last_error: Any = None
-        self._reason = ""
         self.requests = Requests()
-        self._socket: aiohttp.ClientWebSocketResponse[Any] | None = None
+        self._socket: Socket | None = None
         self._life: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
         self._verdict: asyncio.Future[None] | None = None
         self._live = asyncio.Event()
         self._closing = asyncio.Event()
-        self._pause = 0.0
         self._pace = Pace(read_pause)
-        self._stamp = 0
-        self._heard = 0.0
 
     def cut(self, reason: str) -> None:
         """Give the connection up, and connect anew."""
@@ -131,10 +122,8 @@ class Client:
         number, answer = self.requests.open()
         try:
             async with asyncio.timeout(timeout or self.timeout):
-                await socket.send_str(encode_request(number, method, params or {}))
+                await socket.send(encode_request(number, method, params or {}))
                 return await answer
-        except CUT as error:
-            raise Lost(f"cut while sending {method}: {error}") from None
         except ExchangeError as error:
             self.last_error = error.raw
             raise
@@ -247,16 +236,15 @@ class Client:
         self.attempts += 1
         self.last_error = None
         tasks: list[asyncio.Task[None]] = []
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None)) as session:
-            try:
-                self._socket = await self._open(session)
-                self._heard = time.monotonic()
-                self._apply("opened", "")
-                tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._serve())]
-                self._verdict = asyncio.get_running_loop().create_future()
-                await asyncio.gather(*tasks, self._verdict)
-            finally:
-                await self._end_session(tasks)
+        try:
+            self._socket = await Socket.open(self.url, self.headers, self.timeout)
+            self._heard = time.monotonic()
+            self._apply("opened", "")
+            tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._serve())]
+            self._verdict = asyncio.get_running_loop().create_future()
+            await asyncio.gather(*tasks, self._verdict)
+        finally:
+            await self._end_session(tasks)
 
     async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
         self._live.clear()
@@ -267,29 +255,9 @@ class Client:
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         socket, self._socket = self._socket, None
         if socket is not None:
-            with suppress(TimeoutError, *CUT):
-                async with asyncio.timeout(CLOSE_TIMEOUT):
-                    await socket.close()
+            await socket.close()
         self.session.end()
         self.reconciler.end()
-
-    async def _open(self, session: aiohttp.ClientSession) -> aiohttp.ClientWebSocketResponse[Any]:
-        try:
-            async with asyncio.timeout(self.timeout):
-                return await session.ws_connect(
-                    self.url,
-                    headers=self.headers,
-                    max_msg_size=MAX_FRAME,
-                    timeout=aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT),
-                    decode_text=False,
-                )
-        except aiohttp.WSServerHandshakeError as error:
-            hint = " (32 connections are allowed from one address)" if error.status == 429 else ""
-            raise Lost(f"HTTP {error.status} instead of a WebSocket{hint}") from None
-        except TimeoutError:
-            raise Lost(f"no connection within {self.timeout:g} s") from None
-        except (aiohttp.ClientError, OSError, ValueError) as error:
-            raise Lost(str(error).replace(" ssl:default", "") or type(error).__name__) from None
 
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile
@@ -330,36 +298,20 @@ class Client:
 
     # -- frames -------------------------------------------------------------------------------------------------------
 
-    async def _read(self, socket: aiohttp.ClientWebSocketResponse[Any]) -> None:
-        receive, take_frame = socket.receive, self.listener.take_frame
-        text = aiohttp.WSMsgType.TEXT
+    async def _read(self, socket: Socket) -> None:
+        take_frame = self.listener.take_frame
         while True:
-            taking = receive()
-            try:
-                # Stepped by hand, since only so it shows whether it had to wait: then all that was read has been taken.
-                waits_for = taking.send(None)
-            except StopIteration as done:
-                message = done.value
-            else:
-                self._end_burst()
-                message = await Resumed(taking, waits_for)
-            if message.type is not text:
-                self._take_control(socket, message)
-                continue
-            frame = message.data
-            self.frames += 1
-            self.bytes += len(frame)
-            stamp = self._stamp or self._start_burst()
-            if frame.startswith(DATA_PREFIX):
-                take_frame(frame, stamp)
-            else:
-                self._take_other(frame, stamp)
-
-    def _start_burst(self) -> int:
-        """Stamp all that is taken before the socket has to be waited for with one time."""
-        self._stamp = time.time_ns()
-        self._heard = time.monotonic()
-        return self._stamp
+            frames = await socket.read()
+            self._stamp = stamp = time.time_ns()  # one time for all that came together
+            self._heard = time.monotonic()
+            self.frames += len(frames)
+            self.bytes += sum(map(len, frames))
+            for frame in frames:
+                if frame.startswith(DATA_PREFIX):
+                    take_frame(frame, stamp)
+                else:
+                    self._take_other(frame, stamp)
+            self._end_burst()
 
     def _end_burst(self) -> None:
         stamp, self._stamp = self._stamp, 0
@@ -369,16 +321,6 @@ class Client:
         if self._pace.should_pause(self.frames, stamp):
             # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
             time.sleep(self._pace.pause)
-
-    def _take_control(self, socket: aiohttp.ClientWebSocketResponse[Any], message: Any) -> None:
-        if message.type is aiohttp.WSMsgType.BINARY:
-            return self._take_bad(message.data, "a binary frame")
-        if message.type is aiohttp.WSMsgType.ERROR:
-            raise Lost(f"broken frame: {message.data}")
-        if message.type is aiohttp.WSMsgType.CLOSE:
-            raise Lost(f"closed by the exchange: {message.data} {message.extra or ''}".rstrip())
-        if message.type in (aiohttp.WSMsgType.CLOSED, aiohttp.WSMsgType.CLOSING):
-            raise Lost(f"the connection broke off (code {socket.close_code})")
 
     def _take_other(self, frame: bytes, stamp: int) -> None:
         try:
