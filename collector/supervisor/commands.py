@@ -72,8 +72,8 @@ class Commands:
             async with asyncio.timeout(_left(request.deadline)):
                 await keeper.wait_settled()
         except TimeoutError:
-            text = f"{connection.name} is not live yet ({keeper.state}); it is still being tried, see get_state"
-            raise ControlError("timeout", text, keeper.last_error) from None
+            text = f"{connection.name} is not live yet ({keeper.state}), still being tried (see get_state)"
+            raise _blame("timeout", text, keeper.last_error) from None
         if not keeper.is_live:
             if self._entries.get(connection.name) is entry:  # else it was closed meanwhile, or replaced
                 del self._entries[connection.name]
@@ -212,9 +212,19 @@ def _left(deadline: int) -> float:
     return (deadline - time.time_ns()) / 1e9
 
 
+_KINDS = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
+
+
 def _explain_failure(keeper: Keeper) -> ControlError:
     """Say why a new connection came to nothing."""
-    code = keeper.exit_code if keeper.exit_code is not None else Exit.STOPPED
-    words = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
-    kind = next((word for exit, word in words.items() if exit == code), "not_connected")
-    return ControlError(kind, f"{keeper.name}: {describe_exit(code)}", keeper.last_error)
+    if keeper.machine.state != "failed" or keeper.exit_code is None:
+        return ControlError("not_connected", f"{keeper.name} was closed before it was live")
+    kind = next((kind for code, kind in _KINDS.items() if code == keeper.exit_code), "not_connected")
+    return _blame(kind, f"{keeper.name}: {describe_exit(keeper.exit_code)}", keeper.last_error)
+
+
+def _blame(kind: str, message: str, error: Any) -> ControlError:
+    """A refusal with what went wrong last: as `data` if it is the exchange's own error, else in our words."""
+    if isinstance(error, dict) and "code" not in error:
+        return ControlError(kind, f"{message}: {error.get('message', '')}")
+    return ControlError(kind, message, error)

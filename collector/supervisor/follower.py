@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
 from collector.config.patterns import Instrument, expand, is_instrument, read_instrument
-from collector.lifecycle import MAX_RESTARTS, backoff_delay
+from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.messages import ControlError
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.shards import assign, find_unit, spread, weigh
@@ -75,37 +75,39 @@ class Follower:
 
     # before the start
 
-    async def expand(self) -> bool:
-        """Expand the patterns and put in place what they need; False if that cannot be done.
+    async def expand(self) -> Exit | None:
+        """Expand the patterns and put in place what they need; return why, if that cannot be done.
 
         It takes as many attempts as a connection that was never live may make.
         """
         connection = self._connection
         self._catalogue = Catalogue(self._supervisor.resolve_url(connection), connection.headers, connection.timeout)
+        failure = ""
         for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
             try:
                 async with self._supervisor.listing[self._catalogue.host]:  # in turn: where two meet, the first stays
                     self._listed = await self._catalogue.fetch()
                     return self._put_in_place()
             except Unreachable as error:
+                failure = str(error)
                 delay = backoff_delay(attempt, connection.retry_delay, random.random())
-                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
-                self._entry.keeper.report["last_error"] = {"message": str(error)}
+                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, failure, delay)
+                self._entry.keeper.report["last_error"] = {"message": failure}
                 await asyncio.sleep(delay)
-        return self._give_up("the exchange's list of instruments could not be had")
+        return self._give_up(Exit.GAVE_UP, f"the exchange's list of instruments could not be had: {failure}")
 
-    def _put_in_place(self) -> bool:
+    def _put_in_place(self) -> Exit | None:
         try:
             found, shards = spread(self._connection, self._listed, read_clock())
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
         except ConfigError as error:
-            return self._give_up(str(error))
+            return self._give_up(Exit.BAD_SPEC, str(error))
         for pattern, number in found.items():
             log.log(logging.INFO if number else logging.WARNING, "%s: %s: %d channels", self._name, pattern, number)
         self._start(shards)
-        return True
+        return None
 
     def _start(self, shards: list[Connection]) -> None:
         self._ours = {name: place for place, shard in enumerate(shards) for name in shard.channels}
@@ -118,10 +120,10 @@ class Follower:
             self._entry.keeper.stop()  # they run in its place
         self._supervisor.follow(self._follow())
 
-    def _give_up(self, reason: str) -> bool:
+    def _give_up(self, code: Exit, reason: str) -> Exit:
         log.error("%s: %s: not started", self._name, reason)
         self._entry.keeper.report["last_error"] = {"message": reason}
-        return False
+        return code
 
     # what workers tell
 

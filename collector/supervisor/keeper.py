@@ -16,6 +16,7 @@ from collector.lifecycle import (
     READY_TIMEOUT,
     STEADY_AFTER,
     STOP_GRACE,
+    Exit,
     Machine,
     backoff_delay,
 )
@@ -128,13 +129,13 @@ class Keeper:
 
     # its lives
 
-    async def keep(self, preparation: Coroutine[Any, Any, bool] | None = None) -> None:
+    async def keep(self, preparation: Coroutine[Any, Any, Exit | None] | None = None) -> None:
         """Run one life after another until it is stopped or fails for good.
 
-        Begins when `preparation` is over, if given; fails for good at once if that returns False.
+        Begins when `preparation` is over, if given; fails for good at once with the exit code that this may return.
         """
-        if preparation is not None and not await self._prepare(preparation):
-            return self._fail()
+        if preparation is not None and (code := await self._prepare(preparation)) is not None:
+            return self._fail(code)
         failures = 0
         while not self._stopping.is_set():
             self.exit_code = await self._live()
@@ -146,17 +147,18 @@ class Keeper:
                 return
             await self._back_off(failures)
 
-    async def _prepare(self, preparation: Coroutine[Any, Any, bool]) -> bool:
+    async def _prepare(self, preparation: Coroutine[Any, Any, Exit | None]) -> Exit | None:
         preparing, stopping = asyncio.create_task(preparation), asyncio.create_task(self._stopping.wait())
         await asyncio.wait((preparing, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
         if not preparing.done():
             preparing.cancel()
-            return True  # and then stop
+            return None
         return preparing.result()
 
-    def _fail(self) -> None:
+    def _fail(self, code: Exit) -> None:
         if not self._stopping.is_set():
+            self.exit_code = code
             self._apply("give_up")
 
     async def _live(self) -> int:
@@ -209,10 +211,13 @@ class Keeper:
         """Ask it to end in order within `grace` seconds, and not to come back. `keep` returns when it is gone."""
         if self._stopping.is_set():
             return
+        before = self.state
         self._stopping.set()
         if self.machine.allows("stop"):
             self._apply("stop")
             self._allow(grace)
+        else:
+            self._note_state(before)  # it is still being prepared, and that was all
         if self._child is not None:
             self._child.read()
             self._child.send({"kind": "stop"})

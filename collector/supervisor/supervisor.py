@@ -136,11 +136,11 @@ class Supervisor:
             keeper.stop()
         return entry
 
-    async def _prepare(self, entry: Entry) -> bool:
-        """Wait for what a connection needs before its first start; False if it cannot be had."""
+    async def _prepare(self, entry: Entry) -> Exit | None:
+        """Wait for what a connection needs before its first start; return why, if it cannot be had."""
         if entry.connection.is_practice and self.exchange is not None:
             await self.exchange.wait_settled()
-        return await entry.follower.expand() if entry.connection.patterns and entry.follower else True
+        return await entry.follower.expand() if entry.connection.patterns and entry.follower else None
 
     def follow(self, following: Coroutine[Any, Any, None]) -> None:
         """Let a follower live beside its connections."""
@@ -212,7 +212,7 @@ class Supervisor:
             log.error("no connection is left")
             self.end(max(self._lost, code))
 
-    def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, bool] | None) -> asyncio.Task[None]:
+    def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, Exit | None] | None) -> asyncio.Task[None]:
         task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
         self._keeping.add(task)
         task.add_done_callback(self._drop_task)
