@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 
+from collector.cli.run import ONE_WISH
 from collector.messages import ControlError
 from tests.collected import QUICK, collected, is_alive
 from tests.pipeline import find_port, short_directory, write_config
@@ -275,10 +276,23 @@ def test_a_second_signal_forces_the_end() -> None:
         run.find_processes()
         run.program.process.send_signal(signal.SIGINT)
         run.program.wait_line("SIGINT: stopping")
+        asked = time.monotonic()
+        wait_until(lambda: time.monotonic() - asked > ONE_WISH, "the end of the time in which it is the same wish")
         run.program.process.send_signal(signal.SIGTERM)
         assert run.program.wait_exit() == 143
         run.wait_gone()
         assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
+
+
+def test_two_signals_at_once_are_one_wish() -> None:
+    with collected() as run:
+        psutil.Process(run.wait_state("a")["pid"]).suspend()  # else it would be over before the second one is seen
+        run.find_processes()
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+            run.program.process.send_signal(number)
+        assert run.program.wait_exit() == 0, run.program.text()
+        assert "forced" not in run.program.text()
+        run.wait_gone()
 
 
 def test_workers_come_from_a_forkserver_that_has_all_loaded_and_never_import_the_program_again() -> None:

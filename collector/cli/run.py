@@ -5,6 +5,7 @@ import logging
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -93,12 +94,16 @@ def _greet(config: Config, control: str) -> None:
     log.info("Ctrl-C stops (SIGTERM to pid %d does too)", os.getpid())
 
 
+ONE_WISH = 0.3
+"""Seconds after a signal in which another one says the same: some programs signal both the process and its group."""
+
+
 class Stopping:
-    """Signals: the first one asks for an end in order, the second forces it."""
+    """Signals: the first one asks for an end in order, a later one forces it."""
 
     def __init__(self, supervisor: Supervisor) -> None:
         self.forced = 0
-        self._asked = False
+        self._asked_at: float | None = None
         self._supervisor = supervisor
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -106,10 +111,13 @@ class Stopping:
                 loop.add_signal_handler(number, self._take, number)
 
     def _take(self, number: signal.Signals) -> None:
-        if not self._asked:
-            self._asked = True
+        now = time.monotonic()
+        if self._asked_at is None:
+            self._asked_at = now
             log.info("%s: stopping", number.name)
             self._supervisor.end(0)
+            return
+        if now - self._asked_at < ONE_WISH:
             return
         self.forced = 128 + number
         log.warning("%s again: forced", number.name)
