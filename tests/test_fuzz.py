@@ -46,12 +46,20 @@ TICKER = {
     "instrument_name": "ETH-5JUN20-310-P", "greeks": {"vega": 0.0092, "delta": -0.98566}, "best_bid_amount": 0.0,
     "estimated_delivery_price": "expired", "best_ask_price": 0.0, "best_ask_amount": 0.0,
 }  # fmt: skip
+FULL_TICKER = TICKER | {
+    "instrument_name": "ETH-25JUN21-310-P", "estimated_delivery_price": 231.54, "mark_iv": 61.2, "bid_iv": 0,
+    "greeks": {"vega": 0.0092, "delta": -0.98566, "gamma": 4.0e-7, "theta": -1, "rho": None}, "interest_rate": 0.0,
+    "stats": {"volume": 3, "low": 1.5, "high": None, "price_change": -0.5, "volume_usd": 1e3, "volume_notional": 2.0},
+    "underlying_price": 230, "underlying_index": "ETH-25JUN21", "min_price": 0.0001, "max_price": 1.0, "ask_iv": 500.0,
+    "settlement_price": 0.33, "state": "open",
+}  # fmt: skip
 SEEDS: dict[str, Any] = {
     "trades.BTC-26MAR21.raw": [TRADE, {**TRADE, "trade_seq": 6}],
     "trades.future.any.100ms": [TRADE],
     "book.BTC-25JUN21.100ms": BOOK,
     "book.BTC-25JUN21.none.10.100ms": {**BOOK, "bids": [[1.5, 2.0]], "asks": [[2.5, 1.0]]},
     "ticker.ETH-5JUN20-310-P.raw": TICKER,
+    "ticker.ETH-25JUN21-310-P.raw": FULL_TICKER,
     "incremental_ticker.ETH-5JUN20-310-P": {"type": "snapshot", **TICKER},
     "quote.BTC-PERPETUAL": {
         "timestamp": 1, "instrument_name": "BTC-PERPETUAL", "best_bid_price": 1.0, "best_bid_amount": 2,
@@ -212,6 +220,20 @@ def test_damaged_data_in_a_channel(wire: Wire, data: st.DataObject, channel: Cha
     assert [topic for topic, _ in got] == [one.topic for one in owed]
     for one, (_, body) in zip(owed, got, strict=True):
         assert list(compare_message(one.keys, body)) == []
+
+
+@settings(bounded, max_examples=600)
+@given(damaged_data(FULL_TICKER) | st.just(json.dumps(FULL_TICKER).encode()))
+def test_both_ways_to_read_a_ticker_say_the_same(wire: Wire, text: bytes) -> None:
+    """Tickers of which all members are known have a short cut; incremental ones always go the general way."""
+    short = wire.take(parse_channel("ticker.A-B.raw"), wrap("ticker.A-B.raw", text))
+    general = wire.take(parse_channel("incremental_ticker.A-B"), wrap("incremental_ticker.A-B", as_snapshot(text)))
+    assert [body for _, body in short] == [body for _, body in general]
+
+
+def as_snapshot(text: bytes) -> bytes:
+    """A ticker's JSON object as the first of an incremental channel; other text as it is."""
+    return text.replace(b"{", b'{"type":"snapshot",', 1) if text.startswith(b'{"') else text
 
 
 @bounded

@@ -9,13 +9,15 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from collector.channels import LISTINGS
 from collector.lifecycle import Exit
 from collector.messages import ControlError
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.client import Client
+from workers.deribit.connection.credits import share_pools
 from workers.deribit.connection.listener import Listener
 from workers.deribit.feeds.feed import Feed
-from workers.deribit.feeds.listings import LISTINGS, ListingFeed
+from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.normalise import create_feed
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.heal import Healer
@@ -78,6 +80,8 @@ class Worker(Listener):
             login=Login(login["client_id"], login["client_secret"]) if login else None,
             cancel_on_disconnect=settings["cancel_on_disconnect"], read_pause=spec["read_pause"], listener=self,
         )  # fmt: skip
+        if pool := spec.get("pool"):
+            self.client.reconciler.credits, self.client.session.credits = share_pools(pool)
         self.healer = Healer(self.client, self.publisher)
         self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
         self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
@@ -237,23 +241,31 @@ class Worker(Listener):
 
     # -- what the client tells (see connection.Listener) --------------------------------------------------------------
 
-    def take_frame(self, frame: bytes, receive_ts: int) -> None:
+    def take_frames(self, frames: list[bytes], receive_ts: int) -> None:
         """The path of each message: find the feed by the channel in the bytes, normalise, publish."""
-        feed = self.feeds.get(frame[START : frame.find(b'"', START)]) or self._find_feed(frame)
-        if feed is None:
-            return
-        self.publisher.is_gathering = True  # until end_burst
-        try:
-            published = feed.take(frame, receive_ts)
-            if published:
-                self.publisher.publish(published, receive_ts)
-                self.patrol.last_ts = feed.last_ts = receive_ts
-                self._newest = published
-        except ValueError as error:
-            self.take_malformed(frame, f"{feed.channel.name}: {error}")
-            feed.skip(frame, receive_ts)
-        if feed.changed:
-            self._attend(feed)
+        find_feed, publish = self.feeds.get, self.publisher.publish
+        self.publisher.is_gathering = True
+        newest: Published = []
+        for frame in frames:
+            feed = find_feed(frame[START : frame.find(b'"', START)]) or self._find_feed(frame)
+            if feed is None:
+                continue
+            try:
+                published = feed.take(frame, receive_ts)
+            except ValueError as error:
+                self.take_malformed(frame, f"{feed.channel.name}: {error}")
+                feed.skip(frame, receive_ts)
+            else:
+                if published:
+                    publish(published, receive_ts)
+                    newest, feed.last_ts = published, receive_ts
+            if feed.changed:
+                self._attend(feed)
+        self.publisher.flush()
+        if newest:
+            self._newest, self.patrol.last_ts = newest, receive_ts
+        if receive_ts - self._sampled > SAMPLE_EVERY:
+            self._sample(receive_ts)
 
     def _find_feed(self, frame: bytes) -> Feed | None:
         """The feed of a frame with its keys in another order; None, counted, for a channel that nobody asked for."""
@@ -274,16 +286,13 @@ class Worker(Listener):
         if self.malformed <= 10 or self.malformed % 1000 == 0:
             log.warning("malformed frame %d: %.300s: %.120r", self.malformed, reason, frame)
 
-    def end_burst(self, receive_ts: int) -> None:
-        """Send what came of all that was read together. Sample latency and lag, look for joins: no more than needed."""
-        self.publisher.flush()
-        if receive_ts - self._sampled < SAMPLE_EVERY:
-            return
+    def _sample(self, receive_ts: int) -> None:
+        """Sample latency and lag, look for joins: no more often than needed."""
         self._sampled = receive_ts
         self.latency.add(time.time_ns() - receive_ts)
         if self._newest:
             message = self._newest[-1][1]
-            exchange_ts = message["exchange_ts"] if type(message) is dict else message.exchange_ts  # type: ignore[union-attr]
+            exchange_ts = message["exchange_ts"] if isinstance(message, dict) else message.exchange_ts
             if exchange_ts:
                 self.patrol.take_lag(receive_ts + self.client.session.clock_offset - exchange_ts)
             self._newest = []

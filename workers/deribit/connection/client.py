@@ -21,7 +21,7 @@ from workers.deribit.connection.reconcile import Reconciler
 from workers.deribit.connection.session import Session
 from workers.deribit.connection.socket import Socket
 from workers.deribit.connection.together import do_together
-from workers.deribit.rpc.codec import DATA_PREFIX, Data, Reply, decode_frame, encode_request
+from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import (
     BACK_OFF_PAUSE,
     ExchangeError,
@@ -248,7 +248,6 @@ class Client:
 
     async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
         self._live.clear()
-        self._end_burst()  # a cut may have come in the middle of one
         self.requests.fail(Lost("the connection ended before the answer came"))
         for task in (*tasks, *self._tasks):
             task.cancel()
@@ -299,40 +298,31 @@ class Client:
     # -- frames -------------------------------------------------------------------------------------------------------
 
     async def _read(self, socket: Socket) -> None:
-        take_frame = self.listener.take_frame
         while True:
             frames = await socket.read()
             self._stamp = stamp = time.time_ns()  # one time for all that came together
             self._heard = time.monotonic()
             self.frames += len(frames)
             self.bytes += sum(map(len, frames))
-            for frame in frames:
-                if frame.startswith(DATA_PREFIX):
-                    take_frame(frame, stamp)
-                else:
-                    self._take_other(frame, stamp)
-            self._end_burst()
+            data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
+            self.listener.take_frames(data, stamp)
+            self._stamp = 0
+            if self._pace.should_pause(self.frames, stamp):
+                # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
+                time.sleep(self._pace.pause)
 
-    def _end_burst(self) -> None:
-        stamp, self._stamp = self._stamp, 0
-        if not stamp:
-            return
-        self.listener.end_burst(stamp)
-        if self._pace.should_pause(self.frames, stamp):
-            # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
-            time.sleep(self._pace.pause)
-
-    def _take_other(self, frame: bytes, stamp: int) -> None:
+    def _take_other(self, frame: bytes) -> bool:
+        """Take a frame that does not begin as data do; true if it is data all the same."""
         try:
             found = decode_frame(frame)
         except ValueError as error:
-            return self._take_bad(frame, str(error))
-        if isinstance(found, Data):
-            self.listener.take_frame(frame, stamp)
-        elif isinstance(found, Reply):
+            self._take_bad(frame, str(error))
+            return False
+        if isinstance(found, Reply):
             self._take_reply(found, frame)
-        elif found.kind == "test_request":
+        elif isinstance(found, Heartbeat) and found.kind == "test_request":
             self._answer_test()
+        return isinstance(found, Data)
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
         if reply.error is not None and find_reaction(reply.error.code) is Reaction.BACK_OFF:

@@ -6,9 +6,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from collector.lifecycle import Exit
+from collector.limits import CALL_BURST, CALL_COST, CALL_REFILL, Credits
 from workers.deribit.connection.bootstrap import Login, Moment, build_auth, build_refresh, plan_round
+from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
-from workers.deribit.feeds.frames import MAX_MS
+from workers.deribit.publishing.payloads import MAX_MS
 from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 
 Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
@@ -33,6 +35,7 @@ class Session:
         self._login = login
         self._heartbeat_interval = heartbeat_interval
         self._cancel_on_disconnect = cancel_on_disconnect
+        self.credits: Pool = Credits(CALL_BURST, CALL_REFILL, time.monotonic())
         self._refresh_token = ""
         self._refresh_at = NEVER
         self._sync_at = NEVER
@@ -70,6 +73,7 @@ class Session:
             await self._take_step("public/get_time", {})
 
     async def _take_step(self, method: str, params: dict[str, Any]) -> None:
+        await pay(self.credits, CALL_COST)
         try:
             if method == "public/auth":
                 await self._log_in(params)

@@ -4,17 +4,20 @@ Facts (order-book semantics of Deribit's full book channels): a subscription beg
 change names the change_id before it *in this channel*; ids of one book may jump. There is no checksum.
 """
 
+from math import inf
+
 from msgspec import UNSET, UnsetType
 
 from collector.channels import Channel
 from collector.lifecycle import BOOK, Machine
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.feed import Feed
-from workers.deribit.feeds.frames import MS, read_book, read_window
+from workers.deribit.feeds.frames import MS, Change, read_book, read_window
 from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.streams import Message, Published, Topics
 
 Levels = dict[float, float]
+Side = list[tuple[float, float]]
 
 
 class BookState:
@@ -26,8 +29,6 @@ class BookState:
         self.asks: Levels = {}
         self.change_id = 0
         self.exchange_ts = 0
-        self.crossed = 0
-        self.emptied = 0
         self._reason = "subscribe"
         self._bid_bound = 0.0
         self._ask_bound = 0.0
@@ -37,41 +38,52 @@ class BookState:
         self._reason = reason
         self.machine.apply(event)
 
-    def replace(self, bids: list[tuple[float, float]], asks: list[tuple[float, float]], change_id: int) -> str:
-        """Take a snapshot. Returns its reason: `exchange` if nobody asked for it."""
+    def replace(self, bids: list[Change], asks: list[Change], change_id: int) -> tuple[Side, Side, str]:
+        """Take a snapshot. Returns its levels and its reason: `exchange` if nobody asked for it."""
         reason = self._reason if self.machine.state == "awaiting" else "exchange"
         self.machine.apply("snapshot")
-        self.bids = {price: amount for price, amount in bids if amount}
-        self.asks = {price: amount for price, amount in asks if amount}
-        self.change_id = change_id
-        self._find_best()
-        return reason
+        self.bids, self.asks = {}, {}
+        self._bid_bound, self._ask_bound = -inf, inf
+        return *self.apply(bids, asks, change_id), reason
 
-    def apply(self, bids: list[tuple[float, float]], asks: list[tuple[float, float]], change_id: int) -> None:
-        """Take a delta whose prev_change_id was ours. Crossed and emptied books are counted, not mended."""
-        levels, bound = self.bids, self._bid_bound
-        for price, amount in bids:
-            if amount:
-                levels[price] = amount
-                if price > bound:
-                    self._bid_bound = bound = price
-            else:
-                levels.pop(price, None)
-        levels, bound = self.asks, self._ask_bound
-        for price, amount in asks:
-            if amount:
-                levels[price] = amount
-                if price < bound:
-                    self._ask_bound = bound = price
-            else:
-                levels.pop(price, None)
+    def apply(self, bids: list[Change], asks: list[Change], change_id: int) -> tuple[Side, Side]:
+        """Set levels; return them as they are said. On the path of every message, so each side has its own loop."""
+        bid_side: Side = []
+        if bids:
+            levels, bound = self.bids, self._bid_bound
+            for action, price, amount in bids:
+                if amount and action != "delete":
+                    levels[price] = amount
+                    bid_side.append((price, amount))
+                    if price > bound:
+                        self._bid_bound = bound = price
+                else:
+                    levels.pop(price, None)
+                    bid_side.append((price, 0.0))
+        ask_side: Side = []
+        if asks:
+            levels, bound = self.asks, self._ask_bound
+            for action, price, amount in asks:
+                if amount and action != "delete":
+                    levels[price] = amount
+                    ask_side.append((price, amount))
+                    if price < bound:
+                        self._ask_bound = bound = price
+                else:
+                    levels.pop(price, None)
+                    ask_side.append((price, 0.0))
         self.change_id = change_id
-        # The two bounds enclose the best prices from outside, at no cost; only when they meet is it worth looking.
-        if self._bid_bound >= self._ask_bound:
-            self._find_best()
-            self.crossed += self._bid_bound >= self._ask_bound
-        if not (self.bids and self.asks):
-            self.emptied += bool(bids and not self.bids) + bool(asks and not self.asks)
+        return bid_side, ask_side
+
+    def may_be_odd(self) -> bool:
+        """Whether it may be crossed or empty. The bounds enclose the best prices from outside, at no cost."""
+        return self._bid_bound >= self._ask_bound or not (self.bids and self.asks)
+
+    def is_crossed(self) -> bool:
+        """Whether the best bid is not below the best ask."""
+        self._bid_bound = max(self.bids, default=-inf)
+        self._ask_bound = min(self.asks, default=inf)
+        return self._bid_bound >= self._ask_bound
 
     def build_snapshot(self, instrument: str, epoch: int, receive_ts: int, reason: str) -> Book:
         """The whole book now, best levels first, as a message."""
@@ -80,10 +92,6 @@ class BookState:
             EXCHANGE, instrument, epoch, 0, self.exchange_ts, receive_ts,
             "snapshot", self.change_id, bids, asks, reason=reason,
         )  # fmt: skip
-
-    def _find_best(self) -> None:
-        self._bid_bound = max(self.bids, default=float("-inf"))
-        self._ask_bound = min(self.asks, default=float("inf"))
 
 
 class BookFeed(Feed):
@@ -105,13 +113,11 @@ class BookFeed(Feed):
         """A snapshot, a delta, a gap where the chain is broken, or nothing while a snapshot is awaited."""
         data = read_book(frame)
         book, stream = self.book, self.stream
-        bids = [(price, 0.0 if action == "delete" else amount) for action, price, amount in data.bids]
-        asks = [(price, 0.0 if action == "delete" else amount) for action, price, amount in data.asks]
-        change_id = data.change_id
-        previous = data.prev_change_id
+        change_id, previous = data.change_id, data.prev_change_id
+        reason: str | UnsetType
         # Frames of 2019 and older bear no type: there a snapshot is what has no previous id.
         if data.type == "snapshot" or (data.type is None and not previous):
-            reason: str | UnsetType = book.replace(bids, asks, change_id)
+            bids, asks, reason = book.replace(data.bids, data.asks, change_id)
             kind, previous = "snapshot", None
             if not self.is_complete:
                 self.is_complete = self.changed = True
@@ -121,9 +127,10 @@ class BookFeed(Feed):
         elif previous != book.change_id or not previous:
             return self._break(change_id, receive_ts)
         else:
-            book.apply(bids, asks, change_id)
-            self.crossed, self.emptied = book.crossed, book.emptied
+            bids, asks = book.apply(data.bids, data.asks, change_id)
             kind, reason = "delta", UNSET
+            if book.may_be_odd():
+                self._count_oddities(bids, asks)
         stream.last_id = change_id
         book.exchange_ts = exchange_ts = data.timestamp * MS
         message = Book(
@@ -131,6 +138,11 @@ class BookFeed(Feed):
             kind, change_id, bids, asks, UNSET if previous is None else previous, reason,
         )  # fmt: skip
         return [(stream, message)]
+
+    def _count_oddities(self, bids: Side, asks: Side) -> None:
+        """Books that a delta has crossed or emptied are counted, not mended."""
+        self.crossed += self.book.is_crossed()
+        self.emptied += bool(bids and not self.book.bids) + bool(asks and not self.book.asks)
 
     def _break(self, change_id: int, receive_ts: int) -> Published:
         self.book.await_snapshot("resync", "broken")

@@ -10,18 +10,14 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from workers.deribit.publishing.payloads import Number
+from workers.deribit.publishing.payloads import MAX_MS, Number, Ticker, Time
 from workers.deribit.publishing.streams import Malformed
 
 T = TypeVar("T")
 MS = 1_000_000
 """Deribit's timestamps are ms; ours are ns."""
 
-MAX_MS = 9_000_000_000_000
-"""The year 2255: as ns it still fits what MessagePack and others take for an int."""
-
 Scalar = float | str | bool | None
-Time = Annotated[int, Meta(ge=0, le=MAX_MS)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]
 Amount = Annotated[float, Meta(ge=0)]
 
@@ -34,10 +30,14 @@ class _Frame(msgspec.Struct, Generic[T], gc=False):
     params: _Params[T]
 
 
+Change = tuple[Literal["new", "change", "delete"], float, Amount]
+"""One level. An action that nobody knows makes a frame malformed, so a resync follows: a guess might spoil the book."""
+
+
 class BookData(msgspec.Struct, gc=False):
     change_id: Count
-    bids: list[tuple[str, float, Amount]]
-    asks: list[tuple[str, float, Amount]]
+    bids: list[Change]
+    asks: list[Change]
     timestamp: Time = 0
     type: str | None = None
     prev_change_id: Count | None = None
@@ -121,6 +121,17 @@ read_trades = Reader[list[TradeData]](list[TradeData]).read
 read_quote = Reader[QuoteData](QuoteData).read
 read_ticker = Reader[TickerData](TickerData).read
 read_any = Reader[Any](Any).read
+
+
+_decode_ticker = msgspec.json.Decoder(_Frame[Ticker]).decode
+
+
+def read_known_ticker(frame: bytes) -> Ticker | None:
+    """A ticker of which all members are known and of the usual types, at less than half the cost; None for others."""
+    try:
+        return _decode_ticker(frame).params.data
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def take_timestamp(data: dict[str, Any]) -> int:

@@ -5,15 +5,16 @@ from operator import itemgetter
 from typing import Any
 
 import msgspec
+from msgspec import UNSET
 
 from collector.channels import Channel
 from collector.messages import EXCHANGE
 from collector.schema import SCHEMA
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
-from workers.deribit.feeds.frames import MS, read_any, read_quote, read_ticker, take_timestamp
+from workers.deribit.feeds.frames import MS, read_any, read_known_ticker, read_quote, read_ticker, take_timestamp
 from workers.deribit.feeds.trades import TradeFeed
-from workers.deribit.publishing.payloads import Quote
+from workers.deribit.publishing.payloads import Quote, Ticker
 from workers.deribit.publishing.streams import Malformed, Published, Topics
 
 
@@ -43,6 +44,18 @@ class TickerFeed(Feed):
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One full ticker, or nothing while the first full one is awaited."""
+        message = None if self._incremental else read_known_ticker(frame)
+        if message is None:
+            return self._take_any(frame, receive_ts)
+        stream = self.stream
+        flatten_ticker(message)
+        message.exchange, message.instrument, message.epoch = EXCHANGE, stream.instrument, self.epoch
+        message.receive_ts, message.join = receive_ts, UNSET
+        stream.current = message
+        return [(stream, message)]
+
+    def _take_any(self, frame: bytes, receive_ts: int) -> Published:
+        """Whatever members a ticker has, and however they are spelled."""
         data: dict[str, Any] = read_ticker(frame)
         for nested in ("stats", "greeks"):
             members = data.pop(nested, None)
@@ -58,6 +71,7 @@ class TickerFeed(Feed):
                 return []
         else:
             _complete_ticker(data)
+            check_encodable(data)
         stream = self.stream
         data.update(self._envelope)
         data["exchange_ts"] = exchange_ts
@@ -72,10 +86,7 @@ class TickerFeed(Feed):
                 return {}
             data = self._merged | data
         _complete_ticker(data)
-        try:
-            msgspec.msgpack.encode(data)  # what is kept must not spoil all that follows
-        except (TypeError, OverflowError, RecursionError) as error:
-            raise Malformed(f"cannot be encoded: {error}") from None
+        check_encodable(data)  # what is kept must not spoil all that follows
         self._merged = data
         return dict(data)
 
@@ -83,6 +94,21 @@ class TickerFeed(Feed):
         """The connection is gone: a change alone would no longer make a full ticker."""
         super().lose(reason, now)
         self._merged = {}
+
+
+def flatten_ticker(ticker: Ticker) -> None:
+    """Bring the exchange's time and what it nests into the wire's own fields."""
+    ticker.exchange_ts = ticker.timestamp * MS  # type: ignore[operator]
+    ticker.timestamp = ticker.instrument_name = UNSET
+    stats, greeks = ticker.stats, ticker.greeks
+    ticker.stats = ticker.greeks = UNSET
+    if stats is not UNSET:
+        ticker.high, ticker.low, ticker.price_change = stats.high, stats.low, stats.price_change
+        ticker.volume, ticker.volume_usd = stats.volume, stats.volume_usd
+        ticker.volume_notional = stats.volume_notional
+    if greeks is not UNSET:
+        ticker.delta, ticker.gamma, ticker.vega = greeks.delta, greeks.gamma, greeks.vega
+        ticker.theta, ticker.rho = greeks.theta, greeks.rho
 
 
 TICKER_NUMBERS = frozenset(key.rstrip("?") for key, kind in SCHEMA["ticker"].items() if kind == "float or nil")
@@ -188,6 +214,7 @@ class EventFeed(Feed):
         if not isinstance(subject, str) or not isinstance(data.get("state", ""), str):
             raise Malformed("it names no instrument, or no state")
         data.pop("join", None)  # ours to say
+        check_encodable(data)
         stream = self.find_stream(subject)
         exchange_ts = take_timestamp(data)
         data.update(stream.build_envelope(receive_ts, exchange_ts))
@@ -201,12 +228,21 @@ class OtherFeed(Feed):
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One message."""
         data = read_any(frame)
+        check_encodable(data)
         timestamp = data.get("timestamp") if isinstance(data, dict) else None
         exchange_ts = timestamp * MS if type(timestamp) is int and 0 <= timestamp < 1 << 43 else 0
         message = self.stream.build_envelope(receive_ts, exchange_ts)
         message["channel"] = self.channel.name
         message["data"] = data
         return [(self.stream, message)]
+
+
+def check_encodable(data: Any) -> None:
+    """Raise Malformed for what MessagePack cannot hold: integers beyond 64 bits, a depth without end."""
+    try:
+        msgspec.msgpack.encode(data)
+    except (TypeError, OverflowError, RecursionError) as error:
+        raise Malformed(f"cannot be encoded: {error}") from None
 
 
 def _read_map(frame: bytes) -> dict[str, Any]:

@@ -3,10 +3,16 @@
 Fields left at UNSET are absent on the wire. The keys of the envelope come first in each.
 """
 
+from typing import Annotated
+
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
+
+MAX_MS = 9_000_000_000_000
+"""The year 2255: as ns it still fits what MessagePack and others take for an int."""
 
 Number = float | None | UnsetType
+Time = Annotated[int, Meta(ge=0, le=MAX_MS)]
 
 
 class Payload(msgspec.Struct, tag_field="type", gc=False):
@@ -50,6 +56,83 @@ class Trade(Payload, tag="trade", gc=False):
     combo_trade_id: str | UnsetType = UNSET
     contracts: Number = UNSET
     backfilled: bool | UnsetType = UNSET
+
+
+class Stats(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """What Deribit nests in a ticker, of the last 24 hours."""
+
+    high: Number = UNSET
+    low: Number = UNSET
+    volume: Number = UNSET
+    price_change: Number = UNSET
+    volume_usd: Number = UNSET
+    volume_notional: Number = UNSET
+
+
+class Greeks(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """What Deribit nests in the ticker of an option."""
+
+    delta: Number = UNSET
+    gamma: Number = UNSET
+    vega: Number = UNSET
+    theta: Number = UNSET
+    rho: Number = UNSET
+
+
+class Ticker(Payload, tag="ticker", gc=False, forbid_unknown_fields=True, kw_only=True):
+    """A ticker of which all members are known: the exchange's JSON is decoded straight into what is published.
+
+    The last fields are the exchange's alone; they are emptied on the way (see feeds.normalise), and so absent.
+    """
+
+    exchange: str = ""
+    instrument: str = ""
+    epoch: int = 0
+    seq: int = 0
+    exchange_ts: int = 0
+    receive_ts: int = 0
+    state: str
+    best_bid_price: float | None
+    best_bid_amount: float | None
+    best_ask_price: float | None
+    best_ask_amount: float | None
+    last_price: float | None
+    mark_price: float | None
+    index_price: float | None
+    open_interest: Number = UNSET
+    min_price: Number = UNSET
+    max_price: Number = UNSET
+    settlement_price: Number = UNSET
+    delivery_price: Number = UNSET
+    estimated_delivery_price: Number = UNSET
+    current_funding: Number = UNSET
+    funding_8h: Number = UNSET
+    interest_value: Number = UNSET
+    mark_iv: Number = UNSET
+    bid_iv: Number = UNSET
+    ask_iv: Number = UNSET
+    underlying_price: Number = UNSET
+    underlying_index: str | UnsetType = UNSET
+    interest_rate: Number = UNSET
+    implied_bid: Number = UNSET
+    implied_ask: Number = UNSET
+    combo_state: str | UnsetType = UNSET
+    delta: Number = UNSET
+    gamma: Number = UNSET
+    vega: Number = UNSET
+    theta: Number = UNSET
+    rho: Number = UNSET
+    high: Number = UNSET
+    low: Number = UNSET
+    volume: Number = UNSET
+    price_change: Number = UNSET
+    volume_usd: Number = UNSET
+    volume_notional: Number = UNSET
+    join: bool | UnsetType = UNSET
+    timestamp: Time | UnsetType = 0
+    instrument_name: str | UnsetType = UNSET
+    stats: Stats | UnsetType = UNSET
+    greeks: Greeks | UnsetType = UNSET
 
 
 class Quote(Payload, tag="quote", gc=False):
