@@ -18,6 +18,9 @@ RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720"
 GROUPS = re.compile(r"none|\d+(d\d+)?\Z")
 DEPTHS = ("1", "10", "20")
 
+LISTINGS = ("instrument.state.any.any", "instrument.creation.any.any")
+"""The channels by which a connection with patterns hears of instruments that come and go, whatever the patterns are."""
+
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,200}\Z")
 _OPTION = re.compile(r"-\d{1,2}[A-Z]{3}\d{2}-[0-9d]+-[CP]\Z")
 _DATED = re.compile(r"-\d{1,2}[A-Z]{3}\d{2}\Z")

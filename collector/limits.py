@@ -5,6 +5,7 @@ everything that uses the same key draws on the same pool.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 MAX_CONNECTIONS = 32
 """From one address at a time, REST requests in flight included; the next upgrade gets HTTP 429."""
@@ -25,34 +26,53 @@ SUBSCRIBE_BURST = SUBSCRIBE_POOL - SUBSCRIBE_COST
 """What we use of that pool: calls that bunch up on the way must not overdraw it, which would end the session."""
 
 CALL_COST, CALL_POOL = 500, 50_000
-"""All other calls of a bootstrap: 100 at once, then 20 a second."""
+"""All other calls: 100 at once, then 20 a second."""
+
+CALL_BURST, CALL_REFILL = 0.9 * CALL_POOL, 0.9 * REFILL
+"""What bootstraps and healing use of that pool; the rest is for answers to test_request, and for what control sends."""
+
+_TINY = 0.01
+"""Credits: less than the rounding of clocks brings about."""
 
 _ENVELOPE = len('{"jsonrpc": "2.0", "id": 18446744073709551615, "method": "", "params": {"channels": []}}')
 
 
+@dataclass(slots=True)
 class Credits:
-    """One pool of credits, full at first. Times are in seconds on any clock that does not go back."""
+    """One pool: `level` credits at `since`, in seconds on any clock that does not go back; never more than `burst`."""
 
-    def __init__(self, pool: float = SUBSCRIBE_BURST, refill: float = REFILL, now: float = 0.0) -> None:
-        self.pool = pool
-        self.refill = refill
-        self._level = pool
-        self._since = now
+    burst: float = SUBSCRIBE_BURST
+    refill: float = REFILL
+    since: float = 0.0
+    level: float = field(init=False)
+    is_spent: bool = False
 
-    def take(self, cost: float, now: float) -> float:
-        """Take the credits of one call; return the seconds to wait before it may be sent.
+    def __post_init__(self) -> None:
+        self.level = self.burst
 
-        The credits are booked at once: who asks next waits longer, so calls keep their order.
+    def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
+        """Take the credits of one call and return 0, if they are there and `reserve` stays behind.
+
+        Else take nothing; return the seconds after which to ask again. Nothing is booked ahead: who asks may be killed.
         """
-        self._level = min(self.pool, self._level + max(0.0, now - self._since) * self.refill)
-        self._since = max(self._since, now)
-        self._level -= cost
-        return max(0.0, -self._level / self.refill)
+        self.level = min(self.burst, self.level + max(0.0, now - self.since) * self.refill)
+        self.since = max(self.since, now)
+        lacking = min(cost + reserve, self.burst) - self.level
+        if lacking > _TINY:
+            return lacking / self.refill
+        self.level -= cost
+        self.is_spent = False
+        return 0.0
 
     def shrink(self) -> None:
-        """The exchange says that we overdrew: others draw on the pool as well, so count on half of it from now on."""
-        self.pool = max(SUBSCRIBE_COST, self.pool / 2)
-        self._level = min(self._level, 0.0)
+        """The exchange says that we overdrew: somebody else draws on the pool, so count on half of it from now on.
+
+        Until something is taken again, further such words are about the same event.
+        """
+        if not self.is_spent:
+            self.burst = max(SUBSCRIBE_COST, self.burst / 2)
+            self.level = min(self.level, 0.0)
+            self.is_spent = True
 
 
 def measure_call(channels: Sequence[str], method: str, reserve: int = 0) -> int:
@@ -76,6 +96,8 @@ def chunk_channels(
     return chunks
 
 
-def estimate_seconds(calls: int, cost: int = SUBSCRIBE_COST, pool: int = SUBSCRIBE_BURST) -> float:
+def estimate_seconds(
+    calls: int, cost: float = SUBSCRIBE_COST, burst: float = SUBSCRIBE_BURST, refill: float = REFILL
+) -> float:
     """Seconds until the last of so many calls may be sent, from a full pool on; round trips are not counted."""
-    return max(0.0, (calls * cost - pool) / REFILL)
+    return max(0.0, (calls * cost - burst) / refill)

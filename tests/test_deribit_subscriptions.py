@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector.limits import MAX_CHANNELS, MAX_FRAME, SUBSCRIBE_COST, Credits
+from collector.limits import MAX_CHANNELS, MAX_FRAME
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
 from tests.exchange_client import exchange, get
 from workers.deribit import Client
@@ -140,23 +140,6 @@ def test_no_call_is_larger_than_the_exchange_takes(count: int, length: int) -> N
         assert (
             len(one.channels) == MAX_CHANNELS or len(json.dumps([*one.channels, other.channels[0]])) > MAX_FRAME - 200
         )
-
-
-@given(st.lists(st.tuples(st.sampled_from([500, 3000]), st.floats(0, 3)), max_size=60))
-def test_credits_are_never_overdrawn(calls: list[tuple[int, float]]) -> None:
-    """Sent when told, no call finds the exchange's pool (10 % larger, as full, as fast) without its cost."""
-    credits, now = Credits(), 0.0
-    sent = []
-    for cost, pause in calls:
-        now += pause
-        sent.append((now + credits.take(cost, now), cost))
-    level, since = 30_000.0, 0.0
-    for at, cost in sorted(sent):
-        level = min(30_000.0, level + (at - since) * 10_000.0)
-        since = at
-        assert level >= cost - 1e-3
-        level -= cost
-    assert SUBSCRIBE_COST == 3000
 
 
 # -- against the exchange ---------------------------------------------------------------------------------------------

@@ -10,12 +10,12 @@ from typing import Any
 import psutil
 import pytest
 
+from collector.channels import LISTINGS
 from collector.planning.catalogue import Catalogue
 from collector.supervisor.follower import CHECK, MARKS, count_to_check
 from tests.collected import QUICK, Collected, collected
 from tests.pipeline import Subscriber, exchange, find_port, subscribed
 from tests.support import collector, wait_until
-from workers.deribit.feeds.listings import LISTINGS
 
 OPTIONS: dict[str, Any] = {**QUICK, "channels": ["quote.{kind=option,currency=BTC}"]}
 BUSY = {"faults": "listing:1,expiry:1"}

@@ -14,14 +14,9 @@ from hypothesis import strategies as st
 from collector.config import ConfigError, load_config
 from collector.config.patterns import Instrument
 from collector.limits import (
-    CALL_COST,
-    CALL_POOL,
     MAX_CHANNELS,
     MAX_FRAME,
-    SUBSCRIBE_COST,
-    Credits,
     chunk_channels,
-    estimate_seconds,
     measure_call,
 )
 from collector.planning.plan import Listing, make_plan, plan_calls
@@ -62,44 +57,6 @@ def test_long_names_are_cut_by_bytes_and_short_ones_by_count() -> None:
     assert len(chunks) == 4
 
 
-def test_nine_subscribe_calls_go_at_once_and_then_ten_in_three_seconds() -> None:
-    credits = Credits()
-    waits = [credits.take(SUBSCRIBE_COST, 0.0) for _ in range(20)]
-    assert waits[:9] == [0.0] * 9
-    assert waits[9:] == pytest.approx([0.3 * number for number in range(1, 12)])
-    assert credits.take(SUBSCRIBE_COST, 3.0) == pytest.approx(0.6)
-    assert credits.take(SUBSCRIBE_COST, 100.0) == 0.0
-    assert estimate_seconds(20) == pytest.approx(waits[-1])
-
-
-def test_other_calls_draw_on_a_pool_of_their_own() -> None:
-    credits = Credits(CALL_POOL)
-    waits = [credits.take(CALL_COST, 0.0) for _ in range(120)]
-    assert waits[:100] == [0.0] * 100
-    assert waits[-1] == pytest.approx(1.0) == pytest.approx(estimate_seconds(120, CALL_COST, CALL_POOL))
-
-
-@given(st.lists(st.tuples(st.integers(1, 3_000), st.floats(0, 2)), max_size=200))
-def test_who_waits_as_told_never_overdraws_the_exchanges_pool(calls: list[tuple[int, float]]) -> None:
-    credits = Credits()
-    asked, sent, level, since = 0.0, 0.0, 30_000.0, 0.0
-    for cost, pause in calls:
-        asked += pause
-        told = asked + credits.take(cost, asked)
-        assert told >= sent - 1e-6, "calls keep their order"
-        sent = max(sent, told)
-        level, since = min(30_000.0, level + (sent - since) * 10_000.0), sent
-        level -= cost
-        assert level >= 2_999, "one call stays in reserve"
-
-
-def test_a_clock_that_goes_back_gives_nothing_away() -> None:
-    credits = Credits(pool=1_000, refill=100.0, now=50.0)
-    assert credits.take(1_000, 50.0) == 0.0
-    assert credits.take(500, 10.0) == pytest.approx(5.0)
-    assert credits.take(0, 50.0) == pytest.approx(5.0)
-
-
 def test_private_channels_are_asked_for_by_a_call_of_their_own() -> None:
     calls = list(plan_calls(["user.portfolio.any", "quote.X", "user.lock"]))
     assert [(call.method, call.channels) for call in calls] == [("public/subscribe", 1), ("private/subscribe", 2)]
@@ -131,7 +88,7 @@ def test_a_plan_counts_calls_time_and_login(tmp_path: Path) -> None:
     (pool,) = plan.pools
     assert (pool.host, pool.login, pool.connections, pool.calls) == ("www.deribit.com", "DESK", ("a", "b"), 12)
     assert pool.seconds == pytest.approx(0.9)
-    assert any("2 connections draw on one pool" in note for note in plan.notes)
+    assert any("2 connections share one pool" in note for note in plan.notes)
     assert "hush" not in json.dumps(plan.to_map())
 
 
@@ -205,6 +162,9 @@ def test_patterns_are_planned_as_they_expand(tmp_path: Path) -> None:
     assert (first.publish, second.publish) == ("tcp://127.0.0.1:5610", "tcp://127.0.0.1:5611")
     assert first.rate == pytest.approx(second.rate, rel=0.25)
     assert not any("unexpanded" in note for note in plan.notes)
+    # Each of them asks for the two channels by which it hears of instruments, too.
+    asked = [sum(call.channels for call in connection.calls) for connection in plan.connections]
+    assert asked == [len(first.channels) + 2, len(second.channels) + 2, 0]
     unknown = make_plan(config, Listing(0, {}, {url: "nobody is there"}))
     assert unknown.patterns == (("a", "quote.A-*", None),)
     assert "a stays unexpanded: nobody is there" in unknown.notes

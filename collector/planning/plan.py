@@ -5,20 +5,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from collector.channels import parse_channel
+from collector.channels import LISTINGS, parse_channel
 from collector.config import Config, ConfigError, Connection, check_together
 from collector.config.patterns import Instrument
 from collector.limits import (
+    CALL_BURST,
     CALL_COST,
-    CALL_POOL,
+    CALL_REFILL,
     MAX_CONNECTIONS,
+    SUBSCRIBE_BURST,
     SUBSCRIBE_COST,
-    SUBSCRIBE_POOL,
     chunk_channels,
     estimate_seconds,
     measure_call,
 )  # fmt: skip
-from collector.planning.shards import estimate_rate, spread
+from collector.planning.shards import Spread, estimate_rate, spread
 
 BOOTSTRAP = ("public/hello", "public/set_heartbeat", "public/get_time")
 """Calls of each bootstrap besides subscribing."""
@@ -98,9 +99,19 @@ class Plan(NamedTuple):
 
 def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
     """Work out what a checked configuration would do. Raises ConfigError for what only shows in expanded patterns."""
-    patterns, expanded = _expand(config, listing)
-    connections = tuple(map(_plan_connection, expanded))
+    expanded = [(connection, _expand(connection, config, listing)) for connection in config.connections]
+    shards = [shard for _, found in expanded for shard in found.shards]
+    check_together(shards, str(config.path), config.control, config.exchange.port if config.exchange else None)
+    patterns = tuple(
+        PlannedPattern(connection.name, pattern, found.found.get(pattern))
+        for connection, found in expanded for pattern in connection.patterns
+    )  # fmt: skip
+    connections = tuple(
+        _plan_connection(shard, LISTINGS if connection.patterns else ())
+        for connection, found in expanded for shard in found.shards
+    )  # fmt: skip
     pools = tuple(_plan_pools(connections))
+    notes = _find_notes(connections, pools, {each.connection for each in patterns})
     return Plan(
         path=str(config.path),
         runtime_dir=str(config.runtime_dir),
@@ -110,30 +121,19 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
         connections=connections,
         pools=pools,
         connections_limit=MAX_CONNECTIONS,
-        notes=(
-            *_find_unexpanded(config, listing),
-            *_find_notes(connections, pools, {each.connection for each in patterns}),
-        ),
+        notes=(*_find_unexpanded(config, listing), *notes),
     )
 
 
-def _expand(config: Config, listing: Listing) -> tuple[tuple[PlannedPattern, ...], list[Connection]]:
-    patterns: list[PlannedPattern] = []
-    expanded: list[Connection] = []
-    for connection in config.connections:
-        listed = listing.listed.get(connection.url)
-        if not connection.patterns or listed is None:
-            patterns += [PlannedPattern(connection.name, pattern, None) for pattern in connection.patterns]
-            expanded.append(connection)
-            continue
-        try:
-            found, shards = spread(connection, listed, listing.now)
-        except ConfigError as error:
-            raise ConfigError(f"{config.path}: {error}") from None
-        patterns += [PlannedPattern(connection.name, pattern, number) for pattern, number in found.items()]
-        expanded += shards
-    check_together(expanded, str(config.path), config.control, config.exchange.port if config.exchange else None)
-    return tuple(patterns), expanded
+def _expand(connection: Connection, config: Config, listing: Listing) -> Spread:
+    """What runs in the place of a connection: itself, where it has no patterns or the exchange's list is not known."""
+    listed = listing.listed.get(connection.url)
+    if not connection.patterns or listed is None:
+        return Spread({}, [connection])
+    try:
+        return spread(connection, listed, listing.now)
+    except ConfigError as error:
+        raise ConfigError(f"{config.path}: {error}") from None
 
 
 def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
@@ -143,8 +143,9 @@ def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
             yield f"{connection.name} stays unexpanded: {why}"
 
 
-def _plan_connection(connection: Connection) -> PlannedConnection:
-    calls = tuple(plan_calls(connection.channels))
+def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> PlannedConnection:
+    """Plan one connection, which asks for some channels `besides` its own."""
+    calls = tuple(plan_calls(dict.fromkeys([*connection.channels, *besides])))
     return PlannedConnection(
         name=connection.name,
         url=connection.url,
@@ -189,7 +190,7 @@ def _plan_pools(connections: Iterable[PlannedConnection]) -> Iterable[Pool]:
     for (host, login), group in members.items():
         calls = sum(len(connection.calls) for connection in group)
         others = sum(len(connection.bootstrap) for connection in group)
-        seconds = max(estimate_seconds(calls), estimate_seconds(others, CALL_COST, CALL_POOL))
+        seconds = max(estimate_seconds(calls), estimate_seconds(others, CALL_COST, CALL_BURST, CALL_REFILL))
         yield Pool(host, login, tuple(connection.name for connection in group), calls, seconds)
 
 
@@ -206,10 +207,10 @@ def _find_notes(
         if not connection.channels and connection.name not in patterned:
             yield f"{connection.name} has no channels until control subscribes it to some"
     for pool in pools:
-        if pool.calls * SUBSCRIBE_COST > SUBSCRIBE_POOL and len(pool.connections) > 1:
+        if pool.calls * SUBSCRIBE_COST > SUBSCRIBE_BURST and len(pool.connections) > 1:
             yield (
-                f"{len(pool.connections)} connections draw on one pool of credits at {pool.host} and make "
-                f"{pool.calls} subscribe calls, more than the 10 it allows at once"
+                f"{len(pool.connections)} connections share one pool of credits at {pool.host}: of {pool.calls} "
+                f"subscribe calls {SUBSCRIBE_BURST // SUBSCRIBE_COST} go at once, the rest in turn"
             )
         if not pool.login and pool.host != "practice":
             yield f"{pool.host} without login: what it allows an address is unpublished; reckoned as for an account"

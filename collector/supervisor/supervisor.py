@@ -54,6 +54,7 @@ class Supervisor:
         self._log_level = log_level
         self._spawner = Spawner()
         self._epochs: dict[str, int] = {}
+        self._pools: dict[tuple[str, str | None], int] = {}
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
@@ -63,6 +64,7 @@ class Supervisor:
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
         watching = asyncio.create_task(self._watch())
+        self._remove_pools()  # what a killed supervisor left is out of date
         try:
             if self.config.exchange is not None:
                 self._start_exchange()
@@ -73,6 +75,7 @@ class Supervisor:
             await self._stop()
             watching.cancel()
             self._spawner.close()
+            self._remove_pools()
 
     @property
     def is_stopping(self) -> bool:
@@ -167,8 +170,19 @@ class Supervisor:
             "connection": connection.to_map() | {"url": self.resolve_url(connection)},
             "channels": list(entry.channels),
             "follow": entry.follower is not None,
+            "pool": self._find_pool(connection),
             "credentials": {"client_id": login.client_id, "client_secret": login.client_secret} if login else None,
         }
+
+    def _find_pool(self, connection: Connection) -> str:
+        """Where the credits lie that a connection shares with all that use the same key (or none) at the same host."""
+        host = urlsplit(self.resolve_url(connection)).netloc
+        number = self._pools.setdefault((host, connection.credentials), len(self._pools) + 1)
+        return str(self.config.runtime_dir / f"credits-{number}")
+
+    def _remove_pools(self) -> None:
+        for path in self.config.runtime_dir.glob("credits-*"):
+            path.unlink(missing_ok=True)
 
     def _build_spec(self, keeper: Keeper) -> dict[str, Any]:
         return {

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from collector.limits import SUBSCRIBE_COST, Credits
+from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import Send
 from workers.deribit.connection.subscriptions import Call, Subscriptions
 from workers.deribit.connection.together import do_together
@@ -27,7 +28,8 @@ class Reconciler:
         self._send = send
         self._confirm = confirm
         self._refuse = refuse
-        self.credits = Credits(now=time.monotonic())
+        self.credits: Pool = Credits(since=time.monotonic())
+        self._turn = asyncio.Lock()
         self._lives = 0
 
     def end(self) -> None:
@@ -77,7 +79,9 @@ class Reconciler:
 
     async def _wait_for_credits(self) -> None:
         life = self._lives
-        await asyncio.sleep(self.credits.take(SUBSCRIBE_COST, time.monotonic()))
+        async with self._turn:  # calls keep their order
+            if life == self._lives:
+                await pay(self.credits, SUBSCRIBE_COST)
         if life != self._lives:  # the next life asks for everything by itself, and in its own order
             raise Lost("the connection ended before the turn of the call came")
 

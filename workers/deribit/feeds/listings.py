@@ -7,9 +7,6 @@ from workers.deribit.feeds.frames import read_any
 from workers.deribit.feeds.normalise import EventFeed
 from workers.deribit.publishing.streams import Published, Topics
 
-LISTINGS = ("instrument.state.any.any", "instrument.creation.any.any")
-"""The channels that say so, whatever the patterns are."""
-
 MAX_EVENTS = 20_000
 """Events that wait for the next beat; what is beyond them, the regular look at the exchange's list finds."""
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import msgspec
 
-from collector.limits import CALL_COST, CALL_POOL, Credits
+from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
+from workers.deribit.connection.credits import pay
 from workers.deribit.feeds.frames import TradeData, convert_laxly
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
@@ -37,7 +38,6 @@ class Healer:
     def __init__(self, client: Client, publisher: Publisher) -> None:
         self._client = client
         self._publisher = publisher
-        self._credits = Credits(CALL_POOL // 2, now=time.monotonic())
         self._waiting: dict[TradeFeed, None] = {}
         self._called = asyncio.Event()
         self.repaired = 0
@@ -105,7 +105,7 @@ class Healer:
     async def _send_patiently(self, ask: Ask) -> Any:
         """Settlement or maintenance may last: while the exchange asks for patience it gets it."""
         for patience in (*PATIENCE, None):
-            await asyncio.sleep(self._credits.take(CALL_COST, time.monotonic()))
+            await pay(self._client.session.credits, CALL_COST, reserve=CALL_BURST / 2)  # bootstraps come first
             try:
                 return await self._client.send(ask.method, ask.params)
             except ExchangeError as error:

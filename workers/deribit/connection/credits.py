@@ -1,0 +1,79 @@
+"""Credits that several workers share: Deribit counts them for an account, or for an address where nobody logs in.
+
+A pool lies in a file, which the workers lock in turn for the moment of a look at it. So it holds whoever starts,
+reconnects or is killed, and whenever. It goes by the monotonic clock, which is one for all processes of a machine.
+"""
+
+import asyncio
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from collector.limits import CALL_BURST, CALL_REFILL, REFILL, SUBSCRIBE_BURST, Credits
+
+_STATE = struct.Struct("dddd")
+
+MOMENT = 0.002
+"""Seconds after which to look again at a pool that another worker looks at just now."""
+
+
+class Pool(Protocol):
+    """Credits of this process alone, or shared ones."""
+
+    def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
+        """See Credits.take."""
+
+    def shrink(self) -> None:
+        """See Credits.shrink."""
+
+
+async def pay(pool: Pool, cost: float, reserve: float = 0.0) -> None:
+    """Wait until the credits of a call are there, and take them."""
+    while wait := pool.take(cost, time.monotonic(), reserve):
+        await asyncio.sleep(wait)
+
+
+class SharedCredits:
+    """A pool in a file. It is full when the first worker makes the file. Raises OSError if it cannot be had."""
+
+    def __init__(self, path: str, burst: float, refill: float) -> None:
+        self._credits = Credits(burst, refill, time.monotonic())
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.posix_fallocate(self._file, 0, _STATE.size)  # zeros, or what is there: no look can fail on a full disk
+
+    def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
+        """See Credits.take."""
+        try:
+            with self._look() as credits:
+                return credits.take(cost, now, reserve)
+        except BlockingIOError:
+            return MOMENT
+
+    def shrink(self) -> None:
+        """See Credits.shrink."""
+        with self._look(fcntl.LOCK_EX) as credits:
+            credits.shrink()
+
+    @contextmanager
+    def _look(self, lock: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> Iterator[Credits]:
+        """The pool as it is for all. Raises BlockingIOError while another worker looks at it."""
+        fcntl.flock(self._file, lock)
+        try:
+            credits = self._credits
+            state = _STATE.unpack(os.pread(self._file, _STATE.size, 0))
+            if state[0]:
+                credits.burst, credits.level, credits.since, credits.is_spent = *state[:3], bool(state[3])
+            yield credits
+            os.pwrite(self._file, _STATE.pack(credits.burst, credits.level, credits.since, credits.is_spent), 0)
+        finally:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+def share_pools(path: str) -> tuple[SharedCredits, SharedCredits]:
+    """The pools that lie beside `path`: of subscribing, and of all other calls."""
+    subscribing = SharedCredits(f"{path}.subscribe", SUBSCRIBE_BURST, REFILL)
+    return subscribing, SharedCredits(f"{path}.calls", CALL_BURST, CALL_REFILL)
