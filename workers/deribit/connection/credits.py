@@ -15,7 +15,7 @@ from typing import Protocol
 
 from collector.limits import CALL_BURST, CALL_REFILL, REFILL, SUBSCRIBE_BURST, Credits
 
-_STATE = struct.Struct("dddd")
+_STATE = struct.Struct("ddd?")
 
 MOMENT = 0.002
 """Seconds after which to look again at a pool that another worker looks at just now."""
@@ -43,7 +43,8 @@ class SharedCredits:
     def __init__(self, path: str, burst: float, refill: float) -> None:
         self._credits = Credits(burst, refill, time.monotonic())
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.posix_fallocate(self._file, 0, _STATE.size)  # zeros, or what is there: no look can fail on a full disk
+        with self._look(fcntl.LOCK_EX):
+            pass  # the first look makes the room that all later ones need: only this one can fail on a full disk
 
     def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
         """See Credits.take."""
@@ -64,9 +65,8 @@ class SharedCredits:
         fcntl.flock(self._file, lock)
         try:
             credits = self._credits
-            state = _STATE.unpack(os.pread(self._file, _STATE.size, 0))
-            if state[0]:
-                credits.burst, credits.level, credits.since, credits.is_spent = *state[:3], bool(state[3])
+            if state := os.pread(self._file, _STATE.size, 0):
+                credits.burst, credits.level, credits.since, credits.is_spent = _STATE.unpack(state)
             yield credits
             os.pwrite(self._file, _STATE.pack(credits.burst, credits.level, credits.since, credits.is_spent), 0)
         finally:
