@@ -175,7 +175,8 @@ async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> 
     settings: dict[str, Any] = {"heartbeat_interval": 0.5, "timeout": 0.7}
     async with connected(practice, "heartbeat_floor:0.5,half_open:1", channels=[QUOTE], **settings) as (_, ear):
         await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
-        reason = ear.find("backoff")[0]
+        # On a busy machine a connection may take longer than 0.7 s: that is said too, and is not what this is about.
+        reason = next(reason for reason in ear.find("backoff") if not reason.startswith("no connection within"))
         assert reason.endswith("no answer to public/test")
         assert float(re.findall(r"[\d.]+", reason)[0]) >= 1.45
         await ear.wait_frames([QUOTE])

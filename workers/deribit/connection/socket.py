@@ -4,13 +4,13 @@ Text goes out; frames come in by all that was read from the system together.
 """
 
 import asyncio
-from collections.abc import Coroutine, Mapping
+import types
+from collections.abc import Generator, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
 import aiohttp
 
-from workers.deribit.connection.together import Resumed
 from workers.deribit.rpc.errors import Lost
 
 MAX_FRAME = 16 << 20
@@ -31,8 +31,10 @@ class Socket:
     def __init__(self, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse[Any]) -> None:
         self._session = session
         self._socket = socket
-        self._taking: tuple[Coroutine[Any, Any, Any], Any] | None = None
-        self._end: aiohttp.WSMessage | None = None
+        self._frames: list[bytes] = []
+        self._end: Any = None
+        self._pump = self._take_frames()
+        self._waits_for: Any = None
 
     @classmethod
     async def open(cls, url: str, headers: Mapping[str, str], timeout: float) -> Self:
@@ -57,31 +59,43 @@ class Socket:
 
         What came before the end is given first; then it raises Lost, which says how it ended.
         """
-        frames: list[bytes] = []
-        receive = self._socket.receive
-        message = await self._receive()
-        while message.type is TEXT or message.type is BINARY:
-            frames.append(message.data)
-            taking = receive()
-            try:
-                # Stepped by hand, since only so it shows whether it has to wait: then all that was read has been taken.
-                waits_for = taking.send(None)
-            except StopIteration as done:
-                message = done.value
-            else:
-                self._taking = (taking, waits_for)
-                return frames
-        self._end = message
+        if self._end is None:
+            await self._drive()
+        frames, self._frames = self._frames, []
         if frames:
             return frames
-        raise Lost(self._explain_end(message))
+        raise Lost(self._explain_end(self._end))
 
-    async def _receive(self) -> Any:
-        """The next message: what the last reading began to wait for, or the end that it met."""
-        if self._end is not None:
-            return self._end
-        taking, self._taking = self._taking, None
-        return await (self._socket.receive() if taking is None else Resumed(*taking))
+    async def _take_frames(self) -> Any:
+        """Take frames until the end of the socket; return what ended it."""
+        receive = self._socket.receive
+        while True:
+            message = await receive()
+            if message.type is TEXT or message.type is BINARY:
+                self._frames.append(message.data)
+            else:
+                return message
+
+    @types.coroutine
+    def _drive(self) -> Generator[Any, Any, None]:
+        """Let `_take_frames` run until it has some and has to wait: then all that was read has been taken.
+
+        A coroutine stepped by hand shows when it waits. This step is the only cost of knowing it, once a read.
+        """
+        pump, waits_for, self._waits_for = self._pump, self._waits_for, None
+        try:
+            waits_for = waits_for or pump.send(None)
+            while not self._frames:
+                try:
+                    sent = yield waits_for
+                except BaseException as error:  # also a cancellation is the coroutine's to answer
+                    waits_for = pump.throw(error)
+                else:
+                    waits_for = pump.send(sent)
+        except StopIteration as done:
+            self._end = done.value
+        else:
+            self._waits_for = waits_for
 
     def _explain_end(self, message: Any) -> str:
         if message.type is aiohttp.WSMsgType.ERROR:
@@ -92,9 +106,7 @@ class Socket:
 
     async def close(self) -> None:
         """Close in order; cut if the peer does not answer the close frame for CLOSE_TIMEOUT."""
-        taking, self._taking = self._taking, None
-        if taking is not None:
-            taking[0].close()  # aiohttp must not believe that somebody is reading still
+        self._pump.close()  # aiohttp must not believe that somebody is reading still
         with suppress(TimeoutError, *CUT):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._socket.close()

@@ -1,7 +1,7 @@
-"""Coroutines taken in hand: several at once, of which none may outlive the failure of another; one begun by hand."""
+"""Several things at once, of which none may outlive the failure of another."""
 
 import asyncio
-from collections.abc import Coroutine, Generator
+from collections.abc import Coroutine
 from typing import Any
 
 
@@ -13,24 +13,3 @@ async def do_together(*works: Coroutine[Any, Any, None]) -> None:
                 group.create_task(work)
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-
-
-class Resumed:
-    """A coroutine that was stepped once by hand and had to wait: `await Resumed(it, what_it_waits_for)` goes on."""
-
-    def __init__(self, coroutine: Coroutine[Any, Any, Any], waits_for: Any) -> None:
-        self._coroutine = coroutine
-        self._waits_for = waits_for
-
-    def __await__(self) -> Generator[Any, Any, Any]:
-        waits_for = self._waits_for
-        while True:
-            try:
-                try:
-                    sent = yield waits_for
-                except BaseException as error:  # also a cancellation is the coroutine's to answer
-                    waits_for = self._coroutine.throw(error)
-                else:
-                    waits_for = self._coroutine.send(sent)
-            except StopIteration as done:
-                return done.value
