@@ -41,6 +41,8 @@ SAMPLE_EVERY = 5_000_000
 
 def create_worker(spec: dict[str, Any]) -> "Worker":
     """The worker that a spec describes (see workers.actor)."""
+    if spec["scheduling"] == "batch":
+        schedule_in_batch()
     return Worker(spec)
 
 
@@ -53,13 +55,24 @@ def schedule_in_batch() -> None:
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
+def create_client(spec: dict[str, Any], listener: Listener) -> Client:
+    """The WebSocket that a spec describes."""
+    settings, login = spec["connection"], spec.get("credentials")
+    client = Client(
+        settings["url"], settings["headers"], settings["timeout"], settings["retry_count"],
+        settings["retry_delay"], settings["heartbeat_interval"],
+        login=Login(login["client_id"], login["client_secret"]) if login else None,
+        cancel_on_disconnect=settings["cancel_on_disconnect"], read_pause=spec["read_pause"], listener=listener,
+    )  # fmt: skip
+    if pool := spec.get("pool"):
+        client.reconciler.credits, client.session.credits = share_pools(pool)
+    return client
+
+
 class Worker(Listener):
     """One connection of the configuration."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        if spec["scheduling"] == "batch":
-            schedule_in_batch()
-        settings, login = spec["connection"], spec.get("credentials")
         self.name: str = spec["name"]
         self.epoch: int = spec["epoch"]
         self.feeds: dict[bytes, Feed] = {}
@@ -72,16 +85,9 @@ class Worker(Listener):
         self._sampled = 0
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
-        self.publisher = Publisher(settings["publish"], settings["queue"], self.ledger)
+        self.publisher = Publisher(spec["connection"]["publish"], spec["connection"]["queue"], self.ledger)
         self.joins = Joins(self.publisher, self.topics)
-        self.client = Client(
-            settings["url"], settings["headers"], settings["timeout"], settings["retry_count"],
-            settings["retry_delay"], settings["heartbeat_interval"],
-            login=Login(login["client_id"], login["client_secret"]) if login else None,
-            cancel_on_disconnect=settings["cancel_on_disconnect"], read_pause=spec["read_pause"], listener=self,
-        )  # fmt: skip
-        if pool := spec.get("pool"):
-            self.client.reconciler.credits, self.client.session.credits = share_pools(pool)
+        self.client = create_client(spec, self)
         self.healer = Healer(self.client, self.publisher)
         self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
         self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
@@ -307,13 +313,18 @@ class Worker(Listener):
                 feed.lose("disconnect", self.client.read_clock())
                 self.statuses.tell(feed, "recovering", "disconnect")
             self.patrol.lose()
+        elif state == "live":
+            self.patrol.begin()
         self.statuses.tell_connection(state, reason)
 
     def confirm_channels(self, names: list[str]) -> None:
         """A channel with no state of its own to build up is live once the exchange sends it."""
         for name in names:
             feed = self.feeds.get(name.encode())
-            if feed is not None and feed.is_complete:
+            if feed is None:
+                continue
+            feed.rhythm.restart(time.time_ns())
+            if feed.is_complete:
                 self.statuses.tell(feed, "live", "")
             if isinstance(feed, ListingFeed):
                 self._events.append({"event": "listening"})
