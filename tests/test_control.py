@@ -303,6 +303,17 @@ def test_a_channel_that_would_feed_the_topic_of_another_is_refused_and_the_rest_
     shared.ask("unsubscribe", connection="slow", channels=["trades.future.BTC.100ms", "nonsense"])
 
 
+@pytest.mark.parametrize("op", ["subscribe", "unsubscribe"])
+def test_patterns_are_not_taken_for_channels(shared: Collected, op: str) -> None:
+    channels = ["quote.BTC-*", "ticker.{kind=option}.100ms", "quote.SOL_USDC-PERPETUAL"]
+    answer = shared.ask(op, connection="a", channels=channels)["channels"]
+    assert list(answer) == channels
+    assert [answer[name]["code"] for name in channels[:2]] == ["bad_request"] * 2
+    assert "patterns stand in the file" in answer["quote.BTC-*"]["message"]
+    assert answer["quote.SOL_USDC-PERPETUAL"] is True
+    shared.ask("unsubscribe", connection="a", channels=channels[2:])
+
+
 # connect and close
 
 

@@ -165,6 +165,10 @@ def test_a_connection_that_fails_for_good_leaves_the_others_running() -> None:
         assert failed["last_error"]["code"] == 13004
         assert run.wait_state("a")["restarts"] == 0
         assert run.refuse("send", connection="b", method="public/test").code == "not_connected"
+        refused = run.refuse("subscribe", connection="b", channels=["quote.ETH-PERPETUAL"])
+        assert (refused.code, "has ended for good (failed)" in refused.message) == ("not_connected", True)
+        assert run.ask("close", connection="b")["state"] == "failed"
+        assert list(run.ask("get_state")) == ["a"]
 
 
 def test_secrets_are_in_no_process_but_those_that_need_them() -> None:

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from collector.channels import parse_channel
+from collector.channels import Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
+from collector.config.patterns import is_pattern
 from collector.lifecycle import Exit
 from collector.messages import ControlError, Request
 from collector.supervisor.keeper import Keeper
@@ -22,6 +23,8 @@ LOOK = 500_000_000
 
 MAX_CHANNELS = 20_000
 """Channels that may be asked for on one connection."""
+
+NO_PATTERNS = "patterns stand in the file, or in the table of connect; here channels are named one by one"
 
 _METHOD = re.compile(r"(public|private)/[a-z0-9_]+\Z")
 _READING = re.compile(r"public/|private/get_")
@@ -57,6 +60,13 @@ class Commands:
         if entry is None:
             names = ", ".join(self._entries) or "none"
             raise ControlError("unknown_connection", f"no connection {str(name)[:60]!r}; there are: {names}")
+        return entry
+
+    def _find_lasting(self, name: str | None) -> Entry:
+        """One that is not over: what is wished of it will be carried out."""
+        entry = self._find(name)
+        if entry.keeper.is_over:
+            raise ControlError("not_connected", f"{name} has ended for good ({entry.keeper.state}); connect it anew")
         return entry
 
     # connect and close
@@ -102,6 +112,8 @@ class Commands:
                 await asyncio.shield(entry.keeping)
         except TimeoutError:
             raise ControlError("timeout", f"{entry.keeper.name} is still closing; it will be killed soon") from None
+        if self._entries.get(entry.keeper.name) is entry:
+            del self._entries[entry.keeper.name]  # one that had failed was still shown
         return self._describe(entry, {})
 
     # state
@@ -138,7 +150,7 @@ class Commands:
     # channels
 
     async def _subscribe(self, request: Request) -> dict[str, Any]:
-        entry = self._find(request.connection)
+        entry = self._find_lasting(request.connection)
         asked = list(dict.fromkeys(request.arguments["channels"]))
         results = self._admit(entry, asked)
         wanted = [name for name in asked if name not in results]
@@ -151,23 +163,27 @@ class Commands:
         places = Places(self._entries.values())
         for name in asked:
             try:
-                places.place(entry.keeper.name, parse_channel(name))
+                places.place(entry.keeper.name, _read_channel(name))
                 if name not in entry.channels and len(entry.channels) >= MAX_CHANNELS:
                     raise ValueError(f"{MAX_CHANNELS} channels are asked for on {entry.keeper.name} already")
             except ValueError as error:
-                refused[name] = {"code": "bad_request", "message": str(error)}
+                refused[name] = _refuse(str(error))
             else:
                 entry.channels[name] = None
         return refused
 
     async def _unsubscribe(self, request: Request) -> dict[str, Any]:
-        entry = self._find(request.connection)
+        entry = self._find_lasting(request.connection)
         names = list(dict.fromkeys(request.arguments["channels"]))
-        for name in names:
+        results: dict[str, Any] = {name: _refuse(NO_PATTERNS) for name in names if is_pattern(name)}
+        unwanted = [name for name in names if name not in results]
+        for name in unwanted:
             entry.channels.pop(name, None)
-        if entry.keeper.machine.state != "running":
-            return {"channels": dict.fromkeys(names, True)}  # nothing is subscribed now, and will not be
-        return {"channels": await self._pass_on(entry, request, names)}
+        if entry.keeper.machine.state == "running":
+            results |= await self._pass_on(entry, request, unwanted)
+        else:
+            results |= dict.fromkeys(unwanted, True)  # nothing is subscribed now, and will not be
+        return {"channels": {name: results[name] for name in names}}
 
     async def _pass_on(self, entry: Entry, request: Request, names: list[str]) -> dict[str, Any]:
         """Have the worker (un)subscribe; while there is none the wish stands, for its next life."""
@@ -192,6 +208,16 @@ class Commands:
             raise ControlError("forbidden", f"{method[:60]!r}: public/*, private/get_* and send_allow may be sent")
         arguments = {"method": method, "params": request.arguments.get("params") or {}}
         return await entry.keeper.ask("send", arguments, request.deadline)
+
+
+def _refuse(message: str) -> dict[str, str]:
+    return {"code": "bad_request", "message": message}
+
+
+def _read_channel(name: str) -> Channel:
+    if is_pattern(name):
+        raise ValueError(NO_PATTERNS)
+    return parse_channel(name)
 
 
 def is_sendable(method: str, allowed: Iterable[str]) -> bool:
