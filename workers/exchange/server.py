@@ -71,9 +71,9 @@ class Server:
         try:
             while not stopped.is_set():
                 now = time.time()
-                self.exchange.advance(int(now * 1000))
                 for connected in list(self._sockets):
                     connected.connection.tick(now)
+                self.exchange.advance(int(now * 1000))  # after it: what is sent has the time that it is now
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(stopped.wait(), STEP)
         finally:

@@ -141,6 +141,10 @@ class Connection:
         number = self.session.number
         self._exchange.oracle.note("fault", connection=number, fault=fault, channel=frame.channel, **ids)
 
+    def _report_request(self, fault: str, call: Call, now: float) -> None:
+        number, ms = self.session.number, int(now * 1000)
+        self._exchange.oracle.note("fault", connection=number, fault=fault, method=call.method, timestamp=ms)
+
     # In
 
     def find_pause(self, text: str | bytes) -> float:
@@ -167,9 +171,8 @@ class Connection:
             return
         if find_failure(self._faults, "no_reply", call.method, self._counts) is None:
             self._carry_out(call, now)
-            return
-        number, ms = self.session.number, int(now * 1000)
-        self._exchange.oracle.note("fault", connection=number, fault="no_reply", method=call.method, timestamp=ms)
+        else:
+            self._report_request("no_reply", call, now)
 
     def _carry_out(self, call: Call, now: float) -> None:
         try:
@@ -196,6 +199,7 @@ class Connection:
             raise RpcError(10028)
         failure = find_failure(self._faults, "error", call.method, self._counts)
         if failure is not None:
+            self._report_request("error", call, now)
             raise RpcError(int(failure.value))
         if "maintenance" in self._done:
             raise RpcError(11051)
