@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from collector.cli.options import control_option, exit_on_error, json_option, timeout_option
+from collector.cli.options import asking_options, control_option, exit_on_error, timeout_option
 from collector.cli.render import printable
 from collector.client.control import Control
 
@@ -18,9 +18,7 @@ COLORS = {"live": "green", "failed": "red", "closed": "red", "backoff": "yellow"
 
 @click.command()
 @click.argument("name", required=False)
-@control_option
-@timeout_option("5s")
-@json_option
+@asking_options("5s")
 def state(name: str | None, control: str | None, timeout: float, as_json: bool) -> None:
     """Show how all connections are, or all there is to know of one."""
     with exit_on_error(), Control(control, timeout) as asked:
@@ -41,9 +39,7 @@ def state(name: str | None, control: str | None, timeout: float, as_json: bool) 
 @click.option("--url", help="Where to connect, e.g. wss://www.deribit.com/ws/api/v2.")
 @click.option("--publish", metavar="ENDPOINT", help="Where to publish [default: NAME.pub in the runtime directory].")
 @click.option("--set", "settings", metavar="KEY=VALUE", multiple=True, help="Any further key of the table; repeatable.")
-@control_option
-@timeout_option("30s")
-@json_option
+@asking_options("30s")
 def connect(
     name: str, channels: tuple[str, ...], file: Path | None, url: str | None, publish: str | None,
     settings: tuple[str, ...], control: str | None, timeout: float, as_json: bool,
@@ -66,24 +62,20 @@ def connect(
             print_state(asked.connect(table), as_json)
 
 
-@click.command()
-@click.argument("name")
-@click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
-@control_option
-@timeout_option("5s")
-@json_option
+def channel_command(act: Callable[..., None]) -> click.Command:
+    """A command that changes the channels of one connection."""
+    channels = click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
+    return click.command()(click.argument("name")(channels(asking_options("5s")(act))))
+
+
+@channel_command
 def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
     """Subscribe a connection to further channels."""
     with exit_on_error(), Control(control, timeout) as asked:
         print_channels(asked.subscribe(name, channels), "subscribed", as_json)
 
 
-@click.command()
-@click.argument("name")
-@click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
-@control_option
-@timeout_option("5s")
-@json_option
+@channel_command
 def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
     """Give channels of a connection up."""
     with exit_on_error(), Control(control, timeout) as asked:
@@ -115,9 +107,7 @@ def send(name: str, method: str, params: str | None, control: str | None, timeou
 
 @click.command()
 @click.argument("name")
-@control_option
-@timeout_option("10s")
-@json_option
+@asking_options("10s")
 def close(name: str, control: str | None, timeout: float, as_json: bool) -> None:
     """End a connection and its worker for good; the others go on."""
     with exit_on_error(), Control(control, timeout) as asked:

@@ -51,6 +51,11 @@ def timeout_option(default: str) -> Callable[[Any], Any]:
     )  # fmt: skip
 
 
+def asking_options(timeout: str) -> Callable[[Any], Any]:
+    """The options of a command that asks a running collector: where it is, how long to wait, how to print."""
+    return lambda command: control_option(timeout_option(timeout)(json_option(command)))
+
+
 def for_option(default: str | None) -> Callable[[Any], Any]:
     """The option for how long messages are read."""
     return click.option(
