@@ -15,14 +15,13 @@ from collector.config import (
     Connection,
     build_config,
     check_together,
-    default_control,
-    default_runtime_dir,
     describe_keys,
     load_config,
     read_connection,
     take_secrets,
 )
 from collector.config.keys import KEYS
+from collector.defaults import default_control, default_runtime_dir
 from tests.support import REPOSITORY
 
 URL = "wss://www.deribit.com/ws/api/v2"

@@ -10,6 +10,7 @@ from typing import Any, Self
 
 import zmq
 
+from collector.defaults import default_control
 from collector.messages import ControlError, decode_reply, encode
 
 MAX_REPLY = 64 << 20
@@ -48,7 +49,7 @@ class Control(OwnSocket):
 
     def __init__(self, endpoint: str | None = None, timeout: float = 5.0) -> None:
         super().__init__(zmq.REQ)
-        self.endpoint = endpoint or find_control()
+        self.endpoint = endpoint or default_control(os.environ)
         self.timeout = timeout
         # A lost reply must not block the next request, and a late one must not be taken for its answer.
         self.socket.setsockopt(zmq.REQ_RELAXED, 1)
@@ -115,16 +116,6 @@ class Control(OwnSocket):
             f"nobody answered at {self.endpoint} within {self.timeout:g} s; is a collector running there, and is it "
             "not stopped? (collector run FILE; --control or COLLECTOR_CONTROL names another endpoint)"
         )
-
-
-def find_control() -> str:
-    """The control endpoint that is asked unless one is given."""
-    given = os.environ.get("COLLECTOR_CONTROL")
-    if given:
-        return given
-    from collector.config import default_control  # only where it is needed: it takes longer than the request
-
-    return default_control(os.environ)
 
 
 def check_listener(endpoint: str) -> None:

@@ -8,13 +8,11 @@ from collector.config.reader import (
     Connection,
     Exchange,
     build_config,
-    default_control,
-    default_runtime_dir,
     load_config,
     read_connection,
 )
 
 __all__ = [
     "Config", "ConfigError", "Connection", "Credentials", "Exchange", "build_config", "check_together",
-    "default_control", "default_runtime_dir", "describe_keys", "load_config", "read_connection", "take_secrets",
+    "describe_keys", "load_config", "read_connection", "take_secrets",
 ]  # fmt: skip

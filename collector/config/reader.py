@@ -25,6 +25,7 @@ from collector.config.keys import (
 )
 from collector.config.patterns import is_pattern, parse_pattern
 from collector.config.urls import PRACTICE, check_headers, check_url
+from collector.defaults import default_runtime_dir
 
 MAX_FILE = 16 << 20
 """Bytes of a configuration file."""
@@ -104,17 +105,6 @@ class Config:
     exchange: Exchange | None
     connections: tuple[Connection, ...]
     secrets: Mapping[str, Credentials] = field(repr=False)
-
-
-def default_runtime_dir(environ: Mapping[str, str]) -> Path:
-    """Where sockets, lock and ledgers lie unless the file says otherwise."""
-    base = environ.get("XDG_RUNTIME_DIR", "")
-    return Path(base, "collector") if base.startswith("/") else Path(f"/tmp/collector-{os.getuid()}")
-
-
-def default_control(environ: Mapping[str, str]) -> str:
-    """The control endpoint to which commands go: COLLECTOR_CONTROL, else the one in the default runtime directory."""
-    return environ.get("COLLECTOR_CONTROL") or f"ipc://{default_runtime_dir(environ)}/control"
 
 
 def load_config(path: str | os.PathLike[str], environ: MutableMapping[str, str]) -> Config:
