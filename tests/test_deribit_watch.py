@@ -45,11 +45,12 @@ def test_too_few_samples_say_nothing() -> None:
 def test_an_outage_is_nobodys_silence() -> None:
     rhythm = Rhythm()
     last = beat(rhythm, SECOND, SECOND, SAMPLES + 1)
-    rhythm.forget_pause()
     later = last + 3600 * SECOND
-    rhythm.look(last)  # nothing new has come yet
-    assert not rhythm.is_broken(later)
-    end = beat(rhythm, later, SECOND, 3)
+    rhythm.restart(later)
+    rhythm.look(last + SECOND // 2)  # what came between the last look and the loss
+    assert not rhythm.is_broken(later + 19 * SECOND)
+    assert rhythm.is_broken(later + 21 * SECOND)  # asked for again, it has never come back
+    end = beat(rhythm, later + 10 * SECOND, SECOND, 3)
     assert not rhythm.is_broken(end + QUIET)
     assert rhythm.is_broken(end + 21 * SECOND)  # the hour away has not become a part of the rhythm
 
@@ -72,6 +73,19 @@ def test_lag_that_lasts_is_told_and_rising_lag_is_hopeless() -> None:
         watch.add((31 + second) * SECOND)
         hopeless.append(watch.end_second())
     assert hopeless == [False] * (LASTING - 1) + [True]
+
+
+def test_lag_that_is_great_but_does_not_rise_is_no_reason_to_leave() -> None:
+    watch = LagWatch()
+    for jitter in (0, 3, 1, 4, 1, 5, 9, 2, 6, 5):
+        watch.add(40 * SECOND + jitter * SECOND // 100)
+        assert not watch.end_second()
+    assert watch.is_lagging
+    slow = []
+    for second in range(40):
+        watch.add(40 * SECOND + second * SECOND // 10)
+        slow.append(watch.end_second())
+    assert slow == [False] * 31 + [True] * 9  # a slow rise is one as well
 
 
 def test_the_budget_of_resyncs_runs_out_and_comes_back() -> None:

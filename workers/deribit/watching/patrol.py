@@ -14,7 +14,7 @@ from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.watching.spread import Spread
 from workers.deribit.watching.statuses import REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, SECOND, LagWatch, ResyncBudget, Rhythm
@@ -102,11 +102,12 @@ class Patrol:
             ),
         )  # fmt: skip
 
+    def begin(self) -> None:
+        """The connection is live: its silence counts from now on, not that of the time when it was away."""
+        self._whole.restart(time.time_ns())
+
     def lose(self) -> None:
-        """The connection is gone: its silence is nobody's rhythm."""
-        for feed in self._feeds.values():
-            feed.rhythm.forget_pause()
-        self._whole.forget_pause()
+        """The connection is gone, and what was thought of it."""
         self._doubted.clear()
         self._late = LagWatch()
         self._was_lagging = False
@@ -158,6 +159,7 @@ class Patrol:
         finally:
             self._is_asking = False
         for feed in mute:
+            feed.rhythm.look(feed.last_ts)  # it may have spoken meanwhile
             if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
                 self._doubted[feed] = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
@@ -168,8 +170,8 @@ class Patrol:
         try:
             await self._client.send("public/test")
             status = await self._client.send("public/status")
-        except ExchangeError:
-            return True
+        except ExchangeError as error:
+            return find_reaction(error.code) is not Reaction.BACK_OFF  # that is: not now, not for anybody
         except (TimeoutError, Lost, NotConnected):
             return False
         return not (isinstance(status, dict) and str(status.get("locked", "")).lower() == "true")

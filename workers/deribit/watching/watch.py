@@ -17,6 +17,11 @@ LAGGING, TOO_FAR_BEHIND = 5 * SECOND, 30 * SECOND
 LASTING = 5
 """Seconds."""
 
+RISEN = 3 * SECOND
+"""Lag rises once it is so much above its least: less is a busy machine, or the clock's error."""
+
+NEVER = 1 << 63
+
 RECONNECT_ONCE_IN = 60 * SECOND
 """Time between reconnections that nothing but our own judgement asks for."""
 
@@ -25,34 +30,33 @@ class Rhythm:
     """How often something comes, by looks at the time it came last; looks are some seconds apart at most."""
 
     def __init__(self) -> None:
-        self._last = 0
+        self._since = 0
+        self._is_own = False
         self._mean = 0.0
         self._longest = 0
         self._samples = 0
-        self._before = 0
 
     def look(self, last_ts: int) -> None:
         """Take note of when it came last (0: never)."""
-        if last_ts in (self._last, self._before):
+        if last_ts <= self._since:
             return
-        if self._last:
-            interval = last_ts - self._last
+        if self._is_own:
+            interval = last_ts - self._since
             self._samples += 1
             # A mean that forgets slowly: the rhythm of the last hundred counts, not that of yesterday.
             self._mean += (interval - self._mean) / min(self._samples, 100)
             self._longest = max(interval, self._longest - self._longest // 100)
-        self._last = last_ts
+        self._since, self._is_own = last_ts, True
 
-    def forget_pause(self) -> None:
-        """The next interval is none of its own: the connection was away."""
-        self._before = self._last or self._before
-        self._last = 0
+    def restart(self, now: int) -> None:
+        """It has just been asked for: silence counts from now on, and the first interval is none of its own."""
+        self._since, self._is_own = now, False
 
     def is_broken(self, now: int) -> bool:
         """Whether the silence up to `now` is out of the rhythm."""
-        if self._samples < SAMPLES or not self._last:
+        if self._samples < SAMPLES:
             return False
-        return now - self._last > max(QUIET, MEANS * self._mean, LONGESTS * self._longest)
+        return now - self._since > max(QUIET, MEANS * self._mean, LONGESTS * self._longest)
 
 
 class LagWatch:
@@ -61,6 +65,7 @@ class LagWatch:
     def __init__(self) -> None:
         self._least: int | None = None
         self._lags: list[int] = []
+        self._least_far = NEVER
         self.is_lagging = False
 
     def add(self, lag: int) -> None:
@@ -74,8 +79,10 @@ class LagWatch:
         if least is None:
             return False
         self._lags = [*self._lags[1 - LASTING :], least]
-        self.is_lagging = len(self._lags) == LASTING and min(self._lags) > LAGGING
-        return self.is_lagging and min(self._lags) > TOO_FAR_BEHIND and self._lags[-1] > self._lags[0]
+        lasting = min(self._lags) if len(self._lags) == LASTING else 0
+        self.is_lagging = lasting > LAGGING
+        self._least_far = min(self._least_far, lasting) if lasting > TOO_FAR_BEHIND else NEVER
+        return least > self._least_far + RISEN
 
 
 class ResyncBudget:
