@@ -7,6 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 
+class Place(NamedTuple):
+    """CPUs: one for the measured program, one for all others; None leaves them to the system."""
+
+    measured: int | None
+    others: int | None
+
+
 class Usage(NamedTuple):
     """What a process has used so far: CPU (user and system, ns) and context switches of all its threads."""
 

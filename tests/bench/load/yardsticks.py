@@ -19,7 +19,7 @@ import msgpack
 import uvloop
 import zmq
 
-from tests.bench.tape import LAST_CHANNEL, LAST_SIZE
+from tests.bench.load.tape import LAST_CHANNEL, LAST_SIZE
 
 
 async def receive(ws: Any, publisher: zmq.Socket[bytes]) -> None:

@@ -14,8 +14,8 @@ import time
 from multiprocessing.connection import Connection
 from typing import Any
 
+from tests.bench.load.tape import DEEP_CHANNEL, MARK, Tape, frame_deep_snapshot, frame_text, last_payload
 from tests.bench.place import pin, set_timer_slack
-from tests.bench.tape import MARK, Tape, frame_text, last_payload
 
 CHUNK = 512
 """Frames in one write at full speed: some 200 KB."""
@@ -77,6 +77,7 @@ class Server:
 
     def __init__(self, tape: Tape, pipe: Connection) -> None:
         self.tape = tape
+        self.deep = frame_deep_snapshot(time.time_ns() // 1_000_000)
         self.pipe = pipe
         self.clients: dict[int, Client] = {}
         self.running = True
@@ -117,10 +118,6 @@ class Server:
                 self.play(self.play_full, **arguments)
             case "paced":
                 self.play(self.play_paced, **arguments)
-            case "cut":
-                self.report("cut")
-                for client in list(self.clients.values()):
-                    self.drop(client)
             case _:
                 self.running = False
 
@@ -130,7 +127,6 @@ class Server:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.clients[sock.fileno()] = Client(sock)
         self.selector.register(sock, selectors.EVENT_READ)
-        self.report("accepted")
 
     def drop(self, client: Client) -> None:
         """Forget a client and cut it."""
@@ -181,7 +177,9 @@ class Server:
         reply |= {"usIn": now, "usOut": now, "usDiff": 1, "testnet": False}
         out = [frame_text(json.dumps(reply, separators=(",", ":")))]
         for channel in sorted(client.channels - before):
-            if channel.startswith("book."):
+            if channel == DEEP_CHANNEL:
+                out.append(self.deep)
+            elif channel.startswith("book."):
                 out.append(self.tape.take_snapshot(channel.split(".")[1], now // 1000))
         client.socket.sendall(b"".join(out))
         if client.channels != before:

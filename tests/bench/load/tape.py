@@ -22,6 +22,9 @@ MARK = 10**15
 LAST_CHANNEL = "quote.LAST-PERPETUAL"
 """The frame on this channel ends a run."""
 
+DEEP_CHANNEL, DEEP_LEVELS = "book.DEEP-PERPETUAL.100ms", 5_000
+"""A book that is not on the tape: nothing but its snapshot, with so many levels a side, comes to who subscribes."""
+
 _CHANGE_ID, _TRADE_SEQ = 193_000_000_000, 200_000_000
 _SIDE = 80  # price levels a side that a book may have; half of them are there at first
 
@@ -133,8 +136,8 @@ class Tape:
         return text
 
     def _change_levels(self, book: Book) -> list[str]:
-        """Change one to four levels; the first change is no deletion, since its amount is the mark."""
-        texts: list[list[tuple[int, str]]] = [[], []]
+        """Change one to four levels; the first one bears the mark, so it is no deletion and stands first."""
+        texts: list[list[tuple[bool, int, str]]] = [[], []]
         first = self._random.randrange(2)
         for n in range(self._random.choices((1, 2, 3, 4), (60, 25, 10, 5))[0]):
             side = first if n == 0 else self._random.choice((first, 1))
@@ -144,8 +147,8 @@ class Tape:
             book.present[side][level] = not gone
             action = "delete" if gone else "change" if there else "new"
             amount = "0.0" if gone else f"{self._random.randrange(1, 50000)}.0"
-            texts[side].append((level, f'["{action}",{book.prices[side][level]:.10g},{amount}]'))
-        return _mark_first([",".join(text for _, text in sorted(side)) for side in texts])
+            texts[side].append((n > 0, level, f'["{action}",{book.prices[side][level]:.10g},{amount}]'))
+        return _mark_first([",".join(text for _, _, text in sorted(side)) for side in texts])
 
     def _write_trade(self, index: int) -> str:
         name, (mid, tick) = self.names[index], _price(self.names[index])
@@ -272,6 +275,19 @@ def last_payload(now_ms: int) -> str:
 
 LAST_SIZE = len(last_payload(0))
 """Bytes of that message."""
+
+DEEP_SIZE = DEEP_LEVELS * 20
+"""Only messages that hold the deep book have as many bytes."""
+
+
+def frame_deep_snapshot(now_ms: int) -> bytes:
+    """The frame of the deep book's snapshot."""
+    sides = [
+        ",".join(f'["new",{price},{n % 977 + 1}.0]' for n, price in enumerate(prices))
+        for prices in ((50_000 - n / 2 for n in range(DEEP_LEVELS)), (50_000.5 + n / 2 for n in range(DEEP_LEVELS)))
+    ]
+    data = f'"change_id":{_CHANGE_ID},"instrument_name":"DEEP-PERPETUAL","bids":[{sides[0]}],"asks":[{sides[1]}]'
+    return frame_text(_envelope(DEEP_CHANNEL, f'{{"timestamp":{now_ms},"type":"snapshot",{data}}}'))
 
 
 def _add(data: bytearray, places: tuple[int, ...], width: int, step: int) -> None:
