@@ -106,6 +106,14 @@ def test_refused_channel_is_named_and_ends_with_1(control: str) -> None:
     get_output(control, "unsubscribe", "index", good)
 
 
+def test_state_names_a_channel_that_the_exchange_refuses(control: str) -> None:
+    assert call(control, "subscribe", "index", "quote.NOBODY").returncode == 1
+    last = get_output(control, "state").splitlines()[-1]
+    assert last.startswith("index: 1 channel refused: quote.NOBODY: the exchange left it out")
+    get_output(control, "unsubscribe", "index", "quote.NOBODY")
+    assert "refused" not in get_output(control, "state")
+
+
 def test_send_prints_the_exchanges_result(control: str) -> None:
     params = json.dumps({"instrument_name": "BTC-PERPETUAL"})
     assert (

@@ -1,5 +1,6 @@
 """The supervisor as a whole program: starts, restarts, gives up, stops, leaves nothing behind."""
 
+import re
 import signal
 import socket
 import stat
@@ -254,6 +255,15 @@ def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_li
         with running(*collector("run", str(write_config(directory, {"a": DEAD})))) as program:
             assert program.wait_exit() == 1
             assert words in program.err[-1]
+
+
+def test_a_runtime_directory_that_takes_no_data_is_refused() -> None:
+    with short_directory() as directory:
+        command = collector("run", str(write_config(directory, {"a": DEAD})))
+        with running("bash", "-c", 'ulimit -f 0; exec "$@"', "bash", *command) as program:  # as if the disk were full
+            assert program.wait_exit() == 1
+            assert re.fullmatch("collector: .*/run/lock cannot be written .*; set another runtime_dir", program.err[-1])
+            assert len(program.err) == 1
 
 
 def test_what_it_makes_is_for_its_owner_alone() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from collector.cli.options import asking_options, control_option, exit_on_error, timeout_option
-from collector.cli.render import printable
+from collector.cli.render import printable, say_count
 from collector.client.control import Control
 
 COLORS = {"live": "green", "failed": "red", "closed": "red", "backoff": "yellow"}
@@ -193,6 +193,9 @@ def print_table(states: dict[str, Any]) -> None:
     for name, found in sorted(states.items()):
         if found.get("last_error"):
             click.echo(f"{name}: last error: {show_error(found['last_error'])}")
+        if refused := (found.get("channels") or {}).get("refused"):
+            channel, reason = next(iter(refused.items()))
+            click.echo(printable(f"{name}: {say_count(len(refused), 'channel')} refused: {channel}: {reason}"))
 
 
 def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
@@ -236,6 +239,8 @@ def show_fact(key: str, value: Any) -> str:
         return f"{value / 1e6:,.1f} MB"
     if key == "rate":
         return f"{value:,.1f} messages/s"
+    if key == "cpu":
+        return f"{value:.1%} of a core"
     return show_error(value) if key == "last_error" else printable(str(value))
 
 
@@ -261,8 +266,9 @@ def show_milliseconds(seconds: float) -> str:
 
 
 def show_error(error: Any) -> str:
-    """An error as it came, on one line."""
-    return printable(error if isinstance(error, str) else json.dumps(error, default=str))[:300]
+    """An error on one line: the exchange's as it came, ours in its words."""
+    ours = error["message"] if isinstance(error, Mapping) and set(error) == {"message"} else error
+    return printable(ours if isinstance(ours, str) else json.dumps(error, default=str))[:300]
 
 
 def _show_channels(state: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 
+from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
 
@@ -66,7 +67,7 @@ def write_plan(plan: Plan) -> Iterator[str]:
         login = f"as {pool.login}" if pool.login else "without login"
         yield (
             f"subscribed   {', '.join(pool.connections)} at {pool.host} {login}: "
-            f"{_count(pool.calls, 'call')}, {_say_seconds(pool.seconds)}"
+            f"{say_count(pool.calls, 'call')}, {_say_seconds(pool.seconds)}"
         )
     for note in plan.notes:
         yield f"note         {note}"
@@ -97,10 +98,6 @@ def _write_table(rows: list[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-
-
-def _count(number: int, thing: str) -> str:
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def _say_seconds(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Messages as text for a person: the value of each type in a few words, and one line for a message."""
+"""Messages and numbers as text for a person: the value of each type in a few words, and one line for a message."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -18,6 +18,11 @@ def show_clock(ns: int) -> str:
     """The time of day, UTC, with milliseconds."""
     seconds, rest = divmod(ns, 1_000_000_000)
     return f"{time.strftime('%H:%M:%S', time.gmtime(seconds))}.{rest // 1_000_000:03d}"
+
+
+def say_count(number: int, thing: str) -> str:
+    """How many there are, in words: 1 channel, 2 channels."""
+    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
 
 
 def show_level(amount: Any, price: Any) -> str:

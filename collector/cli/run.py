@@ -13,6 +13,7 @@ import click
 import zmq
 
 from collector import __version__
+from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.log import start_log
 from collector.supervisor.commands import Commands, hide_secrets
@@ -88,8 +89,10 @@ def _open_view(control: str) -> "View":
 def _greet(config: Config, control: str) -> None:
     log.info("collector %s, %s", __version__, config.path)
     for connection in config.connections:
-        names = (*connection.channels, *connection.patterns)
-        log.info("%s: %d channels of %s", connection.name, len(names), hide_secrets(connection.url))
+        words = say_count(len(connection.channels), "channel")
+        if connection.patterns:
+            words += f" and {say_count(len(connection.patterns), 'pattern')}"
+        log.info("%s: %s of %s", connection.name, words, hide_secrets(connection.url))
     log.info("control on %s", control)
     log.info("Ctrl-C stops (SIGTERM to pid %d does too)", os.getpid())
 

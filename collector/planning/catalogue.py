@@ -70,7 +70,8 @@ class Catalogue:
         try:
             status, body = self._get(f"/api/v2/public/{question}")
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a host that is no host
-            raise Unreachable(f"{self.host} cannot be reached ({error or type(error).__name__})") from None
+            why = getattr(error, "strerror", None) or error or type(error).__name__
+            raise Unreachable(f"{self.host} cannot be reached ({why})") from None
         try:
             answer = json.loads(body)
         except (ValueError, RecursionError):

@@ -142,7 +142,8 @@ class Commands:
             "publish": entry.bound,
         }
         if keeper.machine.state != "running":
-            now = {"authenticated": False, "channels": {"asked": list(entry.channels), "confirmed": []}}
+            channels = {"asked": list(entry.channels), "confirmed": []}
+            now = {"authenticated": False, "channels": channels, "rate": 0.0, "cpu": 0.0, "memory": 0}
         else:
             now = {key: theirs[key] for key in ("state", "since") if key in theirs}
         return ours | {key: value for key, value in keeper.report.items() if key not in ours} | now

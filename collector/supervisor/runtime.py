@@ -24,12 +24,15 @@ def lock_runtime_dir(path: Path) -> int:
         os.close(directory)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
         holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise Unavailable(f"a collector runs on {path} already (pid {holder}); stop it, or set runtime_dir") from None
-    os.ftruncate(lock, 0)
-    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    except OSError as error:
+        os.close(lock)
+        raise Unavailable(f"{path}/lock cannot be written ({error.strerror}); set another runtime_dir") from None
     return lock
 
 
