@@ -167,7 +167,8 @@ def check_pace(run: Collected, start: int) -> None:
 
 def test_connections_that_start_or_come_back_together_share_their_credits() -> None:
     names = [f"c{number}" for number in range(len(CALLS))]
-    connections = {name: {**QUICK, "channels": [call]} for name, call in zip(names, CALLS, strict=True)}
+    table = {**QUICK, "retry_count": 1000}
+    connections = {name: {**table, "channels": [call]} for name, call in zip(names, CALLS, strict=True)}
     with collected(connections) as run:
         check_pace(run, min(run.wait_state(name)["epoch"] for name in names))
         assert {path.name for path in run.runtime_dir.glob("credits-*")} == {"credits-1.calls", "credits-1.subscribe"}
