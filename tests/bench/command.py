@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -93,6 +94,7 @@ def find_rounds(part: str, options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Run the bench."""
     options = parse_arguments(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all that runs is ended in order
     pinned = (os.cpu_count() or 1) >= 2 and not options.no_pin
     place = Place(0, 1) if pinned else Place(None, None)
     written: dict[str, Any] = {"machine": describe_machine(place), "settings": options.set or [], "sections": {}}
