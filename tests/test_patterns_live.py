@@ -224,6 +224,14 @@ def test_connect_takes_patterns_that_one_connection_carries() -> None:
         assert run.ask("get_state").keys() == {"a", "b"}
 
 
+def test_what_hears_of_instruments_is_not_given_up() -> None:
+    with collected({"a": OPTIONS}) as run:
+        run.wait_state("a")
+        answer = run.ask("unsubscribe", connection="a", channels=list(LISTINGS))["channels"]
+        assert [answer[name]["message"] for name in LISTINGS] == ["the patterns of this connection need it"] * 2
+        assert set(LISTINGS) <= set(run.get_state("a")["channels"]["confirmed"])
+
+
 def at(hour: int, minute: int, second: float = 0.0) -> float:
     return datetime(2026, 11, 20, hour, minute, tzinfo=UTC).timestamp() + second
 

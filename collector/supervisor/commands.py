@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from collector.channels import Channel, parse_channel
+from collector.channels import LISTINGS, Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
 from collector.config.patterns import is_pattern
 from collector.lifecycle import Exit
@@ -176,7 +176,7 @@ class Commands:
     async def _unsubscribe(self, request: Request) -> dict[str, Any]:
         entry = self._find_lasting(request.connection)
         names = list(dict.fromkeys(request.arguments["channels"]))
-        results: dict[str, Any] = {name: _refuse(NO_PATTERNS) for name in names if is_pattern(name)}
+        results: dict[str, Any] = {name: _refuse(why) for name in names if (why := _find_hindrance(entry, name))}
         unwanted = [name for name in names if name not in results]
         for name in unwanted:
             entry.channels.pop(name, None)
@@ -213,6 +213,13 @@ class Commands:
 
 def _refuse(message: str) -> dict[str, str]:
     return {"code": "bad_request", "message": message}
+
+
+def _find_hindrance(entry: Entry, name: str) -> str:
+    """Why a channel cannot be given up, "" if it can."""
+    if is_pattern(name):
+        return NO_PATTERNS
+    return "the patterns of this connection need it" if entry.follower and name in LISTINGS else ""
 
 
 def _read_channel(name: str) -> Channel:
