@@ -39,7 +39,9 @@ log = logging.getLogger("actor")
 
 
 class Worker(Protocol):
-    """What a kind of worker must offer."""
+    """What a kind of worker must offer. It sets `news` when the supervisor should hear of it before the next beat."""
+
+    news: asyncio.Event
 
     async def start(self) -> dict[str, Any]:
         """Bind the sockets; return the endpoints for `ready`. Raises OSError or zmq.ZMQError if it cannot bind."""
@@ -156,8 +158,11 @@ class Actor:
         while True:
             for event in worker.take_events():
                 self._send({"kind": "event", **event})
+            worker.news.clear()
             self._send_report(worker.report())
-            await asyncio.sleep(BEAT_INTERVAL)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(BEAT_INTERVAL):
+                    await worker.news.wait()
 
     def _send_report(self, report: dict[str, Any]) -> None:
         report |= self._usage.measure()

@@ -24,7 +24,10 @@ from typing import Any
 from collector.lifecycle import Exit
 from collector.link import Link, open_link
 
-PRELOAD = ("collector.supervisor.process", "workers.actor", "workers.deribit.worker", "workers.exchange.worker")
+PRELOAD = (
+    "encodings.idna",  # each first connection would load it by itself
+    "collector.supervisor.process", "workers.actor", "workers.deribit.worker", "workers.exchange.worker",
+)  # fmt: skip
 """What the forkserver loads once for all workers."""
 
 UNKNOWN_EXIT = 255

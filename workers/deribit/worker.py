@@ -75,6 +75,7 @@ class Worker(Listener):
     def __init__(self, spec: dict[str, Any]) -> None:
         self.name: str = spec["name"]
         self.epoch: int = spec["epoch"]
+        self.news = asyncio.Event()
         self.feeds: dict[bytes, Feed] = {}
         self.ledger_path = Path(spec["runtime_dir"]) / f"{self.name}.ledger"
         self.ledger = Ledger(self.ledger_path, fresh=not spec["restarts"])
@@ -316,6 +317,7 @@ class Worker(Listener):
         elif state == "live":
             self.patrol.begin()
         self.statuses.tell_connection(state, reason)
+        self.news.set()
 
     def confirm_channels(self, names: list[str]) -> None:
         """A channel with no state of its own to build up is live once the exchange sends it."""

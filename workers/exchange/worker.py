@@ -21,6 +21,7 @@ class ExchangeWorker:
 
     def __init__(self, settings: Settings) -> None:
         self.server = Server(Exchange(settings, int(time.time() * 1000)))
+        self.news = asyncio.Event()
         self._stopped = asyncio.Event()
 
     async def start(self) -> dict[str, Any]:
