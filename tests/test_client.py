@@ -198,6 +198,13 @@ def test_messages_come_typed(publisher: Any) -> None:
         assert subscriber.receive(0.01) is None
 
 
+def test_thousands_of_prefixes_all_arrive(publisher: Any) -> None:
+    """ZeroMQ queues subscriptions as messages: without a word it would drop what is beyond its high-water mark."""
+    prefixes = [f"deribit.quote.I-{number}." for number in range(3000)]
+    with Subscriber(endpoint_of(publisher), prefixes):
+        wait_subscribed(publisher, len(prefixes))
+
+
 def test_loss_on_the_way_is_raised_and_the_reader_goes_on_behind_it(publisher: Any) -> None:
     with Subscriber(endpoint_of(publisher)) as subscriber:
         wait_subscribed(publisher)

@@ -59,6 +59,7 @@ class Subscriber(OwnSocket):
         self._look_at = 0.0
         self._ask_at = 0.0
         self.socket.setsockopt(zmq.RCVHWM, queue)
+        self.socket.setsockopt(zmq.SNDHWM, 0)  # subscriptions are queued like messages, and dropped like them
         self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a restarted worker waits half a second for us
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
         for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
