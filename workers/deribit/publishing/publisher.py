@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 import zmq
+from msgspec import UNSET
 
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Book, ConnectionHeartbeat, Gap, Payload, Repair, Status, Trade
@@ -118,6 +119,8 @@ class Publisher:
                         cells[slot + 1] = message.change_id
                     elif kind is Trade and cells[slot + 1] < message.trade_seq:
                         cells[slot + 1] = message.trade_seq
+                elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
+                    cells[stream.slot + 1] = 0  # the exchange may count from a lower number now
             payload = encode(message)
             send(stream.topic, MORE, True, False)
             send(payload, LAST, True, False)
