@@ -128,10 +128,30 @@ def test_join_snapshot_changes_nothing_that_is_known_and_helps_whom_it_is_for(fe
     assert not feed.snapshot(11, join=True, bids=[])
     assert feed.book.best()[0] == (100.0, 9.0)
     break_by_dropped_message(feed)
-    assert not feed.snapshot(10, join=True)
+    feed.seq -= 1
+    assert not feed.snapshot(10, join=True)  # of before the last message
     refuse(feed.book)
+    feed.seq += 1
     assert feed.snapshot(12, join=True)
     assert feed.book.best()[0] == (100.0, 1.0)
+
+
+def test_join_snapshot_helps_also_if_the_exchange_was_reset(feed: Feed) -> None:
+    """What was dropped on the way held a gap, and a snapshot with a lower change_id."""
+    feed.snapshot(9000)
+    break_by_dropped_message(feed)
+    assert feed.snapshot(5, join=True)
+    assert feed.delta(6, 5)
+    assert feed.book.change_id == 6
+
+
+def test_last_value_of_a_channel_that_is_away_is_no_answer(feed: Feed) -> None:
+    """A grouped book: late subscribers are told its last value also while the connection is lost."""
+    feed.give("status", state="recovering", reason="disconnect", connection="futures", join=True)
+    feed.snapshot(10, join=True)
+    assert "recovering" in refuse(feed.book)
+    feed.snapshot(20)
+    assert feed.book.in_sync
 
 
 def test_messages_of_other_topics_and_earlier_lives_change_nothing(feed: Feed) -> None:

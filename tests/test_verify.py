@@ -109,6 +109,33 @@ def test_restarted_collector_starts_anew_without_gaps(wire: Wire) -> None:
     assert wire.found == []
 
 
+def test_exchange_that_counts_anew_says_so_with_a_gap(wire: Wire) -> None:
+    for number in (10, 11, 12, 13):
+        wire.trade(number)
+    wire.gap(TRADE, 1, missing_from=14, healing=True)
+    wire.trade(14, backfilled=True)
+    wire.say(TRADE, "repair", gap=1, repaired=1, missing=[])
+    wire.gap(TRADE, 2, "sequence", healing=False)
+    wire.trade(12)
+    wire.trade(13)
+    wire.trade(10, backfilled=True)
+    wire.trade(11, backfilled=True)
+    wire.gap(TRADE, 3, healing=False)
+    wire.trade(14)
+    assert wire.found == []
+    assert wire.trade(14) == ["duplicate"]
+
+
+def test_book_whose_change_ids_fall_after_a_gap_is_right(wire: Wire) -> None:
+    wire.snapshot(9000)
+    wire.delta(9001, 9000)
+    wire.gap(BOOK, 1, last_change_id=9001, next_change_id=10)
+    wire.snapshot(10)
+    wire.delta(11, 10)
+    wire.snapshot(11, join=True)
+    assert wire.found == []
+
+
 def break_book(wire: Wire) -> dict[str, list[str]]:
     wire.snapshot(10)
     broken = {"chain: foreign change": wire.delta(12, 11)}

@@ -127,13 +127,13 @@ class OrderBook:
         return True
 
     def _apply_snapshot(self, message: Message) -> bool:
-        if message.is_join and (
-            message["change_id"] < self.change_id or (self.in_sync and message["change_id"] == self.change_id)
-        ):
-            return False
+        if message.is_join and not self._why:
+            return False  # it is what we have
         self._bids.replace(message["bids"])
         self._asks.replace(message["asks"])
-        self._why = self._suspended = ""
+        self._why = ""
+        if not message.is_join:  # that may be the last one before the connection was lost
+            self._suspended = ""
         self._note(message)
         return True
 

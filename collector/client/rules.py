@@ -252,6 +252,7 @@ class Trades(Check):
         super().__init__()
         self._epoch = 0
         self._reborn = False
+        self._may_fall = False
         self._first = 0
         self._last: int | None = None
         self._seen = Ranges()
@@ -269,9 +270,12 @@ class Trades(Check):
 
     def forget(self) -> None:
         self._last = None
+        self._seen = Ranges()
         self._holes = {}
 
     def _take_gap(self, message: Message) -> None:
+        if not message.is_join:
+            self._may_fall = "missing_from" not in message
         if message["reason"] == "restart":
             self._reborn = False  # this life knows of the one before: what it lost is announced
         if (message.epoch, message["id"]) in self._holes:
@@ -284,10 +288,10 @@ class Trades(Check):
 
     def _take_trade(self, message: Message) -> Iterator[Fault]:
         number = message["trade_seq"]
-        if self._reborn:
-            self._reborn = False
-            self.forget()  # a new start of the whole collector promises nothing about the time before
-            self._seen = Ranges()
+        # A new start of the whole collector promises nothing about the time before; the exchange may count anew.
+        if self._reborn or (self._may_fall and (number - 1 != self._last or number in self._seen)):
+            self.forget()
+        self._reborn = self._may_fall = False
         repeated = number in self._seen
         may_repeat = "backfilled" in message and self._may_repeat()
         if repeated and not may_repeat:

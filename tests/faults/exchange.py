@@ -1,13 +1,14 @@
 """An exchange in a few lines of pure code: it trades, keeps a history, and loses and swaps frames by chance."""
 
 import json
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from random import Random
 from typing import Any, NamedTuple
 
 from tests.faults.judge import Levels, Traded, Truth
 
 OPTIONS = tuple(f"BTC-27MAR27-{strike}-C" for strike in (90000, 100000, 110000, 120000))
+TRADED = ("BTC-PERPETUAL", "ETH-PERPETUAL", *OPTIONS)
 PERIOD = 100
 """ms between the frames of a channel that is not raw."""
 
@@ -72,6 +73,9 @@ class Exchange:
         self.books: dict[str, tuple[dict[float, float], dict[float, float]]] = {}
         self.change_id = rng.randrange(1, 10**9)
         self._trade_id = rng.randrange(1, 10**6)
+        self.arrived: set[str] = set()
+        self._counts: Counter[str] = Counter()
+        self._numbers: Counter[str] = Counter()
         for name in ("BTC-PERPETUAL", "ETH-PERPETUAL", *OPTIONS[:2]):
             self._seed(name)
 
@@ -91,13 +95,15 @@ class Exchange:
 
     def _add_trade(self, name: str, timestamp: int) -> dict[str, Any]:
         self._trade_id += 1
+        self._numbers[name] += 1
         side = self.rng.choice(("buy", "sell"))
         trade = {
-            "instrument_name": name, "trade_seq": len(self.truth.trades[name]) + 1, "trade_id": str(self._trade_id),
+            "instrument_name": name, "trade_seq": self._numbers[name], "trade_id": str(self._trade_id),
             "price": self.rng.randrange(1, 9999) / 2, "amount": float(self.rng.randrange(1, 99)), "direction": side,
             "timestamp": timestamp, "index_price": 1.5, "mark_price": 1.5, "tick_direction": 0,
         }  # fmt: skip
-        self.truth.trades[name][trade["trade_seq"]] = Traded(trade["trade_id"], trade["price"], trade["amount"], side)
+        traded = Traded(trade["trade_id"], trade["price"], trade["amount"], side)
+        self.truth.note(name, self._counts[name], trade["trade_seq"], traded)
         self.history[name].append(trade)
         return trade
 
@@ -107,7 +113,7 @@ class Exchange:
             trade = self._add_trade(name, self.now)
             if self.rng.random() < forget:
                 self.history[name].pop()
-                self.truth.lost[name].add(trade["trade_seq"])
+                self.truth.lost[name].add(self.truth.find(trade))
             for line in self.lines:
                 if line.family == "trades" and name in line.instruments:
                     line.pending.append(trade)
@@ -200,10 +206,9 @@ class Exchange:
         if line.family != "trades" or line not in self.known:
             return
         for trade in trades:
-            name, seq = trade["instrument_name"], trade["trade_seq"]
-            topic = line.name_topic(name)
-            if seq not in self.truth.lost[name]:
-                self.truth.owed.setdefault(topic, seq)
+            name, number = trade["instrument_name"], self.truth.find(trade)
+            if number not in self.truth.lost[name]:
+                self.truth.owed.setdefault(line.name_topic(name), number)
 
     def subscribe(self, lines: list[Line], late: bool = False) -> None:
         """Subscribe: the ack, then (late: after) the snapshots of books."""
@@ -249,8 +254,26 @@ class Exchange:
         elif item.line is not None and item.line.family == "trades":
             for trade in item.data:
                 topic = item.line.name_topic(trade["instrument_name"])
-                self.truth.owed.setdefault(topic, trade["trade_seq"])
+                self.truth.owed.setdefault(topic, self.truth.find(trade))
+                self.arrived.add(topic)
         return item
+
+    def reset(self) -> None:
+        """It forgets its history and begins to count anew: trades from a lower number, books from any."""
+        for line in self.lines:
+            if line.pending:
+                self._flush(line)
+            if line.held is not None:
+                self._put(line, line.held)
+                line.held = None
+        for name in TRADED:
+            self.truth.lost[name] |= self.truth.trades[name].keys()
+            self._counts[name] += 1
+            self._numbers[name] = self.rng.choice((0, 0, self._numbers[name] // 2))
+            self.history[name].clear()
+        self.change_id = self.rng.randrange(1, 10**9)
+        # What the worker never heard of, it cannot miss.
+        self.truth.owed = {topic: number for topic, number in self.truth.owed.items() if topic in self.arrived}
 
     def cut(self) -> None:
         """The connection is gone, with all that was on its way."""

@@ -1,7 +1,9 @@
 """The judge: what one subscriber received, against what really happened on the exchange."""
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from itertools import dropwhile
 from typing import Any, NamedTuple
 
 from collector.client.orderbook import OrderBook
@@ -11,7 +13,8 @@ from collector.client.verify import Verifier
 Levels = tuple[tuple[tuple[float, float], ...], tuple[tuple[float, float], ...]]
 """Bids and asks, best first."""
 
-AFTER_REPAIR = "a repair"
+COUNT = 10**12
+"""More than any trade_seq: from one count of the exchange to the next."""
 
 
 class Received(NamedTuple):
@@ -34,7 +37,8 @@ class Traded(NamedTuple):
 class Truth:
     """What really happened, and what a subscriber may expect of it.
 
-    `trades`: by instrument, by trade_seq. `owed`: by topic of trades, the first trade_seq that must have come or be
+    `trades`: by instrument, by number: its trade_seq, and COUNT more each time that the exchange began to count anew.
+    `owed`: by topic of trades, the first trade_seq that must have come or be
     named as missing; `waived`: those that need not, since nothing that came later could have shown them. `lost`: those
     that the exchange does not have any more; only they may be named. `books`: by topic, the levels at each change_id.
     `final`: by topic, the change_ids at which a book may end. `allowed`: rules of the verifier that faults break.
@@ -48,6 +52,20 @@ class Truth:
         self.books: dict[str, dict[int, Levels]] = defaultdict(dict)
         self.final: dict[str, set[int]] = {}
         self.allowed: set[str] = set()
+        self._numbers: dict[tuple[str, str], int] = {}
+
+    def note(self, instrument: str, count: int, seq: int, traded: Traded) -> None:
+        """Something was traded: with this trade_seq of that count."""
+        number = self._numbers[instrument, traded.trade_id] = count * COUNT + seq
+        self.trades[instrument][number] = traded
+
+    def find(self, trade: dict[str, Any]) -> int:
+        """The number of a trade as the exchange sends it."""
+        return self._numbers[trade["instrument_name"], trade["trade_id"]]
+
+    def find_said(self, message: Message) -> int:
+        """The number of a trade as it was published; its trade_seq if the exchange never had it."""
+        return self._numbers.get((message.instrument, message["trade_id"]), message["trade_seq"])
 
 
 def judge(record: list[Received], truth: Truth, is_whole: bool = True) -> Iterator[str]:
@@ -92,28 +110,36 @@ def _take_levels(book: OrderBook) -> Levels:
 
 
 class Account:
-    """What one topic of trades said."""
+    """What one topic of trades said. Trades have their number in the truth."""
 
-    def __init__(self, topic: str) -> None:
+    def __init__(self, topic: str, truth: Truth) -> None:
         self.topic = topic
+        self.truth = truth
         self.epoch = 0
         self.reborn = False
+        self.count = 0
         self.came: dict[int, int] = {}
         self.named: set[int] = set()
+        self.under: dict[int, int] = {}
         self.gaps: dict[tuple[int, int], Message] = {}
         self.repairs: Counter[tuple[int, int]] = Counter()
 
-    def take(self, message: Message, true: dict[int, Traded]) -> Iterator[str]:
+    def take(self, message: Message) -> Iterator[str]:
         """Take the next message; say what is wrong with it."""
         if message.epoch != self.epoch:
             self.epoch, self.reborn = message.epoch, False
         if message.type == "gap" and not message.is_join:
-            self.gaps[message.epoch, message["id"]] = message
-            self.reborn = self.reborn or message["reason"] == "restart"
+            self._take_gap(message)
         elif message.type == "repair":
             yield from self._take_repair(message)
         elif message.type == "trade":
-            yield from self._take_trade(message, true)
+            yield from self._take_trade(message)
+
+    def _take_gap(self, message: Message) -> None:
+        self.gaps[message.epoch, message["id"]] = message
+        self.reborn = self.reborn or message["reason"] == "restart"
+        if "missing_from" not in message:
+            self.under.clear()  # the exchange may count anew from here
 
     def _take_repair(self, message: Message) -> Iterator[str]:
         key = message.epoch, message["gap"]
@@ -122,43 +148,54 @@ class Account:
         if gap is None or not gap.get("healing"):
             yield f"repair: {self.topic}: of gap {message['gap']}, which was not announced as healing"
         for first, last in message["missing"]:
-            run = set(range(first, last + 1))
-            if came := [seq for seq in sorted(run) if self.came.get(seq) == message.epoch]:
+            run = {self.count * COUNT + seq for seq in range(first, last + 1)}
+            if came := [number for number in sorted(run) if self.came.get(number) == message.epoch]:
                 yield f"repair: {self.topic}: names {show_runs(came)}, which came"
             self.named |= run
 
-    def _take_trade(self, message: Message, true: dict[int, Traded]) -> Iterator[str]:
-        seq = message["trade_seq"]
+    def _take_trade(self, message: Message) -> Iterator[str]:
+        seq, number = message["trade_seq"], self.truth.find_said(message)
         said = Traded(message["trade_id"], message["price"], message["amount"], message["side"])
-        if true.get(seq) != said:
-            yield f"trade: {self.topic}: {seq} is {said}, it was {true.get(seq)}"
-        if seq in self.came and not (message.get("backfilled") and self.reborn and self.came[seq] < message.epoch):
-            yield f"trade: {self.topic}: {seq} comes twice"
-        if seq in self.named and not message.get("backfilled"):
-            yield f"trade: {self.topic}: {seq} comes after a repair named it as missing"
-        self.came[seq] = message.epoch
+        true = self.truth.trades[message.instrument].get(number)
+        if true != said:
+            yield f"trade: {self.topic}: {seq} is {said}, it was {true}"
+        if self.under.setdefault(seq, number) != number:
+            yield f"trade: {self.topic}: {seq} is said of another trade than before, and no gap tells of a new count"
+        backfilled = message.get("backfilled")
+        if number in self.came and not (backfilled and self.reborn and self.came[number] < message.epoch):
+            yield f"trade: {self.topic}: {show_runs([number])} comes twice"
+        if number in self.named and not backfilled:
+            yield f"trade: {self.topic}: {show_runs([number])} comes after a repair named it as missing"
+        self.count = max(self.count, number // COUNT)
+        self.came[number] = message.epoch
 
 
 def judge_trades(topic: str, messages: list[Message], truth: Truth) -> Iterator[str]:
     """Whether received and named as missing together are what was sent, exactly."""
     instrument = topic.split(".")[2]
-    true, account = truth.trades[instrument], Account(topic)
+    account = Account(topic, truth)
     for message in messages:
-        yield from account.take(message, true)
+        yield from account.take(message)
     for (epoch, number), gap in account.gaps.items():
         repairs, is_last = account.repairs[epoch, number], epoch == account.epoch
         if gap.get("healing") and repairs != 1 and (is_last or repairs):
             yield f"repair: {topic}: {repairs} repairs of gap {number}"
-    owed = truth.owed.get(topic)
-    if owed is None:
-        return
-    while owed in truth.lost[instrument] and owed not in account.came:
-        owed += 1  # the first ones of all, of which the exchange itself has nothing any more
-    expected = {seq for seq in true if seq >= owed} - truth.waived[topic]
+    expected = list_expected(topic, account, truth)
     if silent := expected - account.came.keys() - account.named:
-        yield f"trade: {topic}: never came and not named: {show_runs(silent)} of {owed} to {max(expected)}"
-    if idle := account.named - truth.lost[instrument] - account.came.keys():
+        yield f"trade: {topic}: never came and not named: {show_runs(silent)} of {show_runs(expected)}"
+    idle = account.named & truth.trades[instrument].keys() - truth.lost[instrument] - account.came.keys()
+    if idle:
         yield f"trade: {topic}: named as missing though the exchange has them: {show_runs(idle)}"
+
+
+def list_expected(topic: str, account: Account, truth: Truth) -> set[int]:
+    """What must have come, or been named. Of an older count the exchange has nothing any more."""
+    instrument = topic.split(".")[2]
+    true, lost, came = truth.trades[instrument], truth.lost[instrument], account.came
+    start = max(true, default=0) // COUNT * COUNT
+    numbers = sorted(number for number in true if number >= max(start, truth.owed.get(topic, math.inf)))
+    # The first ones of all, of which the exchange itself has nothing any more, nothing can show.
+    return set(dropwhile(lambda number: number in lost and number not in came, numbers)) - truth.waived[topic]
 
 
 def show_runs(numbers: Iterable[int]) -> str:

@@ -66,7 +66,7 @@ class Life:
         for feed in self.feeds.values():
             for stream in restored:
                 feed.adopt(stream)
-            if isinstance(feed, TradeFeed):
+            if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
                 feed.confirmed_at = self.ledger.epoch
             feed.lose("restart", self.epoch)
         self.ledger.epoch = self.epoch
@@ -112,6 +112,7 @@ class Life:
         feed = self.feeds[channel]
         if isinstance(feed, TradeFeed):
             feed.confirmed_at = feed.confirmed_at or now
+            self.ledger.find_slot(channel)
 
     def settle(self, now: int) -> None:
         """What was published SURE ago has left, even if this life is killed."""
@@ -130,6 +131,7 @@ class Healer:
 
     def __init__(self, life: Life, feed: TradeFeed, now: int, offset: int) -> None:
         self._life, self._feed = life, feed
+        feed.changed = False
         self._healing: Healing = heal_feed(feed, now, offset)
         self.is_asked = False
         self.due = 0

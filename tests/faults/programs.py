@@ -244,9 +244,8 @@ def build_truth(scenario: Scenario, record: list[Received], events: list[dict[st
     for event in events:
         if event["event"] == "trade" and wanted(event["instrument_name"]):
             name, seq = event["instrument_name"], event["trade_seq"]
-            truth.trades[name][seq] = Traded(
-                str(event["trade_id"]), float(event["price"]), float(event["amount"]), event["direction"]
-            )
+            price, amount = float(event["price"]), float(event["amount"])
+            truth.note(name, 0, seq, Traded(str(event["trade_id"]), price, amount, event["direction"]))
             if live and event["timestamp"] > live:
                 truth.owed.setdefault(f"deribit.trade.{name}.100ms", seq)
     return truth

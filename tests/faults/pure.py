@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 
 from collector.client.stream import read_message
-from tests.faults.exchange import OPTIONS, Exchange, Item, Line, Loss, sort_levels
+from tests.faults.exchange import TRADED, Exchange, Item, Line, Loss, sort_levels
 from tests.faults.judge import Received, Truth, describe_message, judge
 from tests.faults.life import SURE, Healer, Life, Reader
 from workers.deribit.feeds.book import BookFeed
@@ -20,8 +20,6 @@ from workers.deribit.feeds.trades import TradeFeed
 MS = 1_000_000
 START = 1_790_000_000_000
 """ms: when the exchange's clock starts."""
-
-TRADED = ("BTC-PERPETUAL", "ETH-PERPETUAL", *OPTIONS)
 
 
 def draw_loss(rng: Random) -> Loss:
@@ -66,7 +64,8 @@ class Case:
         weights = {
             self._trade: 8, self._change_book: 6, self._deliver: 14, self._heal: 6, self._repair_book: 2,
             self._cut: self.rng.choice((0, 1)), self._connect: 3, self._kill: self.rng.choice((0, 0, 0.4)),
-            self._join: 0.3, self._pause: 3,
+            self._join: 0.3, self._pause: 3, self._reset: 0 if self.forget else self.rng.choice((0, 0.3)),
+            self._wait_long: self.rng.choice((0, 0, 0.3)),
         }  # fmt: skip
         self._connect()
         for action in self.rng.choices(list(weights), list(weights.values()), k=self.rng.randrange(30, 220)):
@@ -87,6 +86,9 @@ class Case:
 
     def _pause(self) -> None:
         self.exchange.pass_time(self.rng.choice((1, 5, 20, 60)))
+
+    def _wait_long(self) -> None:
+        self.exchange.pass_time(self.rng.choice((3000, 9000)))
 
     def _deliver(self) -> None:
         for _ in range(min(len(self.exchange.pipe), self.rng.randrange(1, 12))):
@@ -122,6 +124,8 @@ class Case:
         for feed, healer in list(self.healers.items()):
             if healer.ask is None:
                 del self.healers[feed]
+                if feed.changed:
+                    self.waiting[feed] = None
             elif not healer.is_asked and healer.due <= self.now:
                 self._ask(feed, healer)
 
@@ -157,6 +161,13 @@ class Case:
         self.exchange.cut()
         # A request on its way is lost with the connection; one that still waits for its time may come to be sent.
         self.healers = {feed: healer for feed, healer in self.healers.items() if not healer.is_asked}
+
+    def _reset(self) -> None:
+        """The exchange is started anew without what it knew; or it only counts anew, and every frame comes."""
+        if self.rng.random() < 0.7 or self.exchange.loss.drop or self.exchange.loss.swap:
+            self._cut()
+        self.exchange.reset()
+        self.exchange.pass_time(self.rng.choice((60, 500)))
 
     def _connect(self) -> None:
         if not self.is_up:

@@ -1,10 +1,12 @@
 """Trades of one channel: numbered by the exchange, so that every hole is seen, announced and - later - healed. Pure.
 
-Fact: trade_seq counts each instrument's trades without a hole (90,988 in a row were measured), on every interval.
+Facts: trade_seq counts each instrument's trades without a hole (90,988 in a row were measured), on every interval; of
+one instrument a later number is never an older trade. An exchange that was reset counts anew, from a lower number.
 """
 
 import re
 from collections.abc import Iterable
+from operator import itemgetter
 
 from msgspec import UNSET, UnsetType
 
@@ -12,57 +14,21 @@ from collector.channels import Channel
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.frames import MS, TradeData, read_trades
+from workers.deribit.feeds.holes import Hole, Known, contradicts
+from workers.deribit.publishing.ledger import BEFORE, BEGUN, FIRST, KNOWN_ID, KNOWN_TIME, NEWEST, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import Malformed, Published, Stream, Topics
 
 _NAME = re.compile(rb'"instrument_name":"([A-Za-z0-9_-]{1,200})"')
-
-MAX_HELD = 100_000
-"""Trades of one hole that are kept track of; what a larger hole lacks beyond them stays missing."""
-
-
-class Hole:
-    """One run of missing trades, `first` to `last` (None: open to the end), as its gap announced it.
-
-    Without a gap: what may have come before the first trade that we ever saw of an instrument.
-    """
-
-    def __init__(self, gap: Gap | None, first: int, last: int | None) -> None:
-        self.gap = gap
-        self.first = first
-        self.last = last
-        self.is_tail = last is None
-        self.came: set[int] = set()
-
-    def holds(self, seq: int) -> bool:
-        """Whether this trade is missing here still."""
-        return (
-            self.first <= seq
-            and (self.last is None or seq <= self.last)
-            and seq not in self.came
-            and len(self.came) < MAX_HELD
-        )
-
-    def list_missing(self) -> list[tuple[int, int]]:
-        """The runs of trade_seq (from, to) that have not come; without a gap, those after the first that has."""
-        runs: list[tuple[int, int]] = []
-        if self.gap is None and not self.came:
-            return runs
-        expected = self.first if self.gap is not None else min(self.came)
-        end = max(self.came, default=self.first - 1) if self.last is None else self.last
-        for seq in [*sorted(self.came), end + 1]:
-            if seq > expected:
-                runs.append((expected, seq - 1))
-            expected = seq + 1
-        return runs
 
 
 class TradeFeed(Feed):
     """Trades of one instrument or of many: one message each, on the instrument's own topic.
 
     `holes` are what waits to be healed, by stream; `changed` is set when one is new. `lost_from` (ns) is since when
-    all of them may lack trades, None if they do not; `losses` counts lost connections; `newest` is the exchange's time
-    of the newest trade (ns). A trade that comes twice is counted, not published again.
+    all of them may lack trades, None if they do not; `losses` counts what may have cost some; `is_checked` is unset
+    while the exchange may have begun to count anew in the last of them. A trade that comes twice is counted, not
+    published again.
     """
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
@@ -71,26 +37,30 @@ class TradeFeed(Feed):
         self.confirmed_at = 0
         self.lost_from: int | None = None
         self.losses = 0
-        self.newest = 0
+        self.is_checked = True
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """The trades of one frame, in the exchange's order, each after the gap that it shows."""
         published: Published = []
-        trades = read_trades(frame)
+        trades, cells = read_trades(frame), self.topics.ledger.cells
         # All names first: a frame is refused as a whole, before any of it has been taken as come.
         streams = [self.find_stream(data.instrument_name) for data in trades]
         for stream, data in zip(streams, trades, strict=True):
             seq, last = data.trade_seq, stream.last_id
             if seq != last + 1 or stream.lost or stream.has_tail:
-                if seq <= last:
+                if (known := self._find_contradiction(stream, data)) is not None:
+                    self._begin_count(stream, known, seq, receive_ts, published)
+                    self._open_hole(stream, None, 1, seq - 1)
+                elif seq <= last:
                     self._take_late(stream, data, receive_ts, published)
                     continue
-                self._find_loss(stream, seq, receive_ts, published)
-                self._publish_due(stream, receive_ts, published)
+                else:
+                    self._find_loss(stream, seq, receive_ts, published)
+                    self._publish_due(stream, receive_ts, published)
             stream.last_id = seq
+            if cells[stream.slot + NEWEST] < data.timestamp:
+                cells[stream.slot + NEWEST] = data.timestamp
             published.append((stream, self.build_trade(stream, data, receive_ts)))
-        if trades:
-            self.newest = trades[-1].timestamp * MS
         return published
 
     def build_trade(
@@ -106,12 +76,14 @@ class TradeFeed(Feed):
 
     def _take_late(self, stream: Stream, data: TradeData, receive_ts: int, published: Published) -> None:
         """A trade out of its order fills a hole; any other has been published already."""
+        is_anew = self._find_count(stream, data, receive_ts, published)
         for hole in self.holes.get(stream, ()):
             if hole.holds(data.trade_seq):
                 hole.came.add(data.trade_seq)
                 self._await_tail(stream)
-                marked = True if hole.gap is None else UNSET  # no gap says that older ones may come
-                published.append((stream, self.build_trade(stream, data, receive_ts, marked)))
+                published.append((stream, self.build_trade(stream, data, receive_ts, True)))
+                if is_anew:  # two gaps do not follow each other
+                    self._publish_due(stream, receive_ts, published)
                 return
         self.duplicates += 1
 
@@ -121,7 +93,7 @@ class TradeFeed(Feed):
         if stream.has_tail:  # what is being fetched ends before this trade
             stream.has_tail = False
             for hole in self.holes.get(stream, ()):
-                hole.last = hole.last or last
+                hole.last = last if hole.last is None else hole.last
         elif not is_known(stream) and self.lost_from is not None:  # it may have traded first while we were away
             self._open_hole(stream, None, 1, last)
         elif not is_known(stream):
@@ -129,6 +101,8 @@ class TradeFeed(Feed):
         elif first > last:
             if gap is not None:  # nothing known to be missing, so nothing is to be healed
                 gap.missing_from, gap.healing = UNSET, False
+                if not self.is_checked:
+                    self._open_hole(stream, None, first, last)
         else:
             gap = gap or self._announce(stream, receive_ts, published)
             gap.missing_to = last
@@ -136,8 +110,7 @@ class TradeFeed(Feed):
 
     def _note_first(self, stream: Stream, seq: int) -> None:
         """A later life need not fetch what lies before the first trade of all."""
-        cells, place = self.topics.ledger.cells, stream.slot + 4
-        cells[place] = min(cells[place] or seq, seq)
+        self.topics.ledger.lower(stream.slot, FIRST, seq)
 
     def _publish_due(self, stream: Stream, receive_ts: int, published: Published) -> None:
         """At once, not when the frame is published: its next trade may show another hole, which has its own gap."""
@@ -161,18 +134,35 @@ class TradeFeed(Feed):
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
+        if reason == "restart":
+            self._take_doubts_over()
         for stream in [stream for stream in self.holes if stream.has_tail]:
             stream.has_tail = False  # what comes from now on belongs to the new gap
             for hole in self.holes[stream]:
                 hole.last = stream.last_id if hole.last is None else hole.last
         super().lose(reason, now)
-        self.losses += 1
         self._note_loss()
 
     def _note_loss(self) -> None:
-        if self.lost_from is None and self.confirmed_at:
-            last_ts = max((stream.last_ts for stream in self.streams.values()), default=0) or self.confirmed_at
-            self.lost_from = min(last_ts, self.newest or last_ts)  # the earlier: what came may have come late
+        self.losses += 1
+        self.is_checked = False
+        if self.confirmed_at:
+            streams, cells = self.streams.values(), self.topics.ledger.cells
+            last_ts = max((stream.last_ts for stream in streams), default=0) or self.confirmed_at
+            newest = max((cells[stream.slot + NEWEST] for stream in streams), default=0) * MS
+            self._doubt_from(min(last_ts, newest or last_ts))  # the earlier: what came may have come late
+
+    def _doubt_from(self, since: int) -> None:
+        """All that was traded since then must be fetched by time; by a later life, if this one is killed before."""
+        ledger = self.topics.ledger
+        since = ledger.lower(ledger.find_slot(self.channel.name), UNHEALED, since)
+        self.lost_from = min(self.lost_from or since, since)
+
+    def end_loss(self) -> None:
+        """All that a loss may have cost the channel as a whole has been fetched, or is of no interest any more."""
+        if self.lost_from is not None:
+            self.lost_from = None
+            self.topics.ledger.cells[self.topics.ledger.find_slot(self.channel.name) + UNHEALED] = 0
 
     def skip(self, frame: bytes, now: int) -> None:
         """A frame could not be read: its trades are fetched, those of quiet and of new instruments too."""
@@ -180,18 +170,76 @@ class TradeFeed(Feed):
             stream = self.streams.get(name.decode())
             if stream is not None:
                 stream.lose("sequence", self.topics, now)
-        self.losses += 1
         self._note_loss()
         self.changed = True
 
     def _open_hole(self, stream: Stream, gap: Gap | None, first: int, last: int | None) -> Hole:
-        hole = Hole(gap, first, last)
+        hole = Hole(gap, first, last, self._tell_known(stream))
         self.holes.setdefault(stream, []).append(hole)
         self.changed = True
         if gap is not None:
-            cells, mark = self.topics.ledger.cells, stream.slot + 3
-            cells[mark] = min(cells[mark] or first, first)
+            self.topics.ledger.lower(stream.slot, UNHEALED, first)
+        cells, slot = self.topics.ledger.cells, stream.slot
+        if not cells[slot + KNOWN_ID]:
+            cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = hole.known
         return hole
+
+    # -- an exchange that counts anew ---------------------------------------------------------------------------------
+
+    def _tell_known(self, stream: Stream) -> Known:
+        return max(stream.last_id, stream.reached), self.topics.ledger.cells[stream.slot + NEWEST]
+
+    def _find_contradiction(self, stream: Stream, data: TradeData) -> Known | None:
+        """What is known that cannot be, unless the exchange counts anew; None if it does not."""
+        known = [self._tell_known(stream)]
+        if stream.due is not None and stream.due.reason == "restart":
+            # Nothing has been said in this life: what the one before had not found out counts as well.
+            known += [hole.known for hole in self.holes.get(stream, ())]
+        return min((each for each in known if contradicts(each, data)), key=itemgetter(1), default=None)
+
+    def _begin_count(self, stream: Stream, known: Known, seq: int, now: int, published: Published) -> None:
+        """A trade bears a number that was given before: a gap says so, and nothing goes on from what was before it."""
+        holes = self.holes.get(stream, [])
+        if any(hole.gap is stream.due for hole in holes if hole.gap is not None):
+            self._publish_due(stream, now, published)  # its repair follows
+        published += [(stream, said) for said in self.end_healing(stream, holes, now)]
+        gap = stream.due or self._announce(stream, now, published)
+        gap.missing_from, gap.healing = UNSET, False
+        gap.reason = "sequence" if gap.reason == "disconnect" else gap.reason
+        self._publish_due(stream, now, published)
+        self._forget_count(stream, known, seq)
+        stream.last_id = 0
+
+    def _take_doubts_over(self) -> None:
+        """What an earlier life had not found out: whether the exchange has begun to count anew."""
+        cells = self.topics.ledger.cells
+        for stream in self.streams.values():
+            known = cells[stream.slot + KNOWN_ID], cells[stream.slot + KNOWN_TIME]
+            if stream.slot and known[0]:
+                self.holes[stream] = [Hole(None, known[0] + 1, known[0], known)]
+
+    def _find_count(self, stream: Stream, data: TradeData, now: int, published: Published) -> bool:
+        """Whether a fetched trade shows that a hole lies between two counts: the newer had passed the older by then."""
+        holes = self.holes.get(stream, [])
+        places = [place for place, hole in enumerate(holes) if contradicts(hole.known, data)]
+        if not places:
+            return False
+        older, newer = holes[: places[-1]], holes[places[-1] :]
+        published += [(stream, said) for said in self.end_healing(stream, older, now)]
+        published.append((stream, self._describe_gap(stream, now)))
+        self._open_hole(stream, None, 1, min(hole.first for hole in newer) - 1)
+        self._forget_count(stream, newer[0].known, stream.last_id)
+        newer[0].known = (0, 0)
+        return True
+
+    def _forget_count(self, stream: Stream, known: Known, begun: int) -> None:
+        """What the new count lacks is found by time, from the newest trade of the old one on."""
+        self.losses += 1
+        self._doubt_from(min(stream.last_ts, known[1] * MS))
+        cells, slot = self.topics.ledger.cells, stream.slot
+        cells[slot + FIRST], cells[slot + BEGUN], cells[slot + BEFORE] = 0, begun, known[1]
+        stream.reached = 0
+        self.settle(stream)
 
     # -- healing ------------------------------------------------------------------------------------------------------
 
@@ -200,15 +248,18 @@ class TradeFeed(Feed):
 
         Without `tails`: only what is known to be missing, since all that came last has been fetched by time.
         """
-        runs = [run for hole in self.holes.get(stream, ()) for run in hole.list_missing()]
-        first = min((first for first, _ in runs), default=stream.last_id + 1)
+        holes = self.holes.get(stream, ())
+        runs = [run for hole in holes for run in hole.list_missing()]
+        if tails:
+            runs += [(hole.first, hole.first - 1) for hole in holes if hole.is_doubt]  # the one before is fetched too
+        firsts = [first for first, _ in runs]
         if tails and (stream.has_tail or (stream.lost and is_known(stream))):
-            return first, None
-        return (first, max(last for _, last in runs)) if runs else None
+            return min([stream.last_id + 1, *firsts]), None
+        return (min(firsts), max(last for _, last in runs)) if runs else None
 
     def is_numbered(self, stream: Stream) -> bool:
         """Whether what it lacks can be told by trade_seq alone."""
-        return is_known(stream) and all(hole.gap is not None for hole in self.holes.get(stream, ()))
+        return is_known(stream) and all(hole.gap or hole.is_doubt for hole in self.holes.get(stream, ()))
 
     def lacks_more(self, stream: Stream, tails: bool) -> bool:
         """Whether it is worth it to ask once more for what has been asked for."""
@@ -223,11 +274,28 @@ class TradeFeed(Feed):
                 stream = self.find_stream(data.instrument_name)
             except Malformed:  # what the stream itself could not bring either
                 self.dropped += 1
-                continue
-            if self._fill(stream, data.trade_seq):
-                stream.last_id = max(stream.last_id, data.trade_seq)
-                published.append((stream, self.build_trade(stream, data, now, True)))
+            else:
+                self._take_fetched(stream, data, now, published)
         return published
+
+    def _take_fetched(self, stream: Stream, data: TradeData, now: int, published: Published) -> None:
+        if (known := self._find_contradiction(stream, data)) is not None:
+            self._begin_count(stream, known, data.trade_seq, now, published)
+            self._open_hole(stream, None, 1, None)
+            stream.has_tail = True
+        is_anew = self._find_count(stream, data, now, published)
+        if data.trade_seq == stream.last_id and self.channel.instrument:
+            self.is_checked = True
+        for hole in self.holes.get(stream, ()):
+            if hole.known[0] == data.trade_seq:  # the same trade as before
+                hole.known = (0, 0)
+        if self._fill(stream, data.trade_seq):
+            stream.last_id = max(stream.last_id, data.trade_seq)
+            cells, place = self.topics.ledger.cells, stream.slot + NEWEST
+            cells[place] = max(cells[place], data.timestamp)
+            published.append((stream, self.build_trade(stream, data, now, True)))
+            if is_anew:  # two gaps do not follow each other
+                self._publish_due(stream, now, published)
 
     def _fill(self, stream: Stream, seq: int) -> bool:
         """Whether a fetched trade is missing still; then it counts as come."""
@@ -239,8 +307,10 @@ class TradeFeed(Feed):
                     return True
             return False
         if stream.has_tail:
-            self.holes[stream][-1].came.add(seq)
-            return True
+            tail = next(hole for hole in self.holes[stream] if hole.last is None)
+            if is_held := tail.holds(seq):
+                tail.came.add(seq)
+            return is_held
         if is_known(stream) and stream.due is None:
             return False  # newer than all that came, and nothing was lost: it will come by itself
         # The quiet tail of a loss, or the first trades of an instrument that is new to us.
@@ -250,36 +320,41 @@ class TradeFeed(Feed):
 
     def end_healing(self, stream: Stream, holes: list[Hole], now: int) -> list[Gap | Repair]:
         """All that can be had of these holes has come: say of each of their gaps what stays missing."""
-        left = [hole for hole in self.holes.pop(stream, ()) if hole not in holes]
+        there = self.holes.pop(stream, [])
+        left = [hole for hole in there if hole not in holes]
         if left:
             self.holes[stream] = left
         stream.has_tail = any(hole.last is None for hole in left)
-        return [repair for hole in holes for repair in self._close_hole(stream, hole, now)]
+        return [said for hole in there if hole in holes for said in self._close_hole(stream, hole, now)]
 
     def _close_hole(self, stream: Stream, hole: Hole, now: int) -> list[Gap | Repair]:
         missing, gap, said = hole.list_missing(), hole.gap, []
         if gap is None:
-            self._note_first(stream, min(hole.came, default=(hole.last or stream.last_id) + 1))
+            last = stream.last_id if hole.last is None else hole.last
+            self._note_first(stream, min(hole.came, default=last + 1))
             if not missing:
                 return []
-            gap = self._describe_gap(stream, missing, now)
+            gap = self._describe_gap(stream, now)
+            gap.missing_from, gap.missing_to, gap.healing = missing[0][0], missing[-1][1], True
             said.append(gap)
         repaired = len(hole.came) if hole.gap is not None else 0
         return [*said, Repair(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, gap.id, repaired, missing)]
 
-    def _describe_gap(self, stream: Stream, missing: list[tuple[int, int]], now: int) -> Gap:
+    def _describe_gap(self, stream: Stream, now: int) -> Gap:
         number, from_ts = self.topics.number_gap(), stream.last_ts
         if stream.due is not None:  # it will be said later, and ids rise
             number, stream.due.id = stream.due.id, number
         gap = Gap(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, number, "sequence", from_ts, max(now, from_ts))
-        gap.missing_from, gap.missing_to, gap.healing = missing[0][0], missing[-1][1], True
+        gap.healing = False
         stream.gap = gap
         return gap
 
     def settle(self, stream: Stream) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
-        holes = [hole.first for hole in self.holes.get(stream, ()) if hole.gap is not None]
-        self.topics.ledger.cells[stream.slot + 3] = min(holes, default=0)
+        holes, cells, slot = self.holes.get(stream, ()), self.topics.ledger.cells, stream.slot
+        cells[slot + UNHEALED] = min((hole.first for hole in holes if hole.gap is not None), default=0)
+        doubts = [hole.known for hole in holes if hole.known[0]]
+        cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = min(doubts, default=(0, 0))
 
 
 def is_known(stream: Stream) -> bool:

@@ -8,7 +8,8 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from workers.deribit.feeds.frames import MS, TradeData
-from workers.deribit.feeds.trades import Hole, TradeFeed
+from workers.deribit.feeds.holes import Hole
+from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.publishing.streams import Stream
 
 PAGE = 1000
@@ -55,28 +56,33 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 
     A wide channel is asked by time first, so that 1,500 instruments do not cost 1,500 requests, and one that was first
     traded while we were away is found. What that did not bring is asked by trade_seq, instrument by instrument.
+    What comes to be missing meanwhile is left to the next healing, unless it comes at once.
     """
+    begun = {hole for holes in feed.holes.values() for hole in holes}
     tails = not (yield from _fetch_loss(feed, now, offset))
     for pause in PAUSES:
         wait = pause
         for stream in [s for s in feed.streams.values() if s in feed.holes or feed.find_missing(s, tails)]:
-            # What a new instrument may lack is known only by time: until that has been asked it stays open.
-            holes = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
             missing, answered = feed.find_missing(stream, tails), True
             if missing is not None:
                 answered = yield from _fetch_run(stream, *missing, wait)
                 wait = 0.0
-            if pause == PAUSES[-1] or (answered and not feed.lacks_more(stream, tails)):
-                tail = [hole for hole in feed.holes.get(stream, ()) if hole.is_tail and hole not in holes]
-                yield Healed(stream, holes + tail)
+            # What a new instrument, or a new count, may lack is known only by time: until that was asked it stays open.
+            ripe = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
+            if answered and not feed.lacks_more(stream, tails):
+                yield Healed(stream, ripe)
+            elif pause == PAUSES[-1]:
+                yield Healed(stream, [hole for hole in ripe if hole in begun])
 
 
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether that was done."""
-    channel, lost_from, losses = feed.channel, feed.lost_from, feed.losses
-    if lost_from is None or (channel.instrument and feed.is_numbered(feed.stream)):
+    channel, losses = feed.channel, feed.losses
+    if channel.instrument and feed.is_numbered(feed.stream):
+        feed.end_loss()
+    if feed.lost_from is None:
         return False
-    start, end = (lost_from + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
+    start, end = (feed.lost_from + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
     if channel.instrument:
         subjects = [{"instrument_name": channel.instrument}]
     else:
@@ -90,13 +96,14 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
                 return False
             pause = 0.0
     if feed.losses == losses:  # else the connection was lost once more in the meantime
-        feed.lost_from = None
+        feed.end_loss()
+        feed.is_checked = True
     return True
 
 
 def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
     method = f"public/get_last_trades_by_{'instrument' if 'instrument_name' in subject else 'currency'}_and_time"
-    while True:
+    while start <= end:
         params = {**subject, "start_timestamp": start, "end_timestamp": end, "count": PAGE, "sorting": "asc"}
         for pause in PAUSES:  # nothing else would find an instrument that was first traded while we were away
             page = yield Ask(max(pause, wait), method, params)
@@ -108,11 +115,13 @@ def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) ->
         trades = page.trades
         if not (trades and page.has_more):
             return True
-        # A page may end within one ms: what it repeats is known, and a page of one ms alone must not hold us up.
-        start = max(trades[-1].timestamp, start + (trades[-1].timestamp == trades[0].timestamp == start))
+        # A page may end within one ms: what it repeats is known, but one that does not lead on must not hold us up.
+        start = max(trades[-1].timestamp, start + (trades[-1].timestamp <= start))
+    return True
 
 
 def _fetch_run(stream: Stream, first: int, last: int | None, pause: float) -> Fetch:
+    first = max(1, first - 1)  # the one before is known: if it is another now, the exchange counts anew
     while True:
         params = {"instrument_name": stream.instrument, "start_seq": first, "count": PAGE, "sorting": "asc"}
         if last is not None:

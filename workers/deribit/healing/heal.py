@@ -59,7 +59,7 @@ class Healer:
 
     async def _heal_feed(self, feed: TradeFeed) -> None:
         healing = heal_feed(feed, time.time_ns(), self._client.session.clock_offset)
-        page = None
+        page, feed.changed = None, False
         try:
             while not feed.is_ended:
                 step = healing.send(page)
@@ -69,7 +69,8 @@ class Healer:
                 else:
                     page = await self._fetch(feed, step)
         except StopIteration:
-            pass
+            if feed.changed:  # what was fetched shows that more is missing
+                self.heal(feed)
         except (Lost, NotConnected, TimeoutError) as error:
             log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
             if self._client.is_live:
@@ -78,6 +79,7 @@ class Healer:
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes."""
         feed.is_ended = True
+        feed.end_loss()
         for stream, holes in list(feed.holes.items()):
             self._say_repairs(feed, Healed(stream, list(holes)))
 

@@ -3,11 +3,12 @@
 It lies in a mapped file, so that it outlives a worker that is killed: a store in memory is all that a message costs,
 and the kernel keeps it. A successor that dies too loses nothing of it. The supervisor's own start begins a fresh one.
 
-Layout, in native byte order: records of 512 bytes; the first is the header (epoch, subscriptions), each later one
-belongs to a topic (receive_ts in ns, change_id or trade_seq, length of the topic, first trade_seq of what is being
-healed or 0, first trade_seq that was ever said or 0, the topic).
+Layout, in native byte order: records of 512 bytes; the first is the header, each later one belongs to a topic or a
+channel: some words, then its name. The file is as long as it may ever become, but used only as far as it was filled
+with zeroes before: a store into a place for which a full disk has no room would kill the worker without a word.
 """
 
+import logging
 import mmap
 import os
 from collections.abc import Iterator
@@ -16,11 +17,29 @@ from typing import NamedTuple
 
 RECORD = 512
 WORDS = RECORD // 8
-TEXT = 40
-"""Where a record's topic begins, in bytes."""
+TEXT = 80
+"""Where a record's name begins, in bytes."""
 
 TOPICS = 65_535
-"""Topics that one ledger holds; the file is sparse, only what is used takes room."""
+"""Names that one ledger holds."""
+
+STEP = 256
+"""Records for which room is made at a time: 128 KiB."""
+
+LAST_TS, LAST_ID, LENGTH, UNHEALED, FIRST, NEWEST, KNOWN_ID, KNOWN_TIME, BEGUN, BEFORE = range(10)
+"""The words of a record: receive_ts (ns) of the last data; its change_id or trade_seq; length of the name in bytes, -1
+where the place is free; first trade_seq of what is being healed (of a channel: since when, ns, it may lack trades);
+first trade_seq that was ever said; the exchange's time (ms) of the newest trade. LAST_ID and NEWEST before a loss, as
+long as the exchange may have begun to count anew in it. The trade_seq that was reached when a gap told that it had, and
+NEWEST before that. 0 stands for none."""
+
+EPOCH, SUBSCRIPTIONS, ROOM = 10, 11, 12
+"""Further words of the header: start of the latest life (ns), its subscriptions, records for which there is room."""
+
+_WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE)
+"""Those that make an Entry, in its order."""
+
+log = logging.getLogger("deribit")
 
 
 class Entry(NamedTuple):
@@ -31,90 +50,138 @@ class Entry(NamedTuple):
     last_id: int
     unhealed: int
     first_id: int
+    begun: int
+    before: int
 
 
 class Ledger:
-    """One mapped ledger.
+    """One mapped ledger; `cells[slot + LAST_ID]` is a word of the record at a slot.
 
-    Of a topic are `cells[slot]`: receive_ts, `+ 1`: its id, `+ 3`: the first id being healed, `+ 4`: the first of all.
-    Slot 0 belongs to nobody: it is the header's, in which `+ 2` and `+ 5` are the epoch and the subscriptions.
+    Slot 0 is the header's: what has no place of its own writes there, and nobody reads it.
+    Raises OSError if it cannot be opened, or if there is no room for it.
     """
 
     def __init__(self, path: Path, fresh: bool) -> None:
+        size = RECORD * (TOPICS + 1)
         flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
-        file = os.open(path, flags, 0o600)
+        self._file = os.open(path, flags, 0o600)
         try:
-            os.ftruncate(file, RECORD * (TOPICS + 1))
-            self._map = mmap.mmap(file, RECORD * (TOPICS + 1))
-        finally:
-            os.close(file)
+            is_new = os.fstat(self._file).st_size != size
+            if is_new:
+                self._make_room(0)
+                os.ftruncate(self._file, size)
+            self._map = mmap.mmap(self._file, size)
+        except OSError as error:
+            os.close(self._file)
+            raise OSError(error.errno, f"no room for the ledger: {error.strerror}", str(path)) from None
         self.cells = memoryview(self._map).cast("q")
-        self._slots = {entry.topic: slot for slot, entry in self._read()}
-        self._records = sum(1 for _ in self._read())
-        self._had = frozenset(self._slots)
+        if is_new:
+            self.cells[ROOM] = STEP
+        self._records = 0
+        self._is_full = False
         self._free: list[int] = []
-        self.earlier = [entry for _, entry in self._read() if entry.last_ts]
+        entries = dict(self._read())
+        self._slots = {entry.topic: slot for slot, entry in entries.items()}
+        self._had = frozenset(self._slots)
+        self.earlier = [entry for entry in entries.values() if entry.last_ts]
+
+    def _make_room(self, start: int) -> None:
+        """Fill the next STEP records from number `start` on with zeroes. Raises OSError."""
+        place, left = start * RECORD, STEP * RECORD
+        while left:  # what is nearly full takes a part at first
+            done = os.pwrite(self._file, bytes(left), place)
+            place, left = place + done, left - done
 
     def _read(self) -> Iterator[tuple[int, Entry]]:
-        for number in range(1, TOPICS + 1):
-            start = number * RECORD
-            length = self.cells[number * WORDS + 2]
-            if not 0 < length <= RECORD - TEXT:
+        cells = self.cells
+        for number in range(1, cells[ROOM]):
+            slot, start = number * WORDS, number * RECORD + TEXT
+            length = cells[slot + LENGTH]
+            if not length or length > RECORD - TEXT:
                 return
-            topic = self._map[start + TEXT : start + TEXT + length].decode("utf-8", "replace")
-            slot = number * WORDS
-            yield slot, Entry(topic, self.cells[slot], self.cells[slot + 1], self.cells[slot + 3], self.cells[slot + 4])
+            self._records = number
+            if length < 0:
+                self._free.append(number)
+                continue
+            topic = self._map[start : start + length].decode("utf-8", "replace")
+            yield slot, Entry(topic, *(cells[slot + cell] for cell in _WORDS))
 
     def had(self, topic: str) -> bool:
         """Whether an earlier life had this topic (or channel)."""
         return topic in self._had
 
     def find_slot(self, topic: str) -> int:
-        """The slot of a topic, taken at need; 0 where the ledger is full or the topic too long."""
+        """The slot of a topic, taken at need; 0 where there is no room for it, or it is too long."""
         slot = self._slots.get(topic)
         if slot is None:
             slot = self._slots[topic] = self._take_slot(topic.encode())
         return slot
 
+    def lower(self, slot: int, cell: int, value: int) -> int:
+        """Keep the least value that a word has been given since it was 0, and return it."""
+        if slot:
+            value = self.cells[slot + cell] = min(self.cells[slot + cell] or value, value)
+        return value
+
+    def clear(self, slot: int) -> None:
+        """Forget what was said on a topic; its place stays its own."""
+        for cell in (*_WORDS, NEWEST, KNOWN_ID, KNOWN_TIME):
+            self.cells[slot + cell] = 0
+
     def free_slot(self, topic: str) -> None:
         """Nothing will be said on this topic any more: another may have its place."""
         slot = self._slots.pop(topic, 0)
         if slot:
-            for place in (0, 1, 3, 4):  # all but the length: what is left of a topic would be taken for the next one's
-                self.cells[slot + place] = 0
+            self.clear(slot)
+            self.cells[slot + LENGTH] = -1
             self._free.append(slot // WORDS)
 
     def _take_slot(self, topic: bytes) -> int:
         if len(topic) > RECORD - TEXT:
             return 0
         number = self._free.pop() if self._free else self._records + 1
-        if number > TOPICS:
+        if number > TOPICS or not self._has_room(number):
             return 0
         self._records = max(self._records, number)
-        start = number * RECORD
-        self._map[start + TEXT : start + TEXT + len(topic)] = topic
-        self.cells[number * WORDS + 2] = len(topic)  # last: it makes the record count
+        start = number * RECORD + TEXT
+        self._map[start : start + len(topic)] = topic
+        self.cells[number * WORDS + LENGTH] = len(topic)  # last: it makes the record count
         return number * WORDS
+
+    def _has_room(self, number: int) -> bool:
+        """Whether a record can be used; room is made for it at need."""
+        if number < self.cells[ROOM]:
+            return True
+        try:
+            self._make_room(number)
+        except OSError as error:
+            if not self._is_full:
+                log.error("no room for more topics in the ledger; a restart will tell no gaps on them: %s", error)
+            self._is_full = True
+            return False
+        self.cells[ROOM] = number + STEP
+        return True
 
     @property
     def epoch(self) -> int:
         """When the latest life that wrote here began, in ns; 0 if there was none."""
-        return self.cells[2]
+        return self.cells[EPOCH]
 
     @epoch.setter
     def epoch(self, value: int) -> None:
-        self.cells[2] = value
+        self.cells[EPOCH] = value
 
     @property
     def subscriptions(self) -> int:
         """How many subscriptions the latest life had."""
-        return self.cells[5]
+        return self.cells[SUBSCRIPTIONS]
 
     @subscriptions.setter
     def subscriptions(self, value: int) -> None:
-        self.cells[5] = value
+        self.cells[SUBSCRIPTIONS] = value
 
     def close(self) -> None:
         """Let go of the file; it stays."""
         self.cells.release()
         self._map.close()
+        os.close(self._file)

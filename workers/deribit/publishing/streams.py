@@ -5,7 +5,7 @@ from typing import Any
 
 from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
-from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.ledger import NEWEST, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
 
 Message = Payload | dict[str, Any]
@@ -13,6 +13,9 @@ Message = Payload | dict[str, Any]
 
 MAX_TOPICS = 200_000
 """Topics of one connection; an exchange that invents instruments must not eat the memory."""
+
+ANY_ID = (1 << 63) - 1
+"""No trade_seq is higher."""
 
 DAY = 86_400 * 1_000_000_000
 
@@ -30,13 +33,13 @@ class Stream:
     `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
-    `last_id` its change_id or trade_seq; `has_tail` holds while trades after `last_id` are being fetched; `slot` is
-    its place in the ledger.
+    `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `has_tail` holds while trades
+    after `last_id` are being fetched; `slot` is its place in the ledger.
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
-        "last_id", "last_ts", "lost", "seq", "slot", "status", "topic", "type",
+        "last_id", "last_ts", "lost", "reached", "seq", "slot", "status", "topic", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -50,6 +53,7 @@ class Stream:
         self.seq = 0
         self.last_ts = 0
         self.last_id = 0
+        self.reached = 0
         self.lost = False
         self.has_tail = False
         self.slot = 0
@@ -69,7 +73,8 @@ class Stream:
         Late subscribers are told nothing of it either: another connection may feed it by now.
         """
         self.gap, self.status, self.describe = None, None, self._give_current
-        self.lost, self.has_tail, self.due, self.current, self.last_ts, self.last_id = False, False, None, None, 0, 0
+        self.lost, self.has_tail, self.due, self.current = False, False, None, None
+        self.last_ts, self.last_id, self.reached = 0, 0, 0
 
     def build_envelope(self, receive_ts: int, exchange_ts: int = 0) -> dict[str, Any]:
         """The keys that every payload has, for one that is a map; the publisher counts `seq`."""
@@ -140,10 +145,17 @@ class Topics:
             stream = self.find(topic.type, topic.instrument, topic.interval)
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
             if topic.type == "trade":
-                repeat_from = min(entry.last_id - REPEATS + 1, entry.unhealed or entry.last_id)
-                stream.last_id = max(1, entry.first_id, repeat_from) - 1
+                self._wind_back(stream, entry)
             restored.append(stream)
         return restored
+
+    def _wind_back(self, stream: Stream, entry: Entry) -> None:
+        """Trades from a little before the last one are said again: the earlier life may have taken them along."""
+        repeat_from = entry.last_id - REPEATS + 1
+        stream.last_id = max(1, entry.first_id, min(repeat_from, entry.unhealed or entry.last_id)) - 1
+        stream.reached = entry.last_id
+        if entry.begun >= max(1, repeat_from):  # that the exchange counts anew must be found, and told, again
+            stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
     def forget_expired(self, now: int, kept: Collection[Stream]) -> list[Stream]:
         """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept."""
@@ -160,9 +172,7 @@ class Topics:
     def leave(self, stream: Stream) -> None:
         """Nobody asks for a topic any more: neither this life nor a later one goes on from what was said."""
         stream.reset()
-        if stream.slot:
-            for cell in (0, 1, 3, 4):
-                self.ledger.cells[stream.slot + cell] = 0
+        self.ledger.clear(stream.slot)
 
     def number_gap(self) -> int:
         """The id of the next gap."""

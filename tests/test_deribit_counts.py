@@ -1,0 +1,255 @@
+"""An exchange that begins to count anew: it is recognised, announced, and what came of the new count is fetched."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from collector.channels import guess_kind, parse_channel
+from collector.client.orderbook import OrderBook
+from collector.client.stream import read_message
+from collector.client.verify import Verifier
+from tests.collected import collected
+from tests.exchange_client import get
+from tests.faults.exchange import Line
+from tests.faults.programs import Recorder
+from tests.pipeline import exchange, find_port
+from tests.support import wait_until
+from workers.deribit.feeds.frames import TradeData
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, Ledger
+from workers.deribit.publishing.payloads import Gap, Repair, Trade
+from workers.deribit.publishing.streams import Published, Topics
+
+NAME = "BTC-PERPETUAL"
+LINE = Line(f"trades.{NAME}.raw", (NAME,))
+START = 1_790_000_000_000
+"""ms."""
+
+
+def make_trade(seq: int, at: int) -> dict[str, Any]:
+    """A trade of the exchange, `at` ms after START."""
+    return {
+        "instrument_name": NAME, "trade_seq": seq, "trade_id": f"{seq}-{at}", "price": 1.5, "amount": 1.0,
+        "direction": "buy", "timestamp": START + at,
+    }  # fmt: skip
+
+
+class Life:
+    """One life of a trade feed; `said` is all that it published, in short."""
+
+    def __init__(self, directory: Path, is_first: bool = True) -> None:
+        self.ledger = Ledger(directory / "ledger", fresh=is_first)
+        self.topics = Topics(1, self.ledger)
+        self.feed = TradeFeed(parse_channel(LINE.channel), self.topics)
+        self.topics.restore()
+        self.feed.lose("restart", START)
+        self.said: list[Any] = []
+
+    def take(self, *trades: tuple[int, int]) -> list[Any]:
+        """A frame comes; return what is said of it."""
+        return self._publish(self.feed.take(LINE.encode([make_trade(*each) for each in trades]), 7))
+
+    def fetch(self, *trades: tuple[int, int]) -> list[Any]:
+        """Fetched trades come; return what is said of them."""
+        rows = msgspec.convert([make_trade(*each) for each in trades], list[TradeData])
+        return self._publish(self.feed.backfill(rows, 7))
+
+    def _publish(self, published: Published) -> list[Any]:
+        """What the publisher does, without its socket."""
+        said = []
+        for stream, message in published:
+            if stream.lost and not isinstance(message, Gap):
+                said += [describe(gap)] if (gap := stream.resume(message, 7)) else []
+            if isinstance(message, Trade):
+                self.ledger.cells[stream.slot + LAST_TS] = stream.last_ts = 7
+                self.ledger.cells[stream.slot + LAST_ID] = message.trade_seq
+            said.append(describe(message))
+        return said
+
+
+def describe(message: Any) -> Any:
+    """A trade: its number, negative if it is marked; a gap: reason and what is missing; a repair: the latter."""
+    if isinstance(message, Trade):
+        return -message.trade_seq if message.backfilled is True else message.trade_seq
+    if isinstance(message, Gap):
+        numbers = [each for each in (message.missing_from, message.missing_to) if each is not msgspec.UNSET]
+        return (message.reason, *numbers)
+    assert isinstance(message, Repair)
+    return message.missing
+
+
+@pytest.fixture
+def life(tmp_path: Path) -> Iterator[Life]:
+    life = Life(tmp_path)
+    assert life.take((101, 0), (102, 10), (103, 20)) == [101, 102, 103]
+    yield life
+    life.ledger.close()
+
+
+def test_a_number_that_was_given_before_on_a_newer_trade_begins_a_new_count(life: Life) -> None:
+    assert life.take((5, 1000), (6, 1000)) == [("sequence",), 5, 6]
+    assert life.take((7, 1001)) == [7]
+    assert life.take((9, 1200)) == [("sequence", 8, 8), 9]
+
+
+def test_it_is_one_gap_with_that_of_a_lost_connection(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((5, 1000)) == [("sequence",), 5]
+
+
+def test_what_a_healing_was_to_bring_is_named_before_it(life: Life) -> None:
+    assert life.take((106, 30)) == [("sequence", 104, 105), 106]
+    assert life.fetch((104, 25)) == [-104]
+    assert life.take((1, 1000)) == [[(105, 105)], ("sequence",), 1]
+
+
+def test_what_came_before_the_first_trade_of_the_new_count_is_asked_for_by_time(life: Life) -> None:
+    life.take((5, 1000))
+    assert life.feed.lost_from is not None
+    assert life.fetch((3, 980), (4, 990), (5, 1000)) == [-3, -4]
+
+
+def test_fetched_trades_show_it_as_well(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((101, 1000), (102, 1010)) == [("sequence",), -101, -102]
+    assert life.take((103, 1020)) == [103]
+
+
+def test_a_new_count_that_had_passed_the_old_one_is_found_by_the_trade_before_the_hole(life: Life) -> None:
+    """After a long time away the next trade seems to show a hole, or none at all."""
+    life.feed.lose("disconnect", 8)
+    assert life.take((110, 5000)) == [("disconnect", 104, 109), 110]
+    assert life.fetch((103, 4000), (104, 4100)) == [("sequence",), -103, -104]
+    assert life.fetch((1, 1000), (2, 1010)) == [-1, -2]
+
+
+def test_also_if_nothing_seems_to_be_missing(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((104, 5000)) == [("disconnect",), 104]
+    assert life.feed.find_missing(life.feed.stream) == (104, 103)  # which asks for the one before
+    assert life.fetch((103, 4000)) == [("sequence",), -103]
+
+
+def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:
+    assert life.take((102, 10), (103, 20)) == []
+    assert life.take((106, 30), (105, 29), (107, 31)) == [("sequence", 104, 105), 106, -105, 107]
+    assert life.fetch((101, 0), (102, 10), (103, 20), (104, 28), (105, 29), (106, 30)) == [-104]
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((107, 31), (108, 90), (109, 95)) == [("disconnect", 108), -108, -109]
+    assert life.take((108, 90)) == []
+    assert life.take((109, 95), (110, 99)) == [110]
+    assert life.feed.duplicates == 4
+
+
+def test_times_that_fall_a_little_are_none(life: Life) -> None:
+    assert life.take((104, 15), (104, 15), (103, 40)) == [104]
+
+
+def test_a_later_life_knows_the_last_number_of_the_earlier_one(life: Life, tmp_path: Path) -> None:
+    later = Life(tmp_path, is_first=False)
+    assert later.fetch((101, 0), (102, 10), (103, 20), (104, 25)) == [("restart", 101), -101, -102, -103, -104]
+    later.ledger.close()
+    anew = Life(tmp_path, is_first=False)
+    assert anew.take((102, 3000), (103, 3010)) == [("restart",), 102, 103]
+    anew.ledger.close()
+
+
+def test_a_later_life_tells_it_again_if_that_may_not_be_out(life: Life, tmp_path: Path) -> None:
+    life.take((5, 1000))
+    later = Life(tmp_path, is_first=False)
+    assert later.fetch((5, 1000), (6, 1010)) == [("restart",), -5, -6]
+    later.ledger.close()
+
+
+def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_path: Path) -> None:
+    life.take(*((seq, 1000 + seq) for seq in range(5, 200)))
+    later = Life(tmp_path, is_first=False)
+    repeated = [(seq, 1000 + seq) for seq in range(100, 200)]
+    assert later.fetch(*repeated) == [("restart", 100), *(-seq for seq, _ in repeated)]
+    later.ledger.close()
+
+
+# -- whole programs ---------------------------------------------------------------------------------------------------
+
+
+def find_future(url: str) -> str:
+    """A future that expires: the practice exchange begins each one of a new market with the same number."""
+    rows = get(url, "public/get_instruments", currency="BTC", kind="future")[1]["result"]
+    names: list[str] = [row["instrument_name"] for row in rows if row["settlement_period"] != "perpetual"]
+    return names[-1]
+
+
+def read_trades(recorder: Recorder, since: int) -> Counter[tuple[str, int, str]]:
+    """Instrument, trade_seq and trade_id of all trades on the exchange since then (ns), as published so far."""
+    messages = [read_message(each.topic, each.payload) for each in list(recorder.records["w"])]
+    trades = [each for each in messages if each.type == "trade" and each.exchange_ts > since]
+    return Counter((each.instrument, each["trade_seq"], each["trade_id"]) for each in trades)
+
+
+def read_oracle(path: Path, future: str) -> Counter[tuple[str, int, str]]:
+    """The trades that there were."""
+    events = [json.loads(line) for line in path.read_bytes().splitlines()]
+    trades = [each for each in events if each["event"] == "trade"]
+    return Counter(
+        (each["instrument_name"], each["trade_seq"], str(each["trade_id"])) for each in trades
+        if each["instrument_name"] == future or guess_kind(each["instrument_name"]) == "option"
+    )  # fmt: skip
+
+
+def check_topics(recorder: Recorder, since: int) -> int:
+    """A fall of trade_seq stands behind a gap that says nothing of numbers. Returns how many there were."""
+    falls, last, anew = 0, dict[str, int](), set[str]()
+    for each in recorder.records["w"]:
+        message = read_message(each.topic, each.payload)
+        if message.type == "gap" and "missing_from" not in message:
+            anew.add(message.instrument)
+        if message.type == "trade" and (message.exchange_ts > since) and message.instrument in last:
+            assert message["trade_seq"] > last[message.instrument] or message.instrument in anew
+            falls += message["trade_seq"] <= last.pop(message.instrument)
+        elif message.type == "trade" and message.exchange_ts <= since:
+            last[message.instrument] = max(message["trade_seq"], last.get(message.instrument, 0))
+    return falls
+
+
+def check_anew(url: str, oracle: Path, recorder: Recorder, future: str, since: int) -> None:
+    """All trades of the new market have come, once, and nothing that was said is wrong."""
+    wait_until(lambda: len(read_trades(recorder, since)) > 200, "trades of the new market")
+    assert get(url, "practice/freeze")[0] == 200
+    wait_until(lambda: read_trades(recorder, since) == read_oracle(oracle, future), "all trades of the new market")
+    assert check_topics(recorder, since) > 3
+    verifier, book = Verifier(), OrderBook()
+    for each in list(recorder.records["w"]):
+        assert verifier.check(each.topic, each.payload, each.at) == []
+        book.apply(read_message(each.topic, each.payload))
+    assert book.in_sync
+
+
+@pytest.mark.parametrize("patience", [1000, 1])
+def test_a_practice_exchange_that_is_killed_and_started_anew_counts_anew(tmp_path: Path, patience: int) -> None:
+    """Its market starts again; and so does the worker, where it has no patience."""
+    port = find_port()
+    url = f"ws://127.0.0.1:{port}/ws/api/v2"
+    with exchange(port, "--rate", "1500") as old:
+        old.wait_line(rf":{port}/")
+        future = find_future(url)
+        channels = [f"trades.{future}.100ms", f"book.{future}.100ms", "trades.option.any.100ms"]
+        table = {"url": url, "channels": channels, "retry_count": patience, "retry_delay": 0.05}
+        with collected({"w": table}, exchange=None) as run:
+            recorder = Recorder({"w": run.wait_state("w")["publish"]})
+            try:
+                wait_until(lambda: len(read_trades(recorder, 0)) > 100, "trades of the old market")
+                old.process.kill()
+                old.wait_exit()
+                since = time.time_ns()
+                with exchange(port, "--rate", "1500", "--oracle", str(tmp_path / "oracle")) as new:
+                    new.wait_line(rf":{port}/")
+                    check_anew(url, tmp_path / "oracle", recorder, future, since)
+                    assert (run.get_state("w")["restarts"] > 0) == (patience == 1)
+            finally:
+                recorder.end()
