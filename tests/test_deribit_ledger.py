@@ -1,0 +1,122 @@
+"""What a later life is told by an earlier one: all of it, however many topics there are; and what a full disk does."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from collector.messages import Topic
+from tests.pipeline import short_directory, write_config
+from tests.support import REPOSITORY, collector
+from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, TOPICS, UNHEALED, Ledger
+
+ON_SMALL_DISK = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
+"""Runs a shell that may mount what only it sees."""
+
+
+def name_topic(number: int) -> str:
+    return str(Topic("deribit", "trade", f"BTC-{number}", "100ms"))
+
+
+def fill(ledger: Ledger, numbers: range) -> list[int]:
+    """Say something on so many topics; return their slots."""
+    slots = [ledger.find_slot(name_topic(number)) for number in numbers]
+    for number, slot in zip(numbers, slots, strict=True):
+        ledger.cells[slot + LAST_TS], ledger.cells[slot + LAST_ID] = number, 2 * number
+    return slots
+
+
+def test_it_grows_with_its_topics_and_all_are_read_again(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    assert ledger.earlier == []
+    numbers = range(1, 3 * STEP)
+    slots = fill(ledger, numbers)
+    assert len(set(slots)) == len(numbers)
+    ledger.close()
+    again = Ledger(tmp_path / "a.ledger", fresh=False)
+    assert [entry.topic for entry in again.earlier] == [name_topic(number) for number in numbers]
+    assert [(entry.last_ts, entry.last_id) for entry in again.earlier] == [(number, 2 * number) for number in numbers]
+    assert again.find_slot(name_topic(7)) == slots[6]
+    assert again.find_slot(name_topic(0)) not in slots
+    again.close()
+    fresh = Ledger(tmp_path / "a.ledger", fresh=True)
+    assert fresh.earlier == []
+    fresh.close()
+
+
+def test_it_is_small_on_the_disk_as_long_as_it_is_little_used(tmp_path: Path) -> None:
+    fill(Ledger(tmp_path / "a.ledger", fresh=True), range(1, 100))
+    assert (tmp_path / "a.ledger").stat().st_blocks * 512 <= 256 * 1024
+
+
+def test_a_place_that_was_freed_in_an_earlier_life_serves_another(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    first, *_ = fill(ledger, range(1, 10))
+    ledger.free_slot(name_topic(1))
+    ledger.close()
+    again = Ledger(tmp_path / "a.ledger", fresh=False)
+    assert [entry.last_ts for entry in again.earlier] == list(range(2, 10))
+    assert not again.had(name_topic(1))
+    assert again.find_slot(name_topic(100)) == first
+    assert [again.cells[first + cell] for cell in (LAST_TS, LAST_ID, UNHEALED, FIRST)] == [0] * 4
+    again.close()
+
+
+def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    for number in range(TOPICS):
+        assert ledger.find_slot(name_topic(number))
+    assert ledger.find_slot(name_topic(TOPICS)) == 0
+    assert ledger.find_slot("x" * 500) == 0
+    ledger.epoch, ledger.subscriptions = 5, 6
+    fill(ledger, range(TOPICS, TOPICS + 1))
+    ledger.clear(0)
+    assert (ledger.epoch, ledger.subscriptions) == (5, 6)
+    ledger.close()
+
+
+# -- a full disk ------------------------------------------------------------------------------------------------------
+
+
+def run_on_small_disk(place: Path, size: int, *argv: str) -> subprocess.CompletedProcess[str]:
+    """Run a program while a disk of so many KiB is mounted at a place."""
+    script = f'mount -t tmpfs -o size={size}k,mode=700 tmpfs "$1" && shift && exec "$@"'
+    command = [*ON_SMALL_DISK, script, "sh", str(place), *argv]
+    if subprocess.run([*ON_SMALL_DISK, 'mount -t tmpfs tmpfs "$1"', "sh", str(place)], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a small disk")
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
+
+
+def test_a_worker_does_not_start_on_a_full_disk_and_says_so() -> None:
+    with short_directory() as directory:
+        disk = directory / "run"
+        disk.mkdir()
+        table = {"url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.BTC-PERPETUAL"]}
+        config = write_config(directory, {"w": table})
+        done = run_on_small_disk(disk, 64, *collector("run", str(config)))
+    assert done.returncode == 1, done.stderr
+    assert "w: cannot start: [Errno 28] no room for the ledger: No space left on device: " in done.stderr
+    assert str(disk / "w.ledger") in done.stderr
+    assert "no connection is left" in done.stderr
+
+
+GROW = """
+import sys
+from pathlib import Path
+from workers.deribit.publishing.ledger import LAST_TS, STEP, Ledger
+ledger = Ledger(Path(sys.argv[1]) / "a.ledger", fresh=True)
+slots = [ledger.find_slot(f"t{number}") for number in range(3 * STEP)]
+for slot in slots:
+    ledger.cells[slot + LAST_TS] = 1
+print(sum(slot > 0 for slot in slots))
+ledger.close()
+print(len(Ledger(Path(sys.argv[1]) / "a.ledger", fresh=False).earlier))
+"""
+
+
+def test_a_ledger_that_cannot_grow_keeps_what_it_has(tmp_path: Path) -> None:
+    done = run_on_small_disk(tmp_path, 192, sys.executable, "-c", GROW, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [str(STEP - 1)] * 2
+    assert done.stderr.count("no room for more topics in the ledger") == 1
