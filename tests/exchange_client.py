@@ -16,9 +16,14 @@ TIMEOUT = 15.0
 
 
 @contextmanager
-def exchange(*options: str, env: dict[str, str] | None = None) -> Iterator[tuple[str, Program]]:
-    """Run the practice exchange; give its WebSocket URL and the process."""
-    with running(*collector("exchange", *options), env=env) as program:
+def exchange(
+    *options: str, own_credits: bool = True, env: dict[str, str] | None = None
+) -> Iterator[tuple[str, Program]]:
+    """Run the practice exchange; give its WebSocket URL and the process.
+
+    The clients of several tests use it at once and do not know of each other, hence `own_credits`.
+    """
+    with running(*collector("exchange", *["--own-credits"] * own_credits, *options), env=env) as program:
         url = program.wait_line(r"^listening on (wss?://127\.0\.0\.1:\d+/ws/api/v2)$", stream="out")[1]
         yield url, program
 

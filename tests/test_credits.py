@@ -1,9 +1,13 @@
 """Deribit's credits: never overdrawn, by one worker or by many that share them, whoever starts or comes back when."""
 
+import asyncio
+import contextlib
 import fcntl
+import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -22,6 +26,7 @@ from collector.limits import (
     estimate_seconds,
 )
 from tests.collected import QUICK, Collected, collected
+from tests.exchange_client import Client, connect, exchange
 from tests.support import wait_until
 from workers.deribit.connection.credits import MOMENT, Pool, SharedCredits
 
@@ -152,6 +157,36 @@ def test_a_pool_at_which_another_looks_is_asked_again_and_never_waited_for(tmp_p
     assert pool.take(SUBSCRIBE_BURST, time.monotonic()) == 0.0
 
 
+# the practice exchange
+
+
+async def subscribe(client: Client, calls: int) -> list[dict[str, Any]]:
+    """Send so many calls at once; the answers up to the cut, if there is one."""
+    body = {"jsonrpc": "2.0", "id": "call", "method": "public/subscribe", "params": {"channels": ["announcements"]}}
+    with contextlib.suppress(ConnectionResetError):  # the cut may come before the last of them is sent
+        for _ in range(calls):
+            await client.send(json.dumps(body))
+
+    def find() -> list[dict[str, Any]] | None:
+        answers = [message for message in client.messages() if message.get("id") == "call"]
+        return answers if client.closed or len(answers) == calls else None
+
+    answers: list[dict[str, Any]] = await client.wait(find, "all answers or the cut")
+    return answers
+
+
+def test_the_exchange_counts_for_an_address_or_an_account_and_not_for_a_connection() -> None:
+    async def act(url: str) -> None:
+        async with connect(url) as one, connect(url) as other, connect(url) as member:
+            await member.log_in()
+            assert all("result" in answer for answer in await subscribe(one, 9))
+            assert (await subscribe(other, 9))[-1]["error"]["code"] == 10028
+            assert all("result" in answer for answer in await subscribe(member, 9))
+
+    with exchange(own_credits=False) as (url, _):
+        asyncio.run(act(url))
+
+
 # whole programs
 
 CALLS = [f"chart.trades.{currency}-PERPETUAL.{each}" for currency in ("BTC", "ETH") for each in RESOLUTIONS[:7]]
@@ -163,6 +198,18 @@ def check_pace(run: Collected, start: int) -> None:
     for number, live in enumerate(sorted(state["since"] for state in run.ask("get_state").values()), 1):
         assert number * SUBSCRIBE_COST <= SUBSCRIBE_POOL + (live - start) / 1e9 * REFILL
     assert "too_many_requests" not in run.program.text()
+
+
+def test_connections_that_are_cut_together_come_back_at_the_pace_of_one_account() -> None:
+    """The exchange goes on and counts on: what it has granted before the cut is not there again after it."""
+    table = {**QUICK, "url": f"practice?faults=drop:8,first:{len(CALLS)}", "retry_count": 1000}
+    connections = {f"c{number}": {**table, "channels": [call]} for number, call in enumerate(CALLS)}
+    with collected(connections) as run:
+        for count in (0, 1):
+            for name in connections:
+                run.wait_state(name, reconnects=count)
+        assert "too_many_requests" not in run.program.text()
+        assert run.stop() == 0
 
 
 def test_connections_that_start_or_come_back_together_share_their_credits() -> None:

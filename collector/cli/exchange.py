@@ -21,6 +21,7 @@ import click
 @click.option("--oracle", type=click.Path(dir_okay=False), help="Append to this file what really happens (JSON lines).")
 @click.option("--replay", multiple=True, type=click.Path(dir_okay=False), help="Send the recorded frames of this file.")
 @click.option("--speed", default=1.0, show_default=True, help="Pace of the replay; 0 is all at once.")
+@click.option("--own-credits", is_flag=True, help="No connection draws on another's request credits.")
 @click.option(
     "--certificate", type=click.Path(dir_okay=False), help="Serve TLS with this PEM file (certificate and key)."
 )

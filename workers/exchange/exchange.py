@@ -13,6 +13,7 @@ from workers.exchange.protocol.auth import LIFE, Authority
 from workers.exchange.protocol.faults import Faults, Setting, parse_faults
 from workers.exchange.protocol.methods import MARKET_METHODS
 from workers.exchange.protocol.rpc import RpcError
+from workers.exchange.protocol.session import Credits
 from workers.exchange.replay import Recorded, Replay
 
 MAX_CONNECTIONS = 32
@@ -21,7 +22,10 @@ MAX_CONNECTIONS = 32
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How to run the exchange. `rate` is book events a second, `options` how many options are listed."""
+    """How to run the exchange. `rate` is book events a second, `options` how many options are listed.
+
+    `own_credits`: no connection draws on another's credits, as if each were of an account of its own.
+    """
 
     host: str = "127.0.0.1"
     port: int = 0
@@ -32,6 +36,7 @@ class Settings:
     oracle: str | None = None
     recording: tuple[Recorded, ...] = ()
     speed: float = 1.0
+    own_credits: bool = False
     certificate: str | None = None  # PEM file with certificate and key: serve wss and https
     keys: dict[str, str] = field(default_factory=dict, repr=False)
 
@@ -51,6 +56,7 @@ class Exchange:
         self.opened = 0
         self.relayed = 0
         self._named: Counter[str] = Counter()
+        self._credits: dict[tuple[str, float | None], Credits] = {}
         self._next = {"listing": now, "expiry": now}
         for name in self._next:
             self._next[name] += self._find_period(name)
@@ -73,6 +79,13 @@ class Exchange:
         ):
             return Faults()
         return faults
+
+    def find_credits(self, payer: str, limit: float | None, now: float) -> Credits:
+        """The pools that all connections of an account or address draw on, full at first (`now` in seconds).
+
+        Those whose pools a fault makes smaller (`limit`) share these small ones.
+        """
+        return self._credits.setdefault((payer, limit), Credits(now, limit))
 
     def advance(self, now: int) -> None:
         """Let the market live until `now` (ms) and send what follows."""

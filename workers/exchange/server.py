@@ -18,7 +18,7 @@ from workers.exchange.exchange import Exchange, find_failure
 from workers.exchange.protocol.connection import CLOSE, Connection
 from workers.exchange.protocol.faults import Faults, parse_faults
 from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
-from workers.exchange.protocol.session import Credits, Session
+from workers.exchange.protocol.session import Session
 from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, carry_out
 
 STEP = 0.02
@@ -145,7 +145,7 @@ class Server:
             raise RpcError(int(failure.value))
         if call.method in SOCKET_METHODS:
             raise RpcError(10030)
-        session = Session(0, now / 1000.0, Credits(now / 1000.0))
+        session = Session(0, now / 1000.0)
         _log_in(self.exchange, session, request.headers.get("Authorization", ""), now)
         context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, {})
         return carry_out(call.method, context).result
@@ -207,7 +207,7 @@ class _Socket:
 
     def __init__(self, request: web.Request, exchange: Exchange, faults: Faults) -> None:
         self.response = web.WebSocketResponse(autoping=False, autoclose=False, timeout=1.0, max_msg_size=4 << 20)
-        self.connection = Connection(exchange, faults, self, time.time())
+        self.connection = Connection(exchange, faults, self, time.time(), request.remote or "")
         self._request = request
         self._delay = faults.number("delay") / 1000.0
         self._ready = asyncio.Event()

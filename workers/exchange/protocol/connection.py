@@ -53,15 +53,17 @@ class Transport(Protocol):
 class Connection:
     """The exchange's side of one socket. Times are seconds since 1970."""
 
-    def __init__(self, exchange: Exchange, faults: Faults, transport: Transport, now: float) -> None:
+    def __init__(self, exchange: Exchange, faults: Faults, transport: Transport, now: float, address: str) -> None:
         exchange.opened += 1
         self._exchange, self._faults, self._transport = exchange, faults, transport
-        limit = faults.number("credits") if "credits" in faults else None
-        self.session = Session(exchange.opened, now, Credits(now, limit), last_request=now, last_sent=now)
+        self.session = Session(exchange.opened, now, last_request=now, last_sent=now)
         self.outbox: deque[Outgoing] = deque()
         self.waiting = 0
         self.silent = False
         self._now = now
+        self._address = address
+        self._limit = faults.number("credits") if "credits" in faults else None
+        self._own = Credits(now, self._limit) if exchange.settings.own_credits else None
         self._delay = faults.number("delay") / 1000.0
         self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
         self._distortion = Distortion(faults, self._rng, self._report) if distorts(faults) else None
@@ -195,7 +197,7 @@ class Connection:
             self._answer(self._find_id(call), reply.result, now)
 
     def _check(self, call: Call, now: float) -> None:
-        if not self.session.credits.spend(call.method, now):
+        if not self._find_credits(now).spend(call.method, now):
             raise RpcError(10028)
         failure = find_failure(self._faults, "error", call.method, self._counts)
         if failure is not None:
@@ -205,6 +207,12 @@ class Connection:
             raise RpcError(11051)
         if call.params is None:
             raise refuse_positional()
+
+    def _find_credits(self, now: float) -> Credits:
+        """The pools that pay: the account's where somebody is logged in, else the address's."""
+        login = self.session.login if self.session.is_logged_in(int(now * 1000)) else None
+        payer = f"account {login.client_id}" if login else f"address {self._address}"
+        return self._own or self._exchange.find_credits(payer, self._limit, now)
 
     def _make_context(self, call: Call, now: float) -> Context:
         ms = int(now * 1000)

@@ -84,7 +84,7 @@ CONNECTION_FAULTS = (
     Fault("exponents", "", "", "numbers are spelled with exponents (2.2e3)"),
     Fault("clock", "MS", "3000", "get_time and all timestamps are off by this"),
     Fault("flood", "RATE", "1000", "so many more frames a second: repeats of tickers, quotes and indices"),
-    Fault("credits", "N", "6000", "pools of so many credits, so that 10028 and the cut come soon"),
+    Fault("credits", "N", "6000", "pools of so many credits, for all that say the same; 10028 and the cut come soon"),
     Fault("ban", "CODE", "12005", "public/auth is answered with this error"),
     Fault("expired_token", "", "", "tokens are dead when they are given"),
     Fault("token_life", "SECONDS", "60", "expires_in, and tokens die then"),

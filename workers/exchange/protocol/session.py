@@ -1,4 +1,7 @@
-"""What the exchange knows of one WebSocket: login, subscriptions, heartbeat, credits. Times (seconds) are passed in."""
+"""What the exchange knows of one WebSocket: login, subscriptions, heartbeat; and what its requests cost.
+
+Times (seconds) are passed in.
+"""
 
 from dataclasses import dataclass, field
 
@@ -47,7 +50,7 @@ class Heartbeat:
 
 
 class Credits:
-    """The request credits of one connection."""
+    """The request credits of one account, or of one address for all who are not logged in."""
 
     def __init__(self, now: float, limit: float | None = None) -> None:
         self._limit = limit
@@ -71,7 +74,6 @@ class Session:
 
     number: int
     opened: float
-    credits: Credits
     subscriptions: dict[str, str | None] = field(default_factory=dict)  # channel -> label
     login: Login | None = None
     heartbeat: Heartbeat | None = None
