@@ -526,10 +526,37 @@ def test_the_command_ends_in_order_and_refuses_what_it_does_not_know() -> None:
             asyncio.run(act())
             assert program.wait_exit() == 0
             assert program.err == []
-    with running(*collector("exchange", "--faults", "nope:1")) as program:
-        assert program.wait_exit() == 2
-        assert "no fault 'nope'" in program.text()
     with exchange() as (url, _), running(*collector("exchange", "--port", url.split(":")[2].split("/")[0])) as second:
         assert second.wait_exit() == 1
         assert "address already in use" in second.text()
         assert "Traceback" not in second.text()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "code", "words"),
+    [
+        ("--faults", "nope:1", 2, "no fault 'nope'"),
+        ("--port", "99999", 2, "0<=x<=65535"),
+        ("--rate", "-1", 2, "x>=0"),
+        ("--certificate", "/no/such.pem", 1, "certificate /no/such.pem: No such file"),
+        ("--certificate", __file__, 1, f"certificate {__file__}: "),
+        ("--replay", "/no/such.jsonl", 1, "No such file or directory: '/no/such.jsonl'"),
+    ],
+)
+def test_what_it_cannot_run_with_is_refused_in_words(option: str, value: str, code: int, words: str) -> None:
+    with running(*collector("exchange", option, value)) as program:
+        assert program.wait_exit() == code
+        assert words in program.text()
+        assert "Traceback" not in program.text()
+
+
+def test_a_connection_that_names_no_fault_is_refused_and_logged() -> None:
+    with exchange() as (url, program):
+
+        async def act() -> None:
+            with pytest.raises(aiohttp.WSServerHandshakeError, match="400"):
+                async with connect(url, "gapp:3"):
+                    pass
+
+        asyncio.run(act())
+        program.wait_line("a connection refused: no fault 'gapp'", stream="err")

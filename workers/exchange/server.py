@@ -4,6 +4,7 @@ import asyncio
 import base64
 import binascii
 import contextlib
+import logging
 import socket
 import ssl
 import struct
@@ -20,6 +21,8 @@ from workers.exchange.protocol.faults import Faults, parse_faults
 from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
 from workers.exchange.protocol.session import Session
 from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, carry_out
+
+log = logging.getLogger(__name__)
 
 STEP = 0.02
 """Seconds between two moves of the market."""
@@ -97,6 +100,7 @@ class Server:
         try:
             faults = self.exchange.draw_faults(request.query.get("faults"))
         except ValueError as error:
+            log.warning("a connection refused: %s", error)
             return web.Response(status=400, text=f"{error}\n")
         limit = self.exchange.max_connections
         if "429" in faults or (limit and self.connections >= limit):
@@ -155,7 +159,10 @@ def _read_certificate(path: str | None) -> ssl.SSLContext | None:
     if path is None:
         return None
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.load_cert_chain(path)
+    try:
+        context.load_cert_chain(path)
+    except OSError as error:  # it does not name the file
+        raise OSError(f"certificate {path}: {error.strerror}; write a PEM file with certificate and key") from None
     return context
 
 
