@@ -115,6 +115,8 @@ class Verdict:
         if self.is_good:
             click.secho("Every rule holds.", fg="green")
         for prefix in self.silent:
-            click.echo(f"collector: nothing came on topics that begin with {prefix!r}; is it right?", err=True)
+            where = f" on topics that begin with {prefix!r}" if prefix else ""
+            advice = "is the prefix right?" if prefix else "does a collector publish at these endpoints?"
+            click.echo(f"collector: nothing came{where}; {advice}", err=True)
         if wrong:
             click.echo(f"collector: {len(wrong)} rules broken, {sum(wrong.values()):,} times", err=True)

@@ -106,7 +106,9 @@ class Supervisor:
     def _end_exchange(self, _: object) -> None:
         """The practice exchange has ended; for those who connect to it there is nothing left if that was for good."""
         if self.exchange is not None and self.exchange.machine.state == "failed":
-            log.error("the practice exchange cannot run: %s", self.exchange.last_error)
+            error = self.exchange.last_error
+            reason = error.get("message") if isinstance(error, dict) else error
+            log.error("the practice exchange cannot run: %s", reason or "see above")
             self.end(1)
 
     @property
