@@ -95,10 +95,6 @@ VALUES = st.recursive(
 )
 
 
-class _Splice:
-    """Stands where a spelling is to be spliced into the text."""
-
-
 @st.composite
 def damaged_data(draw: st.DrawFn, seed: Any) -> bytes:
     """The text of the seed with one to three of its members deleted, replaced, doubled or misspelled."""

@@ -51,10 +51,6 @@ class Side:
         prices = (self._sign * key for key in self._keys[:depth])
         return [(price, self._amounts[price]) for price in prices]
 
-    def get_amount(self, price: float) -> float:
-        """The amount at a price, 0.0 if there is none."""
-        return self._amounts.get(price, 0.0)
-
     @property
     def best_price(self) -> float | None:
         """The best price; None if the side is empty."""

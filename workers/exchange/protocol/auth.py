@@ -69,10 +69,6 @@ class Authority:
             raise RpcError(13009, {"reason": "invalid_token"})
         return login
 
-    def check_basic(self, client_id: str, secret: str) -> None:
-        """Check a client id and secret (HTTP). Raises RpcError 13004."""
-        self._check_secret({"client_id": client_id, "client_secret": secret})
-
     def revoke(self, login: Login) -> None:
         """Make the tokens of a login void."""
         for tokens in (self._access, self._refresh):
