@@ -1,4 +1,4 @@
-"""One connection to Deribit. `Client` can be used by itself: one WebSocket that stays connected, five functions."""
+"""One connection to Deribit. `Client` can be used by itself: one WebSocket that stays connected."""
 
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.client import Client

@@ -59,6 +59,9 @@ class Client:
     _pause = 0.0
     _stamp = 0
     _heard = 0.0
+    _socket: Socket | None = None
+    _life: asyncio.Task[None] | None = None
+    _verdict: asyncio.Future[None] | None = None
 
     def __init__(
         self,
@@ -77,8 +80,7 @@ class Client:
         self.url = url
         self.headers = dict(headers or {})
         self.timeout = timeout
-        self.retry_count = retry_count
-        self.retry_delay = retry_delay
+        self.retry_count, self.retry_delay = retry_count, retry_delay
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
         self.session = Session(self.send, login, heartbeat_interval, cancel_on_disconnect)
@@ -87,10 +89,7 @@ class Client:
         self.since = time.time_ns()
         self.bytes = 0
         self.requests = Requests()
-        self._socket: Socket | None = None
-        self._life: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._verdict: asyncio.Future[None] | None = None
         self._live = asyncio.Event()
         self._closing = asyncio.Event()
         self._pace = Pace(read_pause)
@@ -100,7 +99,7 @@ class Client:
         if self._verdict is not None and not self._verdict.done():
             self._verdict.set_exception(Lost(reason))
 
-    # -- the five functions -------------------------------------------------------------------------------------------
+    # -- what a program does with it ----------------------------------------------------------------------------------
 
     async def connect(self) -> None:
         """Connect and return once live; from then on stay connected. Raises Lost or Refused if that fails for good."""
@@ -216,9 +215,8 @@ class Client:
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
         if self.attempts >= max(1, self.retry_count):
-            return self._fail(
-                "exhausted", Exit.GAVE_UP, f"{self.attempts} attempts in a row came to nothing, the last: {reason}"
-            )
+            tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts in a row"
+            return self._fail("exhausted", Exit.GAVE_UP, f"{tries} came to nothing, the last: {reason}")
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
         delay = max(self._pause, backoff_delay(max(1, self.attempts), first, random.random()))
