@@ -3,6 +3,7 @@
 The socket is an XPUB (on the wire the same as PUB), so that new subscriptions can be seen and answered.
 """
 
+import errno
 import os
 import socket
 from typing import Any
@@ -98,21 +99,34 @@ class Publisher:
         self.say(stream, body | {"join": True})
 
     def flush(self) -> None:
-        """Number, encode and send what has been gathered: the end of each message's path, and most of its cost."""
+        """Send what has been gathered: the end of each message's path, and much of its cost."""
         self.is_gathering = False
-        waiting: list[tuple[Stream, Any]] = self._waiting
+        waiting = self._waiting
         if not waiting or (self.is_holding and len(waiting) < MAX_HELD):
             return
         self.is_holding = False
         self._waiting = []  # whatever happens, nothing is sent twice
-        encode, send, cells = self._encode, self._send, self._ledger.cells
+        frames, send = self._encode_all(waiting), self._send
+        # All at once: a send that finds ZeroMQ's thread asleep wakes it, and this thread may lose the core to it
+        # (measured with the encoding between the sends: 8.2 against 7.3 us a message).
+        for topic, payload in frames:
+            send(topic, MORE, True, False)
+            send(payload, LAST, True, False)
+        self.published += len(frames)
+        if len(frames) > MANY:
+            os.sched_yield()
+
+    def _encode_all(self, waiting: list[tuple[Stream, Any]]) -> list[tuple[bytes, bytes]]:
+        """Number messages and encode them; note in the ledger what a later life has to go on from."""
+        encode, cells = self._encode, self._ledger.cells
+        frames: list[tuple[bytes, bytes]] = []
         for stream, message in waiting:
             kind = message.__class__
             if kind is dict:
                 self._count_map(stream, message)
             else:
                 stream.seq = message.seq = stream.seq + 1
-                if kind not in NO_DATA:  # a later life goes on from here
+                if kind not in NO_DATA:
                     slot = stream.slot
                     cells[slot] = message.receive_ts
                     if kind is Book:
@@ -121,12 +135,8 @@ class Publisher:
                         cells[slot + 1] = message.trade_seq
                 elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
                     cells[stream.slot + 1] = 0  # the exchange may count from a lower number now
-            payload = encode(message)
-            send(stream.topic, MORE, True, False)
-            send(payload, LAST, True, False)
-        self.published += len(waiting)
-        if len(waiting) > MANY:
-            os.sched_yield()
+            frames.append((stream.topic, encode(message)))
+        return frames
 
     def _count_map(self, stream: Stream, message: dict[str, Any]) -> None:
         if "join" in message:
@@ -174,4 +184,4 @@ def claim_ipc(endpoint: str) -> None:
             probe.connect(f"\0{path[1:]}" if path.startswith("@") else path)
         except OSError:
             return
-    raise OSError(98, os.strerror(98), endpoint)
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), endpoint)
