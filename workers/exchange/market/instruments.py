@@ -199,27 +199,30 @@ def _make_row(of: Instrument, period: str, number: int) -> dict[str, Any]:
         row |= {"option_type": "call" if of.call else "put", "strike": of.strike}
     if not spot and not combo:
         row["max_leverage"] = 1 if option else 50
-    row |= {
-        "maker_commission": 0.0003 if option else 0.0,
-        "taker_commission": 0.0003 if option else 0.0 if combo else 0.0005,
-    }
     row |= {"instrument_type": "reversed" if of.inverse else "linear", "expiration_timestamp": of.expiry}
     row |= {"creation_timestamp": of.created, "is_active": True, "tick_size": of.tick, "contract_size": of.size}
     row |= {"instrument_id": number, "min_trade_amount": of.lot}
     if of.kind == "future":
-        row |= {
-            "future_type": row["instrument_type"],
-            "max_liquidation_commission": 0.0075,
-            "max_non_default_leverage": 5,
-        }
-    if not combo and not spot:
-        row |= {
-            "block_trade_commission": 0.00025, "block_trade_tick_size": 0.0001 if option else 0.01,
-            "block_trade_min_trade_amount": 25 if option else 200_000,
-        }  # fmt: skip
+        row |= {"future_type": row["instrument_type"], "max_non_default_leverage": 5}
     if not spot:
         row |= {"settlement_currency": of.currency, "settlement_period": period}
     quote = of.currency if option or not of.inverse or of.kind == "option_combo" else "USD"
     row |= {"base_currency": of.base, "counter_currency": "USD" if of.inverse else of.currency, "quote_currency": quote}
-    row |= {"tick_size_steps": [], "underlying_type": "crypto"}
-    return row
+    return row | _list_fees(of.kind) | {"tick_size_steps": [], "underlying_type": "crypto"}
+
+
+def _list_fees(kind: str) -> dict[str, Any]:
+    """What trading a kind of instrument costs, and from what size on it may be done in blocks."""
+    option, combo = kind == "option", kind.endswith("_combo")
+    fees: dict[str, Any] = {
+        "maker_commission": 0.0003 if option else 0.0,
+        "taker_commission": 0.0003 if option else 0.0 if combo else 0.0005,
+    }
+    if kind == "future":
+        fees["max_liquidation_commission"] = 0.0075
+    if kind in ("future", "option"):
+        fees |= {
+            "block_trade_commission": 0.00025, "block_trade_tick_size": 0.0001 if option else 0.01,
+            "block_trade_min_trade_amount": 25 if option else 200_000,
+        }  # fmt: skip
+    return fees
