@@ -147,7 +147,7 @@ def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path
             await follow(client)
             await client.wait_data(BOOK, 2)
             await other.wait(lambda: read_oracle(oracle, event="silent"), "the silence to begin")
-            await asyncio.sleep(0.05)
+            await other.wait_data(BOOK, len(other.data(BOOK)) + 2)  # what was sent before the silence has come too
             count, theirs = len(client.texts), len(other.data(BOOK))
             await client.send('{"jsonrpc":"2.0","id":50,"method":"public/test"}')
             await client.socket.ping()
