@@ -122,7 +122,7 @@ class Board:
         above = max(3, height - len(head) - below - 3)
         for line in head:
             line.truncate(width, overflow="ellipsis")
-        return Group(*head, self._draw_topics(above), self._draw_recent(below - 2, width))
+        return Group(*head, self._draw_topics(above), self._draw_recent(below - 2))
 
     def _draw_title(self) -> Text:
         age = int(time.monotonic() - self._started)
@@ -173,7 +173,7 @@ class Board:
             last = Text.assemble((f"{row.state}  ", STYLES.get(row.state, "red")), last)
         return row.topic[1], row.topic[2], row.topic[3], last, f"{row.rate:,.1f}", age
 
-    def _draw_recent(self, room: int, width: int) -> Table:
+    def _draw_recent(self, room: int) -> Table:
         table = Table(box=box.SIMPLE_HEAD, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)
         table.add_column("TRADES", no_wrap=True, overflow="ellipsis", ratio=1)
         table.add_column("EVENTS", no_wrap=True, overflow="ellipsis", ratio=1)

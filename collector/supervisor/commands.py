@@ -21,7 +21,7 @@ from collector.supervisor.supervisor import Entry, Supervisor
 LOOK = 500_000_000
 """Ns that a worker has to say its state; what is known of it is answered after that."""
 
-MAX_CHANNELS = 20_000
+MAX_ON_ONE = 20_000
 """Channels that may be asked for on one connection."""
 
 NO_PATTERNS = "patterns stand in the file, or in the table of connect; here channels are named one by one"
@@ -165,8 +165,8 @@ class Commands:
         for name in asked:
             try:
                 places.place(entry.keeper.name, _read_channel(name))
-                if name not in entry.channels and len(entry.channels) >= MAX_CHANNELS:
-                    raise ValueError(f"{MAX_CHANNELS} channels are asked for on {entry.keeper.name} already")
+                if name not in entry.channels and len(entry.channels) >= MAX_ON_ONE:
+                    raise ValueError(f"{MAX_ON_ONE} channels are asked for on {entry.keeper.name} already")
             except ValueError as error:
                 refused[name] = _refuse(str(error))
             else:

@@ -39,7 +39,6 @@ class Server:
         self._sockets: set[_Socket] = set()
         self._counts: Counter[tuple[str, str]] = Counter()
         self._runner: web.AppRunner | None = None
-        self._clock: asyncio.Task[None] | None = None
 
     @property
     def connections(self) -> int:

@@ -24,7 +24,6 @@ class Reconciler:
     ) -> None:
         self.subscriptions = Subscriptions()
         self.logged_in = False
-        self.last_error: Any = None
         self._send = send
         self._confirm = confirm
         self._refuse = refuse
@@ -87,7 +86,6 @@ class Reconciler:
 
     async def _take_error(self, call: Call, error: ExchangeError) -> None:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
-        self.last_error = error.raw
         reaction = find_reaction(error.code)
         leaves = call.method.endswith("unsubscribe")
         if reaction is Reaction.RETRY and leaves:

@@ -42,7 +42,6 @@ class Session:
         self.authenticated = False
         self.clock_offset = 0
         self.clock_error = 0
-        self.last_error: Any = None
 
     @property
     def awaits_login(self) -> bool:
@@ -87,7 +86,6 @@ class Session:
             self._react(method, error)
 
     def _react(self, method: str, error: ExchangeError) -> None:
-        self.last_error = error.raw
         reaction = find_reaction(error.code)
         if reaction is Reaction.REFUSED or (reaction is Reaction.REFRESH and method == "public/auth"):
             raise Refused(f"{method}: {error}", Exit.CREDENTIALS)
@@ -102,7 +100,6 @@ class Session:
             if find_reaction(error.code) is not Reaction.REFRESH or self._login is None:
                 raise
             # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
-            self.last_error = error.raw
             plain = Moment(self._login._replace(signed=False), 0.0, False, 0, "")
             tokens = await self._send("public/auth", build_auth(plain))
         try:
