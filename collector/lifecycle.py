@@ -82,7 +82,10 @@ class Machine:
 
 
 class Exit(IntEnum):
-    """Exit codes of worker processes: why a life ended. `collector run` itself uses only 0, 1, 2, 3."""
+    """Exit codes of worker processes: why a life ended.
+
+    `collector run` itself uses only 0, 1, 2, 3, and 128 + the number of a second signal that forces it.
+    """
 
     STOPPED = 0  # asked to stop
     CRASHED = 1  # an error that nobody foresaw

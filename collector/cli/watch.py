@@ -10,7 +10,7 @@ from collector.cli.tail import choose_view, draw_live, watch
 
 
 class View:
-    """Watches from `open` to `close`. Where it takes the whole terminal, the log is held back until then."""
+    """Watches from its creation to `close`. Where it takes the whole terminal, the log is held back until then."""
 
     def __init__(self, control: str) -> None:
         self._stop = threading.Event()
