@@ -1,10 +1,18 @@
 """Topics over months: what expired is forgotten, in memory and in the ledger, and its place serves another."""
 
+import asyncio
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from collector.channels import guess_expiry
+from collector.channels import LISTINGS, guess_expiry
+from tests.deribit_support import QUOTE, TRADES, make_spec
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.streams import DAY, Topics
+from workers.deribit.worker import Worker, create_worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""
@@ -33,3 +41,52 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
     ledger.close()
     names = {entry.topic.split(".")[2] for entry in Ledger(tmp_path / "a.ledger", fresh=False).earlier}
     assert names == {kept.instrument, young.instrument}
+
+
+# -- what a later life goes on with -----------------------------------------------------------------------------------
+
+INSTRUMENT = {"instrument_name": "BTC-6NOV26", "state": "settlement", "timestamp": 1_793_952_000_000}
+
+
+def make_frame(channel: str, data: Any) -> bytes:
+    body = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": channel, "data": data}}
+    return json.dumps(body, separators=(",", ":")).encode()
+
+
+@contextmanager
+def living(directory: Path, *channels: str, follow: bool = False, restarts: int = 1) -> Iterator[Worker]:
+    """One more life of a worker, that is not connected."""
+    spec = make_spec("ws://127.0.0.1:9/ws/api/v2", str(directory), channels, restarts=restarts)
+    worker = create_worker(spec | {"follow": follow})
+    try:
+        yield worker
+    finally:
+        worker.publisher.close()
+        worker.ledger.close()
+
+
+def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
+    """An earlier life was asked for the listings; this one only hears them, for the supervisor."""
+    with living(tmp_path, LISTINGS[0], follow=True, restarts=0) as worker:
+        worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 5)
+        assert worker.publisher.published == 1
+    with living(tmp_path, LISTINGS[0], follow=True) as worker:
+        assert worker.topics.gaps == 1
+        worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 7)
+        assert worker.publisher.published == 2  # the gap, and the event
+    with living(tmp_path, QUOTE, follow=True) as worker:
+        worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 9)
+        assert len(worker.take_events()) == 1
+        assert (worker.topics.gaps, worker.publisher.published) == (0, 0)
+
+
+def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Path) -> None:
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with living(tmp_path, TRADES, restarts=0) as worker:
+        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 5)
+    with living(tmp_path, TRADES) as worker:
+        assert worker.topics.gaps == 1
+    with living(tmp_path) as worker:
+        asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}, time.time_ns() + 10**10))
+        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 50}])], 7)
+        assert (worker.topics.gaps, worker.publisher.published) == (0, 1)

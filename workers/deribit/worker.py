@@ -121,6 +121,10 @@ class Worker(Listener):
             if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
                 feed.confirmed_at = self.ledger.epoch
             feed.lose("restart", self.epoch)
+        held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
+        for stream in restored:
+            if stream not in held:  # nobody asks for it any more
+                self.topics.leave(stream)
         self.ledger.epoch = self.epoch
 
     # -- the life of a worker (see workers.actor) ---------------------------------------------------------------------

@@ -5,7 +5,7 @@ from typing import Any
 from collector.channels import Channel
 from workers.deribit.feeds.frames import read_any
 from workers.deribit.feeds.normalise import EventFeed
-from workers.deribit.publishing.streams import Published, Topics
+from workers.deribit.publishing.streams import Published, Stream, Topics
 
 MAX_EVENTS = 20_000
 """Events that wait for the next beat; what is beyond them, the regular look at the exchange's list finds."""
@@ -23,6 +23,11 @@ class ListingFeed(EventFeed):
         super().__init__(channel, topics)
         self.is_asked = is_asked
         self._events = events
+
+    def adopt(self, stream: Stream) -> None:
+        """Go on with a topic of an earlier life only if anybody asks for it."""
+        if self.is_asked:
+            super().adopt(stream)
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """Note one event."""
