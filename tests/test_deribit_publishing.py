@@ -107,7 +107,7 @@ async def test_a_heartbeat_each_second_also_while_disconnected(practice: str) ->
         assert [beat["seq"] for beat in beats[:4]] == [1, 2, 3, 4]
         assert {beat["state"] for beat in beats} <= {"connecting", "backoff"}
         assert {(beat["wire"], beat["connection"], beat["instrument"]) for beat in beats} == {(1, "w", "w")}
-        assert all(0.5e9 < two["receive_ts"] - one["receive_ts"] < 3e9 for one, two in pairwise(beats))
+        assert beats[-1]["receive_ts"] - beats[0]["receive_ts"] > (len(beats) - 1) * 0.5e9, "more than one a second"
         assert all(one["published"] < two["published"] for one, two in pairwise(beats))
 
 

@@ -95,6 +95,7 @@ def test_wire_page_tells_every_value_reason_and_state() -> None:
     page = DOCS / "wire.md"
     assert [row[0] for row in read_table(page, "value", "what it is")] == list(KINDS)
     reasons = [row[0] for row in read_table(page, "reason of a gap", "what happened")]
+    assert sorted(reasons) == ["disconnect", "overflow", "restart", "sequence"]
     assert all(map(KINDS["gap reason"], reasons))
     states = [row[0] for row in read_table(page, "state", "meaning")]
     assert sorted(states) == sorted([*CHANNEL_STATES, *CONNECTION_STATES])

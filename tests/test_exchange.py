@@ -453,6 +453,7 @@ def test_http_answers_the_other_questions(url: str) -> None:
     assert book["bids"] == sorted(book["bids"], reverse=True)
     assert book["asks"] == sorted(book["asks"])
     combos = get(url, "public/get_combos", currency="BTC")[1]["result"]
+    assert combos
     assert all(len(combo["legs"]) == 2 for combo in combos)
 
 
