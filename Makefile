@@ -39,7 +39,7 @@ live: $(VENV)/.test            ## the whole program against test.deribit.com; sa
 	COLLECTOR_LIVE=1 $(BIN)/pytest -rs tests/test_live.py
 
 clean:
-	rm -rf $(VENV) .venv-conformance .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build $(VENV) .venv-conformance .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 faults: $(VENV)/.test          ## seeded cases of loss against what really happened; CASES=2000 PROGRAMS=48 SEED=0
 	$(BIN)/python -m tests.faults --cases $(or $(CASES),2000) --programs $(or $(PROGRAMS),48) --seed $(or $(SEED),0)
