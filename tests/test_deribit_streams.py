@@ -10,6 +10,8 @@ from typing import Any
 
 from collector.channels import LISTINGS, guess_expiry
 from tests.deribit_support import QUOTE, TRADES, make_spec
+from tests.pipeline import short_directory, subscribed
+from tests.support import wait_until
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.streams import DAY, Topics
 from workers.deribit.worker import Worker, create_worker
@@ -77,7 +79,7 @@ def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
     with living(tmp_path, QUOTE, follow=True) as worker:
         worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 9)
         assert len(worker.take_events()) == 1
-        assert (worker.topics.gaps, worker.publisher.published) == (0, 0)
+        assert (worker.topics.gaps, worker.publisher.published) == (0, 1)  # that it is closed
 
 
 def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Path) -> None:
@@ -89,4 +91,19 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
     with living(tmp_path) as worker:
         asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}, time.time_ns() + 10**10))
         worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 50}])], 7)
-        assert (worker.topics.gaps, worker.publisher.published) == (0, 1)
+        assert (worker.topics.gaps, worker.publisher.published) == (0, 2)  # that it was closed, and the trade
+
+
+def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_closed() -> None:
+    """Else its last word would be `live` for ever."""
+    quote = {"instrument_name": "BTC-PERPETUAL", "best_bid_price": 1.0, "timestamp": 1}
+    with short_directory() as directory:
+        with living(directory, QUOTE, restarts=0) as worker:
+            worker.take_frames([make_frame(QUOTE, quote)], 5)
+            worker.ledger.subscriptions = 1  # it waits for its subscriber to come back
+        with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
+            wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+            closed = subscriber.wait_for("deribit.quote.")
+            assert (closed["type"], closed["seq"], closed["state"]) == ("status", 1, "closed")
+        with living(directory) as worker:
+            assert worker.publisher.published == 0  # it is said once

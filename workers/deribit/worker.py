@@ -16,6 +16,7 @@ from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import share_pools
 from workers.deribit.connection.listener import Listener
+from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.normalise import create_feed
@@ -29,7 +30,7 @@ from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.watching.patrol import Patrol
 from workers.deribit.watching.spread import Spread
-from workers.deribit.watching.statuses import Statuses
+from workers.deribit.watching.statuses import UNSUBSCRIBED, Statuses
 
 log = logging.getLogger("deribit")
 
@@ -93,15 +94,20 @@ class Worker(Listener):
         self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
         self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
         self._events: list[dict[str, Any]] = []
+        self._is_following = bool(spec.get("follow"))
         self._add_channels(spec["channels"])
-        if spec.get("follow"):
+        if self._is_following:
             self._follow()
         self._take_over()
 
     def _add_channels(self, names: list[str]) -> None:
         self.client.reconciler.subscriptions.ask(names)
         for name, channel in self.client.reconciler.subscriptions.asked.items():
-            if name.encode() not in self.feeds:
+            if name.encode() in self.feeds:
+                continue
+            if channel.type == "instrument":
+                self.feeds[name.encode()] = ListingFeed(channel, self.topics, self._events, is_asked=True)
+            else:
                 self.feeds[name.encode()] = create_feed(channel, self.topics)
 
     def _follow(self) -> None:
@@ -109,8 +115,8 @@ class Worker(Listener):
         subscriptions = self.client.reconciler.subscriptions
         subscriptions.ask(list(LISTINGS))
         for name in LISTINGS:
-            is_asked = name.encode() in self.feeds
-            self.feeds[name.encode()] = ListingFeed(subscriptions.asked[name], self.topics, self._events, is_asked)
+            if name.encode() not in self.feeds:
+                self.feeds[name.encode()] = ListingFeed(subscriptions.asked[name], self.topics, self._events, False)
 
     def _take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
@@ -123,7 +129,8 @@ class Worker(Listener):
             feed.lose("restart", self.epoch)
         held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
         for stream in restored:
-            if stream not in held:  # nobody asks for it any more
+            if stream not in held:  # given up while no worker was there to say so
+                self.statuses.end(stream)
                 self.topics.leave(stream)
         self.ledger.epoch = self.epoch
 
@@ -174,7 +181,7 @@ class Worker(Listener):
     def take_events(self) -> list[dict[str, Any]]:
         """What happened at the exchange since the last beat that the supervisor must know."""
         events, self._events[:] = self._events[:], []
-        return events
+        return events if self._is_following else []
 
     async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Carry out one command within its deadline (ns). Raises ControlError."""
@@ -207,7 +214,7 @@ class Worker(Listener):
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
-        condition = ("expired", "") if arguments.get("reason") == "expired" else ("closed", "unsubscribed")
+        condition = ("expired", EXPIRED) if arguments.get("reason") == "expired" else UNSUBSCRIBED
         if condition[0] == "expired":
             self._add_channels(names)  # an earlier life may have had them: then it is said all the same
         try:
@@ -316,7 +323,8 @@ class Worker(Listener):
         if state in ("backoff", "failed"):
             for feed in self.feeds.values():
                 feed.lose("disconnect", self.client.read_clock())
-                self.statuses.tell(feed, "recovering", "disconnect")
+                if feed.condition[0] != "expired":
+                    self.statuses.tell(feed, "recovering", "disconnect")
             self.patrol.lose()
         elif state == "live":
             self.patrol.begin()
@@ -343,16 +351,23 @@ class Worker(Listener):
         """Say on the topic of each that it will not come."""
         log.warning("%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
         for name in names:
-            if (feed := self.feeds.get(name.encode())) is not None:
-                self.statuses.tell(feed, "refused", reason)
+            if (feed := self.feeds.get(name.encode())) is None:
+                continue
+            self.statuses.tell(feed, "expired" if reason == EXPIRED else "refused", reason)
+            if reason == EXPIRED and isinstance(feed, TradeFeed):
+                self.healer.heal(feed)  # its last trades may have been lost
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
     def _attend(self, feed: Feed) -> None:
-        """A book has come into or out of step, or a hole in the trades has been seen."""
+        """A book has come into or out of step, a hole in the trades has been seen, an instrument has ended."""
         feed.changed = False
         if isinstance(feed, TradeFeed):
             self.healer.heal(feed)
+        elif isinstance(feed, ListingFeed):
+            ended, feed.ended = feed.ended, set()
+            names = [each.channel.name for each in self.feeds.values() if each.channel.instrument in ended]
+            self.client.reconciler.expire(names)
         elif feed.is_complete:
             feed.waits = 0
             self.statuses.tell(feed, "live", "")

@@ -12,6 +12,10 @@ REPEAT = 60
 """Seconds in which each topic's status is said again: its seq shows a subscriber what ZeroMQ dropped last."""
 
 
+UNSUBSCRIBED = ("closed", "unsubscribed")
+"""State and reason of a channel that was given up."""
+
+
 class Statuses:
     """Says each change of state once, and all of them again from time to time."""
 
@@ -32,6 +36,10 @@ class Statuses:
             feed.condition = (state, reason)
             for stream in feed.streams.values():
                 self._say(stream, state, reason)
+
+    def end(self, stream: Stream) -> None:
+        """A topic of an earlier life has no channel any more."""
+        self._say(stream, *UNSUBSCRIBED)
 
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
         """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
