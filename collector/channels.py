@@ -18,6 +18,9 @@ RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720"
 GROUPS = re.compile(r"none|\d+(d\d+)?\Z")
 DEPTHS = ("1", "10", "20")
 
+ENDED = frozenset({"delivered", "archivized", "closed", "terminated"})
+"""States after which an instrument never comes back; the last two are the words used before 2026."""
+
 LISTINGS = ("instrument.state.any.any", "instrument.creation.any.any")
 """The channels by which a connection with patterns hears of instruments that come and go, whatever the patterns are."""
 
@@ -161,6 +164,12 @@ def guess_expiry(instrument: str) -> int | None:
     except ValueError:  # a day that there is not
         return None
     return int(day.timestamp()) * 1_000_000_000
+
+
+def has_expired(instrument: str, now: int) -> bool:
+    """Whether the life of an instrument is over at `now` (ns), by its name alone."""
+    expiry = guess_expiry(instrument)
+    return expiry is not None and expiry < now
 
 
 def guess_currencies(instrument: str) -> frozenset[str]:

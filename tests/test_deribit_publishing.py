@@ -13,8 +13,9 @@ from collector.lifecycle import Exit
 from collector.messages import TYPES, ControlError, parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, in_loop, wait_for
-from tests.exchange_client import exchange
+from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
+from workers.deribit.connection.subscriptions import EXPIRED
 
 CHANNELS = {
     "book.BTC-PERPETUAL.raw": "book.BTC-PERPETUAL.raw",
@@ -133,6 +134,40 @@ async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
             assert [state for state, _ in groupby(told)] == ["live", "recovering", "live"]
         refused = await run.hearer.hear_of("deribit.quote.NOPE.raw", 2, type="status", state="refused")
         assert "left it out" in refused[0]["reason"]
+        check_all(run.hearer)
+
+
+EXPIRED_QUOTE = "quote.BTC-6NOV20-10000-C"
+
+
+@in_loop
+async def test_a_channel_of_an_instrument_whose_day_has_passed_is_expired_and_asked_for_once(practice: str) -> None:
+    async with collecting(practice, "", QUOTE, EXPIRED_QUOTE) as run:
+        topic = "deribit.quote.BTC-6NOV20-10000-C.raw"
+        (status,) = await run.hearer.hear_of(topic, type="status")
+        assert (status["state"], status["reason"]) == ("expired", EXPIRED)
+        run.worker.client.cut("the test wants it so")
+        await run.hearer.hear_of("deribit.quote.BTC-PERPETUAL.", type="gap")
+        channels = (await run.get_state())["channels"]
+        assert (channels["refused"], channels["confirmed"]) == ({EXPIRED_QUOTE: EXPIRED}, [QUOTE])
+        assert {body["state"] for body in run.hearer.find(topic)} == {"expired"}
+        wish = await run.ask("subscribe", channels=[EXPIRED_QUOTE])  # who asks for it again, has it asked for again
+        assert wish["channels"][EXPIRED_QUOTE] == {"code": "exchange_error", "message": EXPIRED}
+        check_all(run.hearer)
+
+
+@in_loop
+async def test_a_channel_is_expired_when_the_exchange_says_that_its_instrument_has_ended(lively: str) -> None:
+    rows = get(lively, "public/get_instruments", kind="option")[1]["result"]
+    quotes = [f"quote.{row['instrument_name']}" for row in rows]
+    async with collecting(lively, "", "instrument.state.option.any", *quotes) as run:
+        (status,) = (await run.hearer.hear_of("deribit.quote.", type="status", state="expired"))[:1]
+        assert status["reason"] == EXPIRED
+        gone = f"quote.{status['instrument']}"
+        await run.hearer.hear_of(f"deribit.instrument.{status['instrument']}.", state="delivered")
+        await wait_for(lambda: gone not in run.worker.client.reconciler.subscriptions.confirmed, "it to be left")
+        assert (await run.get_state())["channels"]["refused"][gone] == EXPIRED
+        assert run.worker.take_events() == []  # nobody follows patterns here
         check_all(run.hearer)
 
 

@@ -14,7 +14,7 @@ from collector.limits import MAX_CHANNELS, MAX_FRAME
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
 from tests.exchange_client import exchange, get
 from workers.deribit import Client
-from workers.deribit.connection.subscriptions import LEFT_OUT, TRIES, Call, Subscriptions
+from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request
 
 RAW = ["book.BTC-PERPETUAL.raw", "trades.ETH-PERPETUAL.raw"]
@@ -53,6 +53,22 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
     subscriptions.forget()
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE, BOOK))]
     assert not subscriptions.is_settled
+
+
+def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
+    subscriptions = subscribe(QUOTE, BOOK)
+    (call,) = subscriptions.plan_calls(False)
+    subscriptions.settle(call, [QUOTE, BOOK])
+    assert subscriptions.expire([BOOK, "never.asked"]) == [BOOK]
+    assert subscriptions.expire([BOOK]) == []
+    (call,) = subscriptions.plan_calls(False)
+    assert call == Call("public/unsubscribe", (BOOK,))
+    subscriptions.settle(call, [BOOK])
+    assert (subscriptions.refused, subscriptions.is_settled) == ({BOOK: EXPIRED}, True)
+    subscriptions.forget()
+    assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE,))]
+    subscriptions.ask([BOOK])
+    assert subscriptions.plan_calls(False) == [Call("public/subscribe", (BOOK,))]
 
 
 def test_what_is_unwanted_is_unsubscribed() -> None:

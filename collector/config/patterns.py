@@ -14,16 +14,13 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from collector.channels import parse_channel
+from collector.channels import ENDED, parse_channel
 from collector.config.keys import show, suggest
 
 FAMILIES = ("trades", "book", "ticker", "incremental_ticker", "quote", "perpetual", "chart")
 """First words of the channels that stand for one instrument each."""
 
 KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo")
-ENDED = frozenset({"delivered", "archivized", "closed", "terminated"})
-"""States after which an instrument never comes back; the last two are the words used before 2026."""
-
 SETTLING = 60_000
 """Ms after its expiry in which an instrument may still say its last word."""
 

@@ -5,10 +5,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from collector.channels import has_expired
 from collector.limits import SUBSCRIBE_COST, Credits
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import Send
-from workers.deribit.connection.subscriptions import Call, Subscriptions
+from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
@@ -73,8 +74,7 @@ class Reconciler:
             names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
             gained, refused = self.subscriptions.settle(call, names)
             self._confirm(gained)
-            if refused:
-                self._refuse(refused, self.subscriptions.refused[refused[0]])
+            self._give_up(refused, LEFT_OUT)
 
     async def _wait_for_credits(self) -> None:
         life = self._lives
@@ -106,6 +106,17 @@ class Reconciler:
             await self._place(Call(call.method, half))
 
     def _count_refusal(self, names: list[str], error: ExchangeError, tries: int = 1) -> None:
-        refused = self.subscriptions.refuse(names, str(error), tries)
-        if refused:
-            self._refuse(refused, str(error))
+        self._give_up(self.subscriptions.refuse(names, str(error), tries), str(error))
+
+    def _give_up(self, names: list[str], reason: str) -> None:
+        """Tell of refusals; that of an instrument whose day has passed is its end."""
+        now = time.time_ns()
+        expired = [name for name in names if has_expired(self.subscriptions.asked[name].instrument, now)]
+        self.expire(expired)
+        if others := [name for name in names if name not in expired]:
+            self._refuse(others, reason)
+
+    def expire(self, names: list[str]) -> None:
+        """The lives of the instruments of these channels have ended: leave them, and do not ask for them again."""
+        if ended := self.subscriptions.expire(names):
+            self._refuse(ended, EXPIRED)

@@ -12,6 +12,9 @@ from collector.limits import chunk_channels
 TRIES = 2
 """How often a channel that the exchange leaves out is asked for before it is refused."""
 
+EXPIRED = "the instrument has expired"
+"""Why a channel is not asked for again, also on a new connection."""
+
 LEFT_OUT = "the exchange left it out of its answer: no such instrument, or not offered"
 
 
@@ -46,11 +49,17 @@ class Subscriptions:
             self._give_another_chance(name)
 
     def forget(self) -> None:
-        """The connection is gone: nothing is confirmed, nothing on its way, the refused get another chance."""
+        """The connection is gone: nothing is confirmed, nothing on its way; of the refused only the expired stay."""
         self.confirmed.clear()
         self._in_flight.clear()
         self._tries.clear()
-        self.refused.clear()
+        self.refused = {name: reason for name, reason in self.refused.items() if reason == EXPIRED}
+
+    def expire(self, names: list[str]) -> list[str]:
+        """Ask for these no more, unless somebody wants them again. Returns those for which that is new."""
+        ended = [name for name in names if name in self.asked and self.refused.get(name) != EXPIRED]
+        self.refused |= dict.fromkeys(ended, EXPIRED)
+        return ended
 
     def _give_another_chance(self, name: str) -> None:
         self.refused.pop(name, None)
@@ -66,7 +75,8 @@ class Subscriptions:
             wanted = [c for c in wanted if not c.needs_login]
         public = [c.name for c in wanted if not (c.is_private and logged_in)]
         private = [c.name for c in wanted if c.is_private and logged_in]
-        unwanted = [n for n in self.confirmed if n not in self.asked and n not in self._in_flight]
+        left = [n for n in self.confirmed if n not in self.asked or n in self.refused]
+        unwanted = [n for n in left if n not in self._in_flight]
         calls = [
             Call(method, tuple(chunk))
             for method, names in (

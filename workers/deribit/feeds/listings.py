@@ -1,8 +1,8 @@
-"""How a connection with patterns hears of instruments that come and go. No I/O, no clock."""
+"""How a connection hears of instruments that come and go. No I/O, no clock."""
 
 from typing import Any
 
-from collector.channels import Channel
+from collector.channels import ENDED, Channel
 from workers.deribit.feeds.frames import read_any
 from workers.deribit.feeds.normalise import EventFeed
 from workers.deribit.publishing.streams import Published, Stream, Topics
@@ -17,11 +17,15 @@ _MEMBERS = (
 
 
 class ListingFeed(EventFeed):
-    """One of LISTINGS: each event goes to the supervisor, and is published only if the channel `is_asked` for too."""
+    """Listings and states of instruments: each event goes to the supervisor; it is published if the channel `is_asked`.
+
+    `ended` are the instruments whose lives have ended; `changed` is set when one is new.
+    """
 
     def __init__(self, channel: Channel, topics: Topics, events: list[dict[str, Any]], is_asked: bool) -> None:
         super().__init__(channel, topics)
         self.is_asked = is_asked
+        self.ended: set[str] = set()
         self._events = events
 
     def adopt(self, stream: Stream) -> None:
@@ -35,4 +39,7 @@ class ListingFeed(EventFeed):
         if isinstance(row, dict) and len(self._events) < MAX_EVENTS:
             members = {key: row[key] for key in _MEMBERS if isinstance(row.get(key), (str, int, float))}
             self._events.append({"event": "instrument", "row": members})
+            if members.get("state") in ENDED and isinstance(members.get("instrument_name"), str):
+                self.ended.add(members["instrument_name"])
+                self.changed = True
         return super().take(frame, receive_ts) if self.is_asked else []

@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import count
 from random import random
 
+from collector.channels import has_expired
 from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
 from workers.deribit.feeds.feed import Feed
@@ -78,6 +79,7 @@ class Patrol:
             self._statuses.repeat(self._feeds.values(), second % REPEAT)
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
+                self._end_expired()
             if self._client.machine.state == "live":
                 now = time.time_ns()
                 self._judge_lag(now)
@@ -92,6 +94,14 @@ class Patrol:
             for stream in gone:
                 if feed.streams.get(stream.instrument) is stream:
                     del feed.streams[stream.instrument]
+
+    def _end_expired(self) -> None:
+        """Leave what has been silent for an hour since the day of its instrument."""
+        now = time.time_ns() - HOUR * SECOND
+        self._client.reconciler.expire([
+            feed.channel.name for feed in self._feeds.values()
+            if feed.last_ts < now and has_expired(feed.channel.instrument, now)
+        ])  # fmt: skip
 
     def _beat(self) -> None:
         self._publisher.say(
@@ -161,6 +171,9 @@ class Patrol:
         for feed in mute:
             feed.rhythm.look(feed.last_ts)  # it may have spoken meanwhile
             if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
+                if has_expired(feed.channel.instrument, time.time_ns()):
+                    self._client.reconciler.expire([feed.channel.name])
+                    continue
                 self._doubted[feed] = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
                 self._statuses.tell(feed, "stale", "mute")
