@@ -87,7 +87,7 @@ def test_good_stream_breaks_no_rule(wire: Wire) -> None:
     wire.say(TRADE, "repair", gap=2, repaired=2, missing=[[5, 6]])
     wire.say(TRADE, "status", state="live", reason="", connection="futures")
     wire.restart()
-    wire.gap(TRADE, 1, "restart", missing_from=8, healing=True)
+    wire.gap(TRADE, 1, "restart", missing_from=7, healing=True)
     wire.trade(9)
     wire.trade(7, backfilled=True)
     wire.trade(8, backfilled=True)
@@ -169,6 +169,9 @@ def break_trades(wire: Wire) -> dict[str, list[str]]:
     wire.gap(TRADE, 3, missing_from=17, missing_to=18)
     wire.trade(17, backfilled=True)
     broken["repair: named but came"] = wire.say(TRADE, "repair", gap=3, repaired=1, missing=[[17, 18]])
+    wire.gap(TRADE, 4, missing_from=19, missing_to=20)
+    wire.trade(19, backfilled=True)
+    broken["repair: counts another number"] = wire.say(TRADE, "repair", gap=4, repaired=2, missing=[[20, 20]])
     broken["schema: a price as text"] = wire.trade(19, price="1")
     broken["join: a trade"] = wire.trade(18, join=True)
     return broken

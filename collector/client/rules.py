@@ -240,7 +240,13 @@ class Hole:
         self.last: int | None = message.get("missing_to")
         self.is_restart = message["reason"] == "restart"
         self.is_partial = message.is_join  # what came of it before we joined is not known
+        self.epoch = message.epoch
+        self.came = 0  # trades of it, since the gap
         self.repaired = False
+
+    def holds(self, number: int) -> bool:
+        """Whether a trade_seq lies in it, as far as is known."""
+        return (self.first is None or self.first <= number) and (self.last is None or number <= self.last)
 
 
 class Trades(Check):
@@ -299,6 +305,8 @@ class Trades(Check):
         if not repeated and "backfilled" not in message:
             yield from self._compare_number(number)
         self._seen.add(number, number)
+        for hole in self._holes.values():
+            hole.came += hole.epoch == message.epoch and hole.holds(number)
 
     def _compare_number(self, number: int) -> Iterator[Fault]:
         last = self._last
@@ -323,10 +331,7 @@ class Trades(Check):
         return any(hole.is_restart for hole in self._holes.values())
 
     def _is_announced(self, number: int) -> bool:
-        return any(
-            (hole.first is None or hole.first <= number) and (hole.last is None or number <= hole.last)
-            for hole in self._holes.values()
-        )
+        return any(hole.holds(number) for hole in self._holes.values())
 
     def _take_repair(self, message: Message) -> Iterator[Fault]:
         hole = self._holes.get((message.epoch, message["gap"]))
@@ -340,6 +345,8 @@ class Trades(Check):
             named.add(first, last)
             if not self._may_repeat() and self._seen.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
+        if not hole.is_partial and hole.came != message["repaired"]:
+            yield "repair", f"{message['repaired']} trades of gap {message['gap']} are said to have come, {hole.came} did"
         if hole.first is None or hole.last is None or hole.is_partial or self._last is None:
             return
         for first, last in self._seen.find_missing(max(hole.first, self._first), hole.last):

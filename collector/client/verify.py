@@ -24,7 +24,7 @@ RULES = {
     "crossed": "the best bid of a book is below its best ask",
     "duplicate": "a trade comes once, but for marked repeats after a restart",
     "hole": "trade_seq rises by one; a hole has been announced by a gap",
-    "repair": "after healing, each trade of a gap has come or is named as missing, once",
+    "repair": "after healing, each trade of a gap has come, and is counted, or is named as missing, once",
     "time": "receive_ts does not fall on a topic, and is not in the future",
     "status": "states are words of the wire",
     "heartbeat": "each connection says once a second that it lives",
