@@ -13,6 +13,7 @@ from tests.collected import collected
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
 from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, subscribed
+from workers.deribit.healing.heal import read_page
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -319,6 +320,20 @@ async def test_trades_out_of_order_are_all_said(practice: str) -> None:
         await hear_more(run, [TRADED], 5)
         seqs = [body["trade_seq"] for body in run.hearer.find(TRADED, type="trade")]
         assert len(seqs) == len(set(seqs))
+
+
+def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:
+    trade = {
+        "instrument_name": "BTC-PERPETUAL", "trade_seq": 7, "trade_id": "7", "price": "1.5", "amount": 1,
+        "direction": "buy", "timestamp": 5,
+    }  # fmt: skip
+    page = read_page({"trades": [trade, trade | {"price": None}, 5, trade | {"trade_seq": 8}], "has_more": True})
+    assert [(each.trade_seq, each.price) for each in page.trades] == [(7, 1.5), (8, 1.5)]
+    assert page.has_more
+    assert read_page({"trades": []}).trades == []
+    for answer in ({"trades": [5, None]}, {"trades": None}, {}, [], None, {"trades": 5}):
+        with pytest.raises(ValueError, match="holds no trades"):
+            read_page(answer)
 
 
 # -- restarts ---------------------------------------------------------------------------------------------------------

@@ -351,6 +351,8 @@ class TradeFeed(Feed):
 
     def settle(self, stream: Stream) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
+        if self.is_ended:  # the topic is left, or another channel's by now
+            return
         holes, cells, slot = self.holes.get(stream, ()), self.topics.ledger.cells, stream.slot
         cells[slot + UNHEALED] = min((hole.first for hole in holes if hole.gap is not None), default=0)
         doubts = [hole.known for hole in holes if hole.known[0]]

@@ -8,12 +8,15 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from workers.deribit.feeds.frames import MS, TradeData
-from workers.deribit.feeds.holes import Hole
+from workers.deribit.feeds.holes import MAX_HELD, Hole
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.publishing.streams import Stream
 
 PAGE = 1000
 """Trades of one answer; more are not given."""
+
+PAGES = MAX_HELD // PAGE + 1
+"""Pages of one run: of more than they hold nothing is kept."""
 
 SLACK_MS = 5000
 """A fetch by time begins this much before the loss: clocks differ, and repeats are known by their trade_seq."""
@@ -122,7 +125,7 @@ def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) ->
 
 def _fetch_run(stream: Stream, first: int, last: int | None, pause: float) -> Fetch:
     first = max(1, first - 1)  # the one before is known: if it is another now, the exchange counts anew
-    while True:
+    for _ in range(PAGES):
         params = {"instrument_name": stream.instrument, "start_seq": first, "count": PAGE, "sorting": "asc"}
         if last is not None:
             params["end_seq"] = last
@@ -132,3 +135,4 @@ def _fetch_run(stream: Stream, first: int, last: int | None, pause: float) -> Fe
         if not (page.trades and page.has_more) or page.trades[-1].trade_seq < first:
             return True
         first, pause = page.trades[-1].trade_seq + 1, 0.0
+    return True

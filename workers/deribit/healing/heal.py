@@ -6,6 +6,8 @@ New trades are not held up: healing is requests beside the stream, on the same c
 import asyncio
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -117,8 +119,23 @@ class Healer:
 
 
 def read_page(answer: Any) -> Page:
-    """The trades of an answer. Raises ValueError if it holds none."""
+    """The trades of an answer, without those that are none. Raises ValueError if it holds none at all."""
     try:
-        return Page(convert_laxly(answer["trades"], list[TradeData]), bool(answer.get("has_more")))
-    except (msgspec.ValidationError, KeyError, TypeError, AttributeError) as error:
+        rows, has_more = list(answer["trades"]), bool(answer.get("has_more"))
+    except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer holds no trades: {error}") from None
+    try:
+        return Page(convert_laxly(rows, list[TradeData]), has_more)
+    except (msgspec.ValidationError, ValueError) as error:
+        trades = list(read_rows(rows))
+        if not trades:
+            raise ValueError(f"the answer holds no trades: {error}") from None
+        log.warning("%d fetched trades could not be read: %s", len(rows) - len(trades), error)
+        return Page(trades, has_more)
+
+
+def read_rows(rows: list[Any]) -> Iterator[TradeData]:
+    """The trades among these: one that cannot be read must not cost all that came with it."""
+    for row in rows:
+        with suppress(msgspec.ValidationError, ValueError):
+            yield convert_laxly(row, TradeData)

@@ -167,6 +167,7 @@ class Topics:
         for key, stream in expired:
             del self._streams[key]
             self.ledger.free_slot(stream.topic.decode())
+            stream.slot = 0  # whoever holds it still must not write into another's place
         return [stream for _, stream in expired]
 
     def leave(self, stream: Stream) -> None:
