@@ -204,6 +204,26 @@ async def test_a_topic_that_is_left_and_taken_up_again_goes_on_with_its_numbers(
 
 
 @in_loop
+async def test_nothing_comes_after_the_word_that_an_instrument_has_expired() -> None:
+    """A channel that speaks every 100 ms says the last of its book after the exchange has said that it ended."""
+    with exchange("--faults", "expiry:0.3", "--options", "60") as (url, _):
+        rows = get(url, "public/get_instruments", kind="option")[1]["result"]
+        books = [f"book.{row['instrument_name']}.100ms" for row in rows]
+        async with collecting(url, "", "instrument.state.option.any", *books) as run:
+            ended = await run.hearer.hear_of("deribit.book.", least=5, type="status", state="expired")
+            left = {f"book.{status['instrument']}.100ms" for status in ended}
+            await wait_for(lambda: not left & run.worker.client.reconciler.subscriptions.confirmed, "all to be left")
+            run.hearer.drain()
+            late = 0
+            for status in ended:
+                said = run.hearer.find(f"deribit.book.{status['instrument']}.")
+                end = run.hearer.find(f"deribit.instrument.{status['instrument']}.", state="delivered")[0]
+                late += said[-2]["type"] == "book" and said[-2]["receive_ts"] > end["receive_ts"]
+                assert said[-1] == status
+            assert late, "none said anything after its end"
+
+
+@in_loop
 async def test_unsubscribing_and_subscribing_at_once_leaves_it_subscribed(practice: str) -> None:
     async with collecting(practice, "delay:100", QUOTE, BOOK) as run:
         topic = "deribit.quote.BTC-PERPETUAL.raw"

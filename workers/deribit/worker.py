@@ -36,6 +36,9 @@ log = logging.getLogger("deribit")
 
 START = len(DATA_PREFIX)
 
+LAST_WORDS = 2.0
+"""Seconds from the end of an instrument to the last frames of its channels: the slowest (agg2) speak once a second."""
+
 SAMPLE_EVERY = 5_000_000
 """Time between samples of latency and lag, in ns."""
 
@@ -366,14 +369,19 @@ class Worker(Listener):
             self.healer.heal(feed)
         elif isinstance(feed, ListingFeed):
             ended, feed.ended = feed.ended, set()
-            names = [each.channel.name for each in self.feeds.values() if each.channel.instrument in ended]
-            self.client.reconciler.expire(names)
+            self._spawn(self._leave_ended(ended))
         elif feed.is_complete:
             feed.waits = 0
             self.statuses.tell(feed, "live", "")
         else:
             self.statuses.tell(feed, "recovering", "sequence")
             self.patrol.resync(feed)
+
+    async def _leave_ended(self, instruments: set[str]) -> None:
+        """Leave the channels of instruments that have ended, once each has said its last."""
+        await asyncio.sleep(LAST_WORDS)
+        names = [feed.channel.name for feed in self.feeds.values() if feed.channel.instrument in instruments]
+        self.client.reconciler.expire(names)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
