@@ -159,6 +159,16 @@ def test_a_reader_that_leaves_ends_it_quietly(market: Market) -> None:
     assert json.loads(done.stdout)["exchange"] == "deribit"
 
 
+def test_a_prefix_that_nothing_begins_with_is_told(market: Market) -> None:
+    done = subprocess.run(
+        collector("tail", "deribit.trades.", "--control", market.control, "--for", "4s"),
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stdout == ""
+    assert "nothing yet on topics that begin with 'deribit.trades.'; a topic is like deribit.trade." in done.stderr
+    assert done.stderr.count("nothing yet") == 1
+
+
 def test_losses_go_to_stderr(market: Market) -> None:
     with running(*collector("tail", "--control", market.control, "deribit.quote.")) as program:
         program.wait_line('"seq"', stream="out")

@@ -23,6 +23,9 @@ LINES = 10
 NOTES = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
 """What stands above the view of `run --watch`."""
 
+SILENT = 3.0
+"""Seconds without any message after which a reader may wonder whether the prefix is right."""
+
 REDRAW = 0.25
 """Seconds between two pictures of the live view."""
 
@@ -49,7 +52,7 @@ def tail(
     with exit_on_error(), Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber:
         items = read(subscriber, count, duration)
         if as_json or not sys.stdout.isatty():
-            write_json(items)
+            write_json(tell_silence(items, prefixes))
         else:
             choose_view()(subscriber, items, ["Ctrl-C leaves; the collector goes on"])
 
@@ -70,6 +73,20 @@ def read(
             count -= 1
             if count == 0:
                 return
+
+
+def tell_silence(items: Items, prefixes: tuple[str, ...]) -> Items:
+    """The items; where none comes for SILENT seconds at first, a line on stderr says what the cause may be."""
+    start: float | None = time.monotonic()
+    for item in items:
+        if item is not None:
+            start = None
+        elif start is not None and time.monotonic() - start > SILENT:
+            start = None
+            wanted = f" on topics that begin with {' or '.join(map(repr, prefixes))}" if prefixes else ""
+            advice = "a topic is like deribit.trade.BTC-PERPETUAL.100ms; `collector state` shows what is collected"
+            click.echo(f"collector: nothing yet{wanted}; {advice}", err=True)
+        yield item
 
 
 def write_json(items: Items) -> None:
