@@ -55,6 +55,23 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
     assert not subscriptions.is_settled
 
 
+def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> None:
+    """Else its second feed would never hear that it is confirmed, nor get a snapshot."""
+    subscriptions = subscribe(QUOTE, BOOK)
+    (call,) = subscriptions.plan_calls(False)
+    subscriptions.settle(call, [QUOTE, BOOK])
+    subscriptions.drop([BOOK])
+    subscriptions.ask([BOOK])
+    assert not subscriptions.is_settled
+    (call,) = subscriptions.plan_calls(False)
+    assert call == Call("public/unsubscribe", (BOOK,))
+    subscriptions.settle(call, [BOOK])
+    (call,) = subscriptions.plan_calls(False)
+    assert call == Call("public/subscribe", (BOOK,))
+    assert subscriptions.settle(call, [BOOK]) == ([BOOK], [])
+    assert subscriptions.is_settled
+
+
 def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)

@@ -33,6 +33,7 @@ class Subscriptions:
         self.confirmed: set[str] = set()
         self.refused: dict[str, str] = {}
         self._in_flight: set[str] = set()
+        self._dropped: set[str] = set()
         self._tries: dict[str, int] = {}
 
     def ask(self, names: list[str]) -> None:
@@ -43,15 +44,18 @@ class Subscriptions:
             self._give_another_chance(channel.name)
 
     def drop(self, names: list[str]) -> None:
-        """Want these no more."""
+        """Want these no more; who wants one again gets it anew, from its first state on."""
         for name in names:
             self.asked.pop(name, None)
+            if name in self.confirmed:
+                self._dropped.add(name)
             self._give_another_chance(name)
 
     def forget(self) -> None:
         """The connection is gone: nothing is confirmed, nothing on its way; of the refused only the expired stay."""
         self.confirmed.clear()
         self._in_flight.clear()
+        self._dropped.clear()
         self._tries.clear()
         self.refused = {name: reason for name, reason in self.refused.items() if reason == EXPIRED}
 
@@ -75,7 +79,7 @@ class Subscriptions:
             wanted = [c for c in wanted if not c.needs_login]
         public = [c.name for c in wanted if not (c.is_private and logged_in)]
         private = [c.name for c in wanted if c.is_private and logged_in]
-        left = [n for n in self.confirmed if n not in self.asked or n in self.refused]
+        left = [n for n in self.confirmed if n not in self.asked or n in self.refused or n in self._dropped]
         unwanted = [n for n in left if n not in self._in_flight]
         calls = [
             Call(method, tuple(chunk))
@@ -100,6 +104,7 @@ class Subscriptions:
         present = set(answered)
         if call.method.endswith("unsubscribe"):
             self.confirmed.difference_update(call.channels)
+            self._dropped.difference_update(call.channels)
             return [], []
         gained = [n for n in call.channels if n in present]
         self.confirmed.update(gained)
@@ -125,4 +130,5 @@ class Subscriptions:
     @property
     def is_settled(self) -> bool:
         """Whether asked-for and confirmed are equal, but for what was refused."""
-        return not self._in_flight and self.confirmed == {n for n in self.asked if n not in self.refused}
+        is_quiet = not (self._in_flight or self._dropped)
+        return is_quiet and self.confirmed == {n for n in self.asked if n not in self.refused}
