@@ -27,6 +27,7 @@ MS = 1_000_000
 class Scenario(NamedTuple):
     """What happens to one connection: its channels, the faults of its URL, and when its worker is killed (seconds).
 
+    `instrument`: its name, `future.BTC.0` for the first one that expires, `option.BTC` for all of those.
     `shown`: the reason of a gap that must be seen, so that it is known to have happened; "" where nothing is lost, or
     where topics are so quiet that none need have data after it (a gap stands before the next data).
     """
@@ -62,13 +63,13 @@ SCENARIOS = (
         "disconnect",
         "error:public/get_last_trades_by_instrument=10028@1,drop:2,first:2",
     ),
-    Scenario("kill", "BTC-27NOV26", "restart", kills=(3.0,)),
-    Scenario("kill-twice", "ETH-27NOV26", "restart", "lost_trades:3@4,gap:9@3,first:2", kills=(2.5, 4.5)),
+    Scenario("kill", "future.BTC.0", "restart", kills=(3.0,)),
+    Scenario("kill-twice", "future.ETH.0", "restart", "lost_trades:3@4,gap:9@3,first:2", kills=(2.5, 4.5)),
     Scenario("options-drop", "option.BTC", "", "drop:2,first:3"),
     Scenario("options-kill", "option.ETH", "", kills=(3.5,)),
 )
 
-SLOW = (Scenario("half-open", "BTC-4DEC26", "disconnect", "half_open:1,first:1"),)
+SLOW = (Scenario("half-open", "future.BTC.1", "disconnect", "half_open:1,first:1"),)
 """It takes half a minute until such a connection is given up."""
 
 
@@ -140,6 +141,21 @@ class Witness:
         self._thread.join()
 
 
+def list_futures(url: str, currency: str) -> list[str]:
+    """The futures that expire, the next one to do so first."""
+    rows = get(url, "public/get_instruments", currency=currency, kind="future")[1]["result"]
+    dated = [row for row in rows if row["settlement_period"] != "perpetual"]
+    return [row["instrument_name"] for row in sorted(dated, key=lambda row: int(row["expiration_timestamp"]))]
+
+
+def name_future(scenario: Scenario, url: str) -> Scenario:
+    """The scenario with the name of its future."""
+    kind, *which = scenario.instrument.split(".")
+    if kind != "future":
+        return scenario
+    return scenario._replace(instrument=list_futures(url, which[0])[int(which[1])])
+
+
 def run_round(seed: int, scenarios: tuple[Scenario, ...] = SCENARIOS) -> dict[str, list[str]]:
     """Run all scenarios side by side; return what is wrong with each, by name."""
     rng = Random(seed)
@@ -147,8 +163,11 @@ def run_round(seed: int, scenarios: tuple[Scenario, ...] = SCENARIOS) -> dict[st
         oracle = directory / "oracle"
         options = ("--oracle", str(oracle), "--rate", "900", "--seed", str(seed + 1))
         faults = ("--faults", "connections:0,listing:2,expiry:3")
-        with exchange(*options, *faults) as (url, _), watching(url, scenarios) as witness:
-            return run_collector(url, oracle, witness, scenarios, rng)
+        keys = {"PRACTICE_KEYS": ",".join(f"account{number}:account{number}" for number in range(len(scenarios)))}
+        with exchange(*options, *faults, env=keys) as (url, _):
+            named = tuple(name_future(each, url) for each in scenarios)
+            with watching(url, named) as witness:
+                return run_collector(url, oracle, witness, named, rng)
 
 
 @contextmanager
@@ -169,11 +188,11 @@ def run_collector(
         each.name: {
             "url": f"{url}?faults={each.faults},seed:{rng.randrange(10**6)}" if each.faults else url,
             "channels": each.channels, "retry_delay": 0.05, "retry_count": 1000,
-            "heartbeat_interval": 10.0, "timeout": 2.0,
+            "heartbeat_interval": 10.0, "timeout": 2.0, "credentials": f"ACCOUNT_{number}",
         }
-        for each in scenarios
+        for number, each in enumerate(scenarios)
     }  # fmt: skip
-    with collected(tables, exchange=None, log_level="info") as running:
+    with collected(tables, exchange=None, log_level="info", env=write_secrets(scenarios)) as running:
         endpoints = {each.name: f"ipc://{running.runtime_dir}/{each.name}.pub" for each in scenarios}
         recorders = [Recorder(endpoints)]
         try:
@@ -186,6 +205,12 @@ def run_collector(
         finally:
             for recorder in recorders:
                 recorder.end()
+
+
+def write_secrets(scenarios: tuple[Scenario, ...]) -> dict[str, str]:
+    """The environment in which each connection has an account: those of one account wait for each other's credits."""
+    accounts = range(len(scenarios))
+    return {f"ACCOUNT_{number}_CLIENT_{part}": f"account{number}" for number in accounts for part in ("ID", "SECRET")}
 
 
 def kill_workers(running: Collected, scenarios: tuple[Scenario, ...], rng: Random) -> None:
