@@ -17,7 +17,7 @@ from collector.client.verify import Verifier
 from tests.collected import collected
 from tests.exchange_client import get
 from tests.faults.exchange import Line
-from tests.faults.programs import Recorder
+from tests.faults.programs import Recorder, list_futures
 from tests.pipeline import exchange, find_port
 from tests.support import wait_until
 from workers.deribit.feeds.frames import TradeData
@@ -178,13 +178,6 @@ def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_
 # -- whole programs ---------------------------------------------------------------------------------------------------
 
 
-def find_future(url: str) -> str:
-    """A future that expires: the practice exchange begins each one of a new market with the same number."""
-    rows = get(url, "public/get_instruments", currency="BTC", kind="future")[1]["result"]
-    names: list[str] = [row["instrument_name"] for row in rows if row["settlement_period"] != "perpetual"]
-    return names[-1]
-
-
 def read_trades(recorder: Recorder, since: int) -> Counter[tuple[str, int, str]]:
     """Instrument, trade_seq and trade_id of all trades on the exchange since then (ns), as published so far."""
     messages = [read_message(each.topic, each.payload) for each in list(recorder.records["w"])]
@@ -237,7 +230,7 @@ def test_a_practice_exchange_that_is_killed_and_started_anew_counts_anew(tmp_pat
     url = f"ws://127.0.0.1:{port}/ws/api/v2"
     with exchange(port, "--rate", "1500") as old:
         old.wait_line(rf":{port}/")
-        future = find_future(url)
+        future = list_futures(url, "BTC")[-1]  # a new market begins these, and options, with the same number again
         channels = [f"trades.{future}.100ms", f"book.{future}.100ms", "trades.option.any.100ms"]
         table = {"url": url, "channels": channels, "retry_count": patience, "retry_delay": 0.05}
         with collected({"w": table}, exchange=None) as run:

@@ -59,9 +59,9 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 
     A wide channel is asked by time first, so that 1,500 instruments do not cost 1,500 requests, and one that was first
     traded while we were away is found. What that did not bring is asked by trade_seq, instrument by instrument.
-    What comes to be missing meanwhile is left to the next healing, unless it comes at once.
+    What comes to be missing later on is left to the next healing, unless it comes at once.
     """
-    begun = {hole for holes in feed.holes.values() for hole in holes}
+    tried: set[Hole] = set()
     tails = not (yield from _fetch_loss(feed, now, offset))
     for pause in PAUSES:
         wait = pause
@@ -72,10 +72,11 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
                 wait = 0.0
             # What a new instrument, or a new count, may lack is known only by time: until that was asked it stays open.
             ripe = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
+            tried.update(ripe if pause == PAUSES[0] else ())
             if answered and not feed.lacks_more(stream, tails):
                 yield Healed(stream, ripe)
             elif pause == PAUSES[-1]:
-                yield Healed(stream, [hole for hole in ripe if hole in begun])
+                yield Healed(stream, [hole for hole in ripe if hole in tried])
 
 
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
