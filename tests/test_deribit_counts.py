@@ -20,10 +20,11 @@ from tests.faults.exchange import Line
 from tests.faults.programs import Recorder, list_futures
 from tests.pipeline import exchange, find_port
 from tests.support import wait_until
+from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, Ledger
-from workers.deribit.publishing.payloads import Gap, Repair, Trade
+from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
 
 NAME = "BTC-PERPETUAL"
@@ -173,6 +174,29 @@ def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_
     repeated = [(seq, 1000 + seq) for seq in range(100, 200)]
     assert later.fetch(*repeated) == [("restart", 100), *(-seq for seq, _ in repeated)]
     later.ledger.close()
+
+
+def test_a_book_whose_change_ids_fall_goes_on_with_its_next_snapshot(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger", fresh=True)
+    book = BookFeed(parse_channel(f"book.{NAME}.raw"), Topics(1, ledger))
+    line = Line(book.channel.name, (NAME,))
+
+    def take(kind: str, change_id: int, before: int | None = None) -> list[Any]:
+        data = {"type": kind, "change_id": change_id, "prev_change_id": before, "bids": [], "asks": [], "timestamp": 1}
+        said = []
+        for stream, message in book.take(line.encode(data), 7):
+            gap = stream.resume(message, 7) if stream.lost and not isinstance(message, Gap) else None
+            stream.last_ts = 7
+            said += [(each.last_change_id, each.next_change_id) for each in (gap, message) if isinstance(each, Gap)]
+            said += [message.change_id] if isinstance(message, Book) else []
+        return said
+
+    assert [take("snapshot", 9000), take("change", 9001, 9000)] == [[9000], [9001]]
+    book.lose("disconnect", 8)
+    assert [take("snapshot", 10), take("change", 11, 10)] == [[(9001, 10), 10], [11]]
+    assert [take("change", 6, 5), take("change", 7, 6)] == [[(11, 6)], []]
+    assert [take("snapshot", 3), take("change", 4, 3)] == [[3], [4]]
+    ledger.close()
 
 
 # -- whole programs ---------------------------------------------------------------------------------------------------

@@ -2,18 +2,25 @@
 
 import asyncio
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from collector.channels import parse_channel
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.collected import collected
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
 from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, subscribed
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.streams import Topics
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -21,6 +28,8 @@ TOPICS = {
     "deribit.quote.BTC-PERPETUAL.raw": QUOTE,
     "deribit.ticker.BTC-PERPETUAL.100ms": TICKER,
 }
+START = 1_790_000_000_000_000_000
+"""ns."""
 BOOKS, TRADED = list(TOPICS)[:2]
 OWN = ("gap", "repair", "status")
 
@@ -320,6 +329,26 @@ async def test_trades_out_of_order_are_all_said(practice: str) -> None:
         await hear_more(run, [TRADED], 5)
         seqs = [body["trade_seq"] for body in run.hearer.find(TRADED, type="trade")]
         assert len(seqs) == len(set(seqs))
+
+
+def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger", fresh=True)
+    feed = TradeFeed(parse_channel("trades.option.any.100ms"), Topics(1, ledger))
+    feed.confirmed_at = START
+    feed.lose("disconnect", START)
+    healing = heal_feed(feed, START + 5_000_000_000, 0)
+    page, asked = None, []
+    with suppress(StopIteration):
+        while True:
+            ask = healing.send(page)
+            assert isinstance(ask, Ask)
+            asked.append(ask.params["currency"])
+            page = None if asked[-1] == CURRENCIES[1] else Page([], False)
+    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 2) | {
+        CURRENCIES[1]: 2 * len(PAUSES)
+    }
+    assert feed.lost_from is None  # else each later healing would fetch from here on, for ever
+    ledger.close()
 
 
 def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:

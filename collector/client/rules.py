@@ -15,6 +15,7 @@ _NEVER_JOIN = frozenset({"trade", "repair", "heartbeat"})
 _SECOND = 1_000_000_000
 _AHEAD = 5 * _SECOND
 _SILENCE = 3 * _SECOND
+_MAX_HOLES = 200
 
 
 Fault = tuple[str, str]
@@ -291,6 +292,8 @@ class Trades(Check):
             if earlier.last is None and hole.first is not None and hole.first >= (earlier.first or 0):
                 earlier.last = hole.first - 1  # what it lacks ends where the next gap begins
         self._holes[message.epoch, message["id"]] = hole
+        if len(self._holes) > _MAX_HOLES:
+            del self._holes[next(iter(self._holes))]
 
     def _take_trade(self, message: Message) -> Iterator[Fault]:
         number = message["trade_seq"]

@@ -80,7 +80,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 
 
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
-    """Fetch by time all that a lost connection may have cost a channel; say whether that was done."""
+    """Fetch by time all that a lost connection may have cost a channel; say whether all of it was answered."""
     channel, losses = feed.channel, feed.losses
     if channel.instrument and feed.is_numbered(feed.stream):
         feed.end_loss()
@@ -93,16 +93,16 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
         kind = {} if channel.kind == "any" else {"kind": channel.kind}
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency} | kind for currency in currencies]
+    answered = True
     # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
     for begin, pause in ((start, 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
         for subject in subjects:
-            if not (yield from _fetch_period(subject, begin, end, pause)):
-                return False
+            answered &= yield from _fetch_period(subject, begin, end, pause)
             pause = 0.0
     if feed.losses == losses:  # else the connection was lost once more in the meantime
-        feed.end_loss()
-        feed.is_checked = True
-    return True
+        feed.end_loss()  # what was refused so often will not be had later either
+        feed.is_checked = answered
+    return answered
 
 
 def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
