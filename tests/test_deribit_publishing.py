@@ -56,6 +56,13 @@ def lively() -> Iterator[str]:
         yield url
 
 
+@pytest.fixture
+def ending() -> Iterator[str]:
+    """An exchange where one instrument after the other expires."""
+    with exchange("--rate", "100", "--faults", "expiry:1") as (url, _):
+        yield url
+
+
 def check_all(hearer: Hearer) -> None:
     """Every message is valid, belongs to its topic, and each topic is numbered without a hole."""
     assert check_numbering(hearer.messages) == []
@@ -157,10 +164,10 @@ async def test_a_channel_of_an_instrument_whose_day_has_passed_is_expired_and_as
 
 
 @in_loop
-async def test_a_channel_is_expired_when_the_exchange_says_that_its_instrument_has_ended(lively: str) -> None:
-    rows = get(lively, "public/get_instruments", kind="option")[1]["result"]
+async def test_a_channel_is_expired_when_the_exchange_says_that_its_instrument_has_ended(ending: str) -> None:
+    rows = get(ending, "public/get_instruments", kind="option")[1]["result"]
     quotes = [f"quote.{row['instrument_name']}" for row in rows]
-    async with collecting(lively, "", "instrument.state.option.any", *quotes) as run:
+    async with collecting(ending, "", "instrument.state.option.any", *quotes) as run:
         (status,) = (await run.hearer.hear_of("deribit.quote.", type="status", state="expired"))[:1]
         assert status["reason"] == EXPIRED
         gone = f"quote.{status['instrument']}"
