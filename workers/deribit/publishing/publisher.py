@@ -12,7 +12,7 @@ import msgspec
 import zmq
 from msgspec import UNSET
 
-from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.ledger import LAST_ID, Ledger
 from workers.deribit.publishing.payloads import Book, ConnectionHeartbeat, Gap, Payload, Repair, Status, Trade
 from workers.deribit.publishing.streams import Message, Published, Stream
 
@@ -112,38 +112,45 @@ class Publisher:
         for topic, payload in frames:
             send(topic, MORE, True, False)
             send(payload, LAST, True, False)
+        self._note_all(waiting)
         self.published += len(frames)
         if len(frames) > MANY:
             os.sched_yield()
 
     def _encode_all(self, waiting: list[tuple[Stream, Any]]) -> list[tuple[bytes, bytes]]:
-        """Number messages and encode them; note in the ledger what a later life has to go on from."""
-        encode, cells = self._encode, self._ledger.cells
+        """Number messages and encode them."""
+        encode = self._encode
         frames: list[tuple[bytes, bytes]] = []
         for stream, message in waiting:
-            kind = message.__class__
-            if kind is dict:
+            if message.__class__ is dict:
                 self._count_map(stream, message)
             else:
                 stream.seq = message.seq = stream.seq + 1
-                if kind not in NO_DATA:
-                    slot = stream.slot
-                    cells[slot] = message.receive_ts
-                    if kind is Book:
-                        cells[slot + 1] = message.change_id
-                    elif kind is Trade and cells[slot + 1] < message.trade_seq:
-                        cells[slot + 1] = message.trade_seq
-                elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
-                    cells[stream.slot + 1] = 0  # the exchange may count from a lower number now
             frames.append((stream.topic, encode(message)))
         return frames
+
+    def _note_all(self, waiting: list[tuple[Stream, Any]]) -> None:
+        """Note in the ledger what is out: a later life goes on from there, and what is not noted it says again."""
+        cells = self._ledger.cells
+        for stream, message in waiting:
+            kind, slot = message.__class__, stream.slot
+            if kind is dict:
+                if "join" not in message:
+                    cells[slot] = message["receive_ts"]
+            elif kind not in NO_DATA:
+                cells[slot] = message.receive_ts
+                if kind is Book:
+                    cells[slot + LAST_ID] = message.change_id
+                elif kind is Trade and cells[slot + LAST_ID] < message.trade_seq:
+                    cells[slot + LAST_ID] = message.trade_seq
+            elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
+                cells[slot + LAST_ID] = 0  # the exchange may count from a lower number now
 
     def _count_map(self, stream: Stream, message: dict[str, Any]) -> None:
         if "join" in message:
             self.published -= 1
         else:
             stream.seq += 1
-            self._ledger.cells[stream.slot] = message["receive_ts"]
         message["seq"] = stream.seq
 
     def take_subscriptions(self) -> list[bytes]:
