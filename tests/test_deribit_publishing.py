@@ -151,8 +151,9 @@ EXPIRED_QUOTE = "quote.BTC-6NOV20-10000-C"
 async def test_a_channel_of_an_instrument_whose_day_has_passed_is_expired_and_asked_for_once(practice: str) -> None:
     async with collecting(practice, "", QUOTE, EXPIRED_QUOTE) as run:
         topic = "deribit.quote.BTC-6NOV20-10000-C.raw"
-        (status,) = await run.hearer.hear_of(topic, type="status")
+        (status,) = (await run.hearer.hear_of(topic, type="status"))[:1]
         assert (status["state"], status["reason"]) == ("expired", EXPIRED)
+        await run.hearer.hear_of("deribit.quote.BTC-PERPETUAL.", type="quote")  # what has data has a gap to tell of
         run.worker.client.cut("the test wants it so")
         await run.hearer.hear_of("deribit.quote.BTC-PERPETUAL.", type="gap")
         channels = (await run.get_state())["channels"]
