@@ -260,7 +260,7 @@ class Worker(Listener):
             }
         )
 
-    # -- what the client tells (see connection.Listener) --------------------------------------------------------------
+    # -- what the client tells (see connection.listener) --------------------------------------------------------------
 
     def take_frames(self, frames: list[bytes], receive_ts: int) -> None:
         """The path of each message: find the feed by the channel in the bytes, normalise, publish."""

@@ -44,7 +44,7 @@ UPKEEP = 0.25
 class Client:
     """One connection, with the six connection settings; times in seconds.
 
-    `read_pause` is rested between reads while frames come fast, one by one (see watch.Pace).
+    `read_pause` is rested between reads while frames come fast, one by one (see watching.watch.Pace).
     `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
     """
 
