@@ -61,6 +61,13 @@ class Life:
         rows = msgspec.convert([make_trade(*each) for each in trades], list[TradeData])
         return self._publish(self.feed.backfill(rows, 7))
 
+    def take_up_again(self) -> None:
+        """The channel is closed, and asked for and confirmed once more."""
+        for stream in self.feed.streams.values():
+            self.topics.leave(stream)
+        self.feed = TradeFeed(self.feed.channel, self.topics)
+        self.feed.confirmed_at = 8
+
     def _publish(self, published: Published) -> list[Any]:
         """What the publisher does, without its socket."""
         said = []
@@ -91,6 +98,29 @@ def life(tmp_path: Path) -> Iterator[Life]:
     assert life.take((101, 0), (102, 10), (103, 20)) == [101, 102, 103]
     yield life
     life.ledger.close()
+
+
+def test_a_topic_left_and_taken_up_again_does_not_say_a_trade_twice(life: Life) -> None:
+    life.take_up_again()
+    life.feed.lose("disconnect", 9)
+    # A fetch by time begins a little before the loss, so among what was said before the topic was left.
+    assert life.fetch((102, 10), (103, 20), (104, 30), (105, 40)) == [-104, -105]
+    assert life.take((105, 40), (106, 50)) == [106]
+
+
+def test_nor_if_the_next_trade_comes_before_the_fetched_ones(life: Life) -> None:
+    life.take_up_again()
+    life.feed.lose("disconnect", 9)
+    assert life.take((106, 50)) == [106]
+    assert life.fetch((102, 10), (103, 20), (104, 30), (105, 40)) == [-104, -105]
+
+
+def test_a_topic_taken_up_again_on_an_exchange_that_counts_anew_says_all(life: Life) -> None:
+    life.take_up_again()
+    assert life.take((5, 1000)) == [5]
+    life.feed.lose("disconnect", 9)
+    assert life.take((7, 1010)) == [("disconnect", 6, 6), 7]
+    assert life.fetch((5, 1000), (6, 1005), (7, 1010)) == [-6]
 
 
 def test_a_number_that_was_given_before_on_a_newer_trade_begins_a_new_count(life: Life) -> None:

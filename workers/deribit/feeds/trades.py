@@ -94,10 +94,13 @@ class TradeFeed(Feed):
             stream.has_tail = False
             for hole in self.holes.get(stream, ()):
                 hole.last = last if hole.last is None else hole.last
-        elif not is_known(stream) and self.lost_from is not None:  # it may have traded first while we were away
-            self._open_hole(stream, None, 1, last)
         elif not is_known(stream):
-            self._note_first(stream, seq)
+            if seq <= stream.left_at:  # the exchange has begun to count anew since the topic was left
+                stream.left_at = 0
+            if self.lost_from is not None:  # it may have traded first while we were away
+                self._open_hole(stream, None, stream.left_at + 1, last)
+            else:
+                self._note_first(stream, seq)
         elif first > last:
             if gap is not None:  # nothing known to be missing, so nothing is to be healed
                 gap.missing_from, gap.healing = UNSET, False
@@ -313,8 +316,11 @@ class TradeFeed(Feed):
             return is_held
         if is_known(stream) and stream.due is None:
             return False  # newer than all that came, and nothing was lost: it will come by itself
+        said = stream.last_id if is_known(stream) else stream.left_at
+        if seq <= said:
+            return False
         # The quiet tail of a loss, or the first trades of an instrument that is new to us.
-        self._open_hole(stream, stream.due, stream.last_id + 1, None).came.add(seq)
+        self._open_hole(stream, stream.due, said + 1, None).came.add(seq)
         stream.has_tail = True
         return True
 

@@ -33,13 +33,14 @@ class Stream:
     `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
-    `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `has_tail` holds while trades
-    after `last_id` are being fetched; `slot` is its place in the ledger.
+    `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
+    before the topic was left, which no later fetch may say again; `has_tail` holds while trades after `last_id` are
+    being fetched; `slot` is its place in the ledger.
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
-        "last_id", "last_ts", "lost", "reached", "seq", "slot", "status", "topic", "type",
+        "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "topic", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -54,6 +55,7 @@ class Stream:
         self.last_ts = 0
         self.last_id = 0
         self.reached = 0
+        self.left_at = 0
         self.lost = False
         self.has_tail = False
         self.slot = 0
@@ -74,6 +76,7 @@ class Stream:
         """
         self.gap, self.status, self.describe = None, None, self._give_current
         self.lost, self.has_tail, self.due, self.current = False, False, None, None
+        self.left_at = max(self.left_at, self.last_id)
         self.last_ts, self.last_id, self.reached = 0, 0, 0
 
     def build_envelope(self, receive_ts: int, exchange_ts: int = 0) -> dict[str, Any]:
