@@ -35,8 +35,8 @@ ONCE = ("many", "plan3000", "steady")
 def list_cases(part: str, options: argparse.Namespace) -> dict[str, Measure]:
     """The measurements of a part that were asked for, by label."""
     cases = PARTS[part](Scale(options.quick, options.minutes, options.rate, options.workers))
-    wanted = options.programs
-    return {label: case for label, case in cases.items() if not wanted or label.split()[0] in wanted}
+    wanted = tuple(options.programs or [""])
+    return {label: case for label, case in cases.items() if label.startswith(wanted)}
 
 
 def run_part(lab: Lab, name: str, cases: dict[str, Measure], rounds: int) -> dict[str, Rounds]:
