@@ -30,8 +30,8 @@ SURE = 5.0
 PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
 """Seconds before each further try of a request that the exchange asks us to send again."""
 
-AT_ONCE = 8
-"""Channels that are healed side by side."""
+AT_ONCE = 64
+"""Channels that are healed side by side: many wait, for a late history or for the credits that pace all requests."""
 
 
 class Healer:
