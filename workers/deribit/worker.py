@@ -39,7 +39,7 @@ START = len(DATA_PREFIX)
 LAST_WORDS = 2.0
 """Seconds from the end of an instrument to the last frames of its channels: the slowest (agg2) speak once a second."""
 
-SAMPLE_EVERY = 5_000_000
+SAMPLE_EVERY = 20_000_000
 """Time between samples of latency and lag, in ns."""
 
 
