@@ -238,7 +238,7 @@ class Client:
             self._socket = await Socket.open(self.url, self.headers, self.timeout)
             self._heard = time.monotonic()
             self._apply("opened", "")
-            tasks = [asyncio.create_task(self._read(self._socket)), asyncio.create_task(self._serve())]
+            tasks = [asyncio.create_task(self._socket.follow(self._take)), asyncio.create_task(self._serve())]
             self._verdict = asyncio.get_running_loop().create_future()
             await asyncio.gather(*tasks, self._verdict)
         finally:
@@ -295,19 +295,19 @@ class Client:
 
     # -- frames -------------------------------------------------------------------------------------------------------
 
-    async def _read(self, socket: Socket) -> None:
-        while True:
-            frames = await socket.read()
-            self._stamp = stamp = time.time_ns()  # one time for all that came together
-            self._heard = time.monotonic()
-            self.frames += len(frames)
-            self.bytes += sum(map(len, frames))
-            data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
+    def _take(self, frames: list[bytes]) -> None:
+        """Take the frames that were read together."""
+        self._stamp = stamp = time.time_ns()  # one time for all of them
+        self._heard = time.monotonic()
+        self.frames += len(frames)
+        self.bytes += sum(map(len, frames))
+        data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
+        if data:
             self.listener.take_frames(data, stamp)
-            self._stamp = 0
-            if self._pace.should_pause(self.frames, stamp):
-                # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
-                time.sleep(self._pace.pause)
+        self._stamp = 0
+        if self._pace.should_pause(self.frames, stamp):
+            # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
+            time.sleep(self._pace.pause)
 
     def _take_other(self, frame: bytes) -> bool:
         """Take a frame that does not begin as data do; true if it is data all the same."""

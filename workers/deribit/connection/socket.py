@@ -1,20 +1,17 @@
 """One WebSocket from its opening to its end. The only module that imports aiohttp: another client could stand here.
 
-Text goes out; frames come in by all that was read from the system together.
+Text goes out; frames come in by all that was read from the system together, in the very call that read them.
 """
 
 import asyncio
-import types
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
 
 import aiohttp
 
+from workers.deribit.connection.framing import MAX_FRAME, Framing
 from workers.deribit.rpc.errors import Lost
-
-MAX_FRAME = 16 << 20
-"""Bytes of one frame that are taken; Deribit's largest (an instrument list) was measured at 5.1 MB."""
 
 CLOSE_TIMEOUT = 1.0
 """Seconds that a peer gets to answer our close frame."""
@@ -24,22 +21,89 @@ CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 
 TEXT, BINARY = aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY
 
+Take = Callable[[list[bytes]], None]
+
+
+class Tap:
+    """Stands before aiohttp's parser: takes the data frames out, and hands the rest on to it.
+
+    aiohttp queues each message and wakes a task for it; at everyday rates that costs more than the message's own way.
+    """
+
+    def __init__(self) -> None:
+        self.reader: Any = None
+        self.failure: BaseException | None = None
+        self._framing = Framing()
+        self._early: list[bytes] = []
+        self._take: Take = self._early.extend
+
+    def feed_data(self, data: bytes) -> tuple[bool, bytes]:
+        """Take what was read; see aiohttp's parser for what is returned."""
+        framing = self._framing
+        if not framing.is_foreign:
+            frames, data = framing.cut(data)
+            if frames:
+                self._hand_over(frames)
+            if not data:
+                return False, b""
+        done: tuple[bool, bytes] = self.reader.feed_data(data)
+        return done
+
+    def feed_eof(self) -> None:
+        """Nothing will come any more."""
+        self.reader.feed_eof()
+
+    def open(self, take: Take) -> None:
+        """Hand frames over from now on, at first those that have come already."""
+        self._take = take
+        if self._early:
+            self._hand_over(self._early)
+
+    def shut(self) -> None:
+        """Let frames fall from now on."""
+        self._take = len  # type: ignore[assignment]
+
+    def _hand_over(self, frames: list[bytes]) -> None:
+        try:
+            self._take(frames)
+        except Exception as error:
+            self.failure = error  # for the one who waits for the end, which comes now: the loop closes the transport
+            self.shut()
+            raise
+
+
+class Response(aiohttp.ClientWebSocketResponse[Any]):
+    """aiohttp's WebSocket with a tap.
+
+    aiohttp sets its parser here, and hands what it then finds here to its protocol. Should another version not do so,
+    all frames come by `receive`, more slowly.
+    """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        self.tap = Tap()
+        super().__init__(*arguments, **options)
+
+    @property
+    def _parser(self) -> Any:
+        return self.tap
+
+    @_parser.setter
+    def _parser(self, reader: Any) -> None:
+        if reader is not None:  # aiohttp lets go of it before the last bytes have come
+            self.tap.reader = reader
+
 
 class Socket:
-    """An open WebSocket: `open`, `send`, `read`, `close`."""
+    """An open WebSocket: `open`, `send`, `follow`, `close`."""
 
-    def __init__(self, session: aiohttp.ClientSession, socket: aiohttp.ClientWebSocketResponse[Any]) -> None:
+    def __init__(self, session: aiohttp.ClientSession, socket: Response) -> None:
         self._session = session
         self._socket = socket
-        self._frames: list[bytes] = []
-        self._end: Any = None
-        self._pump = self._take_frames()
-        self._waits_for: Any = None
 
     @classmethod
     async def open(cls, url: str, headers: Mapping[str, str], timeout: float) -> Self:
         """Connect within `timeout` seconds. Raises Lost, which says why not."""
-        session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response)
         try:
             async with asyncio.timeout(timeout):
                 return cls(session, await _connect(session, url, headers))
@@ -54,48 +118,19 @@ class Socket:
         except CUT as error:
             raise Lost(f"cut while sending: {error}") from None
 
-    async def read(self) -> list[bytes]:
-        """Wait for the next frames; all that were read from the system together, in order.
+    async def follow(self, take: Take) -> None:
+        """Hand frames to `take`, all that were read from the system together, until the end of the socket.
 
-        What came before the end is given first; then it raises Lost, which says how it ended.
+        Raises Lost, which says how it ended, or what `take` raises.
         """
-        if self._end is None:
-            await self._drive()
-        frames, self._frames = self._frames, []
-        if frames:
-            return frames
-        raise Lost(self._explain_end(self._end))
-
-    async def _take_frames(self) -> Any:
-        """Take frames until the end of the socket; return what ended it."""
-        receive = self._socket.receive
-        while True:
-            message = await receive()
-            if message.type is TEXT or message.type is BINARY:
-                self._frames.append(message.data)
-            else:
-                return message
-
-    @types.coroutine
-    def _drive(self) -> Generator[Any, Any, None]:
-        """Let `_take_frames` run until it has some and has to wait: then all that was read has been taken.
-
-        A coroutine stepped by hand shows when it waits. This step is the only cost of knowing it, once a read.
-        """
-        pump, waits_for, self._waits_for = self._pump, self._waits_for, None
+        tap = self._socket.tap
         try:
-            waits_for = waits_for or pump.send(None)
-            while not self._frames:
-                try:
-                    sent = yield waits_for
-                except BaseException as error:  # also a cancellation is the coroutine's to answer
-                    waits_for = pump.throw(error)
-                else:
-                    waits_for = pump.send(sent)
-        except StopIteration as done:
-            self._end = done.value
-        else:
-            self._waits_for = waits_for
+            tap.open(take)
+            while (message := await self._socket.receive()).type in (TEXT, BINARY):
+                take([message.data])  # fragments and the like: no frames of the tap come any more
+        finally:
+            tap.shut()
+        raise tap.failure or Lost(self._explain_end(message))
 
     def _explain_end(self, message: Any) -> str:
         if message.type is aiohttp.WSMsgType.ERROR:
@@ -106,16 +141,13 @@ class Socket:
 
     async def close(self) -> None:
         """Close in order; cut if the peer does not answer the close frame for CLOSE_TIMEOUT."""
-        self._pump.close()  # aiohttp must not believe that somebody is reading still
         with suppress(TimeoutError, *CUT):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._socket.close()
         await self._session.close()
 
 
-async def _connect(
-    session: aiohttp.ClientSession, url: str, headers: Mapping[str, str]
-) -> aiohttp.ClientWebSocketResponse[Any]:
+async def _connect(session: aiohttp.ClientSession, url: str, headers: Mapping[str, str]) -> Any:
     timeout = aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT)
     return await session.ws_connect(url, headers=headers, max_msg_size=MAX_FRAME, timeout=timeout, decode_text=False)
 

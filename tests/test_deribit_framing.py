@@ -1,0 +1,82 @@
+"""Frames cut out of what is read, wherever a read ends; they are put together here by the RFC's rules."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from workers.deribit.connection.framing import MAX_FRAME, Framing
+
+TEXT, BINARY, PING, CLOSE = 0x81, 0x82, 0x89, 0x88
+START, MIDDLE, COMPRESSED = 0x01, 0x00, 0xC1
+
+
+def build_frame(first: int, payload: bytes, masked: bool = False) -> bytes:
+    """One frame of a server."""
+    size, mask = len(payload), 128 if masked else 0
+    if size < 126:
+        head = bytes([first, mask | size])
+    elif size < 1 << 16:
+        head = bytes([first, mask | 126]) + size.to_bytes(2, "big")
+    else:
+        head = bytes([first, mask | 127]) + size.to_bytes(8, "big")
+    return head + (b"\0\0\0\0" if masked else b"") + payload
+
+
+def cut_all(reads: list[bytes]) -> tuple[list[bytes], bytes]:
+    """All frames, and all that is left to aiohttp; from a foreign frame on that is everything."""
+    framing, frames, others = Framing(), [], b""
+    for data in reads:
+        if framing.is_foreign:
+            others += data
+            continue
+        found, left = framing.cut(data)
+        frames += found
+        others += left
+    return frames, others
+
+
+SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 124, 125, 126, 127, 128, 300, 65_535, 65_536, 70_000])
+DATA = st.tuples(st.sampled_from([TEXT, BINARY]), SIZES)
+CONTROLS = st.tuples(st.sampled_from([PING, CLOSE]), st.integers(0, 125))
+
+
+@given(st.lists(DATA | CONTROLS, max_size=12), st.lists(st.integers(0, 400_000), max_size=12), st.booleans())
+@example([(PING, 0)], [1], False)
+@example([(TEXT, 65_536), (TEXT, 3)], [1, 2, 5, 9, 10, 11, 12], True)
+def test_frames_are_found_wherever_reads_end(kinds: list[tuple[int, int]], cuts: list[int], by_byte: bool) -> None:
+    payloads = [bytes([65 + number]) * size for number, (_, size) in enumerate(kinds)]
+    built = [build_frame(first, payload) for (first, _), payload in zip(kinds, payloads, strict=True)]
+    stream = b"".join(built)
+    head = 300 if by_byte else 0
+    ends = sorted({0, *range(min(head, len(stream))), *(cut for cut in cuts if cut < len(stream)), len(stream)})
+    frames, others = cut_all([stream[start:end] for start, end in pairwise(ends)])
+    assert frames == [payload for (first, _), payload in zip(kinds, payloads, strict=True) if first < CLOSE]
+    assert others == b"".join(frame for (first, _), frame in zip(kinds, built, strict=True) if first >= CLOSE)
+
+
+@pytest.mark.parametrize("first", [START, MIDDLE, COMPRESSED, 0xA1, 0x83, 0x09])
+@pytest.mark.parametrize("size", [3, 200])
+def test_all_is_left_to_aiohttp_from_a_frame_on_that_is_none_of_ours(first: int, size: int) -> None:
+    foreign = build_frame(first, b"x" * size) + build_frame(TEXT, b"after")
+    frames, others = cut_all([build_frame(TEXT, b"before") + foreign[:3], foreign[3:]])
+    assert (frames, others) == ([b"before"], foreign)
+
+
+def test_a_masked_frame_is_left_to_aiohttp() -> None:
+    masked = build_frame(TEXT, b"hello", masked=True)
+    assert cut_all([masked[:1], masked[1:]]) == ([], masked)
+
+
+def test_a_frame_that_would_be_too_long_is_left_to_aiohttp_before_it_has_come() -> None:
+    head = bytes([TEXT, 127]) + (MAX_FRAME + 1).to_bytes(8, "big")
+    assert cut_all([head[:9], head[9:], b"x" * 10]) == ([], head + b"x" * 10)
+
+
+def test_a_long_frame_is_not_looked_at_again_for_each_read() -> None:
+    framing, payload = Framing(), b"y" * (4 << 20)
+    frame = build_frame(TEXT, payload)
+    reads = [frame[at : at + 1400] for at in range(0, len(frame), 1400)]
+    assert all(framing.cut(read) == ([], b"") for read in reads[:-1])
+    assert framing.cut(reads[-1]) == ([payload], b"")
