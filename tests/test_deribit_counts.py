@@ -64,7 +64,7 @@ class Life:
     def take_up_again(self) -> None:
         """The channel is closed, and asked for and confirmed once more."""
         for stream in self.feed.streams.values():
-            self.topics.leave(stream)
+            self.topics.leave(stream, 8)
         self.feed = TradeFeed(self.feed.channel, self.topics)
         self.feed.confirmed_at = 8
 
