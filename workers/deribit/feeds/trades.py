@@ -287,11 +287,12 @@ class TradeFeed(Feed):
             self._open_hole(stream, None, 1, None)
             stream.has_tail = True
         is_anew = self._find_count(stream, data, now, published)
-        if data.trade_seq == stream.last_id and self.channel.instrument:
-            self.is_checked = True
+        is_same = data.trade_seq in (stream.last_id, stream.reached)  # as before the loss
         for hole in self.holes.get(stream, ()):
-            if hole.known[0] == data.trade_seq:  # the same trade as before
-                hole.known = (0, 0)
+            if hole.known[0] == data.trade_seq:
+                hole.known, is_same = (0, 0), True
+        if is_same and self.channel.instrument:
+            self.is_checked = True
         if self._fill(stream, data.trade_seq):
             stream.last_id = max(stream.last_id, data.trade_seq)
             cells, place = self.topics.ledger.cells, stream.slot + NEWEST
