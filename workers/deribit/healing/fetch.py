@@ -77,8 +77,8 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
                 if since is not None and answered and not feed.is_checked:
                     yield from _check_count(feed, since, now, offset)
                     since = None
-            # What a new instrument, or a new count, may lack is known only by time: until that was asked it stays open.
-            ripe = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
+            # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
+            ripe = [hole for hole in feed.holes.get(stream, ()) if hole.is_bounded or feed.lost_from is None]
             tried.update(ripe if pause == PAUSES[0] else ())
             if answered and not feed.lacks_more(stream, tails):
                 yield Healed(stream, ripe)
