@@ -191,6 +191,13 @@ def test_also_if_nothing_seems_to_be_missing(life: Life) -> None:
     assert life.fetch((103, 4000)) == [("sequence",), -103]
 
 
+def test_also_if_what_seems_to_be_missing_comes_by_itself(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((106, 5000)) == [("disconnect", 104, 105), 106]
+    assert life.take((104, 4900), (105, 4950)) == [-104, -105]
+    assert life.heal((103, 4800), (104, 4900), (105, 4950), (106, 5000))[:2] == [("sequence",), -103]
+
+
 def test_also_if_no_trade_comes_and_the_new_numbers_are_not_above_the_old(life: Life) -> None:
     life.feed.confirmed_at = 8
     life.feed.lose("disconnect", 8)

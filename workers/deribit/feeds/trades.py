@@ -253,8 +253,8 @@ class TradeFeed(Feed):
         """
         holes = self.holes.get(stream, ())
         runs = [run for hole in holes for run in hole.list_missing()]
-        if tails:
-            runs += [(hole.first, hole.first - 1) for hole in holes if hole.is_doubt]  # the one before is fetched too
+        if tails and not self.is_checked:  # the one before is fetched too
+            runs += [(hole.first, hole.first - 1) for hole in holes if hole.known[0]]
         firsts = [first for first, _ in runs]
         if tails and (stream.has_tail or (stream.lost and is_known(stream))):
             return min([stream.last_id + 1, *firsts]), None
