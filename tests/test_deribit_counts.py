@@ -244,6 +244,17 @@ def test_a_later_life_tells_it_again_if_that_may_not_be_out(life: Life, tmp_path
     later.ledger.close()
 
 
+def test_a_later_life_goes_on_with_the_latest_doubt_and_not_with_one_that_is_over(life: Life, tmp_path: Path) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((103, 20), (104, 30)) == [("disconnect", 104), -104]
+    later = Life(tmp_path, is_first=False)
+    assert later.take((108, 3000)) == [("restart", 101, 107), 108]
+    later.ledger.close()
+    last = Life(tmp_path, is_first=False)  # the one before was killed before it had asked for what is missing
+    assert last.fetch((104, 2600)) == [("restart",), -104]
+    last.ledger.close()
+
+
 def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_path: Path) -> None:
     life.take(*((seq, 1000 + seq) for seq in range(5, 200)))
     later = Life(tmp_path, is_first=False)

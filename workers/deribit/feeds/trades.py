@@ -182,10 +182,14 @@ class TradeFeed(Feed):
         self.changed = True
         if gap is not None:
             self.topics.ledger.lower(stream.slot, UNHEALED, first)
-        cells, slot = self.topics.ledger.cells, stream.slot
-        if not cells[slot + KNOWN_ID]:
-            cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = hole.known
+        self._note_doubt(stream)
         return hole
+
+    def _note_doubt(self, stream: Stream) -> None:
+        """A later life goes on with the oldest doubt whether the exchange counts anew."""
+        doubts = [hole.known for hole in self.holes.get(stream, ()) if hole.known[0]]
+        cells, slot = self.topics.ledger.cells, stream.slot
+        cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = min(doubts, default=(0, 0))
 
     # -- an exchange that counts anew ---------------------------------------------------------------------------------
 
@@ -321,7 +325,11 @@ class TradeFeed(Feed):
         if seq <= said:
             return False
         # The quiet tail of a loss, or the first trades of an instrument that is new to us.
-        self._open_hole(stream, stream.due, said + 1, None).came.add(seq)
+        hole = self._open_hole(stream, stream.due, said + 1, None)
+        hole.came.add(seq)
+        if self.is_checked:  # the trade before it was the same
+            hole.known = (0, 0)
+            self._note_doubt(stream)
         stream.has_tail = True
         return True
 
@@ -362,8 +370,7 @@ class TradeFeed(Feed):
             return
         holes, cells, slot = self.holes.get(stream, ()), self.topics.ledger.cells, stream.slot
         cells[slot + UNHEALED] = min((hole.first for hole in holes if hole.gap is not None), default=0)
-        doubts = [hole.known for hole in holes if hole.known[0]]
-        cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = min(doubts, default=(0, 0))
+        self._note_doubt(stream)
 
 
 def is_known(stream: Stream) -> bool:
