@@ -310,14 +310,14 @@ class TradeFeed(Feed):
         if seq <= stream.last_id:
             for hole in self.holes.get(stream, ()):
                 if hole.holds(seq):
-                    hole.came.add(seq)
+                    self._fill_hole(stream, hole, seq)
                     self._await_tail(stream)
                     return True
             return False
         if stream.has_tail:
             tail = next(hole for hole in self.holes[stream] if hole.last is None)
             if is_held := tail.holds(seq):
-                tail.came.add(seq)
+                self._fill_hole(stream, tail, seq)
             return is_held
         if is_known(stream) and stream.due is None:
             return False  # newer than all that came, and nothing was lost: it will come by itself
@@ -326,12 +326,17 @@ class TradeFeed(Feed):
             return False
         # The quiet tail of a loss, or the first trades of an instrument that is new to us.
         hole = self._open_hole(stream, stream.due, said + 1, None)
-        hole.came.add(seq)
+        self._fill_hole(stream, hole, seq)
         if self.is_checked:  # the trade before it was the same
             hole.known = (0, 0)
             self._note_doubt(stream)
         stream.has_tail = True
         return True
+
+    def _fill_hole(self, stream: Stream, hole: Hole, seq: int) -> None:
+        hole.came.add(seq)
+        if hole.gap is None:  # fetched in order: what lies before it is from before the loss
+            self._note_first(stream, seq)
 
     def end_healing(self, stream: Stream, holes: list[Hole], now: int) -> list[Gap | Repair]:
         """All that can be had of these holes has come: say of each of their gaps what stays missing."""
