@@ -31,6 +31,9 @@ CALL_COST, CALL_POOL = 500, 50_000
 CALL_BURST, CALL_REFILL = 0.9 * CALL_POOL, 0.9 * REFILL
 """What bootstraps and healing use of that pool; the rest is for answers to test_request, and for what control sends."""
 
+REGAIN = 3_600.0
+"""Seconds in which a pool that was made smaller (see Credits.shrink) grows from nothing to its whole size."""
+
 _TINY = 0.01
 """Credits: less than the rounding of clocks brings about."""
 
@@ -39,24 +42,27 @@ _ENVELOPE = len('{"jsonrpc": "2.0", "id": 18446744073709551615, "method": "", "p
 
 @dataclass(slots=True)
 class Credits:
-    """One pool: `level` credits at `since`, in seconds on any clock that does not go back; never more than `burst`."""
+    """One pool: `level` credits at `since`, in seconds on any clock that does not go back; never more than `burst`.
+
+    `burst` is `whole`, or less for a while after the exchange has said that we overdrew.
+    """
 
     burst: float = SUBSCRIBE_BURST
     refill: float = REFILL
     since: float = 0.0
     level: float = field(init=False)
+    whole: float = field(init=False)
     is_spent: bool = False
 
     def __post_init__(self) -> None:
-        self.level = self.burst
+        self.level = self.whole = self.burst
 
     def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
         """Take the credits of one call and return 0, if they are there and `reserve` stays behind.
 
         Else take nothing; return the seconds after which to ask again. Nothing is booked ahead: who asks may be killed.
         """
-        self.level = min(self.burst, self.level + max(0.0, now - self.since) * self.refill)
-        self.since = max(self.since, now)
+        self._pass_time(now)
         lacking = min(cost + reserve, self.burst) - self.level
         if lacking > _TINY:
             return lacking / self.refill
@@ -64,11 +70,18 @@ class Credits:
         self.is_spent = False
         return 0.0
 
-    def shrink(self) -> None:
-        """The exchange says that we overdrew: somebody else draws on the pool, so count on half of it from now on.
+    def _pass_time(self, now: float) -> None:
+        passed = max(0.0, now - self.since)
+        self.burst = min(self.whole, self.burst + passed * self.whole / REGAIN)
+        self.level = min(self.burst, self.level + passed * self.refill)
+        self.since = max(self.since, now)
+
+    def shrink(self, now: float) -> None:
+        """The exchange says that we overdrew: somebody else draws on the pool, so count on half of it at first.
 
         Until something is taken again, further such words are about the same event.
         """
+        self._pass_time(now)
         if not self.is_spent:
             self.burst = max(SUBSCRIBE_COST, self.burst / 2)
             self.level = min(self.level, 0.0)

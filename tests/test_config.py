@@ -399,6 +399,22 @@ REFUSED: dict[str, tuple[str, str]] = {
         HEAD.replace(URL, "practice?faults=reset"),
         "desk.toml: [[connection]] a: url practice needs the practice exchange; write [exchange]",
     ),
+    "fault of a practice URL": (
+        "[exchange]\n" + HEAD.replace(URL, "practice?faults=gap:5,rset:6"),
+        "desk.toml: [[connection]] a: url: no fault 'rset'; did you mean reset?",
+    ),
+    "form of a fault": (
+        "[exchange]\n" + HEAD.replace(URL, "practice?faults=reset:soon"),
+        "[[connection]] a: url: fault 'reset': 'soon' does not have the form reset:SECONDS",
+    ),
+    "key of a practice URL": (
+        "[exchange]\n" + HEAD.replace(URL, "practice?fault=reset"),
+        "[[connection]] a: url: fault is no key of it; write for example practice?faults=reset:6",
+    ),
+    "fault of the exchange": (
+        '[exchange]\nfaults = "zzz"\n' + HEAD,
+        "desk.toml: [exchange]: faults: no fault 'zzz'; `collector exchange --list-faults` lists them",
+    ),
     "header that is a number": (
         HEAD + "headers = { X = 5 }",
         'headers: X must be a string of printable ASCII; write for example X = "desk-7"',

@@ -19,6 +19,7 @@ from collector.limits import (
     CALL_COST,
     CALL_REFILL,
     REFILL,
+    REGAIN,
     SUBSCRIBE_BURST,
     SUBSCRIBE_COST,
     SUBSCRIBE_POOL,
@@ -99,13 +100,24 @@ def test_who_waits_as_told_never_overdraws_the_exchanges_pool(calls: list[tuple[
 
 def test_an_overdrawn_pool_is_halved_once_for_each_event() -> None:
     credits = Credits()
-    credits.shrink()
-    credits.shrink()  # a second session that was cut by the same
+    credits.shrink(0.0)
+    credits.shrink(0.0)  # a second session that was cut by the same
     assert (credits.burst, credits.level) == (SUBSCRIBE_BURST / 2, 0.0)
     for now in range(10, 100, 10):
         assert credits.take(SUBSCRIBE_COST, float(now)) == 0.0
-        credits.shrink()
+        credits.shrink(float(now))
     assert credits.burst == SUBSCRIBE_COST  # one call must always be possible
+
+
+def test_a_pool_that_was_halved_grows_back_within_the_hour() -> None:
+    credits = Credits()
+    assert credits.take(SUBSCRIBE_COST, 1_000_000.0) == 0.0
+    credits.shrink(2_000_000.0)  # by something else that was asked long after
+    assert credits.take(SUBSCRIBE_COST, 2_000_000.0) == pytest.approx(SUBSCRIBE_COST / REFILL)
+    wait_for(credits, SUBSCRIBE_COST, 2_000_000.0 + REGAIN / 4)
+    assert credits.burst == pytest.approx(SUBSCRIBE_BURST * 3 / 4)
+    wait_for(credits, SUBSCRIBE_COST, 2_000_000.0 + REGAIN)
+    assert credits.burst == SUBSCRIBE_BURST  # and never more
 
 
 # shared by workers
@@ -142,11 +154,14 @@ def test_all_who_share_a_pool_know_that_it_was_overdrawn(tmp_path: Path) -> None
     one, other = share(tmp_path, 2)
     now = time.monotonic() + 1.0
     assert one.take(SUBSCRIBE_COST, now) == other.take(SUBSCRIBE_COST, now) == 0.0
-    one.shrink()
-    other.shrink()
+    one.shrink(now)
+    other.shrink(now)
     assert other.take(SUBSCRIBE_COST, now) > 0.0
     assert other.take(SUBSCRIBE_BURST // 2, now + 10) == 0.0
-    assert one.take(1, now + 10) > 0.0
+    assert one.take(SUBSCRIBE_COST, now + 10) > 0.0
+    later = now + REGAIN
+    assert one.take(SUBSCRIBE_BURST, later) == 0.0
+    assert other.take(1, later) > 0.0
 
 
 def test_a_pool_at_which_another_looks_is_asked_again_and_never_waited_for(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from tests.faults.programs import Recorder, list_futures
 from tests.pipeline import exchange, find_port
 from tests.support import wait_until
 from workers.deribit.feeds.book import BookFeed
-from workers.deribit.feeds.frames import TradeData
+from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.healing.fetch import PAUSES, Healed, Page, heal_feed
 from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
@@ -42,7 +44,7 @@ def make_trade(seq: int, at: int) -> dict[str, Any]:
 
 
 class Life:
-    """One life of a trade feed; `said` is all that it published, in short."""
+    """One life of a trade feed; what it publishes is told in short. `asked` counts requests."""
 
     def __init__(self, directory: Path, is_first: bool = True) -> None:
         self.ledger = Ledger(directory / "ledger", fresh=is_first)
@@ -50,7 +52,7 @@ class Life:
         self.feed = TradeFeed(parse_channel(LINE.channel), self.topics)
         self.topics.restore()
         self.feed.lose("restart", START)
-        self.said: list[Any] = []
+        self.asked = 0
 
     def take(self, *trades: tuple[int, int]) -> list[Any]:
         """A frame comes; return what is said of it."""
@@ -61,10 +63,25 @@ class Life:
         rows = msgspec.convert([make_trade(*each) for each in trades], list[TradeData])
         return self._publish(self.feed.backfill(rows, 7))
 
+    def heal(self, *history: tuple[int, int]) -> list[Any]:
+        """Fetch what is lacking from an exchange that has these trades; return what is said of it."""
+        healing, page, said = heal_feed(self.feed, (START + 10_000) * MS, 0), None, []
+        with suppress(StopIteration):
+            while True:
+                step, page = healing.send(page), None
+                if isinstance(step, Healed):
+                    said += map(describe, self.feed.end_healing(step.stream, step.holes, 7))
+                else:
+                    self.asked += 1
+                    found = [each for each in history if fits(each, step.params)]
+                    said += self.fetch(*found)
+                    page = Page(msgspec.convert([make_trade(*each) for each in found], list[TradeData]), False)
+        return said
+
     def take_up_again(self) -> None:
         """The channel is closed, and asked for and confirmed once more."""
         for stream in self.feed.streams.values():
-            self.topics.leave(stream)
+            self.topics.leave(stream, 8)
         self.feed = TradeFeed(self.feed.channel, self.topics)
         self.feed.confirmed_at = 8
 
@@ -79,6 +96,13 @@ class Life:
                 self.ledger.cells[stream.slot + LAST_ID] = message.trade_seq
             said.append(describe(message))
         return said
+
+
+def fits(trade: tuple[int, int], params: dict[str, Any]) -> bool:
+    """Whether a request asks for a trade."""
+    seq, at = trade
+    numbers = params.get("start_seq", 0) <= seq <= params.get("end_seq", seq)
+    return numbers and params.get("start_timestamp", 0) <= START + at <= params.get("end_timestamp", START + at)
 
 
 def describe(message: Any) -> Any:
@@ -167,6 +191,28 @@ def test_also_if_nothing_seems_to_be_missing(life: Life) -> None:
     assert life.fetch((103, 4000)) == [("sequence",), -103]
 
 
+def test_also_if_what_seems_to_be_missing_comes_by_itself(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((106, 5000)) == [("disconnect", 104, 105), 106]
+    assert life.take((104, 4900), (105, 4950)) == [-104, -105]
+    assert life.heal((103, 4800), (104, 4900), (105, 4950), (106, 5000))[:2] == [("sequence",), -103]
+
+
+def test_also_if_no_trade_comes_and_the_new_numbers_are_not_above_the_old(life: Life) -> None:
+    life.feed.confirmed_at = 8
+    life.feed.lose("disconnect", 8)
+    assert life.heal((1, 1000), (2, 1010)) == [("sequence",), -1, -2]
+    assert life.heal((1, 1000), (2, 1010), (3, 1020)) == [-3]
+    assert life.take((4, 1030)) == [4]
+
+
+def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_last_trade(life: Life) -> None:
+    life.feed.confirmed_at = 8
+    life.feed.lose("disconnect", 8)
+    assert life.heal((101, 0), (102, 10), (103, 20)) == []
+    assert life.asked == len(PAUSES)
+
+
 def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:
     assert life.take((102, 10), (103, 20)) == []
     assert life.take((106, 30), (105, 29), (107, 31)) == [("sequence", 104, 105), 106, -105, 107]
@@ -196,6 +242,17 @@ def test_a_later_life_tells_it_again_if_that_may_not_be_out(life: Life, tmp_path
     later = Life(tmp_path, is_first=False)
     assert later.fetch((5, 1000), (6, 1010)) == [("restart",), -5, -6]
     later.ledger.close()
+
+
+def test_a_later_life_goes_on_with_the_latest_doubt_and_not_with_one_that_is_over(life: Life, tmp_path: Path) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((103, 20), (104, 30)) == [("disconnect", 104), -104]
+    later = Life(tmp_path, is_first=False)
+    assert later.take((108, 3000)) == [("restart", 101, 107), 108]
+    later.ledger.close()
+    last = Life(tmp_path, is_first=False)  # the one before was killed before it had asked for what is missing
+    assert last.fetch((104, 2600)) == [("restart",), -104]
+    last.ledger.close()
 
 
 def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_path: Path) -> None:

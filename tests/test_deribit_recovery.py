@@ -14,8 +14,10 @@ from collector.channels import parse_channel
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.collected import collected
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.faults.life import Healer, Life
 from tests.frames_checker import check_numbering
-from tests.pipeline import Subscriber, subscribed
+from tests.pipeline import Subscriber, short_directory, subscribed
+from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
@@ -349,6 +351,39 @@ def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path:
     }
     assert feed.lost_from is None  # else each later healing would fetch from here on, for ever
     ledger.close()
+
+
+def test_first_trades_whose_healing_was_cut_by_a_kill_do_not_cost_a_request_each() -> None:
+    """They were traded before, too, when nobody was there: that is of no interest to a later life either."""
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    rows = [make_option_trade(f"BTC-27MAR27-{strike}-C", seq) for seq in (7, 8) for strike in range(50)]
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        life.confirm(channel, START)
+        life.lose(START + second)
+        heal_life(life, START + 2 * second).take(rows[:60], True, START + 2 * second)
+        life.end()
+        later = Life(directory, [channel], START + 3 * second, is_first=False)
+        healer, methods = heal_life(later, START + 4 * second), set()
+        while healer.ask is not None:
+            methods.add(healer.ask.method)
+            healer.take(rows if healer.ask.params.get("currency") == "BTC" else [], False, START + 4 * second)
+        assert methods == {"public/get_last_trades_by_currency_and_time"}
+        assert later.publisher.published == len(rows) + 2 * 50  # and a gap and a repair on each topic
+        later.end()
+
+
+def heal_life(life: Life, now: int) -> Healer:
+    (feed,) = life.feeds.values()
+    assert isinstance(feed, TradeFeed)
+    return Healer(life, feed, now, 0)
+
+
+def make_option_trade(name: str, seq: int) -> TradeData:
+    return TradeData(
+        instrument_name=name, trade_seq=seq, trade_id=str(seq), price=1.5, amount=1.0, direction="buy",
+        timestamp=START // MS + 1500 + seq,
+    )  # fmt: skip
 
 
 def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:

@@ -49,6 +49,9 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
 
 # -- what a later life goes on with -----------------------------------------------------------------------------------
 
+LONG = 10_000_000_000
+"""Ns after which whatever was said is surely out."""
+
 INSTRUMENT = {"instrument_name": "BTC-6NOV26", "state": "settlement", "timestamp": 1_793_952_000_000}
 
 
@@ -91,7 +94,7 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
     with living(tmp_path, TRADES) as worker:
         assert worker.topics.gaps == 1
     with living(tmp_path) as worker:
-        asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}, time.time_ns() + 10**10))
+        asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}, time.time_ns() + LONG))
         worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 50}])], 7)
         assert (worker.topics.gaps, worker.publisher.published) == (0, 2)  # that it was closed, and the trade
 
@@ -107,5 +110,41 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             closed = subscriber.wait_for("deribit.quote.")
             assert (closed["type"], closed["seq"], closed["state"]) == ("status", 1, "closed")
+        with living(directory) as worker:  # the life before may have been killed before that was out
+            worker.publisher.release()
+            assert worker.publisher.published == 1
+            worker.topics.forget_left(time.time_ns() + LONG)
         with living(directory) as worker:
-            assert worker.publisher.published == 0  # it is said once
+            assert worker.publisher.published == 0
+
+
+def ask(worker: Worker, op: str, channel: str, **more: str) -> None:
+    asyncio.run(worker.answer(op, {"channels": [channel], **more}, time.time_ns() + LONG))
+
+
+def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_once() -> None:
+    """The message may not have left it: better twice than lost."""
+    old = "quote.BTC-6NOV20"
+    with short_directory() as directory:
+        with living(directory, QUOTE, old, restarts=0) as worker:
+            for name in (QUOTE, old):
+                worker.take_frames([make_frame(name, {"instrument_name": name[6:], "timestamp": 1})], 5)
+            ask(worker, "unsubscribe", QUOTE)
+            ask(worker, "unsubscribe", old, reason="expired")
+            worker.ledger.subscriptions = 1
+        with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
+            wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+            assert subscriber.wait_for("deribit.quote.BTC-PERPETUAL.")["state"] == "closed"
+            assert subscriber.wait_for("deribit.quote.BTC-6NOV20.")["state"] == "expired"
+
+
+def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: Path) -> None:
+    quote = make_frame(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
+    with living(tmp_path, QUOTE, restarts=0) as worker:
+        worker.take_frames([quote], 5)
+        ask(worker, "unsubscribe", QUOTE)
+        ask(worker, "subscribe", QUOTE)
+        worker.take_frames([quote], 7)
+        worker.topics.forget_left(time.time_ns() + LONG)
+    with living(tmp_path, QUOTE) as worker:
+        assert worker.topics.gaps == 1

@@ -13,9 +13,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from collector.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
 from tests.exchange_client import Client, connect, exchange, get
 from tests.support import collector, running
-from workers.exchange.protocol.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
 
 BOOK = "book.BTC-PERPETUAL.100ms"
 

@@ -38,7 +38,7 @@ def exchange(list_faults: bool, **spec: Any) -> None:
 
     Client id and secret are practice and practice, or those in PRACTICE_KEYS (id:secret,id:secret).
     """
-    from workers.exchange.protocol.faults import list_faults as describe_faults
+    from collector.faults import list_faults as describe_faults
 
     if list_faults:
         click.echo(describe_faults())

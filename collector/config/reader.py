@@ -26,6 +26,7 @@ from collector.config.keys import (
 from collector.config.patterns import is_pattern, parse_pattern
 from collector.config.urls import PRACTICE, check_headers, check_url
 from collector.defaults import default_runtime_dir
+from collector.faults import parse_faults
 
 MAX_FILE = 16 << 20
 """Bytes of a configuration file."""
@@ -209,7 +210,12 @@ def _read_control(text: str, runtime_dir: Path, where: str) -> str:
 def _read_exchange(tables: Mapping[str, Any], where: str) -> Exchange | None:
     if "exchange" not in tables:
         return None
-    return Exchange(**read_table(tables["exchange"], "exchange", f"{where}: [exchange]"))
+    exchange = Exchange(**read_table(tables["exchange"], "exchange", f"{where}: [exchange]"))
+    try:
+        parse_faults(exchange.faults, "exchange")
+    except ValueError as error:
+        raise ConfigError(f"{where}: [exchange]: faults: {error}") from None
+    return exchange
 
 
 def _read_endpoint(text: str, default: str, where: str) -> str:

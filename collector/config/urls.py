@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from collector.config.keys import SECRET_ADVICE, ConfigError, show, sounds_secret, suggest
+from collector.faults import parse_faults
 
 PRACTICE = "practice"
 """The url of a connection to the practice exchange of [exchange]; a query may choose faults."""
@@ -28,11 +29,23 @@ def check_url(url: str, login: bool, where: str) -> None:
     if any(sounds_secret(part.partition("=")[0]) for part in query.split("&")):
         raise ConfigError(f"{where}: {SECRET_ADVICE}")
     if base == PRACTICE:
-        return
+        return _check_faults(query, where)
     if "://" not in url:
         advice = f'did you mean "{PRACTICE}"?' if suggest(base, [PRACTICE]) else f"write for example {_EXAMPLE}"
         raise ConfigError(f"{where} {show(base)} is no URL; {advice}")
     _check_parts(url, login, where)
+
+
+def _check_faults(query: str, where: str) -> None:
+    from urllib.parse import parse_qsl  # dear to import, as below
+
+    for key, text in parse_qsl(query, keep_blank_values=True):
+        if key != "faults":
+            raise ConfigError(f"{where}: {show(key)} is no key of it; write for example practice?faults=reset:6")
+        try:
+            parse_faults(text)
+        except ValueError as error:
+            raise ConfigError(f"{where}: {error}") from None
 
 
 def _check_parts(url: str, login: bool, where: str) -> None:

@@ -30,7 +30,7 @@ from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.watching.patrol import Patrol
 from workers.deribit.watching.spread import Spread
-from workers.deribit.watching.statuses import UNSUBSCRIBED, Statuses
+from workers.deribit.watching.statuses import OVER, UNSUBSCRIBED, Statuses
 
 log = logging.getLogger("deribit")
 
@@ -134,7 +134,7 @@ class Worker(Listener):
         for stream in restored:
             if stream not in held:  # given up while no worker was there to say so
                 self.statuses.end(stream)
-                self.topics.leave(stream)
+                self.topics.leave(stream, time.time_ns())
         self.ledger.epoch = self.epoch
 
     # -- the life of a worker (see workers.actor) ---------------------------------------------------------------------
@@ -217,8 +217,8 @@ class Worker(Listener):
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
-        condition = ("expired", EXPIRED) if arguments.get("reason") == "expired" else UNSUBSCRIBED
-        if condition[0] == "expired":
+        condition = OVER if arguments.get("reason") == "expired" else UNSUBSCRIBED
+        if condition is OVER:
             self._add_channels(names)  # an earlier life may have had them: then it is said all the same
         try:
             return {"channels": await self.client.unsubscribe(names)}
@@ -231,7 +231,7 @@ class Worker(Listener):
                         self.healer.end(feed)
                     self.statuses.tell(feed, *condition)
                     for stream in feed.streams.values():
-                        self.topics.leave(stream)
+                        self.topics.leave(stream, time.time_ns())
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
         # The deadline of the command bounds it, not the connection's own timeout.

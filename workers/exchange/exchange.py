@@ -5,12 +5,12 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from collector.faults import Faults, Setting, parse_faults
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.market.market import Market
 from workers.exchange.oracle import Oracle
 from workers.exchange.protocol.auth import LIFE, Authority
-from workers.exchange.protocol.faults import Faults, Setting, parse_faults
 from workers.exchange.protocol.methods import MARKET_METHODS
 from workers.exchange.protocol.rpc import RpcError
 from workers.exchange.protocol.session import Credits

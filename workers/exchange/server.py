@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
+from collector.faults import Faults, parse_faults
 from workers.exchange.exchange import Exchange, find_failure
 from workers.exchange.protocol.connection import CLOSE, Connection
-from workers.exchange.protocol.faults import Faults, parse_faults
 from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
 from workers.exchange.protocol.session import Session
 from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, carry_out

@@ -326,7 +326,7 @@ class Client:
         if reply.error is not None and find_reaction(reply.error.code) is Reaction.BACK_OFF:
             # Told here, where no cut that follows can come before it.
             self._pause = BACK_OFF_PAUSE
-            self.reconciler.credits.shrink()
+            self.reconciler.credits.shrink(time.monotonic())
         if self.requests.settle(reply):
             return
         if reply.error is not None:

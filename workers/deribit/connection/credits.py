@@ -27,7 +27,7 @@ class Pool(Protocol):
     def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
         """See Credits.take."""
 
-    def shrink(self) -> None:
+    def shrink(self, now: float) -> None:
         """See Credits.shrink."""
 
 
@@ -54,10 +54,10 @@ class SharedCredits:
         except BlockingIOError:
             return MOMENT
 
-    def shrink(self) -> None:
+    def shrink(self, now: float) -> None:
         """See Credits.shrink."""
         with self._look(fcntl.LOCK_EX) as credits:
-            credits.shrink()
+            credits.shrink(now)
 
     @contextmanager
     def _look(self, lock: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> Iterator[Credits]:

@@ -32,6 +32,11 @@ class Hole:
         """Whether nothing is missing, unless the exchange has begun to count anew: that is not known yet."""
         return self.last is not None and self.last < self.first and self.known[0] > 0
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether a gap has said from where to where trades are missing."""
+        return self.gap is not None and self.last is not None
+
     def holds(self, seq: int) -> bool:
         """Whether this trade is missing here still."""
         return (

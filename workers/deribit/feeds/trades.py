@@ -182,10 +182,14 @@ class TradeFeed(Feed):
         self.changed = True
         if gap is not None:
             self.topics.ledger.lower(stream.slot, UNHEALED, first)
-        cells, slot = self.topics.ledger.cells, stream.slot
-        if not cells[slot + KNOWN_ID]:
-            cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = hole.known
+        self._note_doubt(stream)
         return hole
+
+    def _note_doubt(self, stream: Stream) -> None:
+        """A later life goes on with the oldest doubt whether the exchange counts anew."""
+        doubts = [hole.known for hole in self.holes.get(stream, ()) if hole.known[0]]
+        cells, slot = self.topics.ledger.cells, stream.slot
+        cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = min(doubts, default=(0, 0))
 
     # -- an exchange that counts anew ---------------------------------------------------------------------------------
 
@@ -253,8 +257,8 @@ class TradeFeed(Feed):
         """
         holes = self.holes.get(stream, ())
         runs = [run for hole in holes for run in hole.list_missing()]
-        if tails:
-            runs += [(hole.first, hole.first - 1) for hole in holes if hole.is_doubt]  # the one before is fetched too
+        if tails and not self.is_checked:  # the one before is fetched too
+            runs += [(hole.first, hole.first - 1) for hole in holes if hole.known[0]]
         firsts = [first for first, _ in runs]
         if tails and (stream.has_tail or (stream.lost and is_known(stream))):
             return min([stream.last_id + 1, *firsts]), None
@@ -287,11 +291,12 @@ class TradeFeed(Feed):
             self._open_hole(stream, None, 1, None)
             stream.has_tail = True
         is_anew = self._find_count(stream, data, now, published)
-        if data.trade_seq == stream.last_id and self.channel.instrument:
-            self.is_checked = True
+        is_same = data.trade_seq in (stream.last_id, stream.reached)  # as before the loss
         for hole in self.holes.get(stream, ()):
-            if hole.known[0] == data.trade_seq:  # the same trade as before
-                hole.known = (0, 0)
+            if hole.known[0] == data.trade_seq:
+                hole.known, is_same = (0, 0), True
+        if is_same and self.channel.instrument:
+            self.is_checked = True
         if self._fill(stream, data.trade_seq):
             stream.last_id = max(stream.last_id, data.trade_seq)
             cells, place = self.topics.ledger.cells, stream.slot + NEWEST
@@ -305,14 +310,14 @@ class TradeFeed(Feed):
         if seq <= stream.last_id:
             for hole in self.holes.get(stream, ()):
                 if hole.holds(seq):
-                    hole.came.add(seq)
+                    self._fill_hole(stream, hole, seq)
                     self._await_tail(stream)
                     return True
             return False
         if stream.has_tail:
             tail = next(hole for hole in self.holes[stream] if hole.last is None)
             if is_held := tail.holds(seq):
-                tail.came.add(seq)
+                self._fill_hole(stream, tail, seq)
             return is_held
         if is_known(stream) and stream.due is None:
             return False  # newer than all that came, and nothing was lost: it will come by itself
@@ -320,9 +325,18 @@ class TradeFeed(Feed):
         if seq <= said:
             return False
         # The quiet tail of a loss, or the first trades of an instrument that is new to us.
-        self._open_hole(stream, stream.due, said + 1, None).came.add(seq)
+        hole = self._open_hole(stream, stream.due, said + 1, None)
+        self._fill_hole(stream, hole, seq)
+        if self.is_checked:  # the trade before it was the same
+            hole.known = (0, 0)
+            self._note_doubt(stream)
         stream.has_tail = True
         return True
+
+    def _fill_hole(self, stream: Stream, hole: Hole, seq: int) -> None:
+        hole.came.add(seq)
+        if hole.gap is None:  # fetched in order: what lies before it is from before the loss
+            self._note_first(stream, seq)
 
     def end_healing(self, stream: Stream, holes: list[Hole], now: int) -> list[Gap | Repair]:
         """All that can be had of these holes has come: say of each of their gaps what stays missing."""
@@ -361,8 +375,7 @@ class TradeFeed(Feed):
             return
         holes, cells, slot = self.holes.get(stream, ()), self.topics.ledger.cells, stream.slot
         cells[slot + UNHEALED] = min((hole.first for hole in holes if hole.gap is not None), default=0)
-        doubts = [hole.known for hole in holes if hole.known[0]]
-        cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = min(doubts, default=(0, 0))
+        self._note_doubt(stream)
 
 
 def is_known(stream: Stream) -> bool:

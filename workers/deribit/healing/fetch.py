@@ -59,9 +59,13 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 
     A wide channel is asked by time first, so that 1,500 instruments do not cost 1,500 requests, and one that was first
     traded while we were away is found. What that did not bring is asked by trade_seq, instrument by instrument.
-    What comes to be missing later on is left to the next healing, unless it comes at once.
+    A single instrument is asked by trade_seq, and by time only if that does not show the trade before the loss: the
+    exchange may count anew. What comes to be missing later on is left to the next healing, unless it comes at once.
     """
     tried: set[Hole] = set()
+    since = feed.lost_from if feed.channel.instrument and feed.is_numbered(feed.stream) else None
+    if since is not None:
+        feed.end_loss()
     tails = not (yield from _fetch_loss(feed, now, offset))
     for pause in PAUSES:
         wait = pause
@@ -70,8 +74,11 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
             if missing is not None:
                 answered = yield from _fetch_run(stream, *missing, wait)
                 wait = 0.0
-            # What a new instrument, or a new count, may lack is known only by time: until that was asked it stays open.
-            ripe = [hole for hole in feed.holes.get(stream, ()) if hole.gap is not None or feed.lost_from is None]
+                if since is not None and answered and not feed.is_checked:
+                    yield from _check_count(feed, since, now, offset)
+                    since = None
+            # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
+            ripe = [hole for hole in feed.holes.get(stream, ()) if hole.is_bounded or feed.lost_from is None]
             tried.update(ripe if pause == PAUSES[0] else ())
             if answered and not feed.lacks_more(stream, tails):
                 yield Healed(stream, ripe)
@@ -81,12 +88,27 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether all of it was answered."""
-    channel, losses = feed.channel, feed.losses
-    if channel.instrument and feed.is_numbered(feed.stream):
-        feed.end_loss()
+    losses = feed.losses
     if feed.lost_from is None:
         return False
-    start, end = (feed.lost_from + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
+    answered = yield from _fetch_since(feed, feed.lost_from, now, offset)
+    if feed.losses == losses:  # else the connection was lost once more in the meantime
+        feed.end_loss()  # what was refused so often will not be had later either
+        feed.is_checked = answered
+    return answered
+
+
+def _check_count(feed: TradeFeed, since: int, now: int, offset: int) -> Healing:
+    """The exchange does not show the trade before the loss: what it counted anew since then is found by time alone."""
+    losses = feed.losses
+    answered = yield from _fetch_since(feed, since, now, offset)
+    if feed.losses == losses:
+        feed.is_checked = answered
+
+
+def _fetch_since(feed: TradeFeed, since: int, now: int, offset: int) -> Fetch:
+    channel = feed.channel
+    start, end = (since + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
     if channel.instrument:
         subjects = [{"instrument_name": channel.instrument}]
     else:
@@ -99,9 +121,6 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
         for subject in subjects:
             answered &= yield from _fetch_period(subject, begin, end, pause)
             pause = 0.0
-    if feed.losses == losses:  # else the connection was lost once more in the meantime
-        feed.end_loss()  # what was refused so often will not be had later either
-        feed.is_checked = answered
     return answered
 
 

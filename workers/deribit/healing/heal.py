@@ -20,12 +20,10 @@ from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
 from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import SURE
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
-
-SURE = 5.0
-"""Seconds after which what was published is taken to have left this process, should it be killed."""
 
 PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
 """Seconds before each further try of a request that the exchange asks us to send again."""

@@ -19,6 +19,9 @@ ANY_ID = (1 << 63) - 1
 
 DAY = 86_400 * 1_000_000_000
 
+SURE = 5.0
+"""Seconds after which what was published is taken to have left this process, should it be killed."""
+
 REPEATS = 100
 """Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
 
@@ -125,6 +128,7 @@ class Topics:
         self.ledger = ledger
         self.gaps = 0
         self._streams: dict[tuple[str, str, str], Stream] = {}
+        self._left: dict[Stream, int] = {}
 
     def find(self, kind: str, instrument: str, interval: str) -> Stream:
         """The stream of a topic, made at need. Raises Malformed for what cannot stand in a topic."""
@@ -135,6 +139,8 @@ class Topics:
                 raise Malformed(f"more than {MAX_TOPICS} topics on one connection")
             stream = self._streams[key] = Stream(kind, instrument, interval, self.epoch)
             stream.slot = self.ledger.find_slot(stream.topic.decode())
+        elif self._left.pop(stream, None) is not None:  # taken up again
+            self.ledger.clear(stream.slot)
         return stream
 
     def restore(self) -> list[Stream]:
@@ -173,10 +179,19 @@ class Topics:
             stream.slot = 0  # whoever holds it still must not write into another's place
         return [stream for _, stream in expired]
 
-    def leave(self, stream: Stream) -> None:
-        """Nobody asks for a topic any more: neither this life nor a later one goes on from what was said."""
+    def leave(self, stream: Stream, now: int) -> None:
+        """Nobody asks for a topic any more (`now` in ns): this life does not go on from what was said.
+
+        A later one is told of it for some seconds more: this one may be killed and take its last word along.
+        """
         stream.reset()
-        self.ledger.clear(stream.slot)
+        self._left[stream] = now
+
+    def forget_left(self, now: int) -> None:
+        """Let a later life know nothing of the topics whose last word is surely out."""
+        for stream in [stream for stream, since in self._left.items() if now - since > SURE * 1e9]:
+            del self._left[stream]
+            self.ledger.clear(stream.slot)
 
     def number_gap(self) -> int:
         """The id of the next gap."""

@@ -77,6 +77,7 @@ class Patrol:
             self.rate, self._counted = float(published - self._counted), published
             self._beat()
             self._statuses.repeat(self._feeds.values(), second % REPEAT)
+            self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
                 self._end_expired()

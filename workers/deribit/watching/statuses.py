@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+from collector.channels import has_expired
 from collector.messages import EXCHANGE
+from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import Publisher
@@ -14,6 +16,9 @@ REPEAT = 60
 
 UNSUBSCRIBED = ("closed", "unsubscribed")
 """State and reason of a channel that was given up."""
+
+OVER = ("expired", EXPIRED)
+"""Those of one whose instrument has ended."""
 
 
 class Statuses:
@@ -39,7 +44,8 @@ class Statuses:
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
-        self._say(stream, *UNSUBSCRIBED)
+        is_over = has_expired(stream.instrument, self._read_clock())
+        self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
         """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.

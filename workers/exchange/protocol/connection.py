@@ -7,10 +7,10 @@ from collections import Counter, deque
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
+from collector.faults import FOREVER, Faults
 from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Exchange, find_failure
 from workers.exchange.protocol.distort import Distortion, distorts, make_nonsense
-from workers.exchange.protocol.faults import FOREVER, Faults
 from workers.exchange.protocol.lateness import Lateness, delays
 from workers.exchange.protocol.rpc import (
     NO_ID,

@@ -7,8 +7,8 @@ from copy import deepcopy
 from random import Random
 from typing import Any
 
+from collector.faults import Faults
 from workers.exchange.channels.hub import Frame
-from workers.exchange.protocol.faults import Faults
 from workers.exchange.protocol.rpc import encode
 
 _FRAME_FAULTS = {

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterator
 
-from workers.exchange.protocol.faults import FOREVER, Faults
+from collector.faults import FOREVER, Faults
 
 LATE = ("lag", "backlog")
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from collector.faults import Faults
 from workers.exchange.channels.hub import Frame, Subscriber
 from workers.exchange.channels.names import is_private, is_raw
 from workers.exchange.exchange import Exchange
 from workers.exchange.market.market import Event
-from workers.exchange.protocol.faults import Faults
 from workers.exchange.protocol.methods import VERSION, find_instrument
 from workers.exchange.protocol.rpc import RpcError, refuse_param
 from workers.exchange.protocol.session import FLOOR, Heartbeat, Session

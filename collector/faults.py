@@ -1,4 +1,4 @@
-"""Faults on request: the one table of what can go wrong, and the reader of `faults=NAME:ARG,NAME:ARG`.
+"""Faults of the practice exchange: the one table of what can go wrong, and the reader of `NAME:ARG,NAME:ARG`.
 
 A connection names its faults in the query of its URL (`/ws/api/v2?faults=gap:50,reset:2,first:1`); those given to
 the exchange itself (`--faults`) hold for every connection that names none. No I/O, no clock.
@@ -153,11 +153,18 @@ def parse_faults(text: str, where: str = "connection") -> Faults:
         name, _, argument = item.partition(":")
         fault = TABLE.get(name)
         if fault is None:
-            raise ValueError(f"no fault {name[:40]!r}; `collector exchange --list-faults` lists them")
+            raise ValueError(f"no fault {name[:40]!r}; {_suggest(name)}")
         if fault in EXCHANGE_FAULTS and where == "connection":
             raise ValueError(f"fault {name!r} is for the whole exchange: give it to the exchange, not in the URL")
         faults.add(name, _read_argument(fault, argument))
     return faults
+
+
+def _suggest(name: str) -> str:
+    from difflib import get_close_matches  # wanted only when something is wrong already
+
+    close = get_close_matches(name[:100], TABLE, 1)
+    return f"did you mean {close[0]}?" if close else "`collector exchange --list-faults` lists them"
 
 
 def _read_argument(fault: Fault, argument: str) -> Setting:
