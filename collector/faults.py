@@ -58,6 +58,7 @@ CONNECTION_FAULTS = (
         "odd_json", "SECONDS", "1", "so often frames of valid JSON that are no messages (null, a list, wrong members)"
     ),
     Fault("oversized", "BYTES@SECONDS", "17000000@2", "one frame of so many bytes"),
+    Fault("fragments", "SECONDS", "1", "from then on each frame comes in two fragments, a ping between them"),
     Fault("wrong_id", "METHOD@TIMES", None, "answers to the method bear an id that nobody asked with"),
     Fault("no_reply", "METHOD@TIMES", None, "the method is never answered (nor carried out)"),
     Fault("error", "METHOD=CODE@TIMES", None, "the method is answered with this error (10028 also cuts)"),

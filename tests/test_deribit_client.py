@@ -1,6 +1,7 @@
 """The client on one WebSocket: bootstrap, login, heartbeat, loss and return, the five functions."""
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -467,3 +468,23 @@ def test_no_secret_is_told(practice: str, faults: str, caplog: pytest.LogCapture
         assert not any(token[:30] in text for token in tokens)
         assert "secret='" not in text
     assert repr(login) == "Login('practice', ...)"
+
+
+# -- frames -----------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_fragments_are_put_together_and_keep_their_place(practice: str) -> None:
+    """aiohttp joins them, and from then on hands all frames on: none is lost, doubled or overtaken at the change."""
+    async with connected(practice, "fragments:1", channels=[BOOK]) as (client, ear):
+        socket = client._socket
+        assert socket is not None
+        framing = socket._socket.tap._framing
+        await ear.wait_frames([BOOK], 3)
+        assert not framing.is_foreign
+        await wait_for(lambda: framing.is_foreign, "the first fragment")
+        await ear.wait_frames([BOOK], 10)
+        books = [json.loads(frame)["params"]["data"] for frame in ear.frames if BOOK.encode() in frame[:100]]
+        assert books[0]["type"] == "snapshot"
+        assert all(new["prev_change_id"] == old["change_id"] for old, new in pairwise(books))
+        assert client.get_state()["reconnects"] == 0

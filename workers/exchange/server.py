@@ -17,7 +17,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 
 from collector.faults import Faults, parse_faults
 from workers.exchange.exchange import Exchange, find_failure
-from workers.exchange.protocol.connection import CLOSE, Connection
+from workers.exchange.protocol.connection import CLOSE, TEXT, Connection
 from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
 from workers.exchange.protocol.session import Session
 from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, carry_out
@@ -172,6 +172,15 @@ class _Nobody:
         """Never called: nothing is subscribed over HTTP."""
 
 
+def _build_frame(first: int, payload: bytes) -> bytes:
+    """A server's frame that begins with this byte (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return bytes([first, size]) + payload
+    width, mark = (2, 126) if size < 1 << 16 else (8, 127)
+    return bytes([first, mark]) + size.to_bytes(width, "big") + payload
+
+
 async def _read_http(request: web.Request) -> Call:
     path = request.match_info.get("method", "").strip("/")
     body = await request.read() if request.can_read_body else b""
@@ -249,6 +258,12 @@ class _Socket:
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         transport.abort()
 
+    def _send_fragments(self, payload: bytes) -> None:
+        """aiohttp sends whole frames only."""
+        first, second = payload[: len(payload) // 2], payload[len(payload) // 2 :]
+        if (transport := self._request.transport) is not None:
+            transport.write(_build_frame(0x01, first) + _build_frame(0x89, b"") + _build_frame(0x80, second))
+
     async def _read(self) -> None:
         while True:
             message = await self.response.receive()
@@ -290,5 +305,8 @@ class _Socket:
                         self._closing = True
                         await self.response.close(code=frame.code, message=frame.payload)
                         return
-                    await self.response.send_frame(frame.payload, WSMsgType(frame.opcode))
+                    if frame.opcode == TEXT and self.connection.is_fragmenting:
+                        self._send_fragments(frame.payload)
+                    else:
+                        await self.response.send_frame(frame.payload, WSMsgType(frame.opcode))
                     self.connection.waiting -= len(frame.payload)

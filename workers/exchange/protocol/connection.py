@@ -92,6 +92,12 @@ class Connection:
         age = self._now - self.session.opened
         return any(s.text in ("*", channel) and age >= s.at for s in self._faults.all("mute"))
 
+    @property
+    def is_fragmenting(self) -> bool:
+        """Whether its text frames are to go out in fragments."""
+        age = self._now - self.session.opened
+        return "fragments" in self._faults and age >= self._faults.number("fragments")
+
     def _send_data(self, text: bytes) -> None:
         if self._lateness is None:
             self._send(text)
