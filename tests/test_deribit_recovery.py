@@ -1,6 +1,8 @@
 """Loss is told in the stream, in order, and made good where it can be: gaps, resyncs, healed trades, restarts."""
 
 import asyncio
+import json
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -246,6 +248,27 @@ async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -
 
     unanswered = [f"gap:5@1,{what}" for what in ("no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1")]
     await asyncio.gather(*map(recover, ["no_snapshot:1", *unanswered]))
+
+
+@in_loop
+async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(practice: str) -> None:
+    """What an unreadable change held is not known: merged further, the ticker would be wrong until it changes again."""
+    async with collecting(practice, "", "incremental_ticker.BTC-PERPETUAL", BOOK) as run:
+        topic = "deribit.ticker.BTC-PERPETUAL.incremental"
+        await run.hearer.hear_of(topic, type="status", state="live")
+        data = {"type": "change", "timestamp": START // 10**6, "last_price": "unreadable", "mark_price": 7.0}
+        params = {"channel": "incremental_ticker.BTC-PERPETUAL", "data": data}
+        frame = {"jsonrpc": "2.0", "method": "subscription", "params": params}
+        run.worker.take_frames([json.dumps(frame, separators=(",", ":")).encode()], time.time_ns())
+        assert run.worker.malformed == 1
+        await run.hearer.hear_of(topic, type="gap", reason="sequence")
+        await hear_more(run, [topic, BOOKS])
+        changes = [body["state"] for body in run.hearer.find(topic, type="status")]
+        assert [state for state, _ in groupby(changes)] == ["live", "recovering", "live"]
+        state = await run.get_state()
+        assert (state["resyncs"], state["gaps"], state["reconnects"]) == (1, 1, 0)
+        assert not run.hearer.find(BOOKS, type="gap")
+        check_stream(run.hearer.messages)
 
 
 @in_loop

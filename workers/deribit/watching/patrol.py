@@ -202,7 +202,7 @@ class Patrol:
             self._ask_anew(feed, now)
 
     def resync(self, feed: Feed) -> None:
-        """Ask for a new snapshot of one book; for a new connection if too many books break."""
+        """Ask for a new snapshot of one channel; for a new connection if too many break."""
         if not self._ask_anew(feed, time.time_ns()):
             self._budget.restore()
             self._client.cut("too many books out of step")
