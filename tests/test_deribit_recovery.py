@@ -18,6 +18,7 @@ from tests.collected import collected
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
 from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, subscribed
+from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
@@ -34,6 +35,12 @@ START = 1_790_000_000_000_000_000
 """ns."""
 BOOKS, TRADED = list(TOPICS)[:2]
 OWN = ("gap", "repair", "status")
+
+
+def encode_data(channel: str, data: Any) -> bytes:
+    """A frame as the exchange sends it."""
+    frame = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": channel, "data": data}}
+    return json.dumps(frame, separators=(",", ":")).encode()
 
 
 def list_data(hearer: Hearer, topic: str) -> list[dict[str, Any]]:
@@ -226,6 +233,28 @@ async def test_an_unasked_snapshot_is_no_gap(practice: str) -> None:
 
 
 @in_loop
+async def test_a_book_that_an_unasked_snapshot_has_mended_is_not_asked_for_anew(practice: str) -> None:
+    """The changes between leaving the channel and its next snapshot would be lost without a word."""
+    async with collecting(practice, "", BOOK) as run:
+        await hear_more(run, [BOOKS])
+        feed = run.worker.feeds[BOOK.encode()]
+        assert isinstance(feed, BookFeed)
+        change_id = feed.book.change_id
+        sides = {"bids": [["new", *level] for level in feed.book.bids.items()],
+                 "asks": [["new", *level] for level in feed.book.asks.items()]}  # fmt: skip
+        change = {"type": "change", "change_id": change_id + 1, "prev_change_id": 1, "bids": [], "asks": []}
+        snapshot = {"type": "snapshot", "change_id": change_id, **sides}
+        run.worker.take_frames([encode_data(BOOK, change), encode_data(BOOK, snapshot)], time.time_ns())
+        await hear_more(run, [BOOKS], 8)
+        bodies = run.hearer.find(BOOKS)
+        (gap,) = [body for body in bodies if body["type"] == "gap"]
+        after = [body for body in bodies if body["type"] == "book" and body["seq"] > gap["seq"]]
+        assert [body["kind"] for body in after] == ["snapshot"] + ["delta"] * (len(after) - 1)
+        assert (await run.get_state())["resyncs"] == 0
+        check_stream(run.hearer.messages)
+
+
+@in_loop
 async def test_crossed_books_are_counted_and_not_mended(practice: str) -> None:
     async with collecting(practice, "crossed:10", BOOK) as run:
         await wait_for(lambda: sum(feed.crossed for feed in run.worker.feeds.values()) > 1, "crossed books")
@@ -257,9 +286,7 @@ async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(prac
         topic = "deribit.ticker.BTC-PERPETUAL.incremental"
         await run.hearer.hear_of(topic, type="status", state="live")
         data = {"type": "change", "timestamp": START // 10**6, "last_price": "unreadable", "mark_price": 7.0}
-        params = {"channel": "incremental_ticker.BTC-PERPETUAL", "data": data}
-        frame = {"jsonrpc": "2.0", "method": "subscription", "params": params}
-        run.worker.take_frames([json.dumps(frame, separators=(",", ":")).encode()], time.time_ns())
+        run.worker.take_frames([encode_data("incremental_ticker.BTC-PERPETUAL", data)], time.time_ns())
         assert run.worker.malformed == 1
         await run.hearer.hear_of(topic, type="gap", reason="sequence")
         await hear_more(run, [topic, BOOKS])

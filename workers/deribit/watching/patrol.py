@@ -211,11 +211,13 @@ class Patrol:
         feed.waiting_since = now
         if not self._budget.take(now):
             return False
-        self.resyncs += 1
         self._client.spawn(self._resubscribe(feed))
         return True
 
     async def _resubscribe(self, feed: Feed) -> None:
         await asyncio.sleep(random() * JITTER)
+        if feed.is_complete:
+            return  # a snapshot has come unasked: to leave now would lose changes
+        self.resyncs += 1
         with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
             await self._client.reconciler.resubscribe(feed.channel.name)
