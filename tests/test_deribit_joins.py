@@ -133,6 +133,19 @@ async def test_the_last_gap_comes_first(practice: str) -> None:
 
 
 @in_loop
+async def test_a_gap_that_has_been_repaired_is_healing_no_more(practice: str) -> None:
+    """Its repair is not repeated: who comes late would wait for it in vain."""
+    async with collecting(practice, "lost_trades:4@1", TRADES) as run:
+        topic = "deribit.trade.BTC-PERPETUAL.100ms"
+        await run.hearer.hear_of(topic, type="repair")
+        (gap,) = run.hearer.find(topic, type="gap")
+        assert gap["healing"]
+        with joined(run, topic) as late:
+            told = await wait_join(late, topic, type="gap")
+            assert (told["id"], told["missing_from"], told["healing"]) == (gap["id"], gap["missing_from"], False)
+
+
+@in_loop
 async def test_a_book_out_of_step_gives_no_value_until_it_has_one(practice: str) -> None:
     async with collecting(practice, "gap:5@1,slow:public/unsubscribe=1@1", BOOK) as run:
         topic = "deribit.book.BTC-PERPETUAL.100ms"
