@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.deribit_support import BOOK, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
 from tests.frames_checker import check_numbering
 
 CURRENT = {
@@ -69,6 +69,18 @@ async def test_a_late_subscriber_gets_status_and_value_of_every_topic(practice: 
             await late.hear_of("deribit.quote.", 3)
         await run.hearer.hear_of("deribit.quote.", len(run.hearer.find("deribit.quote.")) + 3)
         assert check_numbering(run.hearer.heard) == []
+
+
+@in_loop
+async def test_a_late_subscriber_gets_the_last_word_of_any_other_channel(practice: str) -> None:
+    async with collecting(practice, "", "user.portfolio.btc", login=LOGIN) as run:
+        topic = "deribit.other.user:portfolio:btc.raw"
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        await run.ask("send", method="private/buy", params={"instrument_name": "BTC-PERPETUAL", "amount": 10})
+        await run.hearer.hear_of(topic, type="other")
+        with joined(run, topic) as late:
+            value = await wait_join(late, topic, type="other")
+            await run.hearer.hear_of(topic, type="other", data=value["data"])
 
 
 @in_loop

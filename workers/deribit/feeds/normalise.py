@@ -245,6 +245,7 @@ class OtherFeed(Feed):
         message = self.stream.build_envelope(receive_ts, exchange_ts)
         message["channel"] = self.channel.name
         message["data"] = data
+        self.stream.current = message
         return [(self.stream, message)]
 
 
