@@ -44,13 +44,12 @@ class Statuses:
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
         """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
 
-        Topics that have come up since, on channels that feed many, are told theirs for the first time.
+        A topic's part is its own, whatever comes and goes beside it. Topics that have come up since, on channels that
+        feed many, are told theirs for the first time.
         """
-        place = 0
         for feed in feeds:
             for stream in feed.streams.values():
-                place += 1
-                if stream.seq and (place % REPEAT == part or stream.status is None):
+                if stream.seq and (stream.status is None or hash(stream.topic) % REPEAT == part):
                     self._say(stream, *feed.condition)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
