@@ -144,6 +144,22 @@ async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
         check_all(run.hearer)
 
 
+@in_loop
+async def test_a_worker_that_is_stopped_says_so_on_each_topic_and_what_stays_missing(practice: str) -> None:
+    faults = "lost_trades:4@1,no_reply:public/get_last_trades_by_instrument"
+    async with collecting(practice, faults, QUOTE, BOOK, TRADES, EXPIRED_QUOTE) as run:
+        topics = ("deribit.quote.BTC-PERPETUAL.", "deribit.book.", "deribit.trade.")
+        (gap,) = await run.hearer.hear_of("deribit.trade.", type="gap", healing=True)
+        run.worker.stop()
+        for topic in topics:
+            await run.hearer.hear_of(topic, type="status", state="closed", reason="stopped")
+        assert {run.hearer.find(topic)[-1].get("state") for topic in topics} == {"closed"}
+        (repair,) = run.hearer.find("deribit.trade.", type="repair", gap=gap["id"])
+        assert repair["missing"] == [[gap["missing_from"], gap["missing_to"]]]
+        assert run.hearer.find("deribit.quote.BTC-6NOV20-", type="status")[-1]["state"] == "expired"
+        check_all(run.hearer)
+
+
 EXPIRED_QUOTE = "quote.BTC-6NOV20-10000-C"
 
 

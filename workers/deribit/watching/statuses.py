@@ -12,8 +12,8 @@ REPEAT = 60
 """Seconds in which each topic's status is said again: its seq shows a subscriber what ZeroMQ dropped last."""
 
 
-UNSUBSCRIBED = ("closed", "unsubscribed")
-"""State and reason of a channel that was given up."""
+UNSUBSCRIBED, STOPPED = ("closed", "unsubscribed"), ("closed", "stopped")
+"""State and reason of a channel that was given up, and of all when the worker is asked to stop."""
 
 
 class Statuses:
