@@ -145,6 +145,16 @@ async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
 
 
 @in_loop
+async def test_a_channel_of_which_nothing_has_come_says_so_as_well(practice: str) -> None:
+    async with collecting(practice, "no_snapshot:9", BOOK) as run:
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        for part in range(60):
+            run.worker.statuses.repeat(run.worker.feeds.values(), part)
+        told = (await run.hearer.hear_of("deribit.book.", type="status"))[0]
+        assert (told["seq"], told["state"], told["reason"]) == (1, "recovering", "subscribe")
+
+
+@in_loop
 async def test_a_worker_that_is_stopped_says_so_on_each_topic_and_what_stays_missing(practice: str) -> None:
     faults = "lost_trades:4@1,no_reply:public/get_last_trades_by_instrument"
     async with collecting(practice, faults, QUOTE, BOOK, TRADES, EXPIRED_QUOTE) as run:

@@ -45,11 +45,11 @@ class Statuses:
         """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
 
         A topic's part is its own, whatever comes and goes beside it. Topics that have come up since, on channels that
-        feed many, are told theirs for the first time.
+        feed many, are told theirs at once; those of which nothing has come at all are told that they are waited for.
         """
         for feed in feeds:
             for stream in feed.streams.values():
-                if stream.seq and (stream.status is None or hash(stream.topic) % REPEAT == part):
+                if hash(stream.topic) % REPEAT == part or (stream.seq and stream.status is None):
                     self._say(stream, *feed.condition)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
