@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import Any
 
+import msgspec
 import pytest
 
 from collector.lifecycle import Exit
@@ -152,6 +153,22 @@ async def test_a_channel_of_which_nothing_has_come_says_so_as_well(practice: str
             run.worker.statuses.repeat(run.worker.feeds.values(), part)
         told = (await run.hearer.hear_of("deribit.book.", type="status"))[0]
         assert (told["seq"], told["state"], told["reason"]) == (1, "recovering", "subscribe")
+
+
+@in_loop
+async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(practice: str) -> None:
+    async with collecting(practice, "", "trades.option.BTC.100ms") as run:
+        rows = [
+            {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1, "amount": 1, "direction": "buy"}
+            for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")
+        ]
+        params = {"channel": "trades.option.BTC.100ms", "data": rows}
+        frame = {"jsonrpc": "2.0", "method": "subscription", "params": params}
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        run.worker.take_frames([msgspec.json.encode(frame)], time.time_ns())
+        (ended,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV20-", type="status")
+        (open_,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV99-", type="status")
+        assert (ended["state"], ended["reason"], open_["state"]) == ("expired", EXPIRED, "live")
 
 
 @in_loop

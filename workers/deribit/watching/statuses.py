@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable
 
+from collector.channels import has_expired
 from collector.messages import EXCHANGE
+from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import Publisher
@@ -11,6 +13,8 @@ from workers.deribit.publishing.streams import Stream, Topics
 REPEAT = 60
 """Seconds in which each topic's status is said again: its seq shows a subscriber what ZeroMQ dropped last."""
 
+LAST_TRADES = 60 * 1_000_000_000
+"""Time from the end of an instrument (ns) after which no trade of it comes late any more."""
 
 UNSUBSCRIBED, STOPPED = ("closed", "unsubscribed"), ("closed", "stopped")
 """State and reason of a channel that was given up, and of all when the worker is asked to stop."""
@@ -35,7 +39,7 @@ class Statuses:
         if (state, reason) != feed.condition:
             feed.condition = (state, reason)
             for stream in feed.streams.values():
-                self._say(stream, state, reason)
+                self._tell_topic(feed, stream)
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
@@ -50,7 +54,15 @@ class Statuses:
         for feed in feeds:
             for stream in feed.streams.values():
                 if hash(stream.topic) % REPEAT == part or (stream.seq and stream.status is None):
-                    self._say(stream, *feed.condition)
+                    self._tell_topic(feed, stream)
+
+    def _tell_topic(self, feed: Feed, stream: Stream) -> None:
+        """The channel's state; but of trades of many instruments each has its own end."""
+        is_one_of_many = feed.channel.type == "trade" and not feed.channel.instrument
+        if is_one_of_many and has_expired(stream.instrument, self._read_clock() - LAST_TRADES):
+            self._say(stream, "expired", EXPIRED)
+        else:
+            self._say(stream, *feed.condition)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
         now = self._read_clock()
