@@ -109,6 +109,9 @@ def test_oversized_frame_costs_the_connection_and_is_told_as_a_gap() -> None:
 
 LARGE = "9" * 25
 TRADE = '[{"instrument_name":"A-B","trade_seq":1,"trade_id":"1","price":1,"amount":1,"direction":"buy"}]'
+NOTHING = '"tick_direction":null,"liquidation":null,"block_trade_id":null,"combo_id":null,"iv":null'
+NULLS = TRADE.replace('"trade_seq":1', f'"trade_seq":2,{NOTHING}')
+"""What a trade may lack, spelled as null."""
 HOSTILE = [
     ("quote.A-B", "5"),
     ("quote.A-B", '{"timestamp":"soon"}'),
@@ -134,6 +137,7 @@ SOUND = [
     ("quote.A-B", '{"timestamp":1,"best_bid_price":1.5}', "deribit.quote.A-B.raw"),
     ("book.A-B.100ms", '{"type":"snapshot","change_id":1,"bids":[],"asks":[]}', "deribit.book.A-B.100ms"),
     ("trades.A-B.100ms", TRADE, "deribit.trade.A-B.100ms"),
+    ("trades.A-B.100ms", NULLS, "deribit.trade.A-B.100ms"),
     ("user.any", '{"price":"market_price"}', "deribit.other.user:any.raw"),
 ]
 
@@ -152,6 +156,8 @@ def test_each_hostile_frame_is_refused_and_sound_ones_behind_it_come(tmp_path: P
         assert (state["state"], state["malformed"], state["restarts"]) == ("live", len(HOSTILE), 0)
         data = ("quote", "book", "trade", "ticker", "index", "other")
         assert [topic for topic, body in run.ear.messages if body["type"] in data] == [topic for _, _, topic in SOUND]
+        plain, of_nulls = run.ear.find("deribit.trade.A-B.", type="trade")
+        assert of_nulls.keys() - plain.keys() == {"iv"}  # the wire's table allows nil there; the others are left out
 
 
 def test_garbage_to_the_publishing_socket_disturbs_nobody() -> None:

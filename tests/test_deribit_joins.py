@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.deribit_support import BOOK, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
 from tests.frames_checker import check_numbering
 
 CURRENT = {
@@ -72,6 +72,18 @@ async def test_a_late_subscriber_gets_status_and_value_of_every_topic(practice: 
 
 
 @in_loop
+async def test_a_late_subscriber_gets_the_last_word_of_any_other_channel(practice: str) -> None:
+    async with collecting(practice, "", "user.portfolio.btc", login=LOGIN) as run:
+        topic = "deribit.other.user:portfolio:btc.raw"
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        await run.ask("send", method="private/buy", params={"instrument_name": "BTC-PERPETUAL", "amount": 10})
+        await run.hearer.hear_of(topic, type="other")
+        with joined(run, topic) as late:
+            value = await wait_join(late, topic, type="other")
+            await run.hearer.hear_of(topic, type="other", data=value["data"])
+
+
+@in_loop
 async def test_what_follows_a_join_continues_it(practice: str) -> None:
     """Its seq is the last one used, and the changes after it chain on its change_id."""
     async with collecting(practice, "", BOOK) as run:
@@ -130,6 +142,19 @@ async def test_the_last_gap_comes_first(practice: str) -> None:
             first, second, third = list_joins(late, topic)[:3]
             assert [first["type"], second["type"], third["type"]] == ["gap", "status", "book"]
             assert {key: first[key] for key in last if key != "seq"} == {k: v for k, v in last.items() if k != "seq"}
+
+
+@in_loop
+async def test_a_gap_that_has_been_repaired_is_healing_no_more(practice: str) -> None:
+    """Its repair is not repeated: who comes late would wait for it in vain."""
+    async with collecting(practice, "lost_trades:4@1", TRADES) as run:
+        topic = "deribit.trade.BTC-PERPETUAL.100ms"
+        await run.hearer.hear_of(topic, type="repair")
+        (gap,) = run.hearer.find(topic, type="gap")
+        assert gap["healing"]
+        with joined(run, topic) as late:
+            told = await wait_join(late, topic, type="gap")
+            assert (told["id"], told["missing_from"], told["healing"]) == (gap["id"], gap["missing_from"], False)
 
 
 @in_loop

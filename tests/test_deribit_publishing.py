@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import groupby, pairwise
 from typing import Any
 
+import msgspec
 import pytest
 
 from collector.lifecycle import Exit
@@ -144,6 +145,48 @@ async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
         check_all(run.hearer)
 
 
+@in_loop
+async def test_a_channel_of_which_nothing_has_come_says_so_as_well(practice: str) -> None:
+    async with collecting(practice, "no_snapshot:9", BOOK) as run:
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        for part in range(60):
+            run.worker.statuses.repeat(run.worker.feeds.values(), part)
+        told = (await run.hearer.hear_of("deribit.book.", type="status"))[0]
+        assert (told["seq"], told["state"], told["reason"]) == (1, "recovering", "subscribe")
+
+
+@in_loop
+async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(practice: str) -> None:
+    async with collecting(practice, "", "trades.option.BTC.100ms") as run:
+        rows = [
+            {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1, "amount": 1, "direction": "buy"}
+            for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")
+        ]
+        params = {"channel": "trades.option.BTC.100ms", "data": rows}
+        frame = {"jsonrpc": "2.0", "method": "subscription", "params": params}
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        run.worker.take_frames([msgspec.json.encode(frame)], time.time_ns())
+        (ended,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV20-", type="status")
+        (open_,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV99-", type="status")
+        assert (ended["state"], ended["reason"], open_["state"]) == ("expired", EXPIRED, "live")
+
+
+@in_loop
+async def test_a_worker_that_is_stopped_says_so_on_each_topic_and_what_stays_missing(practice: str) -> None:
+    faults = "lost_trades:4@1,no_reply:public/get_last_trades_by_instrument"
+    async with collecting(practice, faults, QUOTE, BOOK, TRADES, EXPIRED_QUOTE) as run:
+        topics = ("deribit.quote.BTC-PERPETUAL.", "deribit.book.", "deribit.trade.")
+        (gap,) = await run.hearer.hear_of("deribit.trade.", type="gap", healing=True)
+        run.worker.stop()
+        for topic in topics:
+            await run.hearer.hear_of(topic, type="status", state="closed", reason="stopped")
+        assert {run.hearer.find(topic)[-1].get("state") for topic in topics} == {"closed"}
+        (repair,) = run.hearer.find("deribit.trade.", type="repair", gap=gap["id"])
+        assert repair["missing"] == [[gap["missing_from"], gap["missing_to"]]]
+        assert run.hearer.find("deribit.quote.BTC-6NOV20-", type="status")[-1]["state"] == "expired"
+        check_all(run.hearer)
+
+
 EXPIRED_QUOTE = "quote.BTC-6NOV20-10000-C"
 
 
@@ -186,8 +229,9 @@ async def test_each_status_is_said_again_within_a_minute(practice: str) -> None:
         for prefix in prefixes:
             await run.hearer.hear_of(prefix, type="status", state="live")
         said = {prefix: len(run.hearer.find(prefix, type="status")) for prefix in prefixes}
-        for part in range(60):
-            run.worker.statuses.repeat(run.worker.feeds.values(), part)
+        feeds = list(run.worker.feeds.values())
+        for part in range(60):  # as topics come and go, their order changes
+            run.worker.statuses.repeat(feeds[-part % 3 :] + feeds[: -part % 3], part)
         for prefix in prefixes:
             again = await run.hearer.hear_of(prefix, said[prefix] + 1, type="status")
             assert again[-1]["state"] == "live"

@@ -1,6 +1,8 @@
 """Loss is told in the stream, in order, and made good where it can be: gaps, resyncs, healed trades, restarts."""
 
 import asyncio
+import json
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
@@ -17,6 +19,7 @@ from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting
 from tests.faults.life import Healer, Life
 from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, short_directory, subscribed
+from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
@@ -34,6 +37,12 @@ START = 1_790_000_000_000_000_000
 """ns."""
 BOOKS, TRADED = list(TOPICS)[:2]
 OWN = ("gap", "repair", "status")
+
+
+def encode_data(channel: str, data: Any) -> bytes:
+    """A frame as the exchange sends it."""
+    frame = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": channel, "data": data}}
+    return json.dumps(frame, separators=(",", ":")).encode()
 
 
 def list_data(hearer: Hearer, topic: str) -> list[dict[str, Any]]:
@@ -226,6 +235,28 @@ async def test_an_unasked_snapshot_is_no_gap(practice: str) -> None:
 
 
 @in_loop
+async def test_a_book_that_an_unasked_snapshot_has_mended_is_not_asked_for_anew(practice: str) -> None:
+    """The changes between leaving the channel and its next snapshot would be lost without a word."""
+    async with collecting(practice, "", BOOK) as run:
+        await hear_more(run, [BOOKS])
+        feed = run.worker.feeds[BOOK.encode()]
+        assert isinstance(feed, BookFeed)
+        change_id = feed.book.change_id
+        sides = {"bids": [["new", *level] for level in feed.book.bids.items()],
+                 "asks": [["new", *level] for level in feed.book.asks.items()]}  # fmt: skip
+        change = {"type": "change", "change_id": change_id + 1, "prev_change_id": 1, "bids": [], "asks": []}
+        snapshot = {"type": "snapshot", "change_id": change_id, **sides}
+        run.worker.take_frames([encode_data(BOOK, change), encode_data(BOOK, snapshot)], time.time_ns())
+        await hear_more(run, [BOOKS], 8)
+        bodies = run.hearer.find(BOOKS)
+        (gap,) = [body for body in bodies if body["type"] == "gap"]
+        after = [body for body in bodies if body["type"] == "book" and body["seq"] > gap["seq"]]
+        assert [body["kind"] for body in after] == ["snapshot"] + ["delta"] * (len(after) - 1)
+        assert (await run.get_state())["resyncs"] == 0
+        check_stream(run.hearer.messages)
+
+
+@in_loop
 async def test_crossed_books_are_counted_and_not_mended(practice: str) -> None:
     async with collecting(practice, "crossed:10", BOOK) as run:
         await wait_for(lambda: sum(feed.crossed for feed in run.worker.feeds.values()) > 1, "crossed books")
@@ -248,6 +279,25 @@ async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -
 
     unanswered = [f"gap:5@1,{what}" for what in ("no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1")]
     await asyncio.gather(*map(recover, ["no_snapshot:1", *unanswered]))
+
+
+@in_loop
+async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(practice: str) -> None:
+    """What an unreadable change held is not known: merged further, the ticker would be wrong until it changes again."""
+    async with collecting(practice, "", "incremental_ticker.BTC-PERPETUAL", BOOK) as run:
+        topic = "deribit.ticker.BTC-PERPETUAL.incremental"
+        await run.hearer.hear_of(topic, type="status", state="live")
+        data = {"type": "change", "timestamp": START // 10**6, "last_price": "unreadable", "mark_price": 7.0}
+        run.worker.take_frames([encode_data("incremental_ticker.BTC-PERPETUAL", data)], time.time_ns())
+        assert run.worker.malformed == 1
+        await run.hearer.hear_of(topic, type="gap", reason="sequence")
+        await hear_more(run, [topic, BOOKS])
+        changes = [body["state"] for body in run.hearer.find(topic, type="status")]
+        assert [state for state, _ in groupby(changes)] == ["live", "recovering", "live"]
+        state = await run.get_state()
+        assert (state["resyncs"], state["gaps"], state["reconnects"]) == (1, 1, 0)
+        assert not run.hearer.find(BOOKS, type="gap")
+        check_stream(run.hearer.messages)
 
 
 @in_loop

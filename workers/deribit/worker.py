@@ -30,7 +30,7 @@ from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.watching.patrol import Patrol
 from workers.deribit.watching.spread import Spread
-from workers.deribit.watching.statuses import OVER, UNSUBSCRIBED, Statuses
+from workers.deribit.watching.statuses import OVER, STOPPED, UNSUBSCRIBED, Statuses
 
 log = logging.getLogger("deribit")
 
@@ -227,11 +227,15 @@ class Worker(Listener):
                 if name in self.client.reconciler.subscriptions.asked:
                     continue  # somebody wants it again by now
                 if (feed := self.feeds.pop(name.encode(), None)) is not None:
-                    if isinstance(feed, TradeFeed):
-                        self.healer.end(feed)
-                    self.statuses.tell(feed, *condition)
+                    self._say_last(feed, *condition)
                     for stream in feed.streams.values():
                         self.topics.leave(stream, time.time_ns())
+
+    def _say_last(self, feed: Feed, state: str, reason: str) -> None:
+        """Nothing will come of this channel any more: what was to be healed stays missing."""
+        if isinstance(feed, TradeFeed):
+            self.healer.end(feed)
+        self.statuses.tell(feed, state, reason)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
         # The deadline of the command bounds it, not the connection's own timeout.
@@ -331,6 +335,10 @@ class Worker(Listener):
             self.patrol.lose()
         elif state == "live":
             self.patrol.begin()
+        elif state == "closed":
+            for feed in self.feeds.values():
+                if feed.condition[0] != "expired":
+                    self._say_last(feed, *STOPPED)
         self.statuses.tell_connection(state, reason)
         self.news.set()
 

@@ -84,9 +84,21 @@ TickerData = dict[str, Scalar | dict[str, _Nested] | list[_Nested]]
 _json = msgspec.json.Decoder()
 
 
+_OPTIONAL = ("tick_direction", "liquidation", "block_trade_id", "combo_id", "combo_trade_id")
+
+
+def drop_nulls(value: Any) -> Any:
+    """Decoded JSON without the optional members of trades that say nothing: null is the same as absent there."""
+    if value.__class__ is list:
+        return [drop_nulls(each) for each in value]
+    if value.__class__ is dict:
+        return {key: each for key, each in value.items() if each is not None or key not in _OPTIONAL}
+    return value
+
+
 def convert_laxly(value: Any, kind: Any) -> Any:
     """Convert decoded JSON to a type, taking numbers that are spelled as text. Raises what msgspec raises."""
-    loose = msgspec.convert(value, kind, strict=False)
+    loose = msgspec.convert(drop_nulls(value), kind, strict=False)
     # That takes the text "nan" for a number; JSON has none for it but null, for the strict way to judge.
     return msgspec.json.decode(msgspec.json.encode(loose), type=kind)
 

@@ -39,6 +39,7 @@ class TickerFeed(Feed):
     def __init__(self, channel: Channel, topics: Topics) -> None:
         super().__init__(channel, topics)
         self._incremental = channel.interval == "incremental"
+        self.is_complete = not self._incremental
         self._merged: dict[str, Any] = {}
         self._envelope = self.stream.build_envelope(0)
 
@@ -80,20 +81,30 @@ class TickerFeed(Feed):
         return [(stream, data)]
 
     def _merge(self, data: dict[str, Any]) -> dict[str, Any]:
-        """The full ticker that a change makes; empty while the first full one is awaited."""
+        """The full ticker that a change makes; empty while a full one is awaited."""
         if data.pop("type", None) != "snapshot":
-            if not self._merged:
+            if not self.is_complete:
+                self.dropped += 1
                 return {}
             data = self._merged | data
         _complete_ticker(data)
         check_encodable(data)  # what is kept must not spoil all that follows
         self._merged = data
+        if not self.is_complete:
+            self.is_complete = self.changed = True
         return dict(data)
+
+    def skip(self, frame: bytes, now: int) -> None:
+        """A frame could not be read: what it changed would stay wrong, so a full one is asked for."""
+        super().skip(frame, now)
+        if self._incremental and self.is_complete:
+            self.is_complete, self.changed = False, True
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: a change alone would no longer make a full ticker."""
         super().lose(reason, now)
-        self._merged = {}
+        if self._incremental:
+            self.is_complete = self.changed = False
 
 
 def flatten_ticker(ticker: Ticker) -> None:
@@ -234,6 +245,7 @@ class OtherFeed(Feed):
         message = self.stream.build_envelope(receive_ts, exchange_ts)
         message["channel"] = self.channel.name
         message["data"] = data
+        self.stream.current = message
         return [(self.stream, message)]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from operator import itemgetter
 
 from msgspec import UNSET, UnsetType
+from msgspec.structs import replace
 
 from collector.channels import Channel
 from collector.messages import EXCHANGE
@@ -357,6 +358,8 @@ class TradeFeed(Feed):
             gap = self._describe_gap(stream, now)
             gap.missing_from, gap.missing_to, gap.healing = missing[0][0], missing[-1][1], True
             said.append(gap)
+        if stream.gap is gap:  # who comes from now on has no repair to wait for; what was said is not touched
+            stream.gap = replace(gap, healing=False)
         repaired = len(hole.came) if hole.gap is not None else 0
         return [*said, Repair(EXCHANGE, stream.instrument, self.epoch, 0, 0, now, gap.id, repaired, missing)]
 

@@ -203,7 +203,7 @@ class Patrol:
             self._ask_anew(feed, now)
 
     def resync(self, feed: Feed) -> None:
-        """Ask for a new snapshot of one book; for a new connection if too many books break."""
+        """Ask for a new snapshot of one channel; for a new connection if too many break."""
         if not self._ask_anew(feed, time.time_ns()):
             self._budget.restore()
             self._client.cut("too many books out of step")
@@ -212,11 +212,13 @@ class Patrol:
         feed.waiting_since = now
         if not self._budget.take(now):
             return False
-        self.resyncs += 1
         self._client.spawn(self._resubscribe(feed))
         return True
 
     async def _resubscribe(self, feed: Feed) -> None:
         await asyncio.sleep(random() * JITTER)
+        if feed.is_complete:
+            return  # a snapshot has come unasked: to leave now would lose changes
+        self.resyncs += 1
         with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
             await self._client.reconciler.resubscribe(feed.channel.name)

@@ -13,9 +13,11 @@ from workers.deribit.publishing.streams import Stream, Topics
 REPEAT = 60
 """Seconds in which each topic's status is said again: its seq shows a subscriber what ZeroMQ dropped last."""
 
+LAST_TRADES = 60 * 1_000_000_000
+"""Time from the end of an instrument (ns) after which no trade of it comes late any more."""
 
-UNSUBSCRIBED = ("closed", "unsubscribed")
-"""State and reason of a channel that was given up."""
+UNSUBSCRIBED, STOPPED = ("closed", "unsubscribed"), ("closed", "stopped")
+"""State and reason of a channel that was given up, and of all when the worker is asked to stop."""
 
 OVER = ("expired", EXPIRED)
 """Those of one whose instrument has ended."""
@@ -40,7 +42,7 @@ class Statuses:
         if (state, reason) != feed.condition:
             feed.condition = (state, reason)
             for stream in feed.streams.values():
-                self._say(stream, state, reason)
+                self._tell_topic(feed, stream)
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
@@ -50,14 +52,21 @@ class Statuses:
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
         """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
 
-        Topics that have come up since, on channels that feed many, are told theirs for the first time.
+        A topic's part is its own, whatever comes and goes beside it. Topics that have come up since, on channels that
+        feed many, are told theirs at once; those of which nothing has come at all are told that they are waited for.
         """
-        place = 0
         for feed in feeds:
             for stream in feed.streams.values():
-                place += 1
-                if stream.seq and (place % REPEAT == part or stream.status is None):
-                    self._say(stream, *feed.condition)
+                if hash(stream.topic) % REPEAT == part or (stream.seq and stream.status is None):
+                    self._tell_topic(feed, stream)
+
+    def _tell_topic(self, feed: Feed, stream: Stream) -> None:
+        """The channel's state; but of trades of many instruments each has its own end."""
+        is_one_of_many = feed.channel.type == "trade" and not feed.channel.instrument
+        if is_one_of_many and has_expired(stream.instrument, self._read_clock() - LAST_TRADES):
+            self._say(stream, "expired", EXPIRED)
+        else:
+            self._say(stream, *feed.condition)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
         now = self._read_clock()
