@@ -26,7 +26,7 @@ LOOK_EVERY = 0.1
 """Seconds between two looks for the answer; also between two questions while no connection is known."""
 
 ASK_AGAIN = 1.0
-"""Seconds that a publisher has to say the current value of a topic, of which messages were lost, before it is asked again."""
+"""Seconds that a publisher has to say the current value of a topic of which messages were lost."""
 
 
 class Subscriber(OwnSocket):
