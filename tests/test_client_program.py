@@ -17,6 +17,7 @@ from collector import Control, ControlError, Subscriber
 from collector.client.orderbook import OrderBook
 from collector.client.stream import Loss, Message
 from collector.messages import encode
+from tests.collected import QUICK, collected
 
 CONFIG = """
 [collector]
@@ -279,3 +280,13 @@ def test_book_is_in_sync_again_after_messages_were_lost_on_the_way(control: str)
         wait_until(take, "the book as it is now")
     assert len(losses) == 1
     assert book.best()[0] is not None
+
+
+def test_connection_whose_port_is_not_known_yet_holds_up_nobody() -> None:
+    waiting = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1000, "publish": "tcp://127.0.0.1:*"}
+    with collected({"a": QUICK, "b": {**waiting, "channels": ["book.*.100ms"]}}) as run:
+        run.wait_state("a")
+        assert run.get_state("b")["publish"] == "tcp://127.0.0.1:*"
+        with Subscriber(control=run.control, prefixes="deribit.quote.") as subscriber:
+            assert subscriber.receive(5)
+            assert subscriber.found.keys() == {"a"}

@@ -176,4 +176,5 @@ def _expect_two(frames: list[bytes]) -> list[bytes]:
 def find_endpoints(states: dict[str, Any]) -> dict[str, str]:
     """Where each connection publishes, by name, from what get_state returns for all of them."""
     found = {name: state.get("publish") for name, state in states.items() if isinstance(state, dict)}
-    return {name: endpoint for name, endpoint in found.items() if isinstance(endpoint, str) and endpoint}
+    # A port that the system chooses is `*` until the worker has bound it.
+    return {name: end for name, end in found.items() if isinstance(end, str) and end and not end.endswith(":*")}
