@@ -60,7 +60,7 @@ def test_it_answers_from_the_first_snapshot_on(feed: Feed) -> None:
     assert feed.book.bids == [(99.5, 4.0), (99.0, 2.0)]
     assert feed.book.asks == [(100.5, 1.0), (101.0, 2.0)]
     assert feed.book.get_depth(1) == ([(99.5, 4.0)], [(100.5, 1.0)])
-    assert feed.delta(13, None, bids=[[99.5, 0.0], [99.0, 0.0]])
+    assert feed.delta(13, 12, bids=[[99.5, 0.0], [99.0, 0.0]])
     assert feed.book.best() == (None, (100.5, 1.0))
     assert (feed.book.change_id, feed.book.exchange_ts, feed.book.receive_ts) == (13, 5, 6)
 
@@ -71,6 +71,10 @@ def break_by_gap(feed: Feed) -> None:
 
 def break_by_chain(feed: Feed) -> None:
     assert not feed.delta(12, 11)
+
+
+def break_by_delta_of_unknown_place(feed: Feed) -> None:
+    assert not feed.delta(12, None)
 
 
 def break_by_dropped_message(feed: Feed) -> None:
@@ -95,8 +99,8 @@ def break_by_silent_restart(feed: Feed) -> None:
 @pytest.mark.parametrize(
     "break_it",
     [
-        break_by_gap, break_by_chain, break_by_dropped_message, break_by_reported_loss, break_by_restart,
-        break_by_silent_restart,
+        break_by_gap, break_by_chain, break_by_delta_of_unknown_place, break_by_dropped_message,
+        break_by_reported_loss, break_by_restart, break_by_silent_restart,
     ],
 )  # fmt: skip
 def test_it_refuses_until_the_next_snapshot(feed: Feed, break_it: Any) -> None:
@@ -124,6 +128,8 @@ def test_it_refuses_while_its_channel_is_not_followed(feed: Feed, state: str) ->
 def test_join_snapshot_changes_nothing_that_is_known_and_helps_whom_it_is_for(feed: Feed) -> None:
     feed.snapshot(10)
     feed.delta(11, 10, bids=[[100.0, 9.0]])
+    feed.give("gap", id=1, reason="disconnect", join=True)  # of before the snapshot; another one has subscribed
+    assert feed.book.in_sync
     assert not feed.snapshot(10, join=True)
     assert not feed.snapshot(11, join=True, bids=[])
     assert feed.book.best()[0] == (100.0, 9.0)

@@ -15,8 +15,9 @@ from support import collector, running, wait_until
 
 from collector import Control, ControlError, Subscriber
 from collector.client.orderbook import OrderBook
-from collector.client.stream import Message
+from collector.client.stream import Loss, Message
 from collector.messages import encode
+from tests.collected import QUICK, collected
 
 CONFIG = """
 [collector]
@@ -260,3 +261,32 @@ def test_python_client_asks_by_name(control: str) -> None:
             asked.send("futures", "public/ticker", {"instrument_name": "NONE"})
         assert raised.value.code == "exchange_error"
         assert raised.value.data["code"] == -32602
+
+
+def test_book_is_in_sync_again_after_messages_were_lost_on_the_way(control: str) -> None:
+    book, losses = OrderBook(), []
+    with Subscriber(control=control, prefixes="deribit.book.", on_loss="report") as subscriber:
+
+        def take() -> bool:
+            item = subscriber.receive(5)
+            assert item is not None
+            losses.extend([item] if isinstance(item, Loss) else [])
+            book.apply(item)
+            return book.in_sync
+
+        wait_until(take, "the first snapshot")
+        assert subscriber.receive_frames(5)  # this one the subscriber never sees
+        wait_until(lambda: not take(), "the loss")
+        wait_until(take, "the book as it is now")
+    assert len(losses) == 1
+    assert book.best()[0] is not None
+
+
+def test_connection_whose_port_is_not_known_yet_holds_up_nobody() -> None:
+    waiting = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1000, "publish": "tcp://127.0.0.1:*"}
+    with collected({"a": QUICK, "b": {**waiting, "channels": ["book.*.100ms"]}}) as run:
+        run.wait_state("a")
+        assert run.get_state("b")["publish"] == "tcp://127.0.0.1:*"
+        with Subscriber(control=run.control, prefixes="deribit.quote.") as subscriber:
+            assert subscriber.receive(5)
+            assert subscriber.found.keys() == {"a"}

@@ -287,7 +287,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "pattern's interval": (
         HEAD + 'channels = ["book.BTC-*.50ms"]',
-        "channels: 'book.INSTRUMENT.50ms': interval '50ms' is not offered (raw, 100ms, agg2)",
+        "channels: 'book.BTC-*.50ms': interval '50ms' is not offered (raw, 100ms, agg2)",
     ),
     "pattern's condition": (
         HEAD + 'channels = ["ticker.{knd=option}.100ms"]',

@@ -177,6 +177,22 @@ def test_other_methods_are_forbidden(shared: Collected, method: str) -> None:
     assert shared.refuse("send", connection="a", method=method).code == "forbidden"
 
 
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("x" * 30_001, "Deribit takes 30000 in a request"),
+        (msgpack.Timestamp(1), "cannot be written as JSON"),
+        (b"x", "cannot be written as JSON"),
+        (float("nan"), "cannot be written as JSON"),
+    ],
+    ids=["too long", "extension", "bytes", "not a number"],
+)
+def test_params_that_no_request_can_hold_are_refused_at_once(shared: Collected, value: Any, words: str) -> None:
+    error = shared.refuse("send", connection="a", method="public/ticker", params={"instrument_name": value})
+    assert error.code == "bad_request"
+    assert words in error.message
+
+
 # time
 
 

@@ -15,6 +15,9 @@ SECOND = 1_000_000_000
 START = 1_790_000_000 * SECOND
 BOOK = "deribit.book.BTC-PERPETUAL.100ms"
 TRADE = "deribit.trade.BTC-PERPETUAL.100ms"
+TICKER = "deribit.ticker.BTC-PERPETUAL.100ms"
+BEAT = "deribit.heartbeat.futures.1s"
+LIVE = {"wire": 1, "connection": "futures", "state": "live", "published": 10, "lag": None}
 
 
 class Wire:
@@ -25,6 +28,7 @@ class Wire:
         self.now = START
         self.epoch = START
         self.seq: dict[str, int] = {}
+        self.last_ts: dict[str, int] = {}
         self.found: list[str] = []
 
     def say(self, topic: str, type: str | None = None, **keys: Any) -> list[str]:
@@ -37,6 +41,8 @@ class Wire:
             "type": type or parts[1], "exchange": parts[0], "instrument": parts[2], "epoch": self.epoch,
             "seq": self.seq.get(topic, 0), "exchange_ts": 0, "receive_ts": self.now, **keys,
         }  # fmt: skip
+        if type is None:
+            self.last_ts[topic] = self.now
         return self.send(topic.encode(), encode(payload))
 
     def send(self, topic: bytes, payload: bytes) -> list[str]:
@@ -57,7 +63,15 @@ class Wire:
         return self.say(TRADE, **{**trade, **keys})
 
     def gap(self, topic: str, id: int = 1, reason: str = "disconnect", **keys: Any) -> list[str]:
-        return self.say(topic, "gap", id=id, reason=reason, from_ts=self.now, to_ts=self.now + 1, **keys)
+        stamps = {"from_ts": self.last_ts.get(topic, 0), "to_ts": self.now + 1}
+        return self.say(topic, "gap", **{"id": id, "reason": reason, **stamps, **keys})
+
+    def ticker(self, **keys: Any) -> list[str]:
+        prices = dict.fromkeys(("best_bid_price", "best_ask_price", "last_price", "mark_price", "index_price"), 1.0)
+        return self.say(TICKER, **{**prices, "best_bid_amount": 1.0, "best_ask_amount": 1.0, "state": "open", **keys})
+
+    def status(self, topic: str, state: str, reason: str = "", **keys: Any) -> list[str]:
+        return self.say(topic, "status", **{"state": state, "reason": reason, "connection": "futures", **keys})
 
     def restart(self) -> None:
         self.epoch += SECOND
@@ -136,6 +150,19 @@ def test_book_whose_change_ids_fall_after_a_gap_is_right(wire: Wire) -> None:
     assert wire.found == []
 
 
+def test_what_was_given_up_and_asked_for_again_begins_anew(wire: Wire) -> None:
+    wire.snapshot(10)
+    wire.trade(5)
+    wire.status(BOOK, "closed", "unsubscribed")
+    wire.status(TRADE, "closed", "unsubscribed")
+    wire.snapshot(90)
+    wire.trade(30)
+    wire.trade(31)
+    assert wire.found == []
+    assert wire.trade(33) == ["hole"]
+    assert wire.trade(5) == ["duplicate"]
+
+
 def break_book(wire: Wire) -> dict[str, list[str]]:
     wire.snapshot(10)
     broken = {"chain: foreign change": wire.delta(12, 11)}
@@ -161,15 +188,15 @@ def break_trades(wire: Wire) -> dict[str, list[str]]:
     broken["hole: late and unmarked"] = wire.trade(7)
     wire.gap(TRADE, 1, missing_from=10)
     broken["hole: the gap says less"] = wire.trade(12)
-    wire.gap(TRADE, 2, missing_from=13)
+    wire.gap(TRADE, 2, missing_from=13, healing=True)
     wire.trade(16)
     wire.trade(13, backfilled=True)
     broken["repair: one neither came nor named"] = wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[14, 14]])
     broken["repair: again"] = wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[14, 15]])
-    wire.gap(TRADE, 3, missing_from=17, missing_to=18)
+    wire.gap(TRADE, 3, missing_from=17, missing_to=18, healing=True)
     wire.trade(17, backfilled=True)
     broken["repair: named but came"] = wire.say(TRADE, "repair", gap=3, repaired=1, missing=[[17, 18]])
-    wire.gap(TRADE, 4, missing_from=19, missing_to=20)
+    wire.gap(TRADE, 4, missing_from=19, missing_to=20, healing=True)
     wire.trade(19, backfilled=True)
     broken["repair: counts another number"] = wire.say(TRADE, "repair", gap=4, repaired=2, missing=[[20, 20]])
     broken["schema: a price as text"] = wire.trade(19, price="1")
@@ -223,27 +250,115 @@ def break_rest(wire: Wire) -> dict[str, list[str]]:
     topic = "deribit.status.futures.connection"
     wire.say(topic, state="bootstrapping", reason="", connection="futures")
     broken["status: of a connection"] = wire.say(topic, state="recovering", reason="", connection="futures")
-    beat = {"wire": 1, "connection": "futures", "state": "live", "published": 10, "lag": None}
-    wire.say("deribit.heartbeat.futures.1s", **beat)
-    broken["heartbeat: published falls"] = wire.say("deribit.heartbeat.futures.1s", **{**beat, "published": 9})
-    broken["heartbeat: wire 2"] = wire.say("deribit.heartbeat.futures.1s", **{**beat, "wire": 2})
+    wire.say(BEAT, **LIVE)
+    broken["heartbeat: published falls"] = wire.say(BEAT, **{**LIVE, "published": 9})
+    broken["heartbeat: wire 2"] = wire.say(BEAT, **{**LIVE, "wire": 2})
     wire.now += 4 * SECOND
-    broken["heartbeat: silence"] = wire.say("deribit.heartbeat.futures.1s", **beat)
+    broken["heartbeat: silence"] = wire.say(BEAT, **LIVE)
     late = wire.verifier.finish(wire.now + 4 * SECOND)
     broken["heartbeat: silence at the end"] = [finding.rule for finding in late]
     return broken
 
 
-@pytest.mark.parametrize("scene", [break_book, break_trades, break_envelope, break_rest])
+def break_book_more(wire: Wire) -> dict[str, list[str]]:
+    broken = {"chain: no snapshot first": wire.delta(9, 8)}
+    wire.snapshot(10)
+    broken["chain: names no change before"] = wire.say(BOOK, kind="delta", change_id=11, bids=[], asks=[])
+    broken["gap: a resync without one"] = wire.snapshot(20, reason="resync")
+    wire.status(BOOK, "recovering", "disconnect")
+    broken["gap: none after a lost connection"] = wire.delta(21, 20)
+    broken["repair: of a book"] = wire.say(BOOK, "repair", gap=1, repaired=0, missing=[])
+    broken["schema: worst first"] = wire.snapshot(22, reason="exchange", bids=[[99.0, 2.0], [100.0, 1.0]])
+    broken["schema: a price twice"] = wire.snapshot(23, reason="exchange", asks=[[101.0, 2.0], [101.0, 1.0]])
+    broken["schema: a level of nothing"] = wire.snapshot(24, reason="exchange", asks=[[101.0, 0.0]])
+    return broken
+
+
+def break_trades_more(wire: Wire) -> dict[str, list[str]]:
+    wire.trade(1)
+    broken = {"repair: of no gap": wire.say(TRADE, "repair", gap=1, repaired=0, missing=[])}
+    wire.gap(TRADE, 2, missing_from=2, missing_to=9, healing=True)
+    wire.trade(10)
+    broken["repair: named twice"] = wire.say(TRADE, "repair", gap=2, repaired=0, missing=[[2, 6], [5, 9]])
+    broken["repair: came all the same"] = wire.trade(4, backfilled=True)
+    wire.gap(TRADE, 3, missing_from=11, missing_to=12, healing=True)
+    wire.trade(13)
+    missing = [[11, 12], [50, 60]]
+    broken["repair: names others"] = wire.say(TRADE, "repair", gap=3, repaired=0, missing=missing)
+    wire.gap(TRADE, 4, missing_from=14, missing_to=14, healing=False)
+    wire.trade(15)
+    broken["repair: none is due"] = wire.say(TRADE, "repair", gap=4, repaired=0, missing=[[14, 14]])
+    broken["hole: a mark hides it"] = wire.trade(20, backfilled=True)
+    wire.restart()
+    wire.gap(TRADE, 1, "restart", missing_from=21, healing=True)
+    wire.trade(20, backfilled=True)
+    broken["duplicate: twice in one life"] = wire.trade(20, backfilled=True)
+    return broken
+
+
+def break_rest_more(wire: Wire) -> dict[str, list[str]]:
+    wire.ticker()
+    broken = {"join: other values": wire.ticker(join=True, mark_price=2.0)}
+    wire.gap(TICKER, 1)
+    broken["join: another gap"] = wire.gap(TICKER, 2, join=True)
+    wire.ticker()
+    wire.status(TICKER, "live")
+    broken["join: another state"] = wire.status(TICKER, "stale", join=True)
+    broken["gap: from no time"] = wire.gap(TICKER, 3, from_ts=0)
+    broken["gap: of heartbeats"] = wire.gap(BEAT, 4)
+    broken["time: before this life"] = wire.say("deribit.index.eth_usd.raw", price=1.0, receive_ts=START // 1_000_000)
+    broken["time: not in ns"] = wire.ticker(exchange_ts=wire.now // 1_000_000)
+    broken["time: the exchange says no status"] = wire.status(TICKER, "live", exchange_ts=wire.now)
+    broken["status: of another connection"] = wire.say(BEAT, **{**LIVE, "connection": "options"})
+    wire.status(TICKER, "expired")
+    broken["status: data of an expired channel"] = wire.ticker()
+    wire.seq["deribit.index.btc_usd.raw"] = -1
+    broken["sequence: 0"] = wire.say("deribit.index.btc_usd.raw", price=1.0)
+    return broken
+
+
+def find_at_end(wire: Wire) -> list[str]:
+    return [f"{finding.rule} {finding.topic}" for finding in wire.verifier.finish(wire.now)]
+
+
+def test_who_never_gives_a_heartbeat_is_named_at_the_end(wire: Wire) -> None:
+    wire.verifier.expect("options", wire.now)
+    wire.status(TICKER, "live")
+    assert find_at_end(wire) == []
+    wire.now += 4 * SECOND
+    assert find_at_end(wire) == ["heartbeat deribit.heartbeat.options.1s", f"heartbeat {BEAT}"]
+
+
+def test_who_is_closed_gives_no_more_heartbeats(wire: Wire) -> None:
+    wire.say(BEAT, **LIVE)
+    wire.say("deribit.status.futures.connection", state="closed", reason="", connection="futures")
+    wire.status(BOOK, "closed")
+    wire.now += 60 * SECOND
+    assert find_at_end(wire) == []
+
+
+def test_a_book_without_a_snapshot_is_named_at_the_end(wire: Wire) -> None:
+    wire.seq[BOOK] = 7  # we joined late: it should have come for us
+    wire.delta(8, 7)
+    assert find_at_end(wire) == []
+    wire.now += 6 * SECOND
+    wire.delta(9, 8)
+    assert find_at_end(wire) == [f"join {BOOK}"]
+
+
+SCENES = [
+    break_book, break_book_more, break_trades, break_trades_more, break_envelope, break_rest, break_rest_more,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scene", SCENES)
 def test_each_broken_rule_is_named_alone(scene: Any, wire: Wire) -> None:
     broken = scene(wire)
     assert {what: rules for what, rules in broken.items() if rules != [what.split(":")[0]]} == {}
 
 
 def test_scenes_break_every_rule(wire: Wire) -> None:
-    named = {
-        what.split(":")[0] for scene in (break_book, break_trades, break_envelope, break_rest) for what in scene(Wire())
-    }
+    named = {what.split(":")[0] for scene in SCENES for what in scene(Wire())}
     assert named == set(RULES)
 
 

@@ -15,7 +15,7 @@ from collector.client.verify import RULES, Finding, Verifier
 EXAMPLES = 5
 """Findings that are shown of each rule."""
 
-HEARTBEATS = "deribit.heartbeat."
+ALWAYS = ("deribit.heartbeat.", "deribit.status.")
 
 
 @click.command()
@@ -31,7 +31,7 @@ def verify(
 
     Ends with 1 if a rule is broken, or if nothing came.
     """
-    wanted = (*prefixes, HEARTBEATS) if prefixes else ("",)
+    wanted = (*prefixes, *ALWAYS) if prefixes else ("",)
     with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
         verdict = Verdict(prefixes or ("",))
         verdict.read(subscriber, duration)
@@ -54,6 +54,7 @@ class Verdict:
     def read(self, subscriber: Subscriber, duration: float) -> None:
         """Check what comes for so long, or until Ctrl-C."""
         start = time.monotonic()
+        began, there = time.time_ns(), list(subscriber.found)
         try:
             while (rest := start + duration - time.monotonic()) > 0:
                 frames = subscriber.receive_frames(min(rest, 1.0))
@@ -61,6 +62,8 @@ class Verdict:
                     self._keep(self.verifier.check_frames(frames, time.time_ns()))
         except KeyboardInterrupt:
             pass  # the verdict so far is still worth having
+        for name in subscriber.found.keys() & there:
+            self.verifier.expect(name, began)
         self._keep(self.verifier.finish(time.time_ns()))
         self.seconds = time.monotonic() - start
 

@@ -98,7 +98,7 @@ class OrderBook:
             return False
         if item.type == "book":
             return self._apply_snapshot(item) if item["kind"] == "snapshot" else self._apply_delta(item)
-        if item.type == "gap":
+        if item.type == "gap" and not item.is_join:  # a repeat for somebody else says nothing new
             self._break(f"a gap ({item['reason']}) was announced")
         elif item.type == "status":
             self.status = item["state"]
@@ -137,8 +137,8 @@ class OrderBook:
         if self._why:
             return False
         before = message.get("prev_change_id")
-        if before is not None and before != self.change_id:
-            self._break(f"a delta follows change {before}, the book is at {self.change_id}")
+        if before != self.change_id:
+            self._break(f"a delta follows change {before or 'unknown'}, the book is at {self.change_id}")
             return False
         self._bids.apply(message["bids"])
         self._asks.apply(message["asks"])

@@ -11,10 +11,13 @@ from collector.messages import WIRE
 CHANNEL_STATES = frozenset({"live", "recovering", "stale", "refused", "expired", "closed"})
 CONNECTION_STATES = frozenset(CONNECTION.values())
 
+_NOT_ASKED = frozenset({"closed", "expired", "refused"})
 _NEVER_JOIN = frozenset({"trade", "repair", "heartbeat"})
 _SECOND = 1_000_000_000
 _AHEAD = 5 * _SECOND
-_SILENCE = 3 * _SECOND
+SILENCE = 3 * _SECOND
+_PAST = 1_000_000_000 * _SECOND
+_DAY = 86_400 * _SECOND
 _MAX_HOLES = 200
 
 
@@ -43,13 +46,28 @@ class Check:
 
 
 class Joins(Check):
-    """Whether a join is marked on a message that may be repeated."""
+    """Whether a join is marked on a message that may be repeated, and repeats it. Of books, Chain looks at that."""
 
     rules = ("join",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, Message] = {}
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.is_join and (message.type in _NEVER_JOIN or message.get("kind") == "delta"):
             yield "join", f"a {message.get('kind', message.type)} cannot be a join"
+        elif message.type == "book":
+            return
+        elif message.is_join and (last := self._last.get(message.type)) and last.epoch == message.epoch:
+            changed = [key for key in (*message, *last) if message.get(key) != last.get(key)]
+            if changed := [key for key in changed if key not in ("seq", "join")]:
+                yield "join", f"the {message.type} is not what was said last: other {', '.join(changed)[:80]}"
+        else:
+            self._last[message.type] = message
+
+    def forget(self) -> None:
+        self._last = {}
 
 
 class Times(Check):
@@ -64,9 +82,13 @@ class Times(Check):
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.receive_ts > now + _AHEAD:
             yield "time", f"receive_ts is {(message.receive_ts - now) / _SECOND:.1f} s in the future"
+        if message.receive_ts < message.epoch - _AHEAD:
+            yield "time", f"receive_ts {message.receive_ts} is before this life began, at {message.epoch}"
+        clock = "said" if message.type in ON_DATA_TOPICS or message.type == "heartbeat" else "read"
+        if message.exchange_ts and (clock == "said" or not _PAST < message.exchange_ts < now + _DAY):
+            yield "time", f"exchange_ts of a {message.type} is {message.exchange_ts}"
         if message.is_join or "backfilled" in message:
             return
-        clock = "said" if message.type in ON_DATA_TOPICS or message.type == "heartbeat" else "read"
         behind = self._last[clock] - message.receive_ts
         if behind > 0:
             yield "time", f"receive_ts falls by {behind / 1e6:.3f} ms"
@@ -74,7 +96,7 @@ class Times(Check):
 
 
 class Gaps(Check):
-    """Gap messages: on every topic that carries data."""
+    """Gap messages: on every topic that carries data, before the first data after a loss."""
 
     rules = ("gap",)
 
@@ -83,16 +105,42 @@ class Gaps(Check):
         self._epoch = 0
         self._id = 0
         self._open = False
+        self._carried = False
+        self._due = False
+        self._last_ts = 0
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.epoch != self._epoch:
-            self._epoch, self._id, self._open = message.epoch, 0, False
+            self._epoch, self._id, self._last_ts = message.epoch, 0, 0
+            self.forget()
         if message.type == "repair" or (message.type not in ON_DATA_TOPICS and not message.is_join):
             self._open = False
-        if message.type != "gap":
-            return
+        if message.type == "gap":
+            yield from self._take_gap(message)
+        elif not message.is_join and "backfilled" not in message:
+            yield from self._await_gap(message)
+        if message.type not in ON_DATA_TOPICS:
+            self._last_ts = max(self._last_ts, message.receive_ts)
+        elif message.type == "repair" and message.topic.type != "trade":
+            yield "repair", f"a repair on a topic of {message.topic.type}"
+
+    def _await_gap(self, message: Message) -> Iterator[Fault]:
+        """A lost connection is said by the state of the channel; what follows is its gap, then data."""
+        if message.type == "status":
+            lost = (message["state"], message.get("reason")) == ("recovering", "disconnect")
+            self._due = self._carried and (self._due or lost)
+        elif message.type != "repair":
+            if self._due:
+                yield "gap", "data after a lost connection, and no gap says so"
+            self._carried, self._due = True, False
+
+    def _take_gap(self, message: Message) -> Iterator[Fault]:
+        if message.topic.type in ("status", "heartbeat"):
+            yield "gap", f"a gap on a topic of {message.topic.type}"
         if message["from_ts"] > message["to_ts"]:
             yield "gap", f"from_ts {message['from_ts']} is after to_ts {message['to_ts']}"
+        if self._last_ts and not 0 < message["from_ts"] <= self._last_ts:
+            yield "gap", f"from_ts {message['from_ts']} is not when the last data came, {self._last_ts}"
         if message.is_join:
             self._id = max(self._id, message["id"])
             return
@@ -100,23 +148,36 @@ class Gaps(Check):
             yield "gap", f"id {message['id']} after {self._id}"
         if self._open:
             yield "gap", f"gap {message['id']} follows gap {self._id} with no data between"
-        self._id, self._open = message["id"], True
+        self._id, self._open, self._carried, self._due = message["id"], True, False, False
 
     def forget(self) -> None:
-        self._open = False
+        self._open = self._carried = self._due = False
 
 
 class States(Check):
-    """Words for states."""
+    """Words for states, and what may follow them."""
 
     rules = ("status",)
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._expired = False
+
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.type not in ("status", "heartbeat"):
+            if self._expired and not message.is_join and message.type not in ON_DATA_TOPICS:
+                yield "status", "data after the channel has expired"
             return
-        words = CONNECTION_STATES if message.topic.type in ("status", "heartbeat") else CHANNEL_STATES
+        is_own = message.topic.type in ("status", "heartbeat")  # of a connection, on a topic of its own
+        words = CONNECTION_STATES if is_own else CHANNEL_STATES
         if message["state"] not in words:
             yield "status", f"{message['state']!r:.60} is none of {', '.join(sorted(words))}"
+        if is_own and message["connection"] != message.instrument:
+            yield "status", f"connection {message['connection']!r:.60} on a topic of another"
+        self._expired = message["state"] == "expired"
+
+    def forget(self) -> None:
+        self._expired = False
 
 
 class Chain(Check):
@@ -131,21 +192,32 @@ class Chain(Check):
         self._awaiting = False
         self._complete = False
         self._crossed = False
+        self._left = False
+        self._began: int | None = None
         self._bids, self._asks = Side(descending=True), Side(descending=False)
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
-        if self._epoch and message.epoch > self._epoch and message.seq <= 1:
+        if message.epoch > self._epoch and message.seq <= 1:
             self._break(awaiting=True)
         self._epoch = message.epoch
+        if self._began is None:
+            self._began = now
         if message.type == "gap" and not message.is_join:
             yield from self._take_gap(message)
+        elif message.type == "status":
+            self._left |= message["state"] in _NOT_ASKED
         elif message.type == "book" and message["kind"] == "delta":
             yield from self._take_delta(message)
         elif message.type == "book":
             yield from self._take_snapshot(message)
 
+    def finish(self, now: int) -> Iterator[Fault]:
+        if self._began and self._change_id is not None and not self._complete and now - self._began > _AHEAD:
+            yield "join", f"no snapshot in {(now - self._began) / _SECOND:.1f} s, only deltas"
+
     def forget(self) -> None:
         self._break(awaiting=False)
+        self._began = 0  # the snapshot that we got may have been among them
 
     def _break(self, awaiting: bool) -> None:
         self._change_id, self._awaiting, self._complete = None, awaiting, False
@@ -161,7 +233,9 @@ class Chain(Check):
         if self._awaiting:
             yield "chain", f"delta {message['change_id']} where a snapshot was due"
             self._break(awaiting=False)
-        elif None not in (before, self._change_id) and before != self._change_id:
+        elif before is None:
+            yield "chain", f"delta {message['change_id']} does not say which change it follows"
+        elif self._change_id not in (None, before):
             yield "chain", f"delta {message['change_id']} follows {before}, the last was {self._change_id}"
             self._break(awaiting=False)
         self._change_id = message["change_id"]
@@ -177,9 +251,14 @@ class Chain(Check):
                 return
         elif "reason" not in message:
             yield "schema", "a snapshot without a reason"
+        elif message["reason"] != "exchange" and self._change_id is not None and not self._left:
+            yield "gap", f"a snapshot for a new subscription after change {self._change_id}, and no gap before it"
+        self._left = False
         self._change_id, self._awaiting, self._complete = message["change_id"], False, True
-        self._bids.replace(message["bids"])
-        self._asks.replace(message["asks"])
+        for side, name in ((self._bids, "bids"), (self._asks, "asks")):
+            side.replace(message[name])
+            if side.get_levels() != [tuple(level) for level in message[name]]:
+                yield "schema", f"the {name} of a snapshot are not best first, each price once, no amount 0"
         yield from self._compare_best()
 
     def _compare_join(self, message: Message) -> Iterator[Fault]:
@@ -240,6 +319,7 @@ class Hole:
         self.first: int | None = message.get("missing_from", None if last is None else last + 1)
         self.last: int | None = message.get("missing_to")
         self.is_restart = message["reason"] == "restart"
+        self.is_healing = bool(message.get("healing"))
         self.is_partial = message.is_join  # what came of it before we joined is not known
         self.epoch = message.epoch
         self.came = 0  # trades of it, since the gap
@@ -263,24 +343,33 @@ class Trades(Check):
         self._first = 0
         self._last: int | None = None
         self._seen = Ranges()
+        self._said = Ranges()  # in this life; of what an earlier one said some is repeated
+        self._final = Ranges()
         self._holes: dict[tuple[int, int], Hole] = {}
+        self._newest: int | None = None
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.epoch != self._epoch:
             self._epoch, self._reborn = message.epoch, self._epoch != 0
-        if message.type == "trade":
+            self._said, self._final, self._newest = Ranges(), Ranges(), None
+        if message.seq <= 1 or (message.type == "status" and message.is_join):
+            self._newest = self._newest or 0  # had there been a gap, we would know it
+        if message.type == "trade" and not message.is_join:
             yield from self._take_trade(message)
         elif message.type == "gap":
             self._take_gap(message)
         elif message.type == "repair":
             yield from self._take_repair(message)
+        elif message.type == "status" and message["state"] == "closed":
+            self._last = None  # what is traded until somebody asks for it again is nobody's loss
 
     def forget(self) -> None:
-        self._last = None
-        self._seen = Ranges()
+        self._last = self._newest = None
+        self._seen, self._said, self._final = Ranges(), Ranges(), Ranges()
         self._holes = {}
 
     def _take_gap(self, message: Message) -> None:
+        self._newest = max(self._newest or 0, message["id"])
         if not message.is_join:
             self._may_fall = "missing_from" not in message
         if message["reason"] == "restart":
@@ -301,13 +390,15 @@ class Trades(Check):
         if self._reborn or (self._may_fall and (number - 1 != self._last or number in self._seen)):
             self.forget()
         self._reborn = self._may_fall = False
-        repeated = number in self._seen
-        may_repeat = "backfilled" in message and self._may_repeat()
-        if repeated and not may_repeat:
+        repeated, is_late = number in self._seen, "backfilled" in message
+        if number in self._said or (repeated and not (is_late and self._may_repeat())):
             yield "duplicate", f"trade {number} comes again"
-        if not repeated and "backfilled" not in message:
+        elif number in self._final:
+            yield "repair", f"trade {number} comes, and was said to stay missing"
+        if not (repeated or (is_late and (self._last is None or number <= self._last or self._is_announced(number)))):
             yield from self._compare_number(number)
         self._seen.add(number, number)
+        self._said.add(number, number)
         for hole in self._holes.values():
             hole.came += hole.epoch == message.epoch and hole.holds(number)
 
@@ -339,13 +430,20 @@ class Trades(Check):
     def _take_repair(self, message: Message) -> Iterator[Fault]:
         hole = self._holes.get((message.epoch, message["gap"]))
         if hole is None:
+            if self._newest is not None and message["gap"] > self._newest:
+                yield "repair", f"of gap {message['gap']}, which was not announced"
             return
-        if hole.repaired:
-            yield "repair", f"a second repair of gap {message['gap']}"
+        if hole.repaired or not hole.is_healing:
+            yield "repair", f"{'a second' if hole.repaired else 'no'} repair of gap {message['gap']} was due"
         hole.repaired = True
         named = Ranges()
         for first, last in message["missing"]:
+            if named.find_missing(first, last) != [(first, last)]:
+                yield "repair", f"trades {first} to {last} are named twice"
+            if not (hole.holds(first) and hole.holds(last)):
+                yield "repair", f"trades {first} to {last} are not of gap {message['gap']}"
             named.add(first, last)
+            self._final.add(first, last)
             if not self._may_repeat() and self._seen.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
         if not hole.is_partial and hole.came != message["repaired"]:
@@ -375,7 +473,7 @@ class Heartbeats(Check):
             yield "heartbeat", f"wire {message['wire']}, this program reads {WIRE}"
         if message.epoch != self._epoch:
             self._epoch, self._published, self._came = message.epoch, 0, message.receive_ts
-        if message.receive_ts - self._came > _SILENCE:
+        if message.receive_ts - self._came > SILENCE:
             yield "heartbeat", f"none for {(message.receive_ts - self._came) / _SECOND:.1f} s"
         if message["published"] < self._published:
             yield "heartbeat", f"published falls from {self._published} to {message['published']}"
@@ -383,7 +481,7 @@ class Heartbeats(Check):
 
     def finish(self, now: int) -> Iterator[Fault]:
         """Say whether the last one is too long ago."""
-        if self._came and now - self._came > _SILENCE:
+        if self._came and now - self._came > SILENCE:
             yield "heartbeat", f"none for {(now - self._came) / _SECOND:.1f} s at the end"
 
     def forget(self) -> None:

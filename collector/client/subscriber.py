@@ -17,13 +17,16 @@ from collector.client.stream import (
     describe_malformed,
     read_message,
 )
-from collector.messages import ControlError, decode_reply
+from collector.messages import ControlError, Topic, decode_reply
 
 FIND_EVERY = 2.0
 """Seconds between two questions for connections that have been added or have moved."""
 
 LOOK_EVERY = 0.1
 """Seconds between two looks for the answer; also between two questions while no connection is known."""
+
+ASK_AGAIN = 1.0
+"""Seconds that a publisher has to say the current value of a topic of which messages were lost."""
 
 
 class Subscriber(OwnSocket):
@@ -33,7 +36,8 @@ class Subscriber(OwnSocket):
     (an endpoint; None is the default one), and keeps them in `found` by the connection's name; `timeout`: seconds that
     it gets for the first answer. `prefixes`: of the topics to read, e.g. "deribit.book.BTC-PERPETUAL.". `on_loss`:
     "raise" raises LossError where messages were dropped on the way to this reader or cannot be read; "report" yields
-    the Loss in its place. `queue`: messages that may wait here for a slow reader.
+    the Loss in its place; of the topic then comes its current full message, as for a late subscriber. `queue`: messages
+    that may wait here for a slow reader.
 
         with Subscriber(prefixes=["deribit.trade."]) as subscriber:
             for message in subscriber:
@@ -55,6 +59,7 @@ class Subscriber(OwnSocket):
         self._raises = on_loss == "raise"
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
+        self._asked: dict[Topic, float] = {}
         self._finder: Control | None = None
         self._look_at = 0.0
         self._ask_at = 0.0
@@ -102,11 +107,23 @@ class Subscriber(OwnSocket):
         except ValueError as error:
             return self._report(describe_malformed(frames[0], error))
         loss = self._sequence.follow(message)
+        is_lost = loss is not None and loss.reason == "sequence"
+        if message.is_join:
+            self._asked.pop(message.topic, None)
+        elif is_lost or message.topic in self._asked:
+            self._ask_again(message.topic)
         if loss is None:
             return message
-        if loss.reason == "sequence":
+        if is_lost:
             self._waiting.append(message)
         return self._report(loss)
+
+    def _ask_again(self, topic: Topic) -> None:
+        """Subscribe once more: whoever publishes answers each subscription with what a late one needs."""
+        now = time.monotonic()
+        if now >= self._asked.get(topic, 0.0) + ASK_AGAIN:
+            self._asked[topic] = now
+            self.socket.setsockopt(zmq.SUBSCRIBE, str(topic).encode())
 
     def _report(self, loss: Loss) -> Loss:
         if self._raises:
@@ -159,4 +176,5 @@ def _expect_two(frames: list[bytes]) -> list[bytes]:
 def find_endpoints(states: dict[str, Any]) -> dict[str, str]:
     """Where each connection publishes, by name, from what get_state returns for all of them."""
     found = {name: state.get("publish") for name, state in states.items() if isinstance(state, dict)}
-    return {name: endpoint for name, endpoint in found.items() if isinstance(endpoint, str) and endpoint}
+    # A port that the system chooses is `*` until the worker has bound it.
+    return {name: end for name, end in found.items() if isinstance(end, str) and end and not end.endswith(":*")}

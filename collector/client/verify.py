@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from collector.client.rules import Check, Fault, create_checks
+from collector.client.rules import SILENCE, Check, Fault, create_checks
 from collector.client.stream import Message, SequenceCheck, read_envelope
-from collector.messages import Topic
+from collector.messages import EXCHANGE, Topic
 from collector.schema import SCHEMA, find_faults
 
 RULES = {
@@ -18,15 +18,15 @@ RULES = {
     "schema": "each type has its keys, with values of the right kind",
     "sequence": "seq rises by one on each topic, and starts again with 1 in a new epoch",
     "epoch": "the epoch of a topic never falls",
-    "join": "a join repeats what is known: the last seq used, the book as it stands",
-    "gap": "gaps have rising ids, and stand between data",
-    "chain": "each delta follows the change before it; after a gap comes a snapshot",
+    "join": "a join repeats what was said last, the book as it stands, and comes to whoever joins",
+    "gap": "gaps have rising ids, stand between data, and before what follows a lost connection",
+    "chain": "each delta follows the change before it; first, and after a gap, comes a snapshot",
     "crossed": "the best bid of a book is below its best ask",
     "duplicate": "a trade comes once, but for marked repeats after a restart",
     "hole": "trade_seq rises by one; a hole has been announced by a gap",
     "repair": "after healing, each trade of a gap has come, and is counted, or is named as missing, once",
-    "time": "receive_ts does not fall on a topic, and is not in the future",
-    "status": "states are words of the wire",
+    "time": "receive_ts does not fall on a topic, nor leave this life; both times are in ns",
+    "status": "states are words of the wire; after expired nothing comes",
     "heartbeat": "each connection says once a second that it lives",
 }
 """Each rule and what it asks."""
@@ -49,6 +49,11 @@ class Verifier:
         self.topics: Counter[Topic] = Counter()
         self._sequence = SequenceCheck()
         self._checks: dict[Topic, list[Check]] = {}
+        self._expected: dict[str, int] = {}
+
+    def expect(self, connection: str, now_ns: int) -> None:
+        """From now on heartbeats of this connection should come."""
+        self._expected.setdefault(connection, now_ns)
 
     def check(self, topic: bytes, payload: bytes, now_ns: int) -> list[Finding]:
         """Check the next message, which came at `now_ns`. Returns what is wrong with it."""
@@ -68,7 +73,15 @@ class Verifier:
 
     def finish(self, now_ns: int) -> list[Finding]:
         """Say at the end what should have come and has not."""
+        heard = {topic.instrument for topic in self.topics if topic.type == "heartbeat"}
         return [
+            finding
+            for name, since in self._expected.items()
+            if name not in heard and now_ns - since > SILENCE
+            for finding in self._count(
+                f"{EXCHANGE}.heartbeat.{name}.1s", [("heartbeat", f"none in {(now_ns - since) / 1e9:.1f} s")]
+            )
+        ] + [
             finding
             for topic, checks in self._checks.items()
             for check in checks
@@ -88,6 +101,10 @@ class Verifier:
         faults = find_faults(message.payload, SCHEMA[message.type])
         if faults:
             yield "schema", "; ".join(faults)
+        elif message.type == "status":
+            self._take_status(message, now)
+        if message.seq == 0 and not message.is_join:
+            yield "sequence", "seq 0 on a message that is no join"
         loss = self._sequence.follow(message)
         if loss is not None:
             yield _RULE_OF_LOSS[loss.reason], str(loss).partition(": ")[2]
@@ -102,6 +119,16 @@ class Verifier:
             if not faults:
                 check.count += 1
                 yield from check.check(message, now)
+
+    def _take_status(self, message: Message, now: int) -> None:
+        """Whoever says something has heartbeats too, until its connection is closed."""
+        name = message["connection"]
+        if message["state"] != "closed":
+            self.expect(name, now)
+        elif message.topic.type == "status":
+            self._expected.pop(name, None)
+            for check in self._checks.get(Topic(EXCHANGE, "heartbeat", name, "1s"), ()):
+                check.forget()
 
     def _count(self, topic: str, faults: Iterable[Fault]) -> list[Finding]:
         findings = [Finding(rule, topic, text) for rule, text in faults]

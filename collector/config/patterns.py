@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-from collector.channels import ENDED, parse_channel
+from collector.channels import ENDED, Channel, parse_channel
 from collector.config.keys import show, suggest
 
 FAMILIES = ("trades", "book", "ticker", "incremental_ticker", "quote", "perpetual", "chart")
@@ -31,8 +31,8 @@ MAX_AROUND = 60
 """Letters of a pattern's channel around the instrument."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
-_PATTERN = re.compile(r"([a-z_.]+\.)([^.{}]*)(?:\{([^{}]*)\})?((?:\.[A-Za-z0-9]+)*)\Z")
-_CONDITION = re.compile(r"([^<>=]*)(<=|>=|<|>|=)([^<>=]*)\Z")
+_PATTERN = re.compile(r"([a-z_.]+\.)((?:[\w*?-]|\[!?[\w-]+\])*)(?:\{([^{}]*)\})?((?:\.[A-Za-z0-9]+)*)\Z", re.ASCII)
+_CONDITION = re.compile(r"([a-z_]+)\s*(<=|>=|<|>|=)([^<>=]*)\Z")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,30}\Z")
 _SPAN = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([dh])\Z")
 _HOURS = {"d": 24, "h": 1}
@@ -141,25 +141,43 @@ def parse_pattern(text: str) -> Pattern:
     if family not in FAMILIES:
         meant = f"; did you mean {close}?" if (close := suggest(family, FAMILIES, 0.7)) else ""
         raise ValueError(f"{show(text)}: patterns go over instruments, in {', '.join(FAMILIES)}{meant}")
-    channel = parse_channel(f"{head}INSTRUMENT{tail}")
+    channel = _parse_example(head, tail, text)
     if channel.instrument != "INSTRUMENT" or len(head + tail) > MAX_AROUND:
         raise ValueError(f"{show(text)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms")
     conditions = tuple(_parse_condition(part.strip(), text) for part in (braces or "").split(",") if part.strip())
     if not glob and not conditions:
         raise ValueError(f"{show(text)}: names no condition; write for example {{kind=option}}, or * for all")
+    keys = [each.key for each in conditions if CONDITIONS[each.key][0] == _EQUAL]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise ValueError(f"{show(text)}: {twice} stands twice, no instrument has both; write a pattern for each")
     return Pattern(text, head, glob or "*", tail, conditions)
+
+
+def _parse_example(head: str, tail: str, pattern: str) -> Channel:
+    """The channel of one instrument, or a refusal that speaks of the pattern as it was written."""
+    name = f"{head}INSTRUMENT{tail}"
+    try:
+        return parse_channel(name)
+    except ValueError as error:
+        if "'INSTRUMENT'" in str(error):
+            raise ValueError(
+                f"{show(pattern)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms"
+            ) from None
+        raise ValueError(str(error).replace(repr(name), show(pattern))) from None
 
 
 def _parse_condition(text: str, pattern: str) -> Condition:
     match = _CONDITION.match(text)
-    key = (match[1] if match else text).strip()
+    key = re.split(r"[^A-Za-z_]", text)[0]
     if key not in CONDITIONS:
-        close = suggest(key, CONDITIONS)
+        close = suggest(key, CONDITIONS, 0.7)
         advice = f"did you mean {close}?" if close else f"there are {', '.join(CONDITIONS)}"
         raise ValueError(f"{show(pattern)}: no condition is called {show(key)}; {advice}")
     signs, example, _ = CONDITIONS[key]
     if match is None or match[2] not in signs:
-        raise ValueError(f"{show(pattern)}: {show(text)} is no condition; write for example {example}")
+        raise ValueError(
+            f"{show(pattern)}: {show(text)} is no condition; write for example {example}, a comma between two"
+        )
     sign, value = match[2], match[3].strip()
     if key == "expiry":
         return _parse_expiry(sign, value, pattern)

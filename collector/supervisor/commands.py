@@ -1,6 +1,7 @@
 """What each control op does to a running collector. See messages.OPS and messages.CODES."""
 
 import asyncio
+import json
 import logging
 import re
 import time
@@ -12,6 +13,7 @@ from collector.channels import LISTINGS, Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
 from collector.config.patterns import is_pattern
 from collector.lifecycle import Exit
+from collector.limits import MAX_FRAME
 from collector.messages import ControlError, Request
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.places import Places
@@ -207,8 +209,19 @@ class Commands:
         method = request.arguments["method"]
         if not is_sendable(method, entry.connection.send_allow):
             raise ControlError("forbidden", f"{method[:60]!r}: public/*, private/get_* and send_allow may be sent")
-        arguments = {"method": method, "params": request.arguments.get("params") or {}}
+        arguments = {"method": method, "params": _check_params(request.arguments.get("params") or {})}
         return await entry.keeper.ask("send", arguments, request.deadline)
+
+
+def _check_params(params: dict[str, Any]) -> dict[str, Any]:
+    """What the exchange could not read, or answers in a way that nobody can place, is refused before it is sent."""
+    try:
+        size = len(json.dumps(params, allow_nan=False))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ControlError("bad_request", f"params cannot be written as JSON: {error}") from None
+    if size > MAX_FRAME:
+        raise ControlError("bad_request", f"params are {size} bytes of JSON; Deribit takes {MAX_FRAME} in a request")
+    return params
 
 
 def _refuse(message: str) -> dict[str, str]:

@@ -171,9 +171,9 @@ class Exchange:
 
     def build_snapshot(self, line: Line) -> dict[str, Any]:
         """The book as its channel has it."""
-        bids, asks = ([["new", p, a] for p, a in side.items()] for side in line.levels)
+        bids, asks = ([["new", p, a] for p, a in sorted(side.items())] for side in line.levels)
         return {"type": "snapshot", "timestamp": self.now, "instrument_name": line.instruments[0],
-                "change_id": line.change_id, "bids": bids, "asks": asks}  # fmt: skip
+                "change_id": line.change_id, "bids": bids[::-1], "asks": asks}  # fmt: skip
 
     # the connection
 
