@@ -17,17 +17,23 @@ QUICK: dict[str, Any] = {"url": "practice", "retry_delay": 0.05, "channels": ["q
 
 
 class Collected:
-    """A `collector run` of some connections; its runtime directory is `directory`/run."""
+    """A `collector run` of some connections; its runtime directory is `directory`/run.
+
+    `first`: Python that its process runs before, to set a time that no test could wait for.
+    """
 
     def __init__(
         self, directory: Path, connections: dict[str, dict[str, Any]], *options: str, log_level: str = "debug",
-        env: dict[str, str] | None = None, **sections: Any,
+        env: dict[str, str] | None = None, first: str = "", **sections: Any,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.runtime_dir = directory / "run"
         self.config = write_config(directory, connections, **sections)
         self.control = f"ipc://{self.runtime_dir}/control"
         command = collector("--log-level", log_level, "run", str(self.config), *options)
+        if first:
+            code = f"{first}; import runpy; runpy.run_module('collector', run_name='__main__', alter_sys=True)"
+            command = (command[0], "-c", code, *command[3:])
         self.program = Program(*command, env={"TMPDIR": str(directory), **(env or {})})
         self.seen: dict[int, psutil.Process] = {}
 

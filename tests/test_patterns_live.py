@@ -76,6 +76,29 @@ def test_what_is_listed_while_the_worker_is_away_is_found() -> None:
         wait_until(lambda: before - find_asked(run), "an expiry")
 
 
+MUTE = ",".join(f"mute:{channel}@0" for channel in LISTINGS)
+"""The exchange confirms these channels, and never says anything on them."""
+
+
+@pytest.mark.parametrize(
+    ("faults", "first"),
+    [
+        (MUTE, "from collector.supervisor import follower; follower.CHECK = 2.0"),  # else 5 minutes
+        (f"{MUTE},reset:6,first:1", ""),
+    ],
+    ids=["the regular look", "a look after each reconnect"],
+)
+def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
+    table = {**OPTIONS, "url": f"practice?faults={faults}"}
+    with collected({"a": table}, exchange={"faults": "listing:1"}, first=first) as run:
+        run.wait_state("a")
+        at_start = find_asked(run)
+        wait_until(lambda: find_asked(run) - at_start, "what was listed before anybody listened")
+        before = find_asked(run)
+        wait_until(lambda: find_asked(run) - before, "a listing")
+        assert run.get_state("a")["reconnects"] == faults.count("reset")
+
+
 def test_what_expires_while_the_worker_is_away_is_told_when_it_is_back() -> None:
     with collected({"a": OPTIONS}, exchange={"faults": "expiry:1"}) as run:
         state = run.wait_state("a")
