@@ -123,19 +123,24 @@ def ask(worker: Worker, op: str, channel: str, **more: str) -> None:
 
 
 def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_once() -> None:
-    """The message may not have left it: better twice than lost."""
-    old = "quote.BTC-6NOV20"
+    """The message may not have left it: better twice than lost. The names of some do not say that they have ended."""
+    ended = ("BTC-6NOV20", "BTC-FS-6NOV20_PERP", "BTC_USDC")
+    names = [QUOTE, *(f"quote.{name}" for name in ended)]
     with short_directory() as directory:
-        with living(directory, QUOTE, old, restarts=0) as worker:
-            for name in (QUOTE, old):
+        with living(directory, *names, restarts=0) as worker:
+            for name in names:
                 worker.take_frames([make_frame(name, {"instrument_name": name[6:], "timestamp": 1})], 5)
             ask(worker, "unsubscribe", QUOTE)
-            ask(worker, "unsubscribe", old, reason="expired")
+            for name in names[1:]:
+                ask(worker, "unsubscribe", name, reason="expired")
+        with living(directory):
+            pass  # killed at once as well
+        with living(directory) as worker:
             worker.ledger.subscriptions = 1
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             assert subscriber.wait_for("deribit.quote.BTC-PERPETUAL.")["state"] == "closed"
-            assert subscriber.wait_for("deribit.quote.BTC-6NOV20.")["state"] == "expired"
+            assert [subscriber.wait_for(f"deribit.quote.{name}.")["state"] for name in ended] == ["expired"] * 3
 
 
 def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: Path) -> None:

@@ -239,7 +239,7 @@ class Worker(Listener):
                 if (feed := self.feeds.pop(name.encode(), None)) is not None:
                     self._say_last(feed, *condition)
                     for stream in feed.streams.values():
-                        self.topics.leave(stream, time.time_ns())
+                        self.topics.leave(stream, time.time_ns(), is_over=condition is OVER)
 
     def _say_last(self, feed: Feed, state: str, reason: str) -> None:
         """Nothing will come of this channel any more: what was to be healed stays missing."""

@@ -36,6 +36,9 @@ NEWEST before that. 0 stands for none."""
 EPOCH, SUBSCRIPTIONS, ROOM = 10, 11, 12
 """Further words of the header: start of the latest life (ns), its subscriptions, records for which there is room."""
 
+HAS_ENDED = -1
+"""LAST_TS of a topic that was left because its instrument had ended."""
+
 _WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE)
 """Those that make an Entry, in its order."""
 

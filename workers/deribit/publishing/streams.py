@@ -5,7 +5,7 @@ from typing import Any
 
 from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
-from workers.deribit.publishing.ledger import NEWEST, Entry, Ledger
+from workers.deribit.publishing.ledger import HAS_ENDED, LAST_TS, NEWEST, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
 
 Message = Payload | dict[str, Any]
@@ -144,7 +144,7 @@ class Topics:
         return stream
 
     def restore(self) -> list[Stream]:
-        """The streams of which an earlier life had carried data."""
+        """The streams of which an earlier life had carried data; those that it left as ended have no `last_ts`."""
         restored = []
         for entry in self.ledger.earlier:
             try:
@@ -152,10 +152,12 @@ class Topics:
             except ValueError:  # the life before was killed while it wrote this
                 continue
             stream = self.find(topic.type, topic.instrument, topic.interval)
+            restored.append(stream)
+            if entry.last_ts == HAS_ENDED:
+                continue
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
             if topic.type == "trade":
                 self._wind_back(stream, entry)
-            restored.append(stream)
         return restored
 
     def _wind_back(self, stream: Stream, entry: Entry) -> None:
@@ -179,12 +181,15 @@ class Topics:
             stream.slot = 0  # whoever holds it still must not write into another's place
         return [stream for _, stream in expired]
 
-    def leave(self, stream: Stream, now: int) -> None:
+    def leave(self, stream: Stream, now: int, is_over: bool = False) -> None:
         """Nobody asks for a topic any more (`now` in ns): this life does not go on from what was said.
 
-        A later one is told of it for some seconds more: this one may be killed and take its last word along.
+        A later one is told of it, and whether its instrument has ended (`is_over`), for some seconds more: this one may
+        be killed and take its last word along.
         """
         stream.reset()
+        if is_over:
+            self.ledger.cells[stream.slot + LAST_TS] = HAS_ENDED
         self._left[stream] = now
 
     def forget_left(self, now: int) -> None:

@@ -52,7 +52,7 @@ class Statuses:
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
-        is_over = has_expired(stream.instrument, self._read_clock())
+        is_over = not stream.last_ts or has_expired(stream.instrument, self._read_clock())
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
