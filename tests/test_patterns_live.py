@@ -143,6 +143,7 @@ def test_more_than_one_connection_carries_is_spread_as_planned() -> None:
                 f"book.{name}.agg2" for name, each in listed.items() if each.kind == "option"
             }
             assert run.stop() == 0
+            assert "has ended for good" not in run.program.text()
             run.wait_gone()
             assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
 
@@ -182,6 +183,7 @@ def test_a_shard_that_has_ended_for_good_gets_no_new_listing(end: str) -> None:
             run.program.wait_line("options: spread over options-1, options-2$")
             for name in ("options-1", "options-2"):
                 run.wait_state(name)
+            assert "has ended for good" not in run.program.text()
             if end == "closed":
                 run.ask("close", connection="options-1")
             else:  # its next life finds its endpoint taken

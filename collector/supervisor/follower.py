@@ -153,7 +153,8 @@ class Follower:
     def lose(self, ended: "Entry") -> None:
         """Say what becomes of the channels of a connection that has ended for good."""
         names = [shard.keeper.name for shard in self._shards if not shard.keeper.is_over]
-        if names and not self._supervisor.is_stopping:
+        is_ours = any(shard is ended for shard in self._shards)  # not the one in whose place they run
+        if is_ours and names and not self._supervisor.is_stopping:
             log.warning(
                 "%s: %s has ended for good (%s), and its %s with it; new instruments go to %s",
                 self._name, ended.keeper.name, ended.keeper.state, _count(ended.channels), ", ".join(names),
