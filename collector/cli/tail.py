@@ -47,7 +47,7 @@ def tail(
 
     \b
     collector tail deribit.trade. deribit.book.BTC-PERPETUAL.
-    collector tail --count 1 deribit.ticker.BTC-PERPETUAL. | jq .last_price
+    collector tail --for 2s deribit.ticker.BTC-PERPETUAL. | jq '.last_price // empty'
     """
     with exit_on_error(), Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber:
         items = read(subscriber, count, duration)
