@@ -202,6 +202,7 @@ async def test_a_channel_of_an_instrument_whose_day_has_passed_is_expired_and_as
         channels = (await run.get_state())["channels"]
         assert (channels["refused"], channels["confirmed"]) == ({EXPIRED_QUOTE: EXPIRED}, [QUOTE])
         assert {body["state"] for body in run.hearer.find(topic)} == {"expired"}
+        await wait_for(lambda: run.worker.client.machine.state == "live", "it to be live: data come a little before")
         wish = await run.ask("subscribe", channels=[EXPIRED_QUOTE])  # who asks for it again, has it asked for again
         assert wish["channels"][EXPIRED_QUOTE] == {"code": "exchange_error", "message": EXPIRED}
         check_all(run.hearer)
