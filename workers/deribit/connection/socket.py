@@ -32,6 +32,7 @@ class Tap:
 
     def __init__(self) -> None:
         self.reader: Any = None
+        self.bytes_read = 0
         self.failure: BaseException | None = None
         self._framing = Framing()
         self._early: list[bytes] = []
@@ -40,6 +41,7 @@ class Tap:
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """Take what was read; see aiohttp's parser for what is returned."""
         framing = self._framing
+        self.bytes_read += len(data)
         if not framing.is_foreign:
             frames, data = framing.cut(data)
             if frames:
@@ -117,6 +119,11 @@ class Socket:
             await self._socket.send_str(text)
         except CUT as error:
             raise Lost(f"cut while sending: {error}") from None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        return self._socket.tap.bytes_read
 
     async def follow(self, take: Take) -> None:
         """Hand frames to `take`, all that were read from the system together, until the end of the socket.
