@@ -250,8 +250,8 @@ class Client:
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         socket, self._socket = self._socket, None
         if socket is not None:
-            await socket.close()
             self._bytes += socket.bytes_read
+            await socket.close()
         self.session.end()
         self.reconciler.end()
 

@@ -148,6 +148,9 @@ class Socket:
 
     async def close(self) -> None:
         """Close in order; cut if the peer does not answer the close frame for CLOSE_TIMEOUT."""
+        # aiohttp takes a cancelled `receive` for the end of it all: it would cut at once, and the unread data of a busy
+        # connection make that a reset, which may overtake the close frame.
+        self._socket._close_code = None
         with suppress(TimeoutError, *CUT):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._socket.close()
