@@ -2,6 +2,7 @@
 
 import json
 import re
+import socket
 import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -147,6 +148,64 @@ def test_a_new_listing_goes_to_one_of_the_shards_and_the_others_stay() -> None:
             assert all(before[name] <= find_asked(run, name) for name in shards)
 
     with_exchange(act, "--options", "200", "--faults", "listing:2")
+
+
+@pytest.mark.parametrize("end", ["closed", "failed"])
+def test_a_shard_that_has_ended_for_good_gets_no_new_listing(end: str) -> None:
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        table["channels"] = ["quote.*", "book.*.agg2", "ticker.*.agg2"]
+        table["publish"] = f"tcp://127.0.0.1:{find_port()}"
+        with socket.socket() as taken, collected({"options": table}, exchange=None) as run:
+            run.program.wait_line("options: spread over options-1, options-2$")
+            for name in ("options-1", "options-2"):
+                run.wait_state(name)
+            if end == "closed":
+                run.ask("close", connection="options-1")
+            else:  # its next life finds its endpoint taken
+                run.find_process("options-1").kill()
+                wait_until(lambda: bind(taken, table["publish"]), "the port")
+            run.program.wait_line(
+                rf"options: options-1 has ended for good \({end}\), and its \d+ channels with it; "
+                "new instruments go to options-2"
+            )
+            before = set(catalogue.read_all())
+            new = wait_until(lambda: (n if len(n := set(catalogue.read_all()) - before) >= 6 else None), "listings")
+            wait_until(lambda: {f"quote.{name}" for name in new} <= find_asked(run, "options-2"), f"{new}")
+            assert "is not asked for" not in run.program.text()
+
+    with_exchange(act, "--options", "200", "--faults", "listing:0.5")
+
+
+def bind(taken: socket.socket, endpoint: str) -> bool:
+    """Take an endpoint, if it is free by now."""
+    try:
+        taken.bind(("127.0.0.1", int(endpoint.rpartition(":")[2])))
+        taken.listen()
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("how", ["unsubscribe", "close"])
+def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(how: str) -> None:
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        listed = {name for name in catalogue.read_all() if name.startswith("BTC-") and name.endswith("-C")}
+        series = {name.rsplit("-", 2)[0] for name in listed}
+        coming = {f"{each}-{strike}-C" for each in series for strike in range(80_000, 105_000, 1000)} - listed
+        early = {**table, "channels": [f"quote.{name}" for name in coming]}
+        with collected({"a": {**table, "channels": OPTIONS["channels"]}, "b": early}, exchange=None) as run:
+            run.wait_state("a")
+            words = r"a: (quote\.\S+) is not asked for now: quote\.\S+ of b feeds the same topics"
+            left = run.program.wait_line(words)[1]
+            assert left not in find_asked(run)
+            if how == "close":
+                run.ask("close", connection="b")
+            else:
+                run.ask("unsubscribe", connection="b", channels=[left])
+            wait_until(lambda: left in run.get_state("a")["channels"]["confirmed"], f"{left} on a")
+            assert len([line for line in run.program.err if f" {left} is not asked for now" in line]) == 1
+
+    with_exchange(act, "--faults", "listing:2")
 
 
 def test_an_exchange_that_is_not_there_is_waited_for() -> None:

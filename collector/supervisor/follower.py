@@ -67,6 +67,7 @@ class Follower:
         self._listed: dict[str, Instrument] = {}
         self._shards: list[Entry] = []
         self._ours: dict[str, int] = {}
+        self._left: set[str] = set()
         self._missing: set[str] = set()
         self._untold: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
@@ -137,6 +138,22 @@ class Follower:
             case {"event": "listening"}:  # what happened before, it cannot have heard
                 self._stale = True
         self._woken.set()
+
+    # what happens to others
+
+    def take_freed(self) -> None:
+        """Some channels were given up: what was left to another connection may be asked for now."""
+        if self._left:
+            self._woken.set()
+
+    def lose(self, ended: "Entry") -> None:
+        """Say what becomes of the channels of a connection that has ended for good."""
+        names = [shard.keeper.name for shard in self._shards if not shard.keeper.is_over]
+        if names and not self._supervisor.is_stopping:
+            log.warning(
+                "%s: %s has ended for good (%s), and its %s with it; new instruments go to %s",
+                self._name, ended.keeper.name, ended.keeper.state, _count(ended.channels), ", ".join(names),
+            )  # fmt: skip
 
     # from then on
 
@@ -222,26 +239,34 @@ class Follower:
             await self._ask("subscribe", placed)
 
     def _place(self, new: list[str]) -> dict[str, int]:
-        """Give new channels their shards; those that would feed another connection's topics get none."""
-        if not new:
+        """Give new channels their shards; those that would feed another connection's topics get none for now."""
+        living = [place for place, shard in enumerate(self._shards) if not shard.keeper.is_over]
+        if not new or not living:
+            self._left.clear()
             return {}
-        held = {find_unit(name): place for name, place in self._ours.items()}
-        places = assign(weigh([*self._ours, *new]), len(self._shards), held)
+        ours = [name for name, place in self._ours.items() if place in living]
+        held = {find_unit(name): living.index(self._ours[name]) for name in ours}
+        places = assign(weigh([*ours, *new]), len(living), held)
         taken = Places(self._supervisor.entries.values())
         placed: dict[str, int] = {}
+        left: dict[str, ValueError] = {}
         for name in new:
-            place = self._ours[name] = places[find_unit(name)]
+            place = living[places[find_unit(name)]]
             shard = self._shards[place]
             try:
-                if shard.keeper.is_over:
-                    raise ValueError(f"{shard.connection.name} is closed")
                 taken.place(shard.connection.name, parse_channel(name))
             except ValueError as error:
-                log.warning("%s: %s is not asked for: %s", self._name, name, error)
+                left[name] = error
                 continue
             shard.channels[name] = None
-            placed[name] = place
+            placed[name] = self._ours[name] = place
+        self._leave(left)
         return placed
+
+    def _leave(self, left: Mapping[str, ValueError]) -> None:
+        for name in left.keys() - self._left:
+            log.warning("%s: %s is not asked for now: %s", self._name, name, left[name])
+        self._left = set(left)
 
     async def _let_go(self, names: list[str], reason: str) -> None:
         if not names:
@@ -251,6 +276,7 @@ class Follower:
         for name, place in places.items():
             self._shards[place].channels.pop(name, None)
         unheard = await self._ask("unsubscribe", places, reason=reason)
+        self._supervisor.tell_freed()
         self._untold |= unheard if reason else {}
 
     async def _tell_ends(self) -> None:

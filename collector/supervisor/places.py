@@ -11,13 +11,16 @@ if TYPE_CHECKING:
 
 
 class Places:
-    """The channels of some connections: where each stands, and whether another one may stand beside them."""
+    """The channels of some connections: where each stands, and whether another one may stand beside them.
+
+    Those of a connection that has ended for good, and is only still shown, do not count.
+    """
 
     def __init__(self, entries: "Iterable[Entry]") -> None:
         self._narrow: dict[str, tuple[str, Channel]] = {}
         self._wide: list[tuple[str, Channel]] = []
         for entry in entries:
-            for name in entry.channels:
+            for name in () if entry.keeper.is_over else entry.channels:
                 self._add(entry.keeper.name, parse_channel(name))
 
     def _add(self, owner: str, channel: Channel) -> None:

@@ -154,12 +154,18 @@ class Supervisor:
         task.add_done_callback(self._following.discard)
         task.add_done_callback(self._drop_task)
 
+    def tell_freed(self) -> None:
+        """Channels were given up: patterns of other connections may have left them to those."""
+        for entry in self.entries.values():
+            if entry.follower is not None:
+                entry.follower.take_freed()
+
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
         others = [
             replace(entry.connection, channels=tuple(entry.channels), publish=entry.bound)
             for entry in self.entries.values()
-            if entry is not known
+            if entry is not known and not entry.keeper.is_over
         ]
         port = None if self.config.exchange is None else self.exchange_port
         check_together([*others, *connections], "", self.config.control, port)
@@ -217,6 +223,9 @@ class Supervisor:
         (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
         if keeper.machine.state == "stopped" and self.entries.get(keeper.name) is entry:
             del self.entries[keeper.name]
+        if entry.follower is not None:
+            entry.follower.lose(entry)
+        self.tell_freed()
         if keeper.machine.state != "failed":
             return
         others = list(self.entries.values())
