@@ -257,6 +257,28 @@ async def test_a_book_that_an_unasked_snapshot_has_mended_is_not_asked_for_anew(
 
 
 @in_loop
+async def test_a_snapshot_that_comes_unasked_while_a_book_is_being_left_is_followed_by_a_gap(practice: str) -> None:
+    """The channel is left all the same: what changes until it is there again is lost."""
+    async with collecting(practice, "gap:8@1,resnapshot:11@1,slow:public/unsubscribe=0.7@1", BOOK) as run:
+        await run.hearer.hear_of(BOOKS, 2, type="gap")
+        await hear_more(run, [BOOKS], 3)
+        check_stream(run.hearer.messages)
+        bodies = run.hearer.find(BOOKS)
+        kinds = [body.get("kind", body["type"]) for body in bodies if body["type"] != "status"]
+        assert [kind for kind, _ in groupby(kinds)] == ["snapshot", "delta", "gap", "snapshot", "delta"] + [
+            "gap", "snapshot", "delta"
+        ]  # fmt: skip
+        second = [body for body in bodies if body["type"] == "gap"][1]
+        before, after = ([b for b in bodies if b["type"] == "book" and (b["seq"] > second["seq"]) is late]
+                         for late in (False, True))  # fmt: skip
+        assert (second["reason"], after[0]["reason"]) == ("sequence", "resync")
+        assert second["last_change_id"] == before[-1]["change_id"] < second["next_change_id"] == after[0]["change_id"]
+        states = [body["state"] for body in bodies if body["type"] == "status"]
+        assert states[-4:] == ["recovering", "live", "recovering", "live"]
+        assert (await run.get_state())["resyncs"] == 1
+
+
+@in_loop
 async def test_crossed_books_are_counted_and_not_mended(practice: str) -> None:
     async with collecting(practice, "crossed:10", BOOK) as run:
         await wait_for(lambda: sum(feed.crossed for feed in run.worker.feeds.values()) > 1, "crossed books")

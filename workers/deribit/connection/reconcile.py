@@ -43,11 +43,13 @@ class Reconciler:
         while calls := self.subscriptions.plan_calls(self.logged_in, awaits_login):
             await do_together(*(self._place(call) for call in calls))
 
-    async def resubscribe(self, channel: str) -> None:
-        """Unsubscribe, wait for the answer, subscribe: the one way to a new snapshot of a channel. Raises Lost."""
+    async def leave(self, channel: str) -> None:
+        """Unsubscribe from a channel that is still wanted, and wait for the answer. Raises Lost.
+
+        To `reconcile` after it is the one way to a new snapshot.
+        """
         if channel in self.subscriptions.confirmed and channel in self.subscriptions.asked:
             await self._place(Call("public/unsubscribe", (channel,)))
-            await self.reconcile()
 
     def describe_wish(self, name: str) -> Any:
         """True if the channel is confirmed, else a map of code and message."""

@@ -155,10 +155,10 @@ class BookFeed(Feed):
         return [(self.stream, gap)]
 
     def lose(self, reason: str, now: int) -> None:
-        """The connection is gone: the next snapshot is for a new subscription."""
+        """The connection is gone, or the channel was left for a resync: the next snapshot is for what follows."""
         super().lose(reason, now)
         self.is_complete = self.changed = False
-        self.book.await_snapshot("subscribe", "lost")
+        self.book.await_snapshot("resync" if reason == "sequence" else "subscribe", "lost")
 
 
 class WindowFeed(Feed):

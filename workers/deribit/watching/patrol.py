@@ -220,5 +220,11 @@ class Patrol:
         if feed.is_complete:
             return  # a snapshot has come unasked: to leave now would lose changes
         self.resyncs += 1
+        with suppress(Lost, NotConnected):
+            await self._client.reconciler.leave(feed.channel.name)
+        if feed.is_complete and self._feeds.get(feed.channel.name.encode()) is feed:
+            # One came unasked before the exchange let go of the channel: what changes from then on is lost.
+            feed.lose("sequence", time.time_ns())
+            self._statuses.tell(feed, "recovering", "sequence")
         with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
-            await self._client.reconciler.resubscribe(feed.channel.name)
+            await self._client.reconciler.reconcile()
