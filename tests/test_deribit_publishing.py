@@ -255,6 +255,33 @@ async def test_a_topic_that_is_left_and_taken_up_again_goes_on_with_its_numbers(
         check_all(run.hearer)
 
 
+@pytest.mark.parametrize("fault", ["", "ack_late"])
+@in_loop
+async def test_a_channel_that_is_taken_up_again_says_so_before_its_data(practice: str, fault: str) -> None:
+    """Also one that feeds many topics, of which nobody knows which will speak; and also those that stay silent."""
+    channels = ["platform_state", "trades.future.any.100ms", QUOTE, BOOK]
+    async with collecting(practice, fault, *channels) as run:
+        await run.hearer.hear_of("deribit.platform.", 3, type="platform")
+        await run.hearer.hear_of("deribit.trade.", 3, type="trade")
+        await run.hearer.hear_of("deribit.book.", type="book")
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+        await run.ask("unsubscribe", channels=channels)
+        await run.hearer.hear_of("deribit.quote.", type="status", state="closed")
+        await run.ask("subscribe", channels=channels)
+        kinds = ("platform", "trade", "quote", "book")
+        topics = {topic for topic, body in run.hearer.messages if body["type"] in kinds}
+
+        def list_since(topic: str) -> list[str]:
+            """What has been said on a topic since it was closed."""
+            said = [body.get("state", "") if body["type"] == "status" else "data" for body in run.hearer.find(topic)]
+            return said[said.index("closed") + 1 :] if "closed" in said else []
+
+        await run.hearer.hear(lambda: all("live" in list_since(topic) for topic in topics), "all to be live again")
+        await run.hearer.hear(lambda: sum("data" in list_since(topic) for topic in topics) >= 4, "data")
+        assert {list_since(topic)[0] for topic in topics} == {"recovering"}
+        check_all(run.hearer)
+
+
 @in_loop
 async def test_nothing_comes_after_the_word_that_an_instrument_has_expired() -> None:
     """A channel that speaks every 100 ms says the last of its book after the exchange has said that it ended."""

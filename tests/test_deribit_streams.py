@@ -96,7 +96,7 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
     with living(tmp_path) as worker:
         asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}, time.time_ns() + LONG))
         worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 50}])], 7)
-        assert (worker.topics.gaps, worker.publisher.published) == (0, 2)  # that it was closed, and the trade
+        assert (worker.topics.gaps, worker.publisher.published) == (0, 3)  # closed, asked for again, the trade
 
 
 def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_closed() -> None:

@@ -19,6 +19,7 @@ from collector.config.patterns import (
     SETTLING,
     Instrument,
     expand,
+    hint_capitals,
     is_pattern,
     matches,
     parse_pattern,
@@ -131,6 +132,22 @@ def test_a_time_to_expiry_moves_with_the_clock() -> None:
     assert find(pattern) == set()
     assert find(pattern, CHRISTMAS - 8 * DAY) == set()
     assert find(pattern, CHRISTMAS - 6 * DAY) == {"BTC-25DEC26"}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "meant"),
+    [
+        ("book.btc-*.100ms", "book.BTC-*.100ms"),
+        ("quote.btc-*{kind=option,strike>1}", ""),
+        ("quote.eth-*{kind=option,strike>1}", "quote.ETH-*{kind=option,strike>1}"),
+        ("quote.[be]th-25dec26-*", "quote.[BE]TH-25DEC26-*"),
+        ("book.BTC-*.100ms", ""),
+        ("quote.none-*", ""),
+        ("quote.{kind=option,strike>1000000}", ""),
+    ],
+)
+def test_a_glob_that_finds_something_only_in_capitals_is_hinted_at(pattern: str, meant: str) -> None:
+    assert hint_capitals(pattern, LISTED, NOW) == meant
 
 
 def test_an_expired_instrument_is_gone_once_it_has_settled() -> None:

@@ -142,9 +142,8 @@ def test_the_command_refuses_in_one_line_and_ends_with_2(tmp_path: Path) -> None
 
 
 def write_practice_port(port: int) -> str:
-    return write_connection("options", ["book.*.100ms", "ticker.{kind=option}.100ms", "quote.NONE-*"]).replace(
-        "wss://www.deribit.com", f"ws://127.0.0.1:{port}"
-    )
+    channels = ["book.*.100ms", "ticker.{kind=option}.100ms", "quote.NONE-*", "quote.btc-*"]
+    return write_connection("options", channels).replace("wss://www.deribit.com", f"ws://127.0.0.1:{port}")
 
 
 def test_patterns_are_planned_as_they_expand(tmp_path: Path) -> None:
@@ -216,6 +215,8 @@ def test_the_command_asks_the_exchange_for_its_instruments(tmp_path: Path) -> No
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"\nticker\.\{kind=option\}\.100ms  options +600\n", done.stdout)
     assert re.search(r"\nquote\.NONE-\* +options +none now\n", done.stdout)
+    assert "note         quote.btc-* finds nothing now; did you mean quote.BTC-*?" in done.stdout.splitlines()
+    assert done.stdout.count("did you mean") == 1
     rows = re.findall(r"\n(options-\d) +ipc://\S+/\1\.pub +(\d+) \(.*?\) +(\d+)/s", done.stdout)
     assert [name for name, _, _ in rows] == ["options-1", "options-2", "options-3"]
     assert all(300 < int(number) <= 500 and 40 < int(rate) < 120 for _, number, rate in rows)

@@ -275,3 +275,11 @@ def expand(patterns: Iterable[str], listed: Mapping[str, Instrument], now: int) 
         pattern = parse_pattern(text)
         found[text] = {pattern.write_channel(each.name): each.name for each in living if matches(pattern, each, now)}
     return found
+
+
+def hint_capitals(text: str, listed: Mapping[str, Instrument], now: int) -> str:
+    """The same pattern with its glob in capitals, where only that finds anything: so the exchange writes its names."""
+    pattern = parse_pattern(text)
+    meant = text.replace(pattern.head + pattern.glob, pattern.head + pattern.glob.upper(), 1)
+    found = expand([text, meant], listed, now)
+    return meant if found[meant] and not found[text] else ""

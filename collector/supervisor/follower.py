@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
-from collector.config.patterns import Instrument, expand, is_instrument, read_instrument
+from collector.config.patterns import Instrument, expand, hint_capitals, is_instrument, read_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.messages import ControlError
 from collector.planning.catalogue import Catalogue, Unreachable
@@ -99,14 +99,18 @@ class Follower:
 
     def _put_in_place(self) -> Exit | None:
         try:
-            found, shards = spread(self._connection, self._listed, read_clock())
+            now = read_clock()
+            found, shards = spread(self._connection, self._listed, now)
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
         except ConfigError as error:
             return self._give_up(Exit.BAD_SPEC, str(error))
         for pattern, number in found.items():
-            log.log(logging.INFO if number else logging.WARNING, "%s: %s: %d channels", self._name, pattern, number)
+            meant = "" if number else hint_capitals(pattern, self._listed, now)
+            hint = f"; did you mean {meant}?" if meant else ""
+            level = logging.INFO if number else logging.WARNING
+            log.log(level, "%s: %s: %d channels%s", self._name, pattern, number, hint)
         self._start(shards)
         return None
 

@@ -209,11 +209,21 @@ class Worker(Listener):
 
     async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
+        new = [name.encode() for name in names if name.encode() not in self.feeds]
         self._add_channels(names)
+        for name in new:
+            self._take_up(self.feeds[name])
         for name in names:
             if isinstance(feed := self.feeds.get(name.encode()), ListingFeed):
                 feed.is_asked = True
         return {"channels": await self.client.subscribe(names)}
+
+    def _take_up(self, feed: Feed) -> None:
+        """What was said to be `closed` on a topic must not be followed by data before it is said to be asked for."""
+        if not feed.channel.instrument:
+            for stream in self.topics.match(b""):
+                feed.adopt(stream)
+        self.statuses.tell_again(feed)
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]

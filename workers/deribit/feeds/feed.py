@@ -46,12 +46,12 @@ class Feed(ABC):
         return stream
 
     def adopt(self, stream: Stream) -> None:
-        """Take on a stream of an earlier life, if it is one of this channel's."""
+        """Take on a stream of an earlier life, or one that was left, if it is one of this channel's."""
         channel = self.channel
         if channel.instrument or stream.type != channel.type or stream.interval != channel.interval:
             return
         if share_topic(channel, Channel("", stream.type, stream.instrument, stream.interval)):
-            self.streams[stream.instrument] = stream
+            self.find_stream(stream.instrument)
 
     @abstractmethod
     def take(self, frame: bytes, receive_ts: int) -> Published:

@@ -44,6 +44,12 @@ class Statuses:
             for stream in feed.streams.values():
                 self._tell_topic(feed, stream)
 
+    def tell_again(self, feed: Feed) -> None:
+        """A channel is asked for again: its state is said on each of its topics on which anything was said before."""
+        for stream in feed.streams.values():
+            if stream.seq:
+                self._tell_topic(feed, stream)
+
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
         is_over = has_expired(stream.instrument, self._read_clock())
