@@ -414,9 +414,9 @@ async def test_connect_can_be_given_up_and_leaves_nothing(practice: str) -> None
 
 @pytest.mark.parametrize("faults", ["", "half_open:0.1", "flood:2000", "delay:200"])
 @in_loop
-async def test_close_takes_no_longer_than_the_peer_is_given(practice: str, faults: str) -> None:
+async def test_close_waits_for_the_answer_no_longer_than_the_peer_is_given(practice: str, faults: str) -> None:
     async with connected(practice, faults, live=False, channels=[QUOTE]) as (client, ear):
-        await wait_for(lambda: client._socket is not None, "the socket")
+        socket = await wait_for(lambda: client._socket, "the socket")
         if "half_open" in faults:
             frames = -1
             while frames != client.frames:  # until nothing has come for a while
@@ -425,6 +425,7 @@ async def test_close_takes_no_longer_than_the_peer_is_given(practice: str, fault
         began = time.monotonic()
         await client.close()
         assert time.monotonic() - began < 2.5
+        assert "half_open" in faults or socket._socket.close_code == 1000  # the exchange's own close frame
         assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
         assert client.exit == Exit.STOPPED
 

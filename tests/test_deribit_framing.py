@@ -1,5 +1,6 @@
 """Frames cut out of what is read, wherever a read ends; they are put together here by the RFC's rules."""
 
+import time
 from itertools import pairwise
 
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 
 from workers.deribit.connection.framing import MAX_FRAME, Framing
 
-TEXT, BINARY, PING, CLOSE = 0x81, 0x82, 0x89, 0x88
+TEXT, BINARY, CLOSE, PING, PONG = 0x81, 0x82, 0x88, 0x89, 0x8A
 START, MIDDLE, COMPRESSED = 0x01, 0x00, 0xC1
 
 
@@ -39,7 +40,7 @@ def cut_all(reads: list[bytes]) -> tuple[list[bytes], bytes]:
 
 SIZES = st.sampled_from([0, 1, 2, 3, 4, 5, 124, 125, 126, 127, 128, 300, 65_535, 65_536, 70_000])
 DATA = st.tuples(st.sampled_from([TEXT, BINARY]), SIZES)
-CONTROLS = st.tuples(st.sampled_from([PING, CLOSE]), st.integers(0, 125))
+CONTROLS = st.tuples(st.sampled_from([PING, PONG]), st.integers(0, 125))
 
 
 @given(st.lists(DATA | CONTROLS, max_size=12), st.lists(st.integers(0, 400_000), max_size=12), st.booleans())
@@ -56,7 +57,7 @@ def test_frames_are_found_wherever_reads_end(kinds: list[tuple[int, int]], cuts:
     assert others == b"".join(frame for (first, _), frame in zip(kinds, built, strict=True) if first >= CLOSE)
 
 
-@pytest.mark.parametrize("first", [START, MIDDLE, COMPRESSED, 0xA1, 0x83, 0x09])
+@pytest.mark.parametrize("first", [START, MIDDLE, COMPRESSED, 0xA1, 0x83, 0x09, CLOSE, 0x8B, 0x8F])
 @pytest.mark.parametrize("size", [3, 200])
 def test_all_is_left_to_aiohttp_from_a_frame_on_that_is_none_of_ours(first: int, size: int) -> None:
     foreign = build_frame(first, b"x" * size) + build_frame(TEXT, b"after")
@@ -72,6 +73,20 @@ def test_a_masked_frame_is_left_to_aiohttp() -> None:
 def test_a_frame_that_would_be_too_long_is_left_to_aiohttp_before_it_has_come() -> None:
     head = bytes([TEXT, 127]) + (MAX_FRAME + 1).to_bytes(8, "big")
     assert cut_all([head[:9], head[9:], b"x" * 10]) == ([], head + b"x" * 10)
+
+
+@pytest.mark.parametrize("first", [PING, PONG])
+def test_a_control_frame_that_is_too_long_is_left_to_aiohttp_before_it_has_come(first: int) -> None:
+    head = bytes([first, 127]) + (1 << 20).to_bytes(8, "big")
+    assert cut_all([build_frame(TEXT, b"before") + head[:2], head[2:]]) == ([b"before"], head)
+
+
+def test_many_pings_in_one_read_are_not_copied_again_for_each() -> None:
+    """Else the time grows with their square: the loop stands still meanwhile, and the worker seems dead."""
+    pings = build_frame(PING, b"") * (1 << 20)
+    began = time.process_time()
+    assert cut_all([pings]) == ([], pings)
+    assert time.process_time() - began < 5
 
 
 def test_a_long_frame_is_not_looked_at_again_for_each_read() -> None:

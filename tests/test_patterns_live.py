@@ -194,7 +194,7 @@ def test_a_shard_that_has_ended_for_good_gets_no_new_listing(end: str) -> None:
                 "new instruments go to options-2"
             )
             before = set(catalogue.read_all())
-            new = wait_until(lambda: (n if len(n := set(catalogue.read_all()) - before) >= 6 else None), "listings")
+            new = wait_until(lambda: n if len(n := set(catalogue.read_all()) - before) >= 6 else None, "listings")
             wait_until(lambda: {f"quote.{name}" for name in new} <= find_asked(run, "options-2"), f"{new}")
             assert "is not asked for" not in run.program.text()
 

@@ -204,6 +204,18 @@ def break_trades(wire: Wire) -> dict[str, list[str]]:
     return broken
 
 
+def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
+    wire.trade(1)
+    stamps = {"from_ts": wire.last_ts[TRADE], "to_ts": wire.now, "receive_ts": wire.now, "missing_from": 2}
+    wire.gap(TRADE, 1, healing=True, **stamps)
+    wire.trade(3)
+    assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == []
+    assert wire.gap(TRADE, 1, healing=False, join=True, **stamps) == ["join"]
+    wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 2]])
+    assert wire.gap(TRADE, 1, healing=False, join=True, **stamps) == []
+    assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == ["join"]
+
+
 def break_envelope(wire: Wire) -> dict[str, list[str]]:
     wire.trade(1)
     good = {

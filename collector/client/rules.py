@@ -65,6 +65,14 @@ class Joins(Check):
                 yield "join", f"the {message.type} is not what was said last: other {', '.join(changed)[:80]}"
         else:
             self._last[message.type] = message
+            if message.type == "repair":
+                self._note_healed(message.get("gap"))
+
+    def _note_healed(self, number: object) -> None:
+        """From its repair on a gap is repeated as one that is not being healed any more."""
+        gap = self._last.get("gap")
+        if gap is not None and gap.get("id") == number:
+            self._last["gap"] = Message(gap.topic, {**gap.payload, "healing": False})
 
     def forget(self) -> None:
         self._last = {}

@@ -27,6 +27,7 @@ from collector.link import Link, open_link
 PRELOAD = (
     "encodings.idna",  # each first connection would load it by itself
     "collector.supervisor.process", "workers.actor", "workers.deribit.worker", "workers.exchange.worker",
+    "workers.rehearsal",  # last: it uses what the others load
 )  # fmt: skip
 """What the forkserver loads once for all workers."""
 

@@ -58,7 +58,7 @@ class Client:
     _reason = ""
     _pause = 0.0
     _stamp = 0
-    _heard = 0.0
+    _bytes = 0
     _socket: Socket | None = None
     _life: asyncio.Task[None] | None = None
     _verdict: asyncio.Future[None] | None = None
@@ -87,7 +87,6 @@ class Client:
         self.reconciler = Reconciler(self.send, self.listener.confirm_channels, self.listener.refuse_channels)
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
-        self.bytes = 0
         self.requests = Requests()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._live = asyncio.Event()
@@ -166,7 +165,7 @@ class Client:
                 "refused": dict(subscriptions.refused),
             },
             "messages": self.frames,
-            "bytes": self.bytes,
+            "bytes": self.bytes_read,
             "malformed": self.malformed,
             "clock_offset": self.session.clock_offset,
             "clock_error": self.session.clock_error,
@@ -236,7 +235,6 @@ class Client:
         tasks: list[asyncio.Task[None]] = []
         try:
             self._socket = await Socket.open(self.url, self.headers, self.timeout)
-            self._heard = time.monotonic()
             self._apply("opened", "")
             tasks = [asyncio.create_task(self._socket.follow(self._take)), asyncio.create_task(self._serve())]
             self._verdict = asyncio.get_running_loop().create_future()
@@ -252,6 +250,7 @@ class Client:
         await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         socket, self._socket = self._socket, None
         if socket is not None:
+            self._bytes += socket.bytes_read
             await socket.close()
         self.session.end()
         self.reconciler.end()
@@ -263,26 +262,34 @@ class Client:
         await do_together(self.session.take_round(2), reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
-        live_since = time.monotonic()
+        live_since = heard = time.monotonic()
+        frames = self.frames
         while True:
             await asyncio.sleep(UPKEEP)
             now = time.monotonic()
             if now - live_since > LASTED:
                 self.attempts = 0
-            if now - self._heard > 1.5 * self.heartbeat_interval:
-                await self._prove_life()
+            if self.frames > frames:
+                frames, heard = self.frames, now
+            if now - heard > 1.5 * self.heartbeat_interval:
+                await self._prove_life(heard)
             await self.session.keep_up(now)
             await reconcile()
 
-    async def _prove_life(self) -> None:
+    async def _prove_life(self, heard: float) -> None:
         """A half-open socket gives no sign at all: ask before it is cut. Raises Lost if there is no answer."""
         try:
             await self.send("public/test")
         except ExchangeError:
             pass  # an answer all the same
         except TimeoutError:
-            silence = time.monotonic() - self._heard
+            silence = time.monotonic() - heard
             raise Lost(f"no frame for {silence:.1f} s and no answer to public/test") from None
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from all of its sockets so far."""
+        return self._bytes + (self._socket.bytes_read if self._socket is not None else 0)
 
     @property
     def is_live(self) -> bool:
@@ -298,9 +305,7 @@ class Client:
     def _take(self, frames: list[bytes]) -> None:
         """Take the frames that were read together."""
         self._stamp = stamp = time.time_ns()  # one time for all of them
-        self._heard = time.monotonic()
         self.frames += len(frames)
-        self.bytes += sum(map(len, frames))
         data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
         if data:
             self.listener.take_frames(data, stamp)

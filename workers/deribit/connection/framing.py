@@ -1,7 +1,8 @@
 """Cuts what is read from a WebSocket into frames (RFC 6455, section 5.2). No I/O, no clock.
 
 Only what data come in is cut here: whole, unmasked text (or binary) frames. It is done for each message, and costs a
-third of what aiohttp's reader and queue do. Control frames, fragments and all that breaks the rules is left to aiohttp.
+third of what aiohttp's reader and queue do. Pings, pongs, fragments, the close and all that breaks the rules is left to
+aiohttp.
 """
 
 import struct
@@ -12,8 +13,8 @@ MAX_FRAME = 16 << 20
 TEXT, BINARY = 0x81, 0x82
 """First bytes of whole data frames."""
 
-CONTROLS = range(0x88, 0x90)
-"""First bytes of control frames, which are whole by nature."""
+LIMITS = {TEXT: MAX_FRAME, BINARY: MAX_FRAME, 0x89: 125, 0x8A: 125}
+"""Longest payload by first byte: data, pings, pongs. From any other frame on nothing is for us: a close is the end."""
 
 TEXT_16 = TEXT << 8 | 126
 """The first two bytes of a text frame whose length, 126 to 65,535 bytes, stands in the next two."""
@@ -35,7 +36,7 @@ class Framing:
         if self._pieces:
             data = self._join(data)
         frames: list[bytes] = []
-        others = b""
+        others: list[bytes] = []
         at, end = 0, len(data)
         while at < end:
             if end - at > 4:
@@ -45,18 +46,19 @@ class Framing:
                     at = stop
                     continue
             first, start, stop = measure_frame(data, at)
-            if stop - start > MAX_FRAME or not (first in (TEXT, BINARY) or first in CONTROLS):
+            if stop - start > LIMITS.get(first, -1):
                 self.is_foreign = True
-                return frames, others + data[at:]
+                others.append(data[at:])
+                break
             if stop > end:
                 self._keep(data[at:], stop - at)
                 break
             if first in (TEXT, BINARY):
                 frames.append(data[start:stop])
             else:
-                others += data[at:stop]
+                others.append(data[at:stop])
             at = stop
-        return frames, others
+        return frames, b"".join(others)
 
     def _keep(self, part: bytes, needed: int) -> None:
         self._pieces, self._held, self._needed = [part], len(part), needed

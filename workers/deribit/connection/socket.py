@@ -32,6 +32,7 @@ class Tap:
 
     def __init__(self) -> None:
         self.reader: Any = None
+        self.bytes_read = 0
         self.failure: BaseException | None = None
         self._framing = Framing()
         self._early: list[bytes] = []
@@ -40,6 +41,7 @@ class Tap:
     def feed_data(self, data: bytes) -> tuple[bool, bytes]:
         """Take what was read; see aiohttp's parser for what is returned."""
         framing = self._framing
+        self.bytes_read += len(data)
         if not framing.is_foreign:
             frames, data = framing.cut(data)
             if frames:
@@ -118,6 +120,11 @@ class Socket:
         except CUT as error:
             raise Lost(f"cut while sending: {error}") from None
 
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read so far."""
+        return self._socket.tap.bytes_read
+
     async def follow(self, take: Take) -> None:
         """Hand frames to `take`, all that were read from the system together, until the end of the socket.
 
@@ -141,6 +148,9 @@ class Socket:
 
     async def close(self) -> None:
         """Close in order; cut if the peer does not answer the close frame for CLOSE_TIMEOUT."""
+        # aiohttp takes a cancelled `receive` for the end of it all: it would cut at once, and the unread data of a busy
+        # connection make that a reset, which may overtake the close frame.
+        self._socket._close_code = None
         with suppress(TimeoutError, *CUT):
             async with asyncio.timeout(CLOSE_TIMEOUT):
                 await self._socket.close()

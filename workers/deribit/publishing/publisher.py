@@ -106,28 +106,23 @@ class Publisher:
             return
         self.is_holding = False
         self._waiting = []  # whatever happens, nothing is sent twice
-        frames, send = self._encode_all(waiting), self._send
-        # All at once: a send that finds ZeroMQ's thread asleep wakes it, and this thread may lose the core to it
-        # (measured with the encoding between the sends: 8.2 against 7.3 us a message).
-        for topic, payload in frames:
-            send(topic, MORE, True, False)
-            send(payload, LAST, True, False)
-        self._note_all(waiting)
-        self.published += len(frames)
-        if len(frames) > MANY:
-            os.sched_yield()
-
-    def _encode_all(self, waiting: list[tuple[Stream, Any]]) -> list[tuple[bytes, bytes]]:
-        """Number messages and encode them."""
-        encode = self._encode
-        frames: list[tuple[bytes, bytes]] = []
+        encode, send = self._encode, self._send
+        payloads: list[bytes] = []
         for stream, message in waiting:
             if message.__class__ is dict:
                 self._count_map(stream, message)
             else:
-                stream.seq = message.seq = stream.seq + 1
-            frames.append((stream.topic, encode(message)))
-        return frames
+                stream.seq = message.seq = stream.seq + 1  # type: ignore[union-attr]
+            payloads.append(encode(message))
+        # All at once: a send that finds ZeroMQ's thread asleep wakes it, and this thread may lose the core to it
+        # (measured with the encoding between the sends: 8.2 against 7.3 us a message).
+        for (stream, _), payload in zip(waiting, payloads):  # noqa: B905 - as long, and strict costs 0.2 us
+            send(stream.topic, MORE, True, False)
+            send(payload, LAST, True, False)
+        self._note_all(waiting)
+        self.published += len(payloads)
+        if len(payloads) > MANY:
+            os.sched_yield()
 
     def _note_all(self, waiting: list[tuple[Stream, Any]]) -> None:
         """Note in the ledger what is out: a later life goes on from there, and what is not noted it says again."""

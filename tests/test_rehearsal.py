@@ -1,0 +1,22 @@
+"""The rehearsal in the forkserver: a whole life of a worker, of which nothing is left but what Python keeps."""
+
+import logging
+import os
+import threading
+
+import pytest
+
+from collector.lifecycle import Exit
+from workers.rehearsal import rehearse
+
+
+def test_a_worker_lives_to_its_end_and_leaves_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    root = logging.getLogger()
+    before, handlers = (threading.active_count(), len(os.listdir("/proc/self/fd"))), list(root.handlers)
+    try:
+        assert rehearse() is Exit.GAVE_UP
+        assert root.handlers == []
+    finally:
+        root.handlers = handlers  # the test program's own
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+    assert capfd.readouterr() == ("", "")
