@@ -35,9 +35,6 @@ try:
 except ImportError:  # it is not built for every platform; asyncio's own loop does the same more slowly
     from asyncio import new_event_loop
 
-COLLECT_AFTER = (10_000, 20, 20)
-"""Thresholds of the garbage collector: a worker makes few cycles, and a burst pays for each look for them."""
-
 log = logging.getLogger("actor")
 
 
@@ -70,7 +67,6 @@ def main(kind: str, end: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the supervisor decides what it means
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     gc.freeze()  # what the forkserver loaded stays shared: a collection would touch, and so copy, every page of it
-    gc.set_threshold(*COLLECT_AFTER)
     _watch_lifeline(end)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         code = runner.run(_live(kind, end))
