@@ -284,6 +284,23 @@ async def test_a_channel_that_is_taken_up_again_says_so_before_its_data(practice
 
 
 @in_loop
+async def test_a_topic_that_another_channel_feeds_as_well_is_not_closed(lively: str) -> None:
+    given_up, kept = "instrument.creation.any.any", "instrument.state.any.any"
+    async with collecting(lively, "", given_up, kept) as run:
+        feeds = {name: run.worker.feeds[name.encode()] for name in (given_up, kept)}
+        await wait_for(lambda: feeds[given_up].streams.keys() & feeds[kept].streams.keys(), "events of both on one topic")
+        await run.ask("unsubscribe", channels=[given_up])
+        shared = feeds[kept].streams.keys()
+        for name in feeds[given_up].streams.keys() - shared:
+            await run.hearer.hear_of(f"deribit.instrument.{name}.", type="status", state="closed")
+        run.worker.statuses.tell(feeds[kept], "live", "said again")  # behind whatever was said before
+        for name in shared:
+            await run.hearer.hear_of(f"deribit.instrument.{name}.", type="status", reason="said again")
+            assert not run.hearer.find(f"deribit.instrument.{name}.", type="status", state="closed")
+        check_all(run.hearer)
+
+
+@in_loop
 async def test_nothing_comes_after_the_word_that_an_instrument_has_expired() -> None:
     """A channel that speaks every 100 ms says the last of its book after the exchange has said that it ended."""
     with exchange("--faults", "expiry:0.3", "--options", "60") as (url, _):

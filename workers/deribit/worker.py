@@ -19,7 +19,7 @@ from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
-from workers.deribit.feeds.normalise import create_feed
+from workers.deribit.feeds.normalise import EventFeed, create_feed
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.joins import Joins
@@ -237,9 +237,17 @@ class Worker(Listener):
                 if name in self.client.reconciler.subscriptions.asked:
                     continue  # somebody wants it again by now
                 if (feed := self.feeds.pop(name.encode(), None)) is not None:
+                    self._leave_shared(feed)
                     self._say_last(feed, *condition)
                     for stream in feed.streams.values():
                         self.topics.leave(stream, time.time_ns(), is_over=condition is OVER)
+
+    def _leave_shared(self, feed: Feed) -> None:
+        """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
+        if isinstance(feed, EventFeed):
+            others = [other for other in self.feeds.values() if isinstance(other, EventFeed)]
+            fed = {stream for other in others for stream in other.streams.values()}
+            feed.streams = {key: stream for key, stream in feed.streams.items() if stream not in fed}
 
     def _say_last(self, feed: Feed, state: str, reason: str) -> None:
         """Nothing will come of this channel any more: what was to be healed stays missing."""
