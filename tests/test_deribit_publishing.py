@@ -288,7 +288,7 @@ async def test_a_topic_that_another_channel_feeds_as_well_is_not_closed(lively: 
     given_up, kept = "instrument.creation.any.any", "instrument.state.any.any"
     async with collecting(lively, "", given_up, kept) as run:
         feeds = {name: run.worker.feeds[name.encode()] for name in (given_up, kept)}
-        await wait_for(lambda: feeds[given_up].streams.keys() & feeds[kept].streams.keys(), "events of both on one topic")
+        await wait_for(lambda: feeds[given_up].streams.keys() & feeds[kept].streams.keys(), "both on one topic")
         await run.ask("unsubscribe", channels=[given_up])
         shared = feeds[kept].streams.keys()
         for name in feeds[given_up].streams.keys() - shared:

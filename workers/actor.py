@@ -133,6 +133,8 @@ class Actor:
             return await self._run(worker)
         except Exception as error:
             return self._crash(error)
+        finally:
+            self._worker = None  # the end of the link would have it stopped once more
 
     async def _run(self, worker: Worker) -> Exit:
         beats = asyncio.create_task(self._send_beats(worker))

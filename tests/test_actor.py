@@ -1,0 +1,81 @@
+"""The shell around a worker: what is left of one that fails in its own code."""
+
+import asyncio
+import multiprocessing
+import socket
+import sys
+from typing import Any
+
+import msgpack
+import pytest
+
+from collector.lifecycle import Exit
+from collector.messages import encode
+from workers.actor import main
+
+
+class Failing:
+    """A kind of worker that fails as soon as it has been told to answer."""
+
+    def __init__(self) -> None:
+        self.news = asyncio.Event()
+        self._failing = asyncio.Event()
+
+    async def start(self) -> dict[str, Any]:
+        return {}
+
+    async def run(self) -> Exit:
+        await self._failing.wait()
+        raise RuntimeError("its own fault")
+
+    def report(self) -> dict[str, Any]:
+        return {}
+
+    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+        self._failing.set()
+
+    def take_events(self) -> list[dict[str, Any]]:
+        return []
+
+    def stop(self) -> None:
+        print("stopped after its end", file=sys.stderr)
+
+
+def create_worker(spec: dict[str, Any]) -> Failing:
+    return Failing()
+
+
+def live_failing(end: socket.socket) -> None:
+    sys.modules["workers.failing.worker"] = sys.modules[__name__]
+    main("failing", end)
+
+
+def test_a_worker_that_has_crashed_is_not_stopped_once_more(capfd: pytest.CaptureFixture[str]) -> None:
+    ours, theirs = socket.socketpair()
+    process = multiprocessing.get_context("spawn").Process(target=live_failing, args=(theirs,))
+    process.start()
+    theirs.close()
+    ours.settimeout(20)
+    try:
+        ours.sendall(encode({"kind": "spec", "spec": {"name": "failing", "log_level": "info"}}))
+        messages = read_messages(ours)
+        assert next(message for message in messages if message["kind"] == "ready")
+        request = {"kind": "request", "id": 1, "op": "fail", "deadline": 1 << 62, "arguments": {}}
+        ours.sendall(encode(request))
+        reports = (message["report"] for message in messages if message["kind"] == "beat")
+        error = next(report["last_error"] for report in reports if "last_error" in report)
+        assert error == {"message": "RuntimeError: its own fault"}
+    finally:
+        ours.close()
+        process.join(20)
+    assert process.exitcode == Exit.CRASHED
+    log = capfd.readouterr().err
+    assert "RuntimeError: its own fault" in log
+    assert "stopped after its end" not in log
+
+
+def read_messages(link: socket.socket) -> Any:
+    unpacker = msgpack.Unpacker()
+    while data := link.recv(65536):
+        unpacker.feed(data)
+        yield from unpacker
