@@ -37,7 +37,7 @@ CONNECTION_FAULTS = (
     Fault("429", "", "", "the upgrade is refused as if 32 connections were open"),
     Fault("slow_open", "SECONDS", "10", "the upgrade is answered so late"),
     Fault("delay", "MS", "50", "each frame is held for so long, each way; the upgrade for both ways"),
-    Fault("close", "CODE@SECONDS", "1001@5", "a close frame with this code, so long after opening"),
+    Fault("close", "CODE@SECONDS", "1001@5", "a close frame with this code (0: without one), so long after opening"),
     Fault("reset", "SECONDS", "5", "the TCP connection is reset"),
     Fault("drop", "SECONDS", "5", "the TCP connection is closed without a close frame"),
     Fault("half_open", "SECONDS", "5", "from then on nothing is sent, not even pongs and answers; the socket stays"),

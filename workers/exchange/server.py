@@ -273,12 +273,18 @@ class _Socket:
                 await asyncio.sleep(2 * self._delay)
                 with contextlib.suppress(ConnectionError):
                     await self.response.pong(message.data)
-            elif message.type is WSMsgType.CLOSE and not self.connection.silent:
+            elif message.type is WSMsgType.CLOSE:
+                await self._wait_in_silence()
                 self.connection.end("closed by the client")
                 await self.response.close()
                 return
             elif message.type in _FINAL:
                 return
+
+    async def _wait_in_silence(self) -> None:
+        """A half-open socket does not answer a close frame either: until it is cut, or the silence ends."""
+        while self.connection.silent and self._request.transport is not None:
+            await asyncio.sleep(0.02)
 
     async def _take(self, text: str | bytes) -> None:
         pause = self.connection.find_pause(text)
@@ -303,6 +309,8 @@ class _Socket:
                     frame = outbox.popleft()
                     if frame.opcode == CLOSE:
                         self._closing = True
+                        if not frame.code and self._request.transport is not None:
+                            self._request.transport.write(_build_frame(0x88, b""))  # aiohttp always writes a code
                         await self.response.close(code=frame.code, message=frame.payload)
                         return
                     if frame.opcode == TEXT and self.connection.is_fragmenting:

@@ -143,7 +143,7 @@ class Socket:
         if message.type is aiohttp.WSMsgType.ERROR:
             return f"broken frame: {message.data}"
         if message.type is aiohttp.WSMsgType.CLOSE:
-            return f"closed by the exchange: {message.data} {message.extra or ''}".rstrip()
+            return f"closed by the exchange: {message.data or 'no code'} {message.extra or ''}".rstrip()
         return f"the connection broke off (code {self._socket.close_code})"
 
     async def close(self) -> None:
