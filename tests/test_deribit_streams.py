@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from collector.channels import LISTINGS, guess_expiry
 from tests.deribit_support import QUOTE, TRADES, make_spec
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.publishing.ledger import Ledger
-from workers.deribit.publishing.streams import DAY, Topics
+from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.worker import Worker, create_worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -45,6 +47,17 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
     ledger.close()
     names = {entry.topic.split(".")[2] for entry in Ledger(tmp_path / "a.ledger", fresh=False).earlier}
     assert names == {kept.instrument, young.instrument}
+
+
+def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    topics = Topics(1, ledger)
+    for number in range(MAX_TOPICS):
+        assert ledger.find_slot(f"trades.X-{number}.100ms")
+        assert topics.find("trade", f"X-{number}", "100ms").slot
+    with pytest.raises(Malformed, match=f"more than {MAX_TOPICS} topics"):
+        topics.find("trade", "X", "100ms")
+    ledger.close()
 
 
 # -- what a later life goes on with -----------------------------------------------------------------------------------

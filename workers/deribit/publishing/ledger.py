@@ -20,8 +20,8 @@ WORDS = RECORD // 8
 TEXT = 80
 """Where a record's name begins, in bytes."""
 
-TOPICS = 65_535
-"""Names that one ledger holds."""
+TOPICS = 131_071
+"""Names that one ledger holds: topics, and channels of trades."""
 
 STEP = 256
 """Records for which room is made at a time: 128 KiB."""

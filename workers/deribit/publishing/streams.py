@@ -5,14 +5,15 @@ from typing import Any
 
 from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
-from workers.deribit.publishing.ledger import HAS_ENDED, LAST_TS, NEWEST, Entry, Ledger
+from workers.deribit.publishing.ledger import HAS_ENDED, LAST_TS, NEWEST, TOPICS, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
 
 Message = Payload | dict[str, Any]
 
 
-MAX_TOPICS = 200_000
-"""Topics of one connection; an exchange that invents instruments must not eat the memory."""
+MAX_TOPICS = TOPICS // 2
+"""Topics of one connection: each has a place in the ledger, and so has its channel. An exchange that invents
+instruments must not eat the memory, and no topic may be left without its gap after a restart."""
 
 ANY_ID = (1 << 63) - 1
 """No trade_seq is higher."""
