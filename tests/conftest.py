@@ -4,12 +4,18 @@ import signal
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.exchange_client import exchange
 
 # A job that a shell runs in the background has SIGINT ignored, and hands that down: the programs under test would
 # never see a Ctrl-C.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# No test fails because the machine is slow.
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")

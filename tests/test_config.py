@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.config import (
@@ -662,7 +662,7 @@ def tables(kind: str) -> st.SearchStrategy[dict[str, Any]]:
     return st.dictionaries(st.sampled_from(sorted(KEYS[kind])) | st.text(max_size=5), anything, max_size=8)
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(
     st.fixed_dictionaries(
         {"connection": st.lists(tables("connection"), max_size=4) | VALUES},
@@ -681,7 +681,7 @@ def test_nothing_but_a_config_error(values: dict[str, Any]) -> None:
     assert len(refusal) < 2000
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300)
 @given(tables("connection"), WORDS, VALUES | WORDS)
 def test_a_connection_is_read_or_refused(table: dict[str, Any], publish: str, channel: Any) -> None:
     secrets = take_secrets(dict(KEYS_IN_PLACE))
@@ -698,7 +698,7 @@ def test_a_connection_is_read_or_refused(table: dict[str, Any], publish: str, ch
     assert refusal.startswith(("connect: ", "[[connection]] "))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.binary(max_size=200))
 def test_any_bytes_are_read_or_refused(data: bytes) -> None:
     path = Path("/proc/self/fd") / str(_memory_file(data))

@@ -121,7 +121,7 @@ NAMES = [f"quote.A{number}" for number in range(6)] + ["book.A.raw", "user.portf
 some = st.lists(st.sampled_from(NAMES), max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.tuples(st.sampled_from(["ask", "drop", "answer", "fail", "forget"]), some, st.booleans())))
 def test_whatever_happens_a_well_exchange_makes_them_equal_in_the_end(steps: list[tuple[str, list[str], bool]]) -> None:
     subscriptions = Subscriptions()

@@ -89,7 +89,7 @@ def test_what_has_reached_its_time_expires_by_itself() -> None:
     assert any(of.expiry == FOREVER for of in market.catalogue.by_name.values())
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     forward=st.floats(50, 200_000), ratio=st.floats(0.5, 2), years=st.floats(0.003, 2), volatility=st.floats(0.2, 2.5)
 )

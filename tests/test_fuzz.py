@@ -11,7 +11,7 @@ import msgpack
 import msgspec
 import pytest
 import zmq
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.channels import Channel, parse_channel
@@ -25,7 +25,7 @@ from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 
-bounded = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+bounded = settings(max_examples=300)
 
 NOW = 1_700_000_000_000_000_000
 MS = 1_000_000

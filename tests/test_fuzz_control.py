@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.channels import parse_channel
@@ -25,7 +25,7 @@ from collector.messages import (
 )
 from workers.deribit.rpc.codec import Data, Heartbeat, Reply, decode_frame
 
-bounded = settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+bounded = settings(max_examples=300)
 
 NOW = 1_700_000_000_000_000_000
 
