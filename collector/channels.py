@@ -5,6 +5,7 @@ channel: its messages are published as `other`.
 """
 
 import re
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import NamedTuple
@@ -150,20 +151,20 @@ def guess_kind(instrument: str) -> str:
     return "option_combo" if "-" in instrument else "spot"
 
 
-_EXPIRY = re.compile(r"-(\d{1,2})([A-Z]{3})(\d{2})(?:-|$)")
+_EXPIRY = re.compile(r"[-_](\d{1,2})([A-Z]{3})(\d{2})(?![^-_])")
 _MONTHS = ("JAN", "FEB", "MAR", "APR", "MAY", "JUN", "JUL", "AUG", "SEP", "OCT", "NOV", "DEC")
 
 
 def guess_expiry(instrument: str) -> int | None:
-    """When an instrument expires, in ns, by its name alone: at 08:00 UTC of the day in it. None without a day."""
-    found = _EXPIRY.search(instrument)
-    if found is None or found[2] not in _MONTHS:
-        return None
-    try:
-        day = datetime(2000 + int(found[3]), _MONTHS.index(found[2]) + 1, int(found[1]), 8, tzinfo=UTC)
-    except ValueError:  # a day that there is not
-        return None
-    return int(day.timestamp()) * 1_000_000_000
+    """When an instrument expires, in ns, by its name alone: at 08:00 UTC of the day in it. None without a day.
+
+    A combo ends with the first of its legs (recorded: BTC-FS-22MAY26_19MAY26 expires on the 19th).
+    """
+    days = []
+    for day, month, year in _EXPIRY.findall(instrument):
+        with suppress(ValueError):  # a month or a day that there is not
+            days.append(datetime(2000 + int(year), _MONTHS.index(month) + 1, int(day), 8, tzinfo=UTC))
+    return int(min(days).timestamp()) * 1_000_000_000 if days else None
 
 
 def has_expired(instrument: str, now: int) -> bool:

@@ -26,7 +26,8 @@ def test_the_name_of_an_instrument_tells_its_expiry() -> None:
     assert guess_expiry("BTC-6NOV26-100000-C") == guess_expiry("ETH-6NOV26") == EXPIRY
     assert guess_expiry("XRP_USDC-6NOV26-0d625-P") == EXPIRY
     assert guess_expiry("BTC-CS-6NOV26-70000_75000") == EXPIRY
-    for name in ("BTC-PERPETUAL", "BTC_USDC", "BTC-31FEB26", "BTC-6XYZ26-1-C", "btc_usd"):
+    assert guess_expiry("BTC-FS-6NOV26_PERP") == guess_expiry("BTC-FS-25DEC26_6NOV26") == EXPIRY
+    for name in ("BTC-PERPETUAL", "BTC_USDC", "BTC-31FEB26", "BTC-6NOV26X", "BTC-6XYZ26-1-C", "btc_usd"):
         assert guess_expiry(name) is None
 
 
@@ -137,7 +138,7 @@ def ask(worker: Worker, op: str, channel: str, **more: str) -> None:
 
 def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_once() -> None:
     """The message may not have left it: better twice than lost. The names of some do not say that they have ended."""
-    ended = ("BTC-6NOV20", "BTC-FS-6NOV20_PERP", "BTC_USDC")
+    ended = ("BTC-6NOV20", "ETH_USDC", "BTC_USDC")
     names = [QUOTE, *(f"quote.{name}" for name in ended)]
     with short_directory() as directory:
         with living(directory, *names, restarts=0) as worker:
