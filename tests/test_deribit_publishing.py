@@ -335,6 +335,24 @@ async def test_unsubscribing_and_subscribing_at_once_leaves_it_subscribed(practi
         check_all(run.hearer)
 
 
+@in_loop
+async def test_a_channel_that_is_taken_up_again_while_it_is_left_ends_and_begins_anew(practice: str) -> None:
+    """The exchange has left it by then: what follows does not continue what was before."""
+    async with collecting(practice, "slow:public/unsubscribe=0.3@1", BOOK, QUOTE) as run:
+        topic = "deribit.book.BTC-PERPETUAL.100ms"
+        await run.hearer.hear_of(topic, 5, type="book")
+        leaving = asyncio.create_task(run.ask("unsubscribe", channels=[BOOK]))
+        await wait_for(lambda: BOOK not in run.worker.client.reconciler.subscriptions.asked, "it to be left")
+        assert await run.ask("subscribe", channels=[BOOK]) == {"channels": {BOOK: True}}
+        assert await leaving == {"channels": {BOOK: True}}
+        await run.hearer.hear_of(topic, 2, type="book", kind="snapshot")
+        said = [body for body in run.hearer.find(topic) if body["type"] in ("book", "status")]
+        place = next(place for place, body in enumerate(said) if body.get("state") == "closed")
+        assert [body["state"] for body in said[place : place + 2]] == ["closed", "recovering"]
+        assert (said[place + 2]["kind"], said[place + 2]["reason"]) == ("snapshot", "subscribe")
+        check_all(run.hearer)
+
+
 @pytest.mark.parametrize("fault", ["no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1"])
 @in_loop
 async def test_a_channel_is_closed_also_if_nobody_answers(practice: str, fault: str) -> None:

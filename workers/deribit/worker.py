@@ -125,7 +125,7 @@ class Worker(Listener):
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
         restored = self.topics.restore()
         for feed in self.feeds.values():
-            for stream in restored:
+            for stream in restored if not feed.channel.instrument else ():  # those of one instrument have theirs
                 feed.adopt(stream)
             if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
                 feed.confirmed_at = self.ledger.epoch
@@ -209,6 +209,10 @@ class Worker(Listener):
 
     async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
+        asked = self.client.reconciler.subscriptions.asked
+        for name in names:
+            if name not in asked:  # the unsubscribe of it may be under way still: what was ends here
+                self._give_up(name, *UNSUBSCRIBED)
         new = [name.encode() for name in names if name.encode() not in self.feeds]
         self._add_channels(names)
         for name in new:
@@ -236,11 +240,14 @@ class Worker(Listener):
             for name in names:
                 if name in self.client.reconciler.subscriptions.asked:
                     continue  # somebody wants it again by now
-                if (feed := self.feeds.pop(name.encode(), None)) is not None:
-                    self._leave_shared(feed)
-                    self._say_last(feed, *condition)
-                    for stream in feed.streams.values():
-                        self.topics.leave(stream, time.time_ns(), is_over=condition is OVER)
+                self._give_up(name, *condition)
+
+    def _give_up(self, name: str, state: str, reason: str) -> None:
+        if (feed := self.feeds.pop(name.encode(), None)) is not None:
+            self._leave_shared(feed)
+            self._say_last(feed, state, reason)
+            for stream in feed.streams.values():
+                self.topics.leave(stream, time.time_ns(), is_over=(state, reason) == OVER)
 
     def _leave_shared(self, feed: Feed) -> None:
         """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""

@@ -217,8 +217,8 @@ class Patrol:
 
     async def _resubscribe(self, feed: Feed) -> None:
         await asyncio.sleep(random() * JITTER)
-        if feed.is_complete:
-            return  # a snapshot has come unasked: to leave now would lose changes
+        if feed.is_complete or self._feeds.get(feed.channel.name.encode()) is not feed:
+            return  # a snapshot has come unasked, or the channel was taken up anew: to leave now would lose changes
         self.resyncs += 1
         with suppress(Lost, NotConnected):
             await self._client.reconciler.leave(feed.channel.name)
