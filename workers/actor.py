@@ -22,7 +22,6 @@ from importlib import import_module
 from typing import Any, Protocol
 
 import setproctitle
-import zmq
 
 from collector.lifecycle import BEAT_INTERVAL, ORPHAN_GRACE, Exit
 from collector.link import open_link
@@ -44,7 +43,7 @@ class Worker(Protocol):
     news: asyncio.Event
 
     async def start(self) -> dict[str, Any]:
-        """Bind the sockets; return the endpoints for `ready`. Raises OSError or zmq.ZMQError if it cannot bind."""
+        """Bind the sockets; return the endpoints for `ready`. Raises OSError if it cannot bind."""
 
     async def run(self) -> Exit:
         """Live until done; return why it ended."""
@@ -121,7 +120,7 @@ class Actor:
         try:
             worker: Worker = import_module(f"workers.{self._kind}.worker").create_worker(spec)
             endpoints = await worker.start()
-        except (OSError, zmq.ZMQError, ValueError) as error:
+        except (OSError, ValueError) as error:
             return self._fail(Exit.BAD_SPEC, f"cannot start: {error}")
         except Exception as error:
             return self._crash(error)

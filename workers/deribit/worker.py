@@ -246,12 +246,8 @@ class Worker(Listener):
         if (feed := self.feeds.pop(name.encode(), None)) is not None:
             self._leave_shared(feed)
             self._say_last(feed, state, reason)
-            self.patrol.forget(feed)
-            is_over = (state, reason) == OVER
             for stream in feed.streams.values():
-                self.topics.leave(stream, time.time_ns(), is_over=is_over)
-            if is_over:
-                self.ledger.free_slot(name)  # a channel of trades had a place of its own
+                self.topics.leave(stream, time.time_ns(), is_over=(state, reason) == OVER)
 
     def _leave_shared(self, feed: Feed) -> None:
         """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
@@ -318,7 +314,7 @@ class Worker(Listener):
         self.publisher.flush()
         if newest:
             self._newest, self.patrol.last_ts = newest, receive_ts
-        if abs(receive_ts - self._sampled) > SAMPLE_EVERY:  # the clock may have been set back
+        if receive_ts - self._sampled > SAMPLE_EVERY:
             self._sample(receive_ts)
 
     def _find_feed(self, frame: bytes) -> Feed | None:
@@ -341,7 +337,7 @@ class Worker(Listener):
             log.warning("malformed frame %d: %.300s: %.120r", self.malformed, reason, frame)
 
     def _sample(self, receive_ts: int) -> None:
-        """Sample latency and lag, look for joins: no more often than needed."""
+        """Sample latency and lag: no more often than needed."""
         self._sampled = receive_ts
         self.latency.add(time.time_ns() - receive_ts)
         if self._newest:
@@ -350,7 +346,6 @@ class Worker(Listener):
             if exchange_ts:
                 self.patrol.take_lag(receive_ts + self.client.session.clock_offset - exchange_ts)
             self._newest = []
-        self.joins.notice()
 
     def change_state(self, state: str, reason: str) -> None:
         """Say it on the connection's status topic; a lost connection is a loss on every topic."""

@@ -1,8 +1,4 @@
-"""Answers late subscribers in the stream: who subscribes to a topic gets its last gap, its status and its full value.
-
-Measured with libzmq 4.3.5: a send swallows the edge-triggered event of the socket's descriptor, so a look at it after
-each burst and by a slow timer is what makes sure that no subscription stays unseen.
-"""
+"""Answers late subscribers in the stream: who subscribes gets a topic's last gap, its status and its full value."""
 
 import asyncio
 import time
@@ -19,11 +15,8 @@ SLICE, SLICE_TOPICS, SLICE_TIME = 0.010, 200, 0.005
 ONCE_IN = 0.250
 """Seconds in which a topic is answered at most once."""
 
-LOOK = 0.1
-"""Seconds between looks for subscriptions while no data flows."""
-
-HOLD, LOOK_OFTEN = 0.5, 0.005
-"""Seconds that the first messages wait for the subscribers of an earlier life, and seconds between looks for them."""
+HOLD = 0.5
+"""Seconds that the first messages wait for the subscribers of an earlier life."""
 
 MAX_PREFIXES = 1000
 """Prefixes that wait to be matched; one more, and all topics are answered."""
@@ -35,23 +28,21 @@ class Joins:
     def __init__(self, publisher: Publisher, topics: Topics) -> None:
         self._publisher = publisher
         self._topics = topics
-        self._began = time.monotonic()
         self._prefixes: dict[bytes, None] = {}
         self._waiting: dict[Stream, None] = {}
         self._timer: asyncio.TimerHandle | None = None
-        self._look: asyncio.TimerHandle | None = None
+        self._hold: asyncio.TimerHandle | None = None
 
     def watch(self) -> None:
-        """Look for subscriptions from now on, also while no data flows."""
-        self.notice()
-        if self._publisher.is_holding and time.monotonic() - self._began > HOLD:
-            self._publisher.release()
-        pause = LOOK_OFTEN if self._publisher.is_holding else LOOK
-        self._look = asyncio.get_running_loop().call_later(pause, self.watch)
+        """See each subscription from now on."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._publisher.fileno(), self.notice)
+        self._hold = loop.call_later(HOLD, self._publisher.release)
 
     def end(self) -> None:
         """Answer no more."""
-        for timer in (self._look, self._timer):
+        asyncio.get_running_loop().remove_reader(self._publisher.fileno())
+        for timer in (self._hold, self._timer):
             if timer is not None:
                 timer.cancel()
 

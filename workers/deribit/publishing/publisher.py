@@ -1,35 +1,23 @@
-"""The PUB side: numbers each topic's messages, encodes them, and hands them to ZeroMQ.
+"""The PUB side: numbers each topic's messages, encodes them, and hands them to the socket.
 
 The socket is an XPUB (on the wire the same as PUB), so that new subscriptions can be seen and answered.
 """
 
-import errno
-import os
-import socket
 from typing import Any
 
 import msgspec
-import zmq
 from msgspec import UNSET
 
 from workers.deribit.publishing.ledger import LAST_ID, Ledger
 from workers.deribit.publishing.payloads import Book, ConnectionHeartbeat, Gap, Payload, Repair, Status, Trade
+from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.streams import Message, Published, Stream
 
-LINGER_MS = 1000
-"""What subscribers have not yet taken is kept this long when the worker stops."""
+LINGER = 1.0
+"""Seconds: what subscribers have not yet taken is kept this long when the worker stops."""
 
 MAX_HELD = 50_000
 """Messages that may wait for the subscribers of an earlier life."""
-
-SEND_BUFFER = 4 << 20
-"""Bytes that the system may take ahead of a subscriber; with its default, ZeroMQ's thread has to come back for each
-200 KB (ipc), and falls behind where it shares a core with this loop. The system's own limit holds as well."""
-
-MANY = 64
-"""Messages sent at once after which ZeroMQ's thread is let onto the core before more are made."""
-
-MORE, LAST = int(zmq.NOBLOCK | zmq.SNDMORE), int(zmq.NOBLOCK)
 
 NO_DATA = frozenset({Gap, Repair, Status, ConnectionHeartbeat})
 """Payloads that a later life has not to go on from."""
@@ -38,40 +26,30 @@ NO_DATA = frozenset({Gap, Repair, Status, ConnectionHeartbeat})
 class Publisher:
     """One bound XPUB socket. `published` counts messages of this epoch.
 
-    While `is_gathering` is set, messages wait for `flush`: sent one by one, each would wake ZeroMQ's thread anew
-    (measured at full speed: 13.9 against 8.2 us of CPU a message). `is_holding` is set while they wait for the
+    While `is_gathering` is set, messages wait for `flush`: all that were read together go out by one call of the
+    system for each subscriber. `is_holding` is set while they wait for the
     subscribers of an earlier life to come back. Each takes its number as it goes out.
     """
 
     def __init__(self, endpoint: str, queue: int, ledger: Ledger) -> None:
         self.endpoint = endpoint
         self.published = 0
-        self.subscriptions = 0
         self._ledger = ledger
         self._expected = ledger.subscriptions
         self._waiting: Published = []
-        self._context = zmq.Context()
-        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.XPUB)
-        self._socket.setsockopt(zmq.SNDHWM, queue)
-        self._socket.setsockopt(zmq.SNDBUF, SEND_BUFFER)
-        self._socket.setsockopt(zmq.LINGER, LINGER_MS)
-        self._socket.setsockopt(zmq.XPUB_VERBOSER, 1)  # also repeated ones, and each unsubscription
-        self._socket.setsockopt(zmq.MAXMSGSIZE, 4096)  # upstream come subscriptions, nothing longer
-        # The backend's own send: the wrapper's checks cost more than the send (measured: 3.5 against 1.9 us a pair).
-        self._send = super(zmq.Socket, self._socket).send
+        self._socket = PubSocket(queue)
         self.is_holding = self._expected > 0
         self.is_gathering = False
         self._encode = msgspec.msgpack.Encoder().encode
 
     def bind(self) -> str:
         """Bind; return the endpoint really bound. Raises OSError if it is taken."""
-        if self.endpoint.startswith("ipc://"):
-            claim_ipc(self.endpoint)
-        self._socket.bind(self.endpoint)
-        bound = self._socket.getsockopt(zmq.LAST_ENDPOINT)
-        assert isinstance(bound, bytes)
-        self.endpoint = bound.rstrip(b"\0").decode()
+        self.endpoint = self._socket.bind(self.endpoint)
         return self.endpoint
+
+    def fileno(self) -> int:
+        """Can be read when there is something to do for `take_subscriptions`."""
+        return self._socket.fileno()
 
     def publish(self, published: Published, receive_ts: int) -> None:
         """Send data, each message after the gap that is due before it."""
@@ -106,23 +84,17 @@ class Publisher:
             return
         self.is_holding = False
         self._waiting = []  # whatever happens, nothing is sent twice
-        encode, send = self._encode, self._send
-        payloads: list[bytes] = []
+        encode = self._encode
+        messages: list[tuple[bytes, bytes]] = []
         for stream, message in waiting:
             if message.__class__ is dict:
                 self._count_map(stream, message)
             else:
                 stream.seq = message.seq = stream.seq + 1  # type: ignore[union-attr]
-            payloads.append(encode(message))
-        # All at once: a send that finds ZeroMQ's thread asleep wakes it, and this thread may lose the core to it
-        # (measured with the encoding between the sends: 8.2 against 7.3 us a message).
-        for (stream, _), payload in zip(waiting, payloads, strict=True):
-            send(stream.topic, MORE, True, False)
-            send(payload, LAST, True, False)
+            messages.append((stream.head, encode(message)))
+        self._socket.send(messages)
         self._note_all(waiting)
-        self.published += len(payloads)
-        if len(payloads) > MANY:
-            os.sched_yield()
+        self.published += len(messages)
 
     def _note_all(self, waiting: list[tuple[Stream, Any]]) -> None:
         """Note in the ledger what is out: a later life goes on from there, and what is not noted it says again."""
@@ -149,19 +121,19 @@ class Publisher:
         message["seq"] = stream.seq
 
     def take_subscriptions(self) -> list[bytes]:
-        """The prefixes that were subscribed to since the last call; anything else that came upstream is ignored."""
-        prefixes = []
-        while self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN:  # type: ignore[arg-type, operator]
-            frame = self._socket.recv(zmq.NOBLOCK)
-            if frame[:1] == b"\x01":
-                prefixes.append(frame[1:])
-            self.subscriptions += {b"\x01": 1, b"\x00": -1}.get(frame[:1], 0)
+        """The prefixes that were subscribed to since the last call; those that are behind get more."""
+        prefixes = [wish.prefix for wish in self._socket.poll() if wish.is_wanted]
         if self.is_holding:
             if self.subscriptions >= self._expected:
                 self.release()
         else:
-            self._ledger.subscriptions = max(0, self.subscriptions)
+            self._ledger.subscriptions = self.subscriptions
         return prefixes
+
+    @property
+    def subscriptions(self) -> int:
+        """How many subscriptions there are now."""
+        return self._socket.subscriptions
 
     def release(self) -> None:
         """Send what was held, and hold no more."""
@@ -169,21 +141,6 @@ class Publisher:
         self.flush()
 
     def close(self) -> None:
-        """Drain for LINGER_MS at most, then close."""
+        """Drain for LINGER at most, then close."""
         self.release()
-        self._socket.close()
-        self._context.term()
-
-
-def claim_ipc(endpoint: str) -> None:
-    """Make sure that nobody listens on an ipc endpoint: ZeroMQ would let a second bind succeed and steal it.
-
-    Raises OSError (EADDRINUSE) if somebody does. A socket file that nobody listens on is left to ZeroMQ to replace.
-    """
-    path = endpoint.removeprefix("ipc://")
-    with socket.socket(socket.AF_UNIX) as probe:
-        try:
-            probe.connect(f"\0{path[1:]}" if path.startswith("@") else path)
-        except OSError:
-            return
-    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE), endpoint)
+        self._socket.close(LINGER)

@@ -7,6 +7,7 @@ from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
 from workers.deribit.publishing.ledger import HAS_ENDED, LAST_TS, NEWEST, TOPICS, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
+from workers.deribit.publishing.zmtp import encode_topic
 
 Message = Payload | dict[str, Any]
 
@@ -39,11 +40,12 @@ class Stream:
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
     before the topic was left, which no later fetch may say again; `has_tail` holds while trades after `last_id` are
-    being fetched; `slot` is its place in the ledger.
+    being fetched; `slot` is its place in the ledger, `head` the frame of its
+    topic.
     """
 
     __slots__ = (
-        "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "instrument", "interval",
+        "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "head", "instrument", "interval",
         "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "topic", "type",
     )  # fmt: skip
 
@@ -51,6 +53,7 @@ class Stream:
         if not (is_topic_part(instrument) and is_topic_part(interval)):
             raise Malformed(f"{instrument[:80]!r} cannot stand in a topic")
         self.topic = str(Topic(EXCHANGE, kind, instrument, interval)).encode()
+        self.head = encode_topic(self.topic)
         self.type = kind
         self.instrument = instrument
         self.interval = interval

@@ -1,0 +1,366 @@
+"""The PUB socket: what ZeroMQ's own subscribers see of it, and what becomes of those that are slow, wrong or gone."""
+
+import logging
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zmq
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.pipeline import short_directory
+from tests.support import wait_until
+from workers.deribit.publishing.pub import PubSocket
+from workers.deribit.publishing.zmtp import (
+    GREETING,
+    MAX_FRAME,
+    READY,
+    SIGNATURE,
+    Conversation,
+    Refused,
+    Wish,
+    encode_command,
+    encode_property,
+    encode_size,
+    encode_topic,
+)
+
+# -- what is said, without sockets ------------------------------------------------------------------------------------
+
+SUB_READY = encode_command(b"READY", encode_property(b"Socket-Type", b"SUB") + encode_property(b"Identity", b""))
+
+
+def frame(body: bytes) -> bytes:
+    return encode_size(len(body)) + body
+
+
+@st.composite
+def conversations(draw: st.DrawFn) -> tuple[bytes, list[Wish]]:
+    """What a subscriber says after its READY, and what it wishes by that."""
+    said, wishes = b"", []
+    for kind in draw(st.lists(st.sampled_from(["message", "command", "ping", "noise", "unknown"]), max_size=8)):
+        prefix, is_wanted = draw(st.binary(max_size=300)), draw(st.booleans())
+        if kind == "message":
+            said += frame(bytes([is_wanted]) + prefix)
+        elif kind == "command":
+            said += encode_command(b"SUBSCRIBE" if is_wanted else b"CANCEL", prefix)
+        elif kind == "ping":
+            said += encode_command(b"PING", b"\0\1" + prefix[:16])
+        else:
+            said += frame(b"\2" + prefix) if kind == "noise" else encode_command(b"HELLO", prefix)
+        if kind in ("message", "command"):
+            wishes.append(Wish(prefix, is_wanted))
+    return said, wishes
+
+
+@given(conversations(), st.lists(st.integers(1, 80)))
+def test_a_conversation_is_understood_however_it_is_cut(said: tuple[bytes, list[Wish]], sizes: list[int]) -> None:
+    text, expected = GREETING + SUB_READY + said[0], said[1]
+    whole, (wishes, answer) = Conversation(), Conversation().hear(text)
+    assert wishes == expected
+    assert answer.startswith(READY)
+    pieces, at = [], 0
+    for size in sizes:
+        pieces.append(text[at : at + size])
+        at += size
+    heard = [whole.hear(piece) for piece in [*pieces, text[at:]]]
+    assert [wish for wishes, _ in heard for wish in wishes] == expected
+    assert b"".join(part for _, part in heard) == answer
+    assert whole.is_ready
+
+
+def test_a_heartbeat_is_answered_with_what_it_brings() -> None:
+    conversation = Conversation()
+    conversation.hear(GREETING + SUB_READY)
+    assert conversation.hear(encode_command(b"PING", b"\0\1context")) == ([], encode_command(b"PONG", b"context"))
+
+
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        (b"GET / HTTP/1.1\r\n\r\n", "no ZMTP"),
+        (b"\x01\x00", "no ZMTP"),
+        (SIGNATURE + b"\x01\x01", "older ZMTP"),
+        (SIGNATURE + b"\x03\x00" + b"CURVE".ljust(20, b"\0") + bytes(32), "CURVE"),
+        (GREETING + frame(b"\1"), "before READY"),
+        (GREETING + encode_command(b"READY", encode_property(b"Socket-Type", b"PULL")), "PULL"),
+        (GREETING + encode_command(b"READY", b""), "no type"),
+        (GREETING + encode_command(b"READY", b"\x0bSocket-Type\xff\xff\xff\xffSUB"), "breaks off"),
+        (GREETING + encode_command(b"ERROR", b"\4nope"), "nope"),
+        (GREETING + SUB_READY + encode_size(MAX_FRAME + 1), "4097 bytes"),
+        (GREETING + SUB_READY + struct.pack(">BQ", 2, 1 << 63), "are taken"),
+    ],
+)
+def test_who_is_no_subscriber_is_refused(said: bytes, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        Conversation().hear(said)
+
+
+@given(st.binary(max_size=400))
+def test_nothing_but_refused_is_raised(noise: bytes) -> None:
+    for said in (noise, GREETING + noise, GREETING + SUB_READY + noise, GREETING + encode_command(b"READY", noise)):
+        try:
+            Conversation().hear(said)
+        except Refused:
+            continue
+
+
+# -- with ZeroMQ at the other end -------------------------------------------------------------------------------------
+
+ENDPOINTS = ["tcp://127.0.0.1:*", "ipc"]
+
+
+@contextmanager
+def publishing(kind: str = "ipc", queue: int = 0) -> Iterator[tuple[PubSocket, str]]:
+    with short_directory() as directory:
+        pub = PubSocket(queue)
+        endpoint = pub.bind(f"ipc://{directory}/pub" if kind == "ipc" else kind)
+        try:
+            yield pub, endpoint
+        finally:
+            pub.close(0.0)
+
+
+@contextmanager
+def reading(pub: PubSocket, endpoint: str, *prefixes: bytes, kind: int = zmq.SUB, **options: int) -> Iterator[Any]:
+    """A subscriber of libzmq whose subscriptions have come."""
+    with zmq.Context() as context, context.socket(kind) as reader:
+        reader.setsockopt(zmq.RCVTIMEO, 10_000)
+        reader.setsockopt(zmq.LINGER, 0)
+        for option, value in options.items():
+            reader.setsockopt(getattr(zmq, option), value)
+        reader.connect(endpoint)
+        before = pub.subscriptions
+        for prefix in prefixes:
+            if kind == zmq.SUB:
+                reader.setsockopt(zmq.SUBSCRIBE, prefix)
+            else:
+                reader.send(b"\1" + prefix)
+        serve(pub, lambda: pub.subscriptions >= before + len(prefixes), "its subscriptions")
+        yield reader
+
+
+def serve(pub: PubSocket, fact: Callable[[], Any], what: str) -> Any:
+    def look() -> Any:
+        pub.poll()
+        return fact()
+
+    return wait_until(look, what)
+
+
+def send(pub: PubSocket, *messages: tuple[bytes, bytes]) -> None:
+    pub.send([(encode_topic(topic), payload) for topic, payload in messages])
+
+
+@pytest.mark.parametrize("kind", ENDPOINTS)
+@pytest.mark.parametrize("reader_kind", [zmq.SUB, zmq.XSUB])
+def test_each_gets_what_it_has_subscribed_to(kind: str, reader_kind: int) -> None:
+    sizes = (0, 1, 255, 256, 65_536, 3_000_000)
+    with (
+        publishing(kind) as (pub, endpoint),
+        reading(pub, endpoint, b"", kind=reader_kind) as all_of_it,
+        reading(pub, endpoint, b"a.", b"long", kind=reader_kind) as some,
+    ):
+        messages = [(b"a.%d" % size, bytes(size)) for size in sizes] + [
+            (b"b", b"1"),
+            (b"long" * 80, b"2"),
+            (b"a", b"3"),
+        ]
+        send(pub, *messages)
+        send(pub, (b"a.end", b""))
+
+        def hear(reader: Any) -> list[tuple[bytes, ...]]:
+            """Both sides by turns: the system does not take all at once."""
+            heard: list[tuple[bytes, ...]] = []
+            while not heard or heard[-1][0] != b"a.end":
+                pub.poll()
+                if reader.poll(5):
+                    heard.append(tuple(reader.recv_multipart()))
+            return heard[:-1]
+
+        assert hear(all_of_it) == messages
+        assert hear(some) == [message for message in messages if message[0][:2] == b"a." or message[0][:4] == b"long"]
+
+
+def test_a_prefix_that_is_given_up_is_no_longer_sent() -> None:
+    """XSUB tells of each subscription but, of as many unsubscriptions, of the last alone."""
+    with publishing() as (pub, endpoint), reading(pub, endpoint, b"a", b"b", kind=zmq.XSUB) as reader:
+        reader.send(b"\1a")
+        assert wait_until(lambda: pub.poll(0.1), "the repeated wish") == [Wish(b"a", True)]
+        send(pub, (b"a", b"1"))
+        for unwanted in (b"never", b"a", b"a"):
+            reader.send(b"\0" + unwanted)
+        serve(pub, lambda: pub.subscriptions == 1, "it to be given up")
+        send(pub, (b"a", b"2"), (b"b", b"3"))
+        assert [reader.recv_multipart() for _ in range(2)] == [[b"a", b"1"], [b"b", b"3"]]
+
+
+def test_who_leaves_takes_its_subscriptions_along() -> None:
+    with publishing() as (pub, endpoint), reading(pub, endpoint, b"a") as stays:
+        with reading(pub, endpoint, b"a", b"b"):
+            assert pub.subscriptions == 3
+        serve(pub, lambda: pub.subscriptions == 1, "the end of one")
+        send(pub, (b"a", b"1"))
+        assert stays.recv_multipart() == [b"a", b"1"]
+
+
+def test_heartbeats_of_a_subscriber_are_answered() -> None:
+    """It would end the connection, and come back: more subscriptions than one would be seen."""
+    with publishing() as (pub, endpoint):
+        options = {"HEARTBEAT_IVL": 50, "HEARTBEAT_TIMEOUT": 200, "HEARTBEAT_TTL": 1000}
+        with reading(pub, endpoint, b"", **options) as reader:
+            end, ended = time.monotonic() + 0.6, False
+            while time.monotonic() < end:  # three times as long as it waits for an answer
+                pub.poll(0.02)
+                ended = ended or pub.subscriptions != 1
+            assert not ended
+            send(pub, (b"a", b"1"))
+            assert reader.recv_multipart() == [b"a", b"1"]
+        serve(pub, lambda: not pub.subscriptions, "it to leave")
+        with reading(pub, endpoint, b"", **options) as reader:  # that it does leave whom it hears nothing of
+            time.sleep(0.5)  # nothing is answered meanwhile
+
+            def hear() -> list[Wish]:
+                reader.poll(1)  # libzmq says again what it wants once it is asked for messages
+                return pub.poll(0.1)
+
+            assert wait_until(hear, "it to come back") == [Wish(b"", True)]
+
+
+@pytest.mark.parametrize("kind", ENDPOINTS)
+def test_a_subscriber_that_is_behind_misses_nothing_within_its_queue(kind: str) -> None:
+    count, size = 3000, 20_000  # more than the system takes, and libzmq at the other end
+    with publishing(kind, queue=count) as (pub, endpoint), reading(pub, endpoint, b"", RCVHWM=10) as reader:
+        for number in range(count):
+            send(pub, (b"%d" % number, b"%d" % number * (size // len(b"%d" % number))))
+        assert pub._peers[0].waiting > 0
+        numbers: list[int] = []
+        while len(numbers) < count:
+            pub.poll()
+            if reader.poll(5):
+                topic, payload = reader.recv_multipart()
+                assert payload.startswith(topic * 10)
+                numbers.append(int(topic))
+        assert numbers == list(range(count))
+        assert pub._peers[0].waiting == 0
+
+
+def test_a_subscriber_that_is_too_slow_misses_what_is_beyond_its_queue_and_no_other_does(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    queue, size = 100, 20_000
+    with (
+        publishing(queue=queue) as (pub, endpoint),
+        reading(pub, endpoint, b"", RCVHWM=10) as slow,
+        reading(pub, endpoint, b"", RCVHWM=0) as quick,
+        caplog.at_level(logging.WARNING),
+    ):
+        sent = heard = 0
+        while sent < 500 or "too slow" not in caplog.text:
+            send(pub, (b"%d" % sent, bytes(size)))
+            sent += 1
+            assert sent < 100_000
+            assert quick.recv_multipart()[0] == b"%d" % heard
+            heard += 1
+        for _ in range(50):
+            send(pub, (b"lost", bytes(size)))
+            assert quick.recv_multipart()[0] == b"lost"
+        assert pub._peers[0].waiting <= queue + 1
+
+        numbers: list[bytes] = []
+
+        def drain() -> bool:
+            while slow.poll(5):
+                numbers.append(slow.recv_multipart()[0])
+            return "up to date again; it missed" in caplog.text
+
+        serve(pub, drain, "all that waits to be taken")
+        send(pub, (b"end", b""))
+        while not numbers or numbers[-1] != b"end":
+            numbers.append(slow.recv_multipart()[0])
+        assert b"lost" not in numbers
+        assert numbers[:-1] == [b"%d" % number for number in range(len(numbers) - 1)]  # one run, and then nothing
+
+
+def test_what_waits_is_sent_before_it_closes_and_no_longer_than_it_may() -> None:
+    count, size = 1000, 20_000
+    with publishing() as (pub, endpoint), reading(pub, endpoint, b"", RCVHWM=10) as slow:
+        send(pub, *[(b"%d" % number, bytes(size)) for number in range(count)])
+        began = time.monotonic()
+        pub.close(0.3)
+        assert 0.3 <= time.monotonic() - began < 5.0
+        assert int(slow.recv_multipart()[0]) == 0
+    with publishing() as (pub, endpoint), reading(pub, endpoint, b"", RCVHWM=0) as quick:
+        send(pub, *[(b"%d" % number, bytes(size)) for number in range(count)])
+        pub.close(20.0)
+        assert [int(quick.recv_multipart()[0]) for _ in range(count)] == list(range(count))
+
+
+# -- peers that are none ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", GREETING + encode_size(1 << 40), os.urandom(500)])
+@pytest.mark.parametrize("kind", ENDPOINTS)
+def test_a_peer_that_speaks_something_else_is_let_go_and_the_others_stay(kind: str, said: bytes) -> None:
+    with publishing(kind) as (pub, endpoint), reading(pub, endpoint, b"") as reader:
+        with socket.socket(socket.AF_UNIX if kind == "ipc" else socket.AF_INET) as stranger:
+            stranger.settimeout(10)
+            place = endpoint.split("://")[1]
+            stranger.connect(place if kind == "ipc" else ("127.0.0.1", int(place.rpartition(":")[2])))
+            serve(pub, lambda: len(pub._peers) == 2, "the stranger")
+            stranger.sendall(said)
+            serve(pub, lambda: len(pub._peers) == 1, "the stranger to be let go")
+        send(pub, (b"a", b"1"))
+        assert reader.recv_multipart() == [b"a", b"1"]
+
+
+def test_a_socket_of_another_type_is_told_by_its_end(caplog: pytest.LogCaptureFixture) -> None:
+    with publishing() as (pub, endpoint), zmq.Context() as context, context.socket(zmq.PULL) as wrong:
+        wrong.connect(endpoint)
+        serve(pub, lambda: "PULL" in caplog.text or "Error" in caplog.text or not pub._peers, "it to be let go")
+
+
+def test_who_never_says_what_it_is_does_not_stay_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.deribit.publishing.pub.GREET_WITHIN", 0.1)
+    with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(endpoint[6:])
+        serve(pub, lambda: pub._peers, "the silent one")
+        first = pub._peers[0]
+        time.sleep(0.15)
+        with reading(pub, endpoint, b""):
+            assert first not in pub._peers
+
+
+# -- where it listens -------------------------------------------------------------------------------------------------
+
+
+def test_an_endpoint_that_is_taken_is_refused_and_left_alone() -> None:
+    for kind in ENDPOINTS:
+        with publishing(kind) as (pub, endpoint):
+            with pytest.raises(OSError, match="in use"):
+                PubSocket(0).bind(endpoint)
+            with reading(pub, endpoint, b"") as reader:
+                send(pub, (b"a", b"1"))
+                assert reader.recv_multipart() == [b"a", b"1"]
+
+
+def test_the_socket_file_of_a_dead_one_is_replaced_and_no_other_file(tmp_path: Path) -> None:
+    with short_directory() as directory:
+        path = Path(directory) / "pub"
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(f"{path}")
+        pub = PubSocket(0)
+        assert pub.bind(f"ipc://{path}") == f"ipc://{path}"
+        pub.close(0.0)
+        assert not path.exists()
+        path.write_text("precious")
+        with pytest.raises(OSError, match="in use"):
+            PubSocket(0).bind(f"ipc://{path}")
+        assert path.read_text() == "precious"
