@@ -214,7 +214,7 @@ def test_an_endpoint_that_is_bound_already_ends_it_at_once() -> None:
         endpoint = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
         with collected({"a": {**QUICK, "publish": endpoint}}) as run:
             assert run.program.wait_exit() == 1
-            run.program.wait_line(rf"a: cannot start: .*in use.*{endpoint}", stream="err")
+            run.program.wait_line(rf"a: cannot start: .*in use.*{endpoint}.*; write another endpoint", stream="err")
             assert "cannot run as configured: not started again" in run.program.text()
         with short_directory() as directory:
             config = write_config(directory, {"a": DEAD}, exchange={"port": taken.getsockname()[1]})

@@ -6,6 +6,7 @@ worker does for a living goes on beside it in the same event loop, so that a stu
 """
 
 import asyncio
+import errno
 import gc
 import logging
 import os
@@ -121,7 +122,8 @@ class Actor:
             worker: Worker = import_module(f"workers.{self._kind}.worker").create_worker(spec)
             endpoints = await worker.start()
         except (OSError, ValueError) as error:
-            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}")
+            hint = "; write another endpoint, or stop what listens there" if is_in_use(error) else ""
+            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
         except Exception as error:
             return self._crash(error)
         self._link.send({"kind": "ready", "endpoints": endpoints})
@@ -238,6 +240,11 @@ class Actor:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"
             ) from None
+
+
+def is_in_use(error: Exception) -> bool:
+    """Whether an endpoint is taken."""
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 class Usage:

@@ -16,9 +16,10 @@ from collector import __version__
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.log import start_log
+from collector.sockets import remove_socket
 from collector.supervisor.commands import Commands, hide_secrets
 from collector.supervisor.control import ControlServer
-from collector.supervisor.runtime import Unavailable, lock_runtime_dir, remove_socket
+from collector.supervisor.runtime import Unavailable, lock_runtime_dir
 from collector.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:

@@ -52,15 +52,3 @@ def _open_private(path: Path) -> int:
         os.close(directory)
         raise Unavailable(f"runtime_dir {path} {fault}")
     return directory
-
-
-def remove_socket(endpoint: str) -> None:
-    """Remove what a killed process left of an ipc endpoint. Only for one who holds the lock."""
-    scheme, _, path = endpoint.partition("://")
-    if scheme != "ipc":
-        return
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except OSError:
-        return  # it is gone, or not ours to remove

@@ -11,10 +11,10 @@ from urllib.parse import urlsplit, urlunsplit
 
 from collector.config import Config, Connection, check_together
 from collector.lifecycle import Exit
+from collector.sockets import remove_socket
 from collector.supervisor.follower import Follower
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
-from collector.supervisor.runtime import remove_socket
 
 EXCHANGE_NAME = "exchange"
 

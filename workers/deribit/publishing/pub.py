@@ -10,11 +10,11 @@ import logging
 import os
 import selectors
 import socket
-import stat
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
 
+from collector.sockets import remove_socket
 from workers.deribit.publishing.zmtp import GREETING, Conversation, Refused, Wish, encode_size
 
 SEND_BUFFER = 4 << 20
@@ -98,7 +98,7 @@ class PubSocket:
         self._routes: dict[bytes, list[Peer]] = {}
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
-        self._path = ""
+        self._endpoint = ""
 
     def bind(self, endpoint: str) -> str:
         """Listen; return the endpoint really bound. Raises OSError if it is taken."""
@@ -108,11 +108,10 @@ class PubSocket:
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), endpoint) from None
         self._selector.register(self._listener, selectors.EVENT_READ)
-        if scheme == "ipc":
-            self._path = place
-            return endpoint
-        host, port = self._listener.getsockname()
-        return f"tcp://{host}:{port}"
+        if scheme == "tcp":
+            endpoint = "tcp://{}:{}".format(*self._listener.getsockname())
+        self._endpoint = endpoint
+        return endpoint
 
     @property
     def subscriptions(self) -> int:
@@ -270,8 +269,7 @@ class PubSocket:
                 self._selector.unregister(self._listener)
             self._listener.close()
             self._listener = None
-            if self._path:
-                remove_socket(self._path)
+            remove_socket(self._endpoint)
         end = time.monotonic() + linger
         while any(peer.unsent for peer in self._peers) and (left := end - time.monotonic()) > 0:
             self.poll(left)
@@ -294,19 +292,10 @@ def listen_ipc(path: str) -> socket.socket:
         try:
             probe.connect(path)
         except OSError:
-            remove_socket(path)
+            remove_socket(f"ipc://{path}")
         else:
             raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
     return _listen(socket.socket(socket.AF_UNIX), path)
-
-
-def remove_socket(path: str) -> None:
-    """Remove the file of a socket, and nothing else."""
-    try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            os.unlink(path)
-    except OSError:
-        pass
 
 
 def _listen(listener: socket.socket, address: str | tuple[str, int]) -> socket.socket:
