@@ -13,6 +13,7 @@ import socket
 import time
 from collections import Counter, deque
 from collections.abc import Iterable
+from contextlib import suppress
 
 from collector.sockets import remove_socket
 from workers.deribit.publishing.zmtp import GREETING, Conversation, Refused, Wish, encode_size
@@ -152,9 +153,10 @@ class PubSocket:
                 self._selector.unregister(self._listener)
             return
         end.setblocking(False)
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-        if end.family == socket.AF_INET:
-            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with suppress(OSError):  # it may be gone already
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+            if end.family == socket.AF_INET:
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = Peer(end, now)
         self._peers.append(peer)
         self._selector.register(end, selectors.EVENT_READ, peer)
@@ -222,7 +224,7 @@ class PubSocket:
         return peers
 
     def _write(self, peer: Peer, data: bytes, count: int) -> None:
-        """Send whole messages, `count` of them; what the system does not take waits."""
+        """Send whole messages, `count` of them (0: an answer); what the system does not take waits."""
         sent = 0
         if not peer.unsent:
             try:
@@ -238,6 +240,8 @@ class PubSocket:
                 log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", peer.waiting)
             peer.dropped += count
             return
+        elif not count and len(peer.unsent) > STEP:
+            return  # who reads nothing needs no answers, and must not pile them up
         if not peer.unsent:
             self._selector.modify(peer.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
         peer.unsent += memoryview(data)[sent:]
