@@ -278,6 +278,9 @@ def test_channels_added_and_taken_at_run_time_outlive_the_worker() -> None:
         answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL", "quote.NOBODY"])
         assert answer["channels"]["quote.ETH-PERPETUAL"] is True
         assert answer["channels"]["quote.NOBODY"]["code"] == "exchange_error"
+        misspelt = run.ask("subscribe", connection="a", channels=["trads.ETH-PERPETUAL.raw"])["channels"]
+        assert "did you mean trades?" in misspelt["trads.ETH-PERPETUAL.raw"]["message"]
+        assert "trads.ETH-PERPETUAL.raw" not in run.get_state("a")["channels"]["asked"]
         assert run.ask("unsubscribe", connection="a", channels=["quote.BTC-PERPETUAL"]) == {
             "channels": {"quote.BTC-PERPETUAL": True}
         }

@@ -285,15 +285,20 @@ def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Cre
 
 def _check_channel(name: str, login: bool, where: str) -> None:
     where = f"{where}: channels"
-    family = name.partition(".")[0]
-    if family not in FAMILIES and (meant := suggest(family, FAMILIES, 0.7)):
-        raise ConfigError(f"{where}: {show(name)}: no channels are called {show(family)}; did you mean {meant}?")
     try:
+        check_family(name)
         channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
     if channel.needs_login and not login:
         raise ConfigError(f"{where}: {_explain_login(channel, name)}")
+
+
+def check_family(name: str) -> None:
+    """Raise ValueError for a channel whose first word is nearly one of Deribit's."""
+    family = name.partition(".")[0]
+    if family not in FAMILIES and (meant := suggest(family, FAMILIES, 0.7)):
+        raise ValueError(f"{show(name)}: no channels are called {show(family)}; did you mean {meant}?")
 
 
 def _explain_login(channel: Channel, written: str) -> str:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 from collector.channels import LISTINGS, Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
 from collector.config.patterns import is_pattern
+from collector.config.reader import check_family
 from collector.lifecycle import Exit
 from collector.limits import MAX_FRAME
 from collector.messages import ControlError, Request
@@ -239,6 +240,7 @@ def _find_hindrance(entry: Entry, name: str) -> str:
 def _read_channel(name: str) -> Channel:
     if is_pattern(name):
         raise ValueError(NO_PATTERNS)
+    check_family(name)
     return parse_channel(name)
 
 
