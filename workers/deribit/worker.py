@@ -351,36 +351,42 @@ class Worker(Listener):
         """Say it on the connection's status topic; a lost connection is a loss on every topic."""
         said = f"{state}: {reason}" if reason else state
         log.log(logging.WARNING if state in ("backoff", "failed") else logging.INFO, "%s", said)
-        if state in ("backoff", "failed"):
-            for feed in self.feeds.values():
-                feed.lose("disconnect", self.client.read_clock())
-                if feed.condition[0] != "expired":
-                    self.statuses.tell(feed, "recovering", "disconnect")
-            self.patrol.lose()
-        elif state == "live":
-            self.patrol.begin()
-        elif state == "closed":
-            for feed in self.feeds.values():
-                if feed.condition[0] != "expired":
-                    self._say_last(feed, *STOPPED)
-        self.statuses.tell_connection(state, reason)
+        with self.publisher.gather():
+            if state in ("backoff", "failed"):
+                self._lose_all()
+            elif state == "live":
+                self.patrol.begin()
+            elif state == "closed":
+                for feed in self.feeds.values():
+                    if feed.condition[0] != "expired":
+                        self._say_last(feed, *STOPPED)
+            self.statuses.tell_connection(state, reason)
         self.news.set()
+
+    def _lose_all(self) -> None:
+        for feed in self.feeds.values():
+            feed.lose("disconnect", self.client.read_clock())
+            if feed.condition[0] != "expired":
+                self.statuses.tell(feed, "recovering", "disconnect")
+        self.patrol.lose()
 
     def confirm_channels(self, names: list[str]) -> None:
         """A channel with no state of its own to build up is live once the exchange sends it."""
-        for name in names:
-            feed = self.feeds.get(name.encode())
-            if feed is None:
-                continue
-            feed.rhythm.restart(time.time_ns())
-            if feed.is_complete:
-                self.statuses.tell(feed, "live", "")
-            if isinstance(feed, ListingFeed):
-                self._events.append({"event": "listening"})
-            if isinstance(feed, TradeFeed):
-                feed.confirmed_at = feed.confirmed_at or time.time_ns()
-                self.ledger.find_slot(feed.channel.name)  # a later life is told that this one had it
-                self.healer.heal(feed)
+        with self.publisher.gather():
+            for name in names:
+                if (feed := self.feeds.get(name.encode())) is not None:
+                    self._confirm(feed)
+
+    def _confirm(self, feed: Feed) -> None:
+        feed.rhythm.restart(time.time_ns())
+        if feed.is_complete:
+            self.statuses.tell(feed, "live", "")
+        if isinstance(feed, ListingFeed):
+            self._events.append({"event": "listening"})
+        if isinstance(feed, TradeFeed):
+            feed.confirmed_at = feed.confirmed_at or time.time_ns()
+            self.ledger.find_slot(feed.channel.name)  # a later life is told that this one had it
+            self.healer.heal(feed)
 
     def refuse_channels(self, names: list[str], reason: str) -> None:
         """Say on the topic of each that it will not come."""

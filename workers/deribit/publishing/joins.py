@@ -61,14 +61,15 @@ class Joins:
             prefix = next(iter(self._prefixes))
             del self._prefixes[prefix]
             self._waiting.update(dict.fromkeys(self._topics.match(prefix)))
-        for stream in list(self._waiting)[:SLICE_TOPICS]:
-            now = time.monotonic()
-            if now > end:
-                break
-            if now - stream.answered >= ONCE_IN:
-                del self._waiting[stream]
-                stream.answered = now
-                self._repeat(stream)
+        with self._publisher.gather():
+            for stream in list(self._waiting)[:SLICE_TOPICS]:
+                now = time.monotonic()
+                if now > end:
+                    break
+                if now - stream.answered >= ONCE_IN:
+                    del self._waiting[stream]
+                    stream.answered = now
+                    self._repeat(stream)
         if self._prefixes or self._waiting:
             self._timer = asyncio.get_running_loop().call_later(SLICE, self._answer)
 

@@ -3,6 +3,8 @@
 The socket is an XPUB (on the wire the same as PUB), so that new subscriptions can be seen and answered.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -27,8 +29,8 @@ class Publisher:
     """One bound XPUB socket. `published` counts messages of this epoch.
 
     While `is_gathering` is set, messages wait for `flush`: all that were read together go out by one call of the
-    system for each subscriber. `is_holding` is set while they wait for the
-    subscribers of an earlier life to come back. Each takes its number as it goes out.
+    system for each subscriber. `is_holding` is set while they wait for the subscribers of an earlier life to come back.
+    Each takes its number as it goes out.
     """
 
     def __init__(self, endpoint: str, queue: int, ledger: Ledger) -> None:
@@ -75,6 +77,16 @@ class Publisher:
         """Send a join answer: it carries the last seq used and does not count."""
         body = msgspec.to_builtins(message) if isinstance(message, Payload) else dict(message)
         self.say(stream, body | {"join": True})
+
+    @contextmanager
+    def gather(self) -> Iterator[None]:
+        """What is said meanwhile goes out together at the end."""
+        is_first, self.is_gathering = not self.is_gathering, True
+        try:
+            yield
+        finally:
+            if is_first:
+                self.flush()
 
     def flush(self) -> None:
         """Send what has been gathered: the end of each message's path, and much of its cost."""

@@ -76,7 +76,8 @@ class Patrol:
             published = self._publisher.published
             self.rate, self._counted = float(published - self._counted), published
             self._beat()
-            self._statuses.repeat(self._feeds.values(), second % REPEAT)
+            with self._publisher.gather():
+                self._statuses.repeat(self._feeds.values(), second % REPEAT)
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
