@@ -329,7 +329,6 @@ def test_workers_come_from_a_forkserver_that_has_all_loaded_and_never_import_the
             for module in (
                 "aiohttp",
                 "uvloop",
-                "zmq",
                 "msgspec",
             ):  # their shared objects are mapped where it was forked
                 assert any(module in Path(each.path).parts for each in forkserver.memory_maps()), module
