@@ -157,6 +157,24 @@ def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_onc
             assert [subscriber.wait_for(f"deribit.quote.{name}.")["state"] for name in ended] == ["expired"] * 3
 
 
+def test_the_place_of_a_channel_whose_instrument_has_ended_serves_another(tmp_path: Path) -> None:
+    channel = "trades.BTC-6NOV20.raw"
+    with living(tmp_path, channel) as worker:
+        worker.confirm_channels([channel])
+        place = worker.ledger.find_slot(channel)
+        ask(worker, "unsubscribe", channel, reason="expired")
+        assert worker.ledger.find_slot("another") == place
+
+
+def test_samples_go_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
+    with living(tmp_path, QUOTE) as worker:
+        later, now = 1_790_003_600_000_000_000, 1_790_000_000_000_000_000
+        for receive_ts in (later, now):
+            quote = {"instrument_name": "BTC-PERPETUAL", "timestamp": receive_ts // 1_000_000}
+            worker.take_frames([make_frame(QUOTE, quote)], receive_ts)
+            assert worker._sampled == receive_ts
+
+
 def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: Path) -> None:
     quote = make_frame(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
     with living(tmp_path, QUOTE, restarts=0) as worker:

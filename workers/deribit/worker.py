@@ -246,8 +246,12 @@ class Worker(Listener):
         if (feed := self.feeds.pop(name.encode(), None)) is not None:
             self._leave_shared(feed)
             self._say_last(feed, state, reason)
+            self.patrol.forget(feed)
+            is_over = (state, reason) == OVER
             for stream in feed.streams.values():
-                self.topics.leave(stream, time.time_ns(), is_over=(state, reason) == OVER)
+                self.topics.leave(stream, time.time_ns(), is_over=is_over)
+            if is_over:
+                self.ledger.free_slot(name)  # a channel of trades had a place of its own
 
     def _leave_shared(self, feed: Feed) -> None:
         """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
@@ -314,7 +318,7 @@ class Worker(Listener):
         self.publisher.flush()
         if newest:
             self._newest, self.patrol.last_ts = newest, receive_ts
-        if receive_ts - self._sampled > SAMPLE_EVERY:
+        if abs(receive_ts - self._sampled) > SAMPLE_EVERY:  # the clock may have been set back
             self._sample(receive_ts)
 
     def _find_feed(self, frame: bytes) -> Feed | None:

@@ -12,7 +12,7 @@ from collector import __version__
 
 
 class Login(NamedTuple):
-    """What a login needs. `signed`: by client_signature, so that the secret never leaves this process."""
+    """What a login needs. `signed`: by client_signature, which leaves the secret here; else with the secret itself."""
 
     client_id: str
     client_secret: str

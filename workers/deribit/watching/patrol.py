@@ -164,6 +164,10 @@ class Patrol:
         if mute and not self._is_asking:
             self._client.spawn(self._doubt(mute))  # aside: the answer may be long in coming, and beats may not wait
 
+    def forget(self, feed: Feed) -> None:
+        """Nobody asks for this channel any more."""
+        self._doubted.pop(feed, None)
+
     async def _doubt(self, mute: list[Feed]) -> None:
         self._is_asking = True
         try:
