@@ -118,9 +118,9 @@ ENDPOINTS = ["tcp://127.0.0.1:*", "ipc"]
 
 
 @contextmanager
-def publishing(kind: str = "ipc", queue: int = 0) -> Iterator[tuple[PubSocket, str]]:
+def publishing(kind: str = "ipc", queue: int = 0, patience: float = 30.0) -> Iterator[tuple[PubSocket, str]]:
     with short_directory() as directory:
-        pub = PubSocket(queue)
+        pub = PubSocket(queue, patience)
         endpoint = pub.bind(f"ipc://{directory}/pub" if kind == "ipc" else kind)
         try:
             yield pub, endpoint
@@ -225,7 +225,9 @@ def test_heartbeats_of_a_subscriber_are_answered() -> None:
             assert reader.recv_multipart() == [b"a", b"1"]
         serve(pub, lambda: not pub.subscriptions, "it to leave")
         with reading(pub, endpoint, b"", **options) as reader:  # that it does leave whom it hears nothing of
-            time.sleep(0.5)  # nothing is answered meanwhile
+            ended = reader.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+            assert ended.poll(10_000), "nothing is answered meanwhile"
+            reader.disable_monitor()
 
             def hear() -> list[Wish]:
                 reader.poll(1)  # libzmq says again what it wants once it is asked for messages
@@ -344,15 +346,14 @@ def test_a_socket_of_another_type_is_let_go_and_the_log_says_why(caplog: pytest.
         serve(pub, lambda: "it is a PULL" in caplog.text and not pub._peers, "it to be let go")
 
 
-def test_who_never_says_what_it_is_does_not_stay_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workers.deribit.publishing.pub.GREET_WITHIN", 0.1)
-    with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as silent:
+def test_who_never_says_what_it_is_goes_when_another_comes() -> None:
+    with publishing(patience=0.0) as (pub, endpoint), socket.socket(socket.AF_UNIX) as silent:
         silent.connect(endpoint[6:])
-        serve(pub, lambda: pub._peers, "the silent one")
-        first = pub._peers[0]
-        time.sleep(0.15)
-        with reading(pub, endpoint, b""):
-            assert first not in pub._peers
+        first = serve(pub, lambda: pub._peers, "the silent one")[0]
+        with socket.socket(socket.AF_UNIX) as other:
+            other.connect(endpoint[6:])
+            serve(pub, lambda: first not in pub._peers, "it to be let go")
+            assert len(pub._peers) == 1
 
 
 # -- where it listens -------------------------------------------------------------------------------------------------

@@ -277,29 +277,20 @@ async def test_a_snapshot_that_comes_unasked_while_a_book_is_being_left_is_follo
         assert (await run.get_state())["resyncs"] == 1
 
 
-@pytest.mark.usefixtures("slow_resyncs")
 @in_loop
 async def test_a_broken_book_that_is_given_up_and_taken_up_again_is_not_resynced(practice: str) -> None:
     """What was about to be left for a new snapshot has been left: its successor is in step."""
-    async with collecting(practice, "gap:8@1", BOOK) as run:
-        await run.hearer.hear_of(BOOKS, type="gap")
+    async with collecting(practice, "", BOOK) as run:
+        await run.hearer.hear_of(BOOKS, 2, type="book")
+        broken = run.worker.feeds[BOOK.encode()]
         await run.ask("unsubscribe", channels=[BOOK])
-        resyncs = run.worker.patrol.resyncs  # on a busy machine the resync may have come first
         await run.ask("subscribe", channels=[BOOK])
-        await run.hearer.hear_of(BOOKS, 1, type="book", kind="snapshot", reason="subscribe")
-        now = time.time_ns() + int(SLOW_JITTER * 1.2e9)
-        await run.hearer.hear(lambda: run.hearer.find(BOOKS, type="book")[-1]["receive_ts"] > now, "changes after it")
-        assert run.worker.patrol.resyncs == resyncs
+        await run.hearer.hear_of(BOOKS, 2, type="book", kind="snapshot", reason="subscribe")
+        broken.is_complete = False
+        await run.worker.patrol._resubscribe(broken)
+        await hear_more(run, [BOOKS])
+        assert run.worker.patrol.resyncs == 0
         check_stream(run.hearer.messages)
-
-
-SLOW_JITTER = 1.0
-
-
-@pytest.fixture
-def slow_resyncs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Resyncs wait longer than a busy machine needs to act before them."""
-    monkeypatch.setattr("workers.deribit.watching.patrol.JITTER", SLOW_JITTER)
 
 
 @in_loop

@@ -122,7 +122,8 @@ class Actor:
             worker: Worker = import_module(f"workers.{self._kind}.worker").create_worker(spec)
             endpoints = await worker.start()
         except (OSError, ValueError) as error:
-            hint = "; write another endpoint, or stop what listens there" if is_in_use(error) else ""
+            is_taken = getattr(error, "errno", 0) == errno.EADDRINUSE
+            hint = "; write another endpoint, or stop what listens there" if is_taken else ""
             return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
         except Exception as error:
             return self._crash(error)
@@ -240,11 +241,6 @@ class Actor:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"
             ) from None
-
-
-def is_in_use(error: Exception) -> bool:
-    """Whether an endpoint is taken."""
-    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 class Usage:

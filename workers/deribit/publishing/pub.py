@@ -93,8 +93,9 @@ class PubSocket:
     Nothing here blocks, and nothing happens by itself: call `poll` when `fileno` can be read.
     """
 
-    def __init__(self, queue: int) -> None:
+    def __init__(self, queue: int, patience: float = GREET_WITHIN) -> None:
         self._queue = queue
+        self._patience = patience
         self._peers: list[Peer] = []
         self._routes: dict[bytes, list[Peer]] = {}
         self._selector = selectors.DefaultSelector()
@@ -141,10 +142,9 @@ class PubSocket:
     def _accept(self) -> None:
         assert self._listener is not None
         now = time.monotonic()
-        for peer in [
-            peer for peer in self._peers if not peer.conversation.is_ready and now - peer.since > GREET_WITHIN
-        ]:
-            self._leave(peer, "it did not say what it is")
+        for peer in list(self._peers):
+            if not peer.conversation.is_ready and now - peer.since > self._patience:
+                self._leave(peer, "it did not say what it is")
         try:
             end, _ = self._listener.accept()
         except OSError as error:
@@ -209,8 +209,10 @@ class PubSocket:
             peers = routes.get(head)
             if peers is None:
                 peers = self._find_route(head)
-            for peer in peers:
-                peer.batch += (head, encode_size(len(payload)), payload)
+            if peers:
+                frames = head, encode_size(len(payload)), payload
+                for peer in peers:
+                    peer.batch += frames
         for peer in list(self._peers):
             if batch := peer.batch:
                 peer.batch = []
