@@ -11,7 +11,7 @@ from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Stream, Topics
 
 REPEAT = 60
-"""Seconds in which each topic's status is said again: its seq shows a subscriber what ZeroMQ dropped last."""
+"""Seconds in which each topic's status is said again: its seq shows a subscriber that it missed the last ones."""
 
 LAST_TRADES = 60 * 1_000_000_000
 """Time from the end of an instrument (ns) after which no trade of it comes late any more."""
