@@ -64,8 +64,7 @@ class Life:
     def _take_over(self) -> None:
         restored = self.topics.restore()
         for feed in self.feeds.values():
-            for stream in restored:
-                feed.adopt(stream)
+            feed.adopt(restored)
             if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
                 feed.confirmed_at = self.ledger.epoch
             feed.lose("restart", self.epoch)

@@ -125,8 +125,7 @@ class Worker(Listener):
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
         restored = self.topics.restore()
         for feed in self.feeds.values():
-            for stream in restored if not feed.channel.instrument else ():  # those of one instrument have theirs
-                feed.adopt(stream)
+            feed.adopt(restored)
             if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
                 feed.confirmed_at = self.ledger.epoch
             feed.lose("restart", self.epoch)
@@ -224,9 +223,7 @@ class Worker(Listener):
 
     def _take_up(self, feed: Feed) -> None:
         """What was said to be `closed` on a topic must not be followed by data before it is said to be asked for."""
-        if not feed.channel.instrument:
-            for stream in self.topics.match(b""):
-                feed.adopt(stream)
+        feed.adopt(self.topics.match(b""))
         self.statuses.tell_again(feed)
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:

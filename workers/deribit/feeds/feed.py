@@ -1,6 +1,7 @@
 """What every channel's feed is: frames go in, wire messages come out. No I/O, no clock; times are arguments."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 from collector.channels import Channel, share_topic
 from workers.deribit.publishing.streams import Published, Stream, Topics
@@ -45,13 +46,16 @@ class Feed(ABC):
             self.streams[instrument] = stream
         return stream
 
-    def adopt(self, stream: Stream) -> None:
-        """Take on a stream of an earlier life, or one that was left, if it is one of this channel's."""
+    def adopt(self, streams: Iterable[Stream]) -> None:
+        """Take on those streams, of an earlier life or left since, that are this channel's. One of one has its own."""
         channel = self.channel
-        if channel.instrument or stream.type != channel.type or stream.interval != channel.interval:
+        if channel.instrument:
             return
-        if share_topic(channel, Channel("", stream.type, stream.instrument, stream.interval)):
-            self.find_stream(stream.instrument)
+        for stream in streams:
+            if stream.type != channel.type or stream.interval != channel.interval:
+                continue
+            if share_topic(channel, Channel("", stream.type, stream.instrument, stream.interval)):
+                self.find_stream(stream.instrument)
 
     @abstractmethod
     def take(self, frame: bytes, receive_ts: int) -> Published:

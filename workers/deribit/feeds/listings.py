@@ -1,5 +1,6 @@
 """How a connection hears of instruments that come and go. No I/O, no clock."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from collector.channels import ENDED, Channel
@@ -28,10 +29,10 @@ class ListingFeed(EventFeed):
         self.ended: set[str] = set()
         self._events = events
 
-    def adopt(self, stream: Stream) -> None:
-        """Go on with a topic of an earlier life only if anybody asks for it."""
+    def adopt(self, streams: Iterable[Stream]) -> None:
+        """Go on with topics of an earlier life only if anybody asks for it."""
         if self.is_asked:
-            super().adopt(stream)
+            super().adopt(streams)
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """Note one event."""

@@ -1,6 +1,6 @@
 """One topic each: its sequence, what was last said on it, and the gap that is due before its next data."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 from collector.channels import guess_expiry
@@ -207,9 +207,9 @@ class Topics:
         self.gaps += 1
         return self.gaps
 
-    def match(self, prefix: bytes) -> list[Stream]:
+    def match(self, prefix: bytes) -> Iterator[Stream]:
         """The streams that have said something and whose topic begins so."""
-        return [s for s in self._streams.values() if s.seq and s.topic.startswith(prefix)]
+        return (s for s in self._streams.values() if s.seq and s.topic.startswith(prefix))
 
 
 Published = list[tuple[Stream, Message]]
