@@ -40,13 +40,13 @@ class Stream:
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
     before the topic was left, which no later fetch may say again; `has_tail` holds while trades after `last_id` are
-    being fetched; `slot` is its place in the ledger, `head` the frame of its
-    topic.
+    being fetched; `expiry` is when its instrument ends by its name (ns, None if it does not); `slot` is its place
+    in the ledger, `head` the frame of its topic.
     """
 
     __slots__ = (
-        "answered", "current", "describe", "due", "epoch", "gap", "has_tail", "head", "instrument", "interval",
-        "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "topic", "type",
+        "answered", "current", "describe", "due", "epoch", "expiry", "gap", "has_tail", "head", "instrument",
+        "interval", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "topic", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -57,6 +57,7 @@ class Stream:
         self.type = kind
         self.instrument = instrument
         self.interval = interval
+        self.expiry = guess_expiry(instrument)
         self.epoch = epoch
         self.seq = 0
         self.last_ts = 0
@@ -97,6 +98,10 @@ class Stream:
             "exchange_ts": exchange_ts,
             "receive_ts": receive_ts,
         }
+
+    def has_expired(self, now: int) -> bool:
+        """Whether the life of its instrument is over at `now` (ns), by its name alone."""
+        return self.expiry is not None and self.expiry < now
 
     def lose(self, reason: str, topics: "Topics", now: int) -> Gap | None:
         """Note a loss. Returns its gap, or None where nothing was yet to lose or the last loss had no data after it."""
@@ -177,7 +182,7 @@ class Topics:
         expired = [
             (key, stream)
             for key, stream in self._streams.items()
-            if (expiry := guess_expiry(stream.instrument)) and now > expiry + DAY and stream not in kept
+            if stream.has_expired(now - DAY) and stream not in kept
         ]
         for key, stream in expired:
             del self._streams[key]

@@ -28,6 +28,9 @@ SNAPSHOT_WAIT = 5 * SECOND
 HOUR = 3600
 """Seconds between looks for topics that can be forgotten."""
 
+SLICE = 500
+"""Channels that are looked at in one go: some 0.2 ms."""
+
 JITTER = 0.2
 """Seconds over which resyncs are spread: books often break together."""
 
@@ -76,17 +79,28 @@ class Patrol:
             published = self._publisher.published
             self.rate, self._counted = float(published - self._counted), published
             self._beat()
-            with self._publisher.gather():
-                self._statuses.repeat(self._feeds.values(), second % REPEAT)
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
                 self._end_expired()
             if self._client.machine.state == "live":
-                now = time.time_ns()
-                self._judge_lag(now)
-                self._judge_whole(now)
-                self._judge_feeds(now)
+                self._judge_lag(time.time_ns())
+                self._judge_whole(time.time_ns())
+            await self._look_at_all(second % REPEAT)
+
+    async def _look_at_all(self, part: int) -> None:
+        """Look at each feed, and say again what is due in this part of REPEAT; in slices: what comes may not wait."""
+        names, mute = list(self._feeds), []
+        for start in range(0, len(names), SLICE):
+            feeds = [feed for name in names[start : start + SLICE] if (feed := self._feeds.get(name)) is not None]
+            with self._publisher.gather():
+                self._statuses.repeat(feeds, part)
+                if self._client.machine.state == "live":
+                    self._tell_lag(feeds)
+                    mute += self._judge_feeds(feeds, time.time_ns())
+            await asyncio.sleep(0)
+        if mute and not self._is_asking:
+            self._client.spawn(self._doubt(mute))  # aside: the answer may be long in coming, and beats may not wait
 
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
@@ -131,13 +145,15 @@ class Patrol:
         if self._late.is_lagging != self._was_lagging:
             self._was_lagging = self._late.is_lagging
             log.warning("lag %.1f s" if self._was_lagging else "lag is over, %.1f s", self.lag.newest / SECOND)
-        fine, late = ("live", ""), ("stale", "lag")
-        before, after = (fine, late) if self._was_lagging else (late, fine)
-        for feed in self._feeds.values():  # each second: some may have come into step only now
-            if feed.condition == before:
-                self._statuses.tell(feed, *after)
         if hopeless:
             self._reconnect(now, f"data come {self.lag.newest / SECOND:.0f} s late, and later and later")
+
+    def _tell_lag(self, feeds: list[Feed]) -> None:
+        fine, late = ("live", ""), ("stale", "lag")
+        before, after = (fine, late) if self._was_lagging else (late, fine)
+        for feed in feeds:  # each second: some may have come into step only now
+            if feed.condition == before:
+                self._statuses.tell(feed, *after)
 
     def _reconnect(self, now: int, reason: str) -> None:
         if now - self._reconnected > RECONNECT_ONCE_IN:
@@ -151,9 +167,10 @@ class Patrol:
         if self._whole.is_broken(now):
             self._reconnect(now, f"no data at all for {(now - self.last_ts) / SECOND:.0f} s")
 
-    def _judge_feeds(self, now: int) -> None:
+    def _judge_feeds(self, feeds: list[Feed], now: int) -> list[Feed]:
+        """Those that have fallen mute, as it seems."""
         mute = []
-        for feed in self._feeds.values():
+        for feed in feeds:
             feed.rhythm.look(feed.last_ts)
             if not feed.is_complete:
                 self._judge_waiting(feed, now)
@@ -161,8 +178,7 @@ class Patrol:
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
                 mute.append(feed)
-        if mute and not self._is_asking:
-            self._client.spawn(self._doubt(mute))  # aside: the answer may be long in coming, and beats may not wait
+        return mute
 
     def forget(self, feed: Feed) -> None:
         """Nobody asks for this channel any more."""

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable
 
-from collector.channels import has_expired
 from collector.messages import EXCHANGE
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
@@ -52,7 +51,7 @@ class Statuses:
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
-        is_over = not stream.last_ts or has_expired(stream.instrument, self._read_clock())
+        is_over = not stream.last_ts or stream.has_expired(self._read_clock())
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
@@ -69,7 +68,7 @@ class Statuses:
     def _tell_topic(self, feed: Feed, stream: Stream) -> None:
         """The channel's state; but of trades of many instruments each has its own end."""
         is_one_of_many = feed.channel.type == "trade" and not feed.channel.instrument
-        if is_one_of_many and has_expired(stream.instrument, self._read_clock() - LAST_TRADES):
+        if is_one_of_many and stream.has_expired(self._read_clock() - LAST_TRADES):
             self._say(stream, "expired", EXPIRED)
         else:
             self._say(stream, *feed.condition)
