@@ -59,7 +59,7 @@ COLUMNS: dict[str, tuple[str, Write]] = {
     "plan_s": ("plan s", HUNDREDTHS),
     "real_s": ("real s", HUNDREDTHS),
     "real_plan": ("real / plan", HUNDREDTHS),
-    "jumps": ("seq jumps", WHOLE),
+    "missed": ("missed", WHOLE),
     "others": ("others %", WHOLE),
 }
 """What is printed; all else is in the JSON only. CPU us and switches are per message, CPU % of one core."""

@@ -102,7 +102,7 @@ def watch_market(follower: Process, groups: dict[str, set[int]], slices: int) ->
     elapsed = end["time"] - begin["time"]
     used = {f"{name}_cpu": 100 * (read_all(pids) - before[name]) / elapsed for name, pids in groups.items()}
     count = sum(end["counts"].values()) - sum(begin["counts"].values())
-    return {"rate": count / elapsed * 1e9, "jumps": end["jumps"], **used} | {f"age_{k}": v for k, v in ages.items()}
+    return {"rate": count / elapsed * 1e9, "missed": end["missed"], **used} | {f"age_{k}": v for k, v in ages.items()}
 
 
 def read_all(pids: set[int]) -> int:

@@ -115,7 +115,7 @@ def _measure_load(lab: Lab, case: Case, load: Load, end: Process, pid: int) -> R
         "others": 100 * max(0, busy - (after.cpu - before.cpu)) / elapsed,
         "uss_mb": read_uss(pid),
         "peak_rss_mb": read_peak_rss(pid),
-        "jumps": last.get("jumps", 0),
+        "missed": count + 1 - last["counts"]["frame"] if case.program == "relay" else last.get("missed", 0),
         "received": sum(last.get("counts", {}).values()) / count,
     }
     return results | describe_latencies(last.get("latencies", b""))

@@ -60,7 +60,7 @@ def start_later(collecting: Collecting, name: str, load: Load, channel: str) -> 
 def measure_weight(lab: Lab) -> Results:
     """The memory of a worker with a hundred channels, at rest and after a load."""
     found = measure_case(lab, Case("worker", instruments=25, count=100_000))
-    return {key: found[key] for key in ("uss_idle_mb", "uss_mb", "peak_rss_mb", "jumps")}
+    return {key: found[key] for key in ("uss_idle_mb", "uss_mb", "peak_rss_mb", "missed")}
 
 
 def read_command(*arguments: str) -> float:

@@ -52,7 +52,7 @@ def take_samples(load: Load, follower: Process, pid: int, minutes: float, rate: 
         name, facts = follower.wait_for("slice", "last")
         used = read_usage(pid).cpu
         count = len(facts["latencies"]) // 8
-        sample = {"minute": (facts["time"] - start) / 60e9, "jumps": facts["jumps"], "uss_mb": read_uss(pid)}
+        sample = {"minute": (facts["time"] - start) / 60e9, "missed": facts["missed"], "uss_mb": read_uss(pid)}
         if start and count:
             spent = {"cpu_us": (used - before) / count / 1000, "rate": count / (facts["time"] - then) * 1e9}
             yield sample | spent | describe_latencies(facts["latencies"])
@@ -69,7 +69,7 @@ def sum_up(samples: list[Results]) -> Results:
         "uss_first_mb": samples[0]["uss_mb"],
         "uss_mb": samples[-1]["uss_mb"],
         "slope_kb_h": statistics.linear_regression(hours, memory).slope,
-        "jumps": samples[-1]["jumps"],
+        "missed": samples[-1]["missed"],
     }
 
 
