@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
 from tests.support import wait_until
-from workers.deribit.publishing.pub import STEP, PubSocket
+from workers.deribit.publishing.peer import STEP
+from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.zmtp import (
     GREETING,
     MAX_FRAME,

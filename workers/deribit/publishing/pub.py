@@ -11,80 +11,29 @@ import os
 import selectors
 import socket
 import time
-from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from typing import Any, TypeVar
 
 from collector.sockets import remove_socket
-from workers.deribit.publishing.zmtp import GREETING, Conversation, Refused, Wish, encode_size
+from workers.deribit.publishing.peer import Peer
+from workers.deribit.publishing.zmtp import GREETING, Refused, Wish, encode_size
 
 SEND_BUFFER = 4 << 20
 """Bytes that the system may take ahead of a subscriber, where it allows as many."""
 
-STEP = 1 << 20
-"""Bytes that are sent at once to a subscriber that is behind: the loop must not be held up."""
-
 GREET_WITHIN = 30.0
 """Seconds for a peer to say what it is."""
-
-MAX_PREFIXES = 100_000
-"""Prefixes of one subscriber."""
 
 MAX_ROUTES = 200_000
 """Topics of which it is kept in mind who wants them."""
 
+READ = selectors.EVENT_READ
+READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
+
+T = TypeVar("T")
+
 log = logging.getLogger("deribit")
-
-
-class Peer:
-    """One subscriber. `unsent` is what the system has not yet taken of it, `marks` where its messages end in that."""
-
-    __slots__ = (
-        "batch",
-        "conversation",
-        "dropped",
-        "lengths",
-        "marks",
-        "prefixes",
-        "sent",
-        "since",
-        "socket",
-        "unsent",
-        "waiting",
-    )
-
-    def __init__(self, end: socket.socket, now: float) -> None:
-        self.socket = end
-        self.since = now
-        self.conversation = Conversation()
-        self.prefixes: set[bytes] = set()
-        self.lengths: Counter[int] = Counter()
-        self.batch: list[bytes] = []
-        self.unsent = bytearray()
-        self.marks: deque[tuple[int, int]] = deque()
-        self.sent = 0
-        self.waiting = 0
-        self.dropped = 0
-
-    def wants(self, topic: bytes) -> bool:
-        """Whether it has subscribed to a prefix of this topic."""
-        return any(topic[:length] in self.prefixes for length in self.lengths)
-
-    def take_wish(self, wish: Wish) -> None:
-        """A prefix is wanted or not: libzmq tells of each subscription to it, but of the last unsubscription only."""
-        if (wish.prefix in self.prefixes) == wish.is_wanted:
-            return
-        if wish.is_wanted and len(self.prefixes) >= MAX_PREFIXES:
-            raise Refused(f"it has subscribed to {MAX_PREFIXES} prefixes")
-        length = len(wish.prefix)
-        if wish.is_wanted:
-            self.prefixes.add(wish.prefix)
-            self.lengths[length] += 1
-        else:
-            self.prefixes.remove(wish.prefix)
-            self.lengths[length] -= 1
-            if not self.lengths[length]:
-                del self.lengths[length]
 
 
 class PubSocket:
@@ -109,7 +58,7 @@ class PubSocket:
             self._listener = listen_ipc(place) if scheme == "ipc" else listen_tcp(place)
         except OSError as error:
             raise OSError(error.errno, os.strerror(error.errno or 0), endpoint) from None
-        self._selector.register(self._listener, selectors.EVENT_READ)
+        self._selector.register(self._listener, READ)
         if scheme == "tcp":
             endpoint = "tcp://{}:{}".format(*self._listener.getsockname())
         self._endpoint = endpoint
@@ -131,10 +80,12 @@ class PubSocket:
             if key.data is None:
                 self._accept()
                 continue
-            if events & selectors.EVENT_READ:
-                wishes += self._hear(key.data)
-            if events & selectors.EVENT_WRITE and key.data in self._peers:
-                self._send_more(key.data)
+            peer: Peer = key.data
+            if events & READ and (heard := self._let(peer, peer.hear)):
+                self._routes.clear()
+                wishes += heard
+            if events & selectors.EVENT_WRITE and peer in self._peers:
+                self._let(peer, peer.write_more)
         return wishes
 
     # -- who comes and goes -------------------------------------------------------------------------------------------
@@ -157,34 +108,25 @@ class PubSocket:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             if end.family == socket.AF_INET:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = Peer(end, now)
+        peer = Peer(end, self._queue, now)
         self._peers.append(peer)
-        self._selector.register(end, selectors.EVENT_READ, peer)
-        self._write(peer, GREETING, 0)
+        self._selector.register(end, READ, peer)
+        self._let(peer, peer.write, GREETING, 0)
 
-    def _hear(self, peer: Peer) -> list[Wish]:
-        wishes: list[Wish] = []
+    def _let(self, peer: Peer, act: Callable[..., T], *arguments: Any) -> T | None:
+        """Let a peer do something. One that is gone, or no subscriber, leaves; one that is behind is watched."""
         try:
-            data = peer.socket.recv(1 << 16)
-            if not data:
-                self._leave(peer)
-                return []
-            wishes, answer = peer.conversation.hear(data)
-            for wish in wishes:
-                peer.take_wish(wish)
-        except BlockingIOError:
-            return []
-        except OSError:
-            self._leave(peer)
-            return []
+            done = act(*arguments)
         except Refused as error:
             self._leave(peer, str(error))
-            return []
-        if wishes:
-            self._routes.clear()
-        if answer:
-            self._write(peer, answer, 0)
-        return wishes
+        except OSError:
+            self._leave(peer)
+        else:
+            if bool(peer.unsent) != peer.is_behind:
+                peer.is_behind = not peer.is_behind
+                self._selector.modify(peer.socket, READ_AND_WRITE if peer.is_behind else READ, peer)
+            return done
+        return None
 
     def _leave(self, peer: Peer, reason: str = "") -> None:
         if peer not in self._peers:
@@ -196,7 +138,7 @@ class PubSocket:
         peer.socket.close()
         self._routes.clear()
         if self._listener is not None and self._listener not in self._selector.get_map():
-            self._selector.register(self._listener, selectors.EVENT_READ)
+            self._selector.register(self._listener, READ)
 
     # -- what they get ------------------------------------------------------------------------------------------------
 
@@ -216,7 +158,7 @@ class PubSocket:
         for peer in list(self._peers):
             if batch := peer.batch:
                 peer.batch = []
-                self._write(peer, b"".join(batch), len(batch) // 3)
+                self._let(peer, peer.write, b"".join(batch), len(batch) // 3)
 
     def _find_route(self, head: bytes) -> list[Peer]:
         if len(self._routes) > MAX_ROUTES:
@@ -224,49 +166,6 @@ class PubSocket:
         topic = head[9:] if len(head) > 2 + 255 else head[2:]
         self._routes[head] = peers = [peer for peer in self._peers if peer.wants(topic)]
         return peers
-
-    def _write(self, peer: Peer, data: bytes, count: int) -> None:
-        """Send whole messages, `count` of them (0: an answer); what the system does not take waits."""
-        sent = 0
-        if not peer.unsent:
-            try:
-                sent = peer.socket.send(data)
-            except BlockingIOError:
-                pass
-            except OSError:
-                return self._leave(peer)
-            if sent == len(data):
-                return
-        elif self._queue and peer.waiting >= self._queue and count:
-            if not peer.dropped:
-                log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", peer.waiting)
-            peer.dropped += count
-            return
-        elif not count and len(peer.unsent) > STEP:
-            return  # who reads nothing needs no answers, and must not pile them up
-        if not peer.unsent:
-            self._selector.modify(peer.socket, selectors.EVENT_READ | selectors.EVENT_WRITE, peer)
-        peer.unsent += memoryview(data)[sent:]
-        peer.waiting += count
-        peer.marks.append((peer.sent + len(peer.unsent), count))
-
-    def _send_more(self, peer: Peer) -> None:
-        try:
-            with memoryview(peer.unsent) as unsent, unsent[:STEP] as step:
-                sent = peer.socket.send(step)
-        except BlockingIOError:
-            return
-        except OSError:
-            return self._leave(peer)
-        del peer.unsent[:sent]
-        peer.sent += sent
-        while peer.marks and peer.marks[0][0] <= peer.sent:
-            peer.waiting -= peer.marks.popleft()[1]
-        if not peer.unsent:
-            self._selector.modify(peer.socket, selectors.EVENT_READ, peer)
-            if peer.dropped:
-                log.warning("the slow subscriber is up to date again; it missed %d messages", peer.dropped)
-                peer.dropped = 0
 
     def close(self, linger: float) -> None:
         """Send what waits, for `linger` seconds at most, then close."""

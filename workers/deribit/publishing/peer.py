@@ -1,0 +1,118 @@
+"""One subscriber of a PUB socket: what it wants, and what waits for it when it is slower than we are."""
+
+import logging
+import socket
+from collections import Counter, deque
+
+from workers.deribit.publishing.zmtp import Conversation, Refused, Wish
+
+STEP = 1 << 20
+"""Bytes that are sent at once to a subscriber that is behind: the loop must not be held up."""
+
+MAX_PREFIXES = 100_000
+"""Prefixes of one subscriber."""
+
+log = logging.getLogger("deribit")
+
+
+class Peer:
+    """One subscriber. `queue` messages may wait for it (0: any number); what is more it misses.
+
+    `batch` (what is to be written) and `is_behind` (whether room is waited for) belong to the one who holds it.
+    `unsent` is what the system has not yet taken, `marks` where messages end in that. Each method that reads or sends
+    raises OSError once the other end is gone.
+    """
+
+    __slots__ = (
+        "batch", "conversation", "dropped", "is_behind", "lengths", "marks", "prefixes", "queue", "sent", "since",
+        "socket", "unsent", "waiting",
+    )  # fmt: skip
+
+    def __init__(self, end: socket.socket, queue: int, now: float) -> None:
+        self.socket = end
+        self.queue = queue
+        self.since = now
+        self.conversation = Conversation()
+        self.prefixes: set[bytes] = set()
+        self.lengths: Counter[int] = Counter()
+        self.batch: list[bytes] = []
+        self.unsent = bytearray()
+        self.marks: deque[tuple[int, int]] = deque()
+        self.sent = 0
+        self.waiting = 0
+        self.dropped = 0
+        self.is_behind = False
+
+    # -- what it wants ------------------------------------------------------------------------------------------------
+
+    def wants(self, topic: bytes) -> bool:
+        """Whether it has subscribed to a prefix of this topic."""
+        return any(topic[:length] in self.prefixes for length in self.lengths)
+
+    def hear(self) -> list[Wish]:
+        """Read what it says, and answer. Raises Refused if it can be no subscriber."""
+        try:
+            data = self.socket.recv(1 << 16)
+        except BlockingIOError:
+            return []
+        if not data:
+            raise ConnectionResetError
+        wishes, answer = self.conversation.hear(data)
+        for wish in wishes:
+            self._take_wish(wish)
+        if answer:
+            self.write(answer, 0)
+        return wishes
+
+    def _take_wish(self, wish: Wish) -> None:
+        """A prefix is wanted or not: libzmq tells of each subscription to it, but of the last unsubscription only."""
+        if (wish.prefix in self.prefixes) == wish.is_wanted:
+            return
+        if wish.is_wanted and len(self.prefixes) >= MAX_PREFIXES:
+            raise Refused(f"it has subscribed to {MAX_PREFIXES} prefixes")
+        length = len(wish.prefix)
+        if wish.is_wanted:
+            self.prefixes.add(wish.prefix)
+            self.lengths[length] += 1
+        else:
+            self.prefixes.remove(wish.prefix)
+            self.lengths[length] -= 1
+            if not self.lengths[length]:
+                del self.lengths[length]
+
+    # -- what it gets -------------------------------------------------------------------------------------------------
+
+    def write(self, data: bytes, count: int) -> None:
+        """Send whole messages, `count` of them (0: an answer); what the system does not take waits."""
+        sent = 0 if self.unsent else self._send(data)
+        if sent == len(data):
+            return
+        if count and self.waiting >= self.queue > 0:
+            if not self.dropped:
+                log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", self.waiting)
+            self.dropped += count
+            return
+        if not count and len(self.unsent) > STEP:
+            return  # who reads nothing needs no answers, and must not pile them up
+        self.unsent += memoryview(data)[sent:]
+        self.waiting += count
+        self.marks.append((self.sent + len(self.unsent), count))
+
+    def write_more(self) -> None:
+        """Send some of what waits."""
+        with memoryview(self.unsent) as unsent, unsent[:STEP] as step:
+            sent = self._send(step)
+        del self.unsent[:sent]
+        self.sent += sent
+        while self.marks and self.marks[0][0] <= self.sent:
+            self.waiting -= self.marks.popleft()[1]
+        if self.dropped and not self.unsent:
+            log.warning("the slow subscriber is up to date again; it missed %d messages", self.dropped)
+            self.dropped = 0
+
+    def _send(self, data: bytes | memoryview) -> int:
+        """How many of these bytes the system takes."""
+        try:
+            return self.socket.send(data)
+        except BlockingIOError:
+            return 0
