@@ -13,10 +13,13 @@ import pytest
 from collector.lifecycle import Exit
 from collector.messages import TYPES, ControlError, parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, in_loop, wait_for
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, in_loop, make_spec, wait_for
 from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
+from tests.pipeline import short_directory
 from workers.deribit.connection.subscriptions import EXPIRED
+from workers.deribit.rpc.codec import DATA_PREFIX
+from workers.deribit.worker import FIRST_PART, Worker, cut_burst
 
 CHANNELS = {
     "book.BTC-PERPETUAL.raw": "book.BTC-PERPETUAL.raw",
@@ -416,3 +419,32 @@ async def test_wrong_types_are_counted_and_what_is_published_stays_valid(practic
         for _, body in run.hearer.messages:
             counts[body["type"]] += 1
         assert {"book", "ticker", "quote", "index", "trade"} <= counts.keys()
+
+
+def test_a_long_burst_goes_out_in_parts_that_grow_and_a_short_one_whole() -> None:
+    frames = [b"%d" % number for number in range(640)]
+    assert [len(part) for part in cut_burst(frames)] == [32, 96, 288, 224]
+    for length in (0, 1, 31, 32, 33, 127, 128, 129, 640):
+        assert [frame for part in cut_burst(frames[:length]) for frame in part] == frames[:length]
+    assert cut_burst(frames[:32]) == [frames[:32]]
+
+
+class Noting(Worker):
+    """A worker that notes how much was out when it met a frame that cannot be read."""
+
+    out = 0
+
+    def take_malformed(self, frame: bytes, reason: str) -> None:
+        self.out = self.publisher.published
+
+
+@in_loop
+async def test_the_first_of_a_burst_is_out_before_the_last_is_looked_at() -> None:
+    with short_directory() as directory:
+        worker = Noting(make_spec("ws://127.0.0.1:9", str(directory), [QUOTE]))
+        quote = DATA_PREFIX + QUOTE.encode() + b'","data":{"timestamp":1700000000000}}}'
+        worker.take_frames([quote] * 100 + [b"{}"], time.time_ns())
+        assert worker.out == FIRST_PART
+        assert worker.publisher.published == 100
+        worker.publisher.close()
+        worker.ledger.close()

@@ -43,6 +43,10 @@ SAMPLE_EVERY = 20_000_000
 """Time between samples of latency and lag, in ns."""
 
 
+FIRST_PART, GROWTH = 32, 3
+"""Frames of a burst that are sent first, and how many times as many each later part has (measured; see cut_burst)."""
+
+
 def create_worker(spec: dict[str, Any]) -> "Worker":
     """The worker that a spec describes (see workers.actor)."""
     if spec["scheduling"] == "batch":
@@ -71,6 +75,19 @@ def create_client(spec: dict[str, Any], listener: Listener) -> Client:
     if pool := spec.get("pool"):
         client.reconciler.credits, client.session.credits = share_pools(pool)
     return client
+
+
+def cut_burst(frames: list[bytes]) -> list[list[bytes]]:
+    """The frames of one read in parts that are sent one after the other, each longer than the one before.
+
+    The first of a burst need not wait for the last; where more has come than can be kept up with, sends are few.
+    """
+    parts, length = [], FIRST_PART
+    while len(frames) > length:
+        parts.append(frames[:length])
+        frames = frames[length:]
+        length *= GROWTH
+    return [*parts, frames]
 
 
 class Worker(Listener):
@@ -293,6 +310,13 @@ class Worker(Listener):
     # -- what the client tells (see connection.listener) --------------------------------------------------------------
 
     def take_frames(self, frames: list[bytes], receive_ts: int) -> None:
+        """Take the frames of one read, and a sample of what they say of latency and lag: no more often than needed."""
+        for part in cut_burst(frames):
+            self._take_part(part, receive_ts)
+        if abs(receive_ts - self._sampled) > SAMPLE_EVERY:  # the clock may have been set back
+            self._sample(receive_ts)
+
+    def _take_part(self, frames: list[bytes], receive_ts: int) -> None:
         """The path of each message: find the feed by the channel in the bytes, normalise, publish."""
         find_feed, publish = self.feeds.get, self.publisher.publish
         self.publisher.is_gathering = True
@@ -315,8 +339,6 @@ class Worker(Listener):
         self.publisher.flush()
         if newest:
             self._newest, self.patrol.last_ts = newest, receive_ts
-        if abs(receive_ts - self._sampled) > SAMPLE_EVERY:  # the clock may have been set back
-            self._sample(receive_ts)
 
     def _find_feed(self, frame: bytes) -> Feed | None:
         """The feed of a frame with its keys in another order; None, counted, for a channel that nobody asked for."""
@@ -338,7 +360,6 @@ class Worker(Listener):
             log.warning("malformed frame %d: %.300s: %.120r", self.malformed, reason, frame)
 
     def _sample(self, receive_ts: int) -> None:
-        """Sample latency and lag: no more often than needed."""
         self._sampled = receive_ts
         self.latency.add(time.time_ns() - receive_ts)
         if self._newest:
