@@ -16,7 +16,7 @@ import pytest
 
 from collector import __version__
 from collector.cli import COMMANDS, SUMMARIES
-from collector.client.rules import CHANNEL_STATES, CONNECTION_STATES
+from collector.client.rules.common import CHANNEL_STATES, CONNECTION_STATES
 from collector.config import describe_keys, load_config
 from collector.config.keys import KEYS
 from collector.messages import CODES, OPS

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collector.client.rules import Ranges
+from collector.client.rules.trades import Ranges
 from collector.client.verify import RULES, Verifier
 from collector.messages import encode
 

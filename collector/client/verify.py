@@ -8,7 +8,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from collector.client.rules import SILENCE, Check, Fault, create_checks
+from collector.client.rules import create_checks
+from collector.client.rules.check import Check, Fault
+from collector.client.rules.heartbeats import SILENCE
 from collector.client.stream import Message, SequenceCheck, read_envelope
 from collector.messages import EXCHANGE, Topic
 from collector.schema import SCHEMA, find_faults

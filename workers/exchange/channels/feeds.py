@@ -51,7 +51,7 @@ class Feed:
 
     def flush(self) -> Data | None:
         """Return the data of the next frame; None if there is nothing to say."""
-        raise NotImplementedError
+        return None
 
     def more(self) -> bool:
         """Whether another flush would give another frame at once."""
@@ -286,12 +286,15 @@ class SteadyFeed(Feed):
     ):
         super().__init__(channel, market)
         self.period = period
-        self.flush = describe  # type: ignore[method-assign]
+        self._describe = describe
         self._at_once = at_once
 
     def open(self) -> list[Data]:
         first = self.flush() if self._at_once else None
         return [] if first is None else [first]
+
+    def flush(self) -> Data | None:
+        return self._describe()
 
 
 class PlatformFeed(Feed):
