@@ -107,6 +107,17 @@ def test_refused_channel_is_named_and_ends_with_1(control: str) -> None:
     get_output(control, "unsubscribe", "index", good)
 
 
+def test_giving_up_what_was_not_asked_for_is_said(control: str) -> None:
+    good, bad = "quote.ETH-PERPETUAL", "quote.ETH-PERPETAUL"
+    get_output(control, "subscribe", "index", good)
+    done = call(control, "unsubscribe", "index", bad, good)
+    assert (done.returncode, done.stdout) == (1, f"{good}  unsubscribed\n")
+    assert done.stderr == f"collector: {bad}: was not asked for; what is, says: collector state index\n"
+    done = call(control, "unsubscribe", "index", good, "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (1, {"channels": {good: True}})
+    assert f"{good}: was not asked for" in done.stderr
+
+
 def test_state_names_a_channel_that_the_exchange_refuses(control: str) -> None:
     assert call(control, "subscribe", "index", "quote.NOBODY").returncode == 1
     last = get_output(control, "state").splitlines()[-1]

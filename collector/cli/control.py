@@ -72,14 +72,21 @@ def channel_command(act: Callable[..., None]) -> click.Command:
 def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
     """Subscribe a connection to further channels."""
     with exit_on_error(), Control(control, timeout) as asked:
-        print_channels(asked.subscribe(name, channels), "subscribed", as_json)
+        print_channels(asked.subscribe(name, channels), "subscribed", as_json, {})
 
 
 @channel_command
 def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
-    """Give channels of a connection up."""
+    """Give channels of a connection up.
+
+    Ends with 1 if one was not asked for, or may not be given up.
+    """
     with exit_on_error(), Control(control, timeout) as asked:
-        print_channels(asked.unsubscribe(name, channels), "unsubscribed", as_json)
+        # To give up what nobody asked for is no error to the collector: only the names say whether it was meant.
+        known = asked.get_state(name).get("channels") or {"asked": channels}
+        unasked = f"was not asked for; what is, says: collector state {name}"
+        notes = {channel: unasked for channel in channels if channel not in known["asked"]}
+        print_channels(asked.unsubscribe(name, channels), "unsubscribed", as_json, notes)
 
 
 @click.command()
@@ -156,18 +163,18 @@ def print_state(found: dict[str, Any], as_json: bool) -> None:
         print_facts(found)
 
 
-def print_channels(result: dict[str, Any], done: str, as_json: bool) -> None:
-    """Print what became of each channel; exit with 1 if one was refused."""
+def print_channels(result: dict[str, Any], done: str, as_json: bool, notes: Mapping[str, str]) -> None:
+    """Print what became of each channel, and what there is to note; exit with 1 if one was refused or has a note."""
     channels = result.get("channels", {})
-    refused = {name: outcome for name, outcome in channels.items() if outcome is not True}
+    refused = {name: describe_refusal(outcome) for name, outcome in channels.items() if outcome is not True}
     if as_json:
         print_json(result)
     for name in channels:
-        if name in refused:
-            click.echo(f"collector: {name}: {describe_refusal(refused[name])}", err=True)
+        if words := [said[name] for said in (refused, notes) if name in said]:
+            click.echo(f"collector: {name}: {'; '.join(words)}", err=True)
         elif not as_json:
             click.echo(f"{name}  {done}")
-    if refused:
+    if refused or notes:
         sys.exit(1)
 
 
