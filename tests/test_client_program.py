@@ -104,6 +104,7 @@ def test_refused_channel_is_named_and_ends_with_1(control: str) -> None:
     assert done.returncode == 1
     assert done.stdout == f"{good}  subscribed\n"
     assert done.stderr.startswith("collector: book.BTC-PERPETUAL.50ms: bad_request: ")
+    assert "still asked for" not in done.stderr
     get_output(control, "unsubscribe", "index", good)
 
 
@@ -119,7 +120,9 @@ def test_giving_up_what_was_not_asked_for_is_said(control: str) -> None:
 
 
 def test_state_names_a_channel_that_the_exchange_refuses(control: str) -> None:
-    assert call(control, "subscribe", "index", "quote.NOBODY").returncode == 1
+    done = call(control, "subscribe", "index", "quote.NOBODY")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith("; still asked for; to give it up: collector unsubscribe index quote.NOBODY\n")
     last = get_output(control, "state").splitlines()[-1]
     assert last.startswith("index: 1 channel refused: quote.NOBODY: the exchange left it out")
     get_output(control, "unsubscribe", "index", "quote.NOBODY")

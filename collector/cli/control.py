@@ -70,9 +70,20 @@ def channel_command(act: Callable[..., None]) -> click.Command:
 
 @channel_command
 def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
-    """Subscribe a connection to further channels."""
+    """Subscribe a connection to further channels.
+
+    Ends with 1 if one is refused. What the exchange refuses stays asked for, and is tried again on the next connection,
+    until it is given up with unsubscribe.
+    """
     with exit_on_error(), Control(control, timeout) as asked:
-        print_channels(asked.subscribe(name, channels), "subscribed", as_json, {})
+        result = asked.subscribe(name, channels)
+        # What the exchange refuses it may give another time, so the wish stands.
+        notes = {
+            channel: f"still asked for; to give it up: collector unsubscribe {name} {channel}"
+            for channel, outcome in result.get("channels", {}).items()
+            if isinstance(outcome, Mapping) and outcome.get("code") == "exchange_error"
+        }
+        print_channels(result, "subscribed", as_json, notes)
 
 
 @channel_command
