@@ -244,7 +244,13 @@ def test_a_wrong_configuration_ends_with_2() -> None:
             assert program.err[0].startswith("collector: ")
 
 
-@pytest.mark.parametrize(("mode", "is_link", "words"), [(0o755, False, "open to others"), (0o700, True, "cannot be")])
+@pytest.mark.parametrize(
+    ("mode", "is_link", "words"),
+    [
+        (0o755, False, "is open to others (mode 755); chmod 700 it"),
+        (0o700, True, "cannot be used (it is a symbolic link)"),
+    ],
+)
 def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_link: bool, words: str) -> None:
     with short_directory() as directory:
         real = directory / ("elsewhere" if is_link else "run")
@@ -252,9 +258,22 @@ def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_li
         real.chmod(mode)
         if is_link:
             (directory / "run").symlink_to(real)
-        with running(*collector("run", str(write_config(directory, {"a": DEAD})))) as program:
-            assert program.wait_exit() == 1
-            assert words in program.err[-1]
+        config = write_config(directory, {"a": DEAD})
+        with running(*collector("run", str(config))) as program:
+            assert program.wait_exit() == 2
+            assert program.err[-1].startswith(f"collector: {config}: [collector]: runtime_dir {directory}/run {words}")
+            assert "write another directory, for example" in program.err[-1]
+
+
+def test_a_runtime_directory_that_cannot_be_made_is_a_wrong_configuration() -> None:
+    with short_directory() as directory:
+        (directory / "run").write_text("a file stands here")
+        config = write_config(directory, {"a": DEAD})
+        with running(*collector("run", str(config))) as program:
+            assert program.wait_exit() == 2
+            words = f"collector: {config}: [collector]: runtime_dir {directory}/run cannot be used (File exists); write"
+            assert program.err[-1].startswith(words)
+            assert len(program.err) == 1
 
 
 def test_a_runtime_directory_that_takes_no_data_is_refused() -> None:

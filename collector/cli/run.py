@@ -41,7 +41,7 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
     start_log("supervisor", ctx.obj["log_level"])
     try:
         config = load_config(file, os.environ)
-        lock = lock_runtime_dir(config.runtime_dir)
+        lock = lock_runtime_dir(config.runtime_dir, f"{config.path}: [collector]")
     except ConfigError as error:
         _refuse(2, error)
     except Unavailable as error:

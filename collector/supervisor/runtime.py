@@ -5,21 +5,26 @@ import os
 import stat
 from pathlib import Path
 
+from collector.config import ConfigError
+
 
 class Unavailable(Exception):
-    """The runtime directory cannot be used; the text says why and what to do."""
+    """The runtime directory cannot be used just now; the text says why and what to do."""
 
 
-def lock_runtime_dir(path: Path) -> int:
+def lock_runtime_dir(path: Path, where: str) -> int:
     """Create the directory if need be, make sure that it is ours alone, and lock it; return the lock's descriptor.
 
-    The lock goes with this process, however it ends. Raises Unavailable, naming the pid that holds it.
+    The lock goes with this process, however it ends. Raises Unavailable, naming the pid that holds it; ConfigError,
+    beginning with `where`, if the directory can never be used.
     """
-    directory = _open_private(path)
+    directory = _open_private(path, f"{where}: runtime_dir {path}")
     try:
         lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     except OSError as error:
-        raise Unavailable(f"{path}/lock cannot be opened ({error.strerror})") from None
+        raise ConfigError(
+            f"{where}: runtime_dir {path}: {path}/lock cannot be opened ({error.strerror}); remove it, or {_ANOTHER}"
+        ) from None
     finally:
         os.close(directory)
     try:
@@ -36,19 +41,23 @@ def lock_runtime_dir(path: Path) -> int:
     return lock
 
 
-def _open_private(path: Path) -> int:
+_ANOTHER = f'write another directory, for example "/tmp/collector-{os.getuid()}"'
+
+
+def _open_private(path: Path, where: str) -> int:
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise Unavailable(f"runtime_dir {path} cannot be used ({error.strerror}); set another") from None
+        cause = "it is a symbolic link" if path.is_symlink() else error.strerror
+        raise ConfigError(f"{where} cannot be used ({cause}); {_ANOTHER}") from None
     facts = os.fstat(directory)
     fault = ""
     if facts.st_uid != os.getuid():
-        fault = f"belongs to user {facts.st_uid}; remove it or set another"
+        fault = f"belongs to user {facts.st_uid}; remove it, or {_ANOTHER}"
     elif facts.st_mode & 0o077:
-        fault = f"is open to others (mode {stat.S_IMODE(facts.st_mode):o}); chmod 700 it or set another"
+        fault = f"is open to others (mode {stat.S_IMODE(facts.st_mode):o}); chmod 700 it, or {_ANOTHER}"
     if fault:
         os.close(directory)
-        raise Unavailable(f"runtime_dir {path} {fault}")
+        raise ConfigError(f"{where} {fault}")
     return directory
