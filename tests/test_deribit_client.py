@@ -5,6 +5,7 @@ import json
 import logging
 import re
 import time
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from collector.lifecycle import BACKOFF_CAP, Exit, backoff_delay
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
 from workers.deribit import ExchangeError, Login, Lost, NotConnected, Refused
+from workers.deribit.connection.socket import Socket
 
 RAW = "book.BTC-PERPETUAL.raw"
 
@@ -219,13 +221,70 @@ async def test_a_lost_connection_comes_back_with_all_its_channels(practice: str,
         await ear.wait_frames([BOOK, QUOTE])
 
 
-@pytest.mark.parametrize(("fault", "words"), [("refuse:503", "HTTP 503"), ("429", "HTTP 429"), ("refuse:403", "403")])
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("refuse:503", "HTTP 503 instead of a WebSocket: refused on request"),
+        ("429", "HTTP 429 instead of a WebSocket (32 connections are allowed from one address): Too Many Requests"),
+        ("refuse:403", "403"),
+    ],
+)
 @in_loop
 async def test_a_refused_upgrade_is_tried_again(practice: str, fault: str, words: str) -> None:
     async with connected(practice, f"{fault},first:2", channels=[QUOTE]) as (client, ear):
         assert [words in reason for reason in ear.find("backoff")] == [True, True]
         assert (client.attempts, client.reconnects) == (3, 0)
         await ear.wait_frames([QUOTE])
+
+
+REFUSED, NO_ANSWER = "HTTP 403 instead of a WebSocket", "the answer is no WebSocket's"
+
+
+@in_loop
+async def test_a_misspelt_fault_is_named_by_the_one_that_asks_for_it(practice: str) -> None:
+    async with connected(f"{practice}?faults=reste:1", live=False, retry_count=1) as (client, _):
+        with pytest.raises(Lost, match="HTTP 400 instead of a WebSocket: no fault 'reste'"):
+            await client.connect()
+        assert "no fault 'reste'" in client.get_state()["last_error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"text/plain\r\nContent-Length: 14\r\n\r\nat noon again\n", f"{REFUSED}: at noon again"),
+        (b"text/plain\r\nContent-Length: 20\r\n\r\n\r\nfirst\r\nand second", f"{REFUSED}: first"),
+        (b"text/plain\r\nContent-Length: 14\r\n\r\n\x1b[2Jgone\x07\xff...", f"{REFUSED}: ?[2Jgone?\ufffd..."),
+        (b"text/plain\r\nContent-Length: 1000000\r\n\r\n" + b"x" * 1_000_000, f"{REFUSED}: {200 * 'x'}"),
+        (b"text/plain\r\nContent-Length: 50\r\n\r\n", REFUSED),
+        (b"text/plain\r\nContent-Length: 0\r\n\r\n", REFUSED),
+        (b"text/plain\r\nContent-Length: 14\r\n\r\nno key hunter2", REFUSED),
+        (b"text/plain\r\nContent-Length: 14\r\n\r\nno user desk-7", REFUSED),
+        (b"text/html\r\nContent-Length: 15\r\n\r\n<!DOCTYPE html>", REFUSED),
+        (
+            b"text/plain\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
+            f"{NO_ANSWER}: Invalid character in chunk size",
+        ),
+    ],
+    ids=["text", "lines", "steering", "long", "late", "empty", "query", "header", "page", "broken"],
+)
+@in_loop
+async def test_what_a_strange_server_says_is_shown_only_as_far_as_is_safe(answer: bytes, said: str) -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append(asyncio.current_task())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 403 No\r\nContent-Type: " + answer)
+        with suppress(ConnectionError):
+            await reader.read()
+        writer.close()
+
+    serving: list[Any] = []
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?faults=x&key=hunter2"
+        with pytest.raises(Lost) as lost:
+            await Socket.open(url, {"X-Desk": "desk-7", "X-Empty": ""}, 10.0)
+        await asyncio.wait(serving)
+    assert str(lost.value) == said
 
 
 STEPS = [

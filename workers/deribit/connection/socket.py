@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
@@ -15,6 +16,9 @@ from workers.deribit.rpc.errors import Lost
 
 CLOSE_TIMEOUT = 1.0
 """Seconds that a peer gets to answer our close frame."""
+
+WORDS, WORDS_TIMEOUT = 200, 0.5
+"""Bytes of a refusal's body that are shown, and seconds that they get to come."""
 
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
@@ -105,7 +109,10 @@ class Socket:
     @classmethod
     async def open(cls, url: str, headers: Mapping[str, str], timeout: float) -> Self:
         """Connect within `timeout` seconds. Raises Lost, which says why not."""
-        session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response)
+        session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response, auto_decompress=False,
+            raise_for_status=_Refusal(url, headers).tell,
+        )  # fmt: skip
         try:
             async with asyncio.timeout(timeout):
                 return cls(session, await _connect(session, url, headers))
@@ -162,11 +169,37 @@ async def _connect(session: aiohttp.ClientSession, url: str, headers: Mapping[st
     return await session.ws_connect(url, headers=headers, max_msg_size=MAX_FRAME, timeout=timeout, decode_text=False)
 
 
+class _Refusal:
+    """What a server says instead of opening a WebSocket. It may be any server: little of it is read, and as text."""
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        query = urlsplit(url).query
+        self._sent = {*headers.values(), *(value for key, value in parse_qsl(query) if key != "faults")} - {""}
+
+    async def tell(self, response: aiohttp.ClientResponse) -> None:
+        """Raise Lost for an answer that is no upgrade, with the first line of its text."""
+        if response.status == 101:
+            return
+        hint = " (32 connections are allowed from one address)" if response.status == 429 else ""
+        words = await self._read_words(response)
+        raise Lost(f"HTTP {response.status} instead of a WebSocket{hint}{': ' if words else ''}{words}")
+
+    async def _read_words(self, response: aiohttp.ClientResponse) -> str:
+        body = b""
+        if response.content_type in ("text/plain", "application/json"):  # the first line of a page is only its head
+            with suppress(TimeoutError, aiohttp.ClientError):
+                async with asyncio.timeout(WORDS_TIMEOUT):
+                    body = await response.content.read(WORDS)
+        line = body.strip().partition(b"\n")[0].decode(errors="replace").strip()
+        if any(value in line for value in self._sent):
+            return ""  # what was sent along may be secret, and an echo of it would stand in the log
+        return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+
 def _explain_failure(error: BaseException, timeout: float) -> BaseException:
     """Lost for what can go wrong with a connection; anything else as it is."""
-    if isinstance(error, aiohttp.WSServerHandshakeError):
-        hint = " (32 connections are allowed from one address)" if error.status == 429 else ""
-        return Lost(f"HTTP {error.status} instead of a WebSocket{hint}")
+    if isinstance(error, aiohttp.ClientResponseError):  # its own text would show the URL, and what was received
+        return Lost(f"the answer is no WebSocket's: {error.message.partition(chr(10))[0].rstrip(':')}")
     if isinstance(error, TimeoutError):
         return Lost(f"no connection within {timeout:g} s")
     if isinstance(error, (aiohttp.ClientError, OSError, ValueError)):
