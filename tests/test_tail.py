@@ -22,6 +22,7 @@ from support import REPOSITORY, collector, running, wait_until
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
 from collector.messages import encode, parse_topic
+from tests.pipeline import find_port
 
 START = 1_790_000_000_000_000_000
 BEST = {"best_bid_price": 92294.5, "best_bid_amount": 10.0, "best_ask_price": 92295.0, "best_ask_amount": 2000.0}
@@ -165,8 +166,28 @@ def test_a_prefix_that_nothing_begins_with_is_told(market: Market) -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stdout == ""
-    assert "nothing yet on topics that begin with 'deribit.trades.'; a topic is like deribit.trade." in done.stderr
-    assert done.stderr.count("nothing yet") == 1
+    told = (
+        r"collector: nothing yet on topics that begin with 'deribit.trades.' from tcp://127.0.0.1:\d+; a topic is like "
+        r"deribit.trade.BTC-PERPETUAL.100ms; `collector state` shows what is collected, and where"
+    )
+    yet, end = done.stderr.splitlines()
+    assert re.fullmatch(told, yet)
+    assert end == yet.replace("nothing yet", "nothing came")
+
+
+def test_reading_for_a_while_in_which_nothing_came_is_told_at_its_end() -> None:
+    endpoint = f"tcp://127.0.0.1:{find_port()}"
+    done = subprocess.run(
+        collector("tail", "--for", "0.5s", "--endpoint", endpoint), capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith(f"collector: nothing came from {endpoint}; ")
+
+
+def test_on_a_terminal_too_it_is_told_that_nothing_came(market: Market) -> None:
+    with on_terminal(*collector("tail", "nothing.", "--for", "0.5s", "--control", market.control)) as terminal:
+        terminal.wait("collector: nothing came on topics that begin with 'nothing.' from tcp://127.0.0.1")
+        assert terminal.written.rindex("\x1b[?1049l") < terminal.written.index("nothing came"), "the view hides it"
 
 
 def test_losses_go_to_stderr(market: Market) -> None:

@@ -50,11 +50,13 @@ def tail(
     collector tail --for 2s deribit.ticker.BTC-PERPETUAL. | jq '.last_price // empty'
     """
     with exit_on_error(), Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber:
+        silence = Silence(subscriber, prefixes)
         items = read(subscriber, count, duration)
         if as_json or not sys.stdout.isatty():
-            write_json(tell_silence(items, prefixes))
+            write_json(silence.watch(items, says_yet=True))
         else:
-            choose_view()(subscriber, items, ["Ctrl-C leaves; the collector goes on"])
+            choose_view()(subscriber, silence.watch(items, says_yet=False), ["Ctrl-C leaves; the collector goes on"])
+        silence.tell_end()
 
 
 def read(
@@ -75,18 +77,36 @@ def read(
                 return
 
 
-def tell_silence(items: Items, prefixes: tuple[str, ...]) -> Items:
-    """The items; where none comes for SILENT seconds at first, a line on stderr says what the cause may be."""
-    start: float | None = time.monotonic()
-    for item in items:
-        if item is not None:
-            start = None
-        elif start is not None and time.monotonic() - start > SILENT:
-            start = None
-            wanted = f" on topics that begin with {' or '.join(map(repr, prefixes))}" if prefixes else ""
-            advice = "a topic is like deribit.trade.BTC-PERPETUAL.100ms; `collector state` shows what is collected"
-            click.echo(f"collector: nothing yet{wanted}; {advice}", err=True)
-        yield item
+class Silence:
+    """Says on stderr that nothing comes, from where nothing comes, and what the cause may be."""
+
+    def __init__(self, subscriber: Subscriber, prefixes: tuple[str, ...]) -> None:
+        self._subscriber = subscriber
+        self._prefixes = prefixes
+        self._is_broken = False
+
+    def watch(self, items: Items, says_yet: bool) -> Items:
+        """Pass the items on; with `says_yet`, say it once if none has come for SILENT seconds."""
+        due = time.monotonic() + SILENT
+        for item in items:
+            self._is_broken = self._is_broken or item is not None
+            if says_yet and not self._is_broken and time.monotonic() > due:
+                says_yet = False
+                self._say("nothing yet")
+            yield item
+
+    def tell_end(self) -> None:
+        """Say it if nothing came until the end."""
+        if not self._is_broken:
+            self._say("nothing came")
+
+    def _say(self, said: str) -> None:
+        wanted = f" on topics that begin with {' or '.join(map(repr, self._prefixes))}" if self._prefixes else ""
+        where = ", ".join(sorted(self._subscriber.endpoints)) or "no connection"
+        advice = (
+            "a topic is like deribit.trade.BTC-PERPETUAL.100ms; `collector state` shows what is collected, and where"
+        )
+        click.echo(f"collector: {said}{wanted} from {where}; {advice}", err=True)
 
 
 def write_json(items: Items) -> None:
