@@ -160,9 +160,7 @@ def test_garbage_for_an_answer_is_an_internal_error(peer: Any, reply: bytes) -> 
 def test_missing_or_abandoned_socket_file_is_said_at_once(tmp_path: Path) -> None:
     path = tmp_path / "control"
     with Control(f"ipc://{path}", timeout=3600) as control:
-        with pytest.raises(
-            ControlError, match=r"timeout: no collector answers at ipc:///.*there is no such socket file"
-        ):
+        with pytest.raises(ControlError, match=r"^no collector runs at ipc:///.*there is no such socket file"):
             control.get_state()
         with socket.socket(socket.AF_UNIX) as listener:
             listener.bind(str(path))

@@ -175,7 +175,10 @@ def test_errors_say_what_and_what_to_do(control: str, arguments: tuple[str, ...]
 def test_nobody_there_is_said_at_once(tmp_path: Path, command: str) -> None:
     done = call(f"ipc://{tmp_path}/none", command)
     assert (done.returncode, done.stdout) == (1, "")
-    assert f"no collector answers at ipc://{tmp_path}/none: there is no such socket file; start one" in done.stderr
+    words = (
+        f"collector: no collector runs at ipc://{tmp_path}/none: there is no such socket file; start one (collector run"
+    )
+    assert done.stderr.startswith(words)
 
 
 def test_connections_come_and_go(control: str, tmp_path: Path) -> None:

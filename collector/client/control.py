@@ -20,6 +20,14 @@ GRACE = 0.5
 """Seconds that a reply may come after the deadline: the collector's own word on a timeout says more than ours."""
 
 
+class NobodyAnswers(ControlError):
+    """No collector had a word on it: the error is ours, and its code, `timeout`, none of a collector's."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("timeout", message)
+        self.args = (message,)
+
+
 class OwnSocket:
     """One ZeroMQ socket in a context of its own, so that closing it leaves nothing behind."""
 
@@ -93,7 +101,7 @@ class Control(OwnSocket):
         check_listener(self.endpoint)
         self.send_request(op, **arguments)
         if not self.socket.poll(int((self.timeout + GRACE) * 1000)):
-            raise ControlError("timeout", self._explain_silence())
+            raise NobodyAnswers(self._explain_silence())
         return decode_reply(self.socket.recv(), MAX_REPLY)
 
     def _ask_map(self, op: str, **arguments: Any) -> dict[str, Any]:
@@ -109,7 +117,7 @@ class Control(OwnSocket):
         try:
             self.socket.send(encode({"op": op, **given, "deadline": deadline}), zmq.NOBLOCK)
         except zmq.Again:
-            raise ControlError("timeout", self._explain_silence()) from None
+            raise NobodyAnswers(self._explain_silence()) from None
 
     def _explain_silence(self) -> str:
         return (
@@ -119,14 +127,14 @@ class Control(OwnSocket):
 
 
 def check_listener(endpoint: str) -> None:
-    """Raise ControlError at once where it is sure that nobody listens on an ipc endpoint: ZeroMQ would only wait."""
+    """Raise NobodyAnswers at once where it is sure that nobody listens on an ipc endpoint: ZeroMQ would only wait."""
     path = endpoint.removeprefix("ipc://")
     if path == endpoint or path.startswith("@"):
         return
     reasons = {
-        errno.ENOENT: "there is no such socket file",
-        errno.ECONNREFUSED: "its socket file was left behind by one that is gone",
-        errno.EACCES: "its socket file belongs to another user",
+        errno.ENOENT: "no collector runs at {}: there is no such socket file",
+        errno.ECONNREFUSED: "no collector runs at {}: its socket file was left behind by one that is gone",
+        errno.EACCES: "the collector at {} cannot be asked: its socket file belongs to another user",
     }
     with socket.socket(socket.AF_UNIX) as probe:
         try:
@@ -134,8 +142,5 @@ def check_listener(endpoint: str) -> None:
         except OSError as error:
             if error.errno not in reasons:
                 return  # ZeroMQ will say it, or wait
-            raise ControlError(
-                "timeout",
-                f"no collector answers at {endpoint}: {reasons[error.errno]}; "
-                "start one (collector run FILE), or name its endpoint (--control or COLLECTOR_CONTROL)",
-            ) from None
+            advice = "start one (collector run FILE), or name its endpoint (--control or COLLECTOR_CONTROL)"
+            raise NobodyAnswers(f"{reasons[error.errno].format(endpoint)}; {advice}") from None
