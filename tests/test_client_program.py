@@ -153,7 +153,7 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
         (
             ("connect", "futures", "quote.ETH-PERPETUAL", "--url", "ws://127.0.0.1:1/ws/api/v2"),
             1,
-            "collector: exists: ",
+            "collector: exists: futures runs already; close it first, or choose another name\n",
         ),
         (("connect", "x", "--set", "nonsense"), 2, "write KEY=VALUE"),
         (("connect", "x", "--from", "configs/deribit.toml"), 2, "there is no [[connection]] 'x'; there are "),

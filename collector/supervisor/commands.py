@@ -100,7 +100,7 @@ class Commands:
             connection = read_connection(table, "connection", config.runtime_dir, config.secrets)
             known = self._entries.get(connection.name)
             if known is not None and not known.keeper.is_over:
-                raise ControlError("exists", f"{connection.name} runs already; close it first")
+                raise ControlError("exists", f"{connection.name} runs already; close it first, or choose another name")
             self._supervisor.check_beside([connection], known)
         except ConfigError as error:
             raise ControlError("bad_request", str(error)) from None
