@@ -155,6 +155,12 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
             1,
             "collector: exists: futures runs already; close it first, or choose another name\n",
         ),
+        (("connect", "x", "quote.ETH-PERPETUAL"), 2, "x has no URL to connect to; add --url wss://"),
+        (
+            ("connect", "x", "--url", "practice", "--set", "timeout=5000"),
+            1,
+            "write 5.0 (any key of the table can be given: --set KEY=VALUE)",
+        ),
         (("connect", "x", "--set", "nonsense"), 2, "write KEY=VALUE"),
         (("connect", "x", "--from", "configs/deribit.toml"), 2, "there is no [[connection]] 'x'; there are "),
         (("connect", "x", "quote.ETH-PERPETUAL", "--url", "nonsense"), 1, "collector: bad_request: "),

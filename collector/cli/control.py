@@ -50,7 +50,8 @@ def connect(
     collector connect options --from configs/deribit.toml
     collector connect eth ticker.ETH-PERPETUAL.100ms --url wss://www.deribit.com/ws/api/v2
     """
-    with exit_on_error():
+    settings_advice = "" if file else "any key of the table can be given: --set KEY=VALUE"
+    with exit_on_error(bad_request=settings_advice):
         given = {"url": url, "publish": publish, "channels": list(channels) or None}
         table = {
             "name": name,
@@ -58,6 +59,9 @@ def connect(
             **dict(map(read_setting, settings)),
             **{key: value for key, value in given.items() if value is not None},
         }
+        if not table.get("url"):
+            example = "--url wss://www.deribit.com/ws/api/v2"
+            raise ValueError(f"{name} has no URL to connect to; add {example}, or --from FILE that has its table")
         with Control(control, timeout) as asked:
             print_state(asked.connect(table), as_json)
 

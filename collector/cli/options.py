@@ -70,14 +70,17 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 @contextmanager
-def exit_on_error() -> Iterator[None]:
-    """End with exit code 1 and what to do, if the collector refuses or does not answer; quietly if nobody reads on."""
+def exit_on_error(**advice: str) -> Iterator[None]:
+    """End with exit code 1 and what to do, if the collector refuses or does not answer; quietly if nobody reads on.
+
+    `advice`: what to do about errors of these codes, where a command knows more than ADVICE.
+    """
     try:
         yield
     except ControlError as error:
         raw = f" {json.dumps(error.data, default=str)}" if error.data is not None else ""
-        advice = ADVICE.get(error.code)
-        fail(f"{error}{raw}" + (f" ({advice})" if advice else ""))
+        cure = (ADVICE | advice).get(error.code)
+        fail(f"{error}{raw}" + (f" ({cure})" if cure else ""))
     except ValueError as error:
         fail(str(error), 2)
     except BrokenPipeError:
