@@ -86,6 +86,8 @@ def test_state_is_a_table_for_people_and_a_map_for_programs(control: str) -> Non
     facts = get_output(control, "state", "futures")
     assert facts.startswith("name ")
     assert "    book.BTC-PERPETUAL.100ms\n" in facts
+    below = facts.partition("\nchannels\n")[2].splitlines()
+    assert [line for line in below if not line.startswith("    ")] == ["  refused  -", "  asked (4)", "  confirmed (4)"]
 
 
 def test_channels_come_and_go(control: str) -> None:

@@ -228,7 +228,7 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
         click.echo(f"{indent}{key.ljust(width)}  {lines[key]}")
     for key, value in facts.items():
         if _is_long(value):
-            click.echo(f"{indent}{key} ({len(value)})")
+            click.echo(f"{indent}{key}{_show_number(value)}")
             if isinstance(value, Mapping):
                 print_facts(value, indent + "  ")
             else:
@@ -241,6 +241,12 @@ _FIRST = ("name", "state", "since", "last_error", "url", "publish", "pid")
 def _is_long(value: Any) -> bool:
     """Whether a value needs lines of its own."""
     return bool(value) and (isinstance(value, list | tuple) or (isinstance(value, Mapping) and not _is_spread(value)))
+
+
+def _show_number(value: Any) -> str:
+    """How many there are below a key; of a map of lists each list says it for itself."""
+    is_map_of_lists = isinstance(value, Mapping) and any(isinstance(each, list | Mapping) for each in value.values())
+    return "" if is_map_of_lists else f" ({len(value)})"
 
 
 def _is_spread(value: Any) -> bool:
