@@ -218,6 +218,9 @@ def test_the_command_asks_the_exchange_for_its_instruments(tmp_path: Path) -> No
     assert "note         quote.btc-* finds nothing now; did you mean quote.BTC-*?" in done.stdout.splitlines()
     assert done.stdout.count("did you mean") == 1
     rows = re.findall(r"\n(options-\d) +ipc://\S+/\1\.pub +(\d+) \(.*?\) +(\d+)/s", done.stdout)
+    heading, note = re.findall(r"^.*quiet market.*$", done.stdout, re.MULTILINE)
+    assert heading.split("  ")[0] == "connection"
+    assert note.startswith("quiet market messages a second, estimated; a busy market has many times that")
     assert [name for name, _, _ in rows] == ["options-1", "options-2", "options-3"]
     assert all(300 < int(number) <= 500 and 40 < int(rate) < 120 for _, number, rate in rows)
 

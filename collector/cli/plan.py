@@ -60,6 +60,7 @@ def write_plan(plan: Plan) -> Iterator[str]:
     if plan.patterns:
         yield from _write_table([("pattern", "connection", "channels"), *map(_write_pattern, plan.patterns)])
         yield ""
+    yield f"quiet market {_QUIET}"
     yield f"control      {plan.control}"
     if plan.exchange:
         yield f"exchange     {plan.exchange}, the practice exchange"
@@ -73,7 +74,9 @@ def write_plan(plan: Plan) -> Iterator[str]:
         yield f"note         {note}"
 
 
-_HEADINGS = ("connection", "publish", "channels", "expected", "calls", "largest", "login")
+_QUIET = "messages a second, estimated; a busy market has many times that, and so has the practice exchange"
+
+_HEADINGS = ("connection", "publish", "channels", "quiet market", "calls", "largest", "login")
 
 
 def _write_pattern(planned: PlannedPattern) -> tuple[str, ...]:
