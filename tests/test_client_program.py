@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -209,10 +210,17 @@ def test_connections_come_and_go(control: str, tmp_path: Path) -> None:
 def test_verify_finds_nothing_wrong_with_a_running_collector(control: str) -> None:
     printed = get_output(control, "verify", "--for", "3s")
     assert printed.endswith("Every rule holds.\n")
+    printed = get_output(control, "verify", "--for", "2s", "deribit.quote.")
+    marks = dict(re.findall(r"^(\w+) +[\d,]+ checked +(.*?)  ", printed, re.MULTILINE))
+    assert (marks["sequence"], marks["heartbeat"]) == ("ok", "ok")
+    unchecked = ["chain", "crossed", "duplicate", "hole", "repair"]
+    assert [rule for rule, mark in marks.items() if mark == "not checked"] == unchecked
+    assert printed.endswith(f"\nEvery rule that could be checked holds. Nothing came for: {', '.join(unchecked)}.\n")
     verdict = json.loads(get_output(control, "verify", "--for", "2s", "--json", "deribit.book."))
     assert verdict["ok"]
     assert verdict["rules"]["chain"]["checked"] > 0
     assert verdict["rules"]["heartbeat"]["checked"] > 0
+    assert verdict["unchecked"] == ["duplicate", "hole", "repair"]
 
 
 def test_verify_says_when_nothing_came(control: str) -> None:

@@ -29,7 +29,8 @@ def verify(
 ) -> None:
     """Check every message of the topics that begin with a PREFIX (all, if none is given) against the wire's rules.
 
-    Ends with 1 if a rule is broken, or if nothing came.
+    Ends with 1 if a rule is broken, or if nothing came for one of the PREFIXes. A rule for which no message came is not
+    checked, and said to be so: that alone is no fault.
     """
     wanted = (*prefixes, *ALWAYS) if prefixes else ("",)
     with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
@@ -84,6 +85,12 @@ class Verdict:
         topics = [str(topic) for topic in self.verifier.topics]
         return [prefix for prefix in self.prefixes if not any(topic.startswith(prefix) for topic in topics)]
 
+    @property
+    def unchecked(self) -> list[str]:
+        """The rules that nothing put to the test."""
+        checked = self.verifier.count_checks()
+        return [rule for rule in RULES if not checked[rule] and not self.verifier.wrong[rule]]
+
     def to_map(self) -> dict[str, object]:
         """The verdict for programs."""
         checked = self.verifier.count_checks()
@@ -93,6 +100,7 @@ class Verdict:
             "messages": self.verifier.messages,
             "topics": len(self.verifier.topics),
             "rules": {rule: {"checked": checked[rule], "broken": self.verifier.wrong[rule]} for rule in RULES},
+            "unchecked": self.unchecked,
             "silent": self.silent,
             "findings": [finding._asdict() for findings in self.examples.values() for finding in findings],
         }
@@ -101,12 +109,10 @@ class Verdict:
         """The verdict for a person."""
         checked, wrong = self.verifier.count_checks(), self.verifier.wrong
         for rule, meaning in RULES.items():
-            mark = (
-                click.style(f"{wrong[rule]:7,} broken", fg="red")
-                if wrong[rule]
-                else click.style("ok".rjust(14), fg="green")
-            )
-            click.echo(f"{rule:9}  {checked[rule]:11,} checked  {mark}  {meaning}")
+            mark, color = ("ok", "green") if checked[rule] else ("not checked", "yellow")
+            if wrong[rule]:
+                mark, color = f"{wrong[rule]:,} broken", "red"
+            click.echo(f"{rule:9}  {checked[rule]:11,} checked  {click.style(mark.rjust(14), fg=color)}  {meaning}")
             for finding in self.examples.get(rule, []):
                 click.echo(f"    {printable(f'{finding.topic}: {finding.text}')}")
         types = Counter(topic.type for topic in self.verifier.topics)
@@ -115,7 +121,9 @@ class Verdict:
             f"{self.verifier.messages:,} messages in {self.seconds:.1f} s on {len(self.verifier.topics)} topics"
             + (f" ({topics})" if topics else "")
         )
-        if self.is_good:
+        if self.is_good and self.unchecked:
+            click.secho(f"Every rule that could be checked holds. Nothing came for: {', '.join(self.unchecked)}.")
+        elif self.is_good:
             click.secho("Every rule holds.", fg="green")
         for prefix in self.silent:
             where = f" on topics that begin with {prefix!r}" if prefix else ""
