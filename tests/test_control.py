@@ -16,6 +16,7 @@ import pytest
 import zmq
 
 from collector.messages import ControlError, decode_reply, encode
+from collector.supervisor.commands import explain_forbidden, is_sendable
 from tests.collected import QUICK, Collected, collected
 from tests.support import wait_until
 
@@ -175,6 +176,26 @@ def test_the_exchanges_error_comes_through_unchanged(shared: Collected) -> None:
 )  # fmt: skip
 def test_other_methods_are_forbidden(shared: Collected, method: str) -> None:
     assert shared.refuse("send", connection="a", method=method).code == "forbidden"
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("ticker", "'ticker' lacks its first part; write public/ticker or private/ticker"),
+        ("private/buy", "'private/buy' is none of public/*, private/get_*; send_allow in the connection's table names"),
+        ("public/subscribe", "the ops subscribe and unsubscribe keep account of the channels"),
+        ("private/unsubscribe_all", "the ops subscribe and unsubscribe keep account of the channels"),
+        ("public/auth", "'public/auth' would change what the collector keeps itself; send_allow in its table can"),
+    ],
+)
+def test_a_forbidden_method_is_told_what_is_allowed(shared: Collected, method: str, said: str) -> None:
+    assert said in shared.refuse("send", connection="a", method=method).message
+
+
+def test_what_send_allow_names_is_told_as_allowed() -> None:
+    assert not is_sendable("private/sell", ["private/buy"])
+    words = explain_forbidden("private/sell", ["private/buy"])
+    assert words.startswith("'private/sell' is none of public/*, private/get_*, private/buy; ")
 
 
 @pytest.mark.parametrize(

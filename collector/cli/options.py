@@ -14,7 +14,6 @@ from collector.messages import ControlError
 ADVICE = {
     "unknown_connection": "`collector state` lists the connections",
     "not_connected": "`collector state` shows how it is",
-    "forbidden": "send_allow in the connection's table names further methods",
     "expired": "--timeout gives it more time",
     "internal": "see the collector's log",
 }

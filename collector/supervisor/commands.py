@@ -210,7 +210,7 @@ class Commands:
         entry = self._find(request.connection)
         method = request.arguments["method"]
         if not is_sendable(method, entry.connection.send_allow):
-            raise ControlError("forbidden", f"{method[:60]!r}: public/*, private/get_* and send_allow may be sent")
+            raise ControlError("forbidden", explain_forbidden(method, entry.connection.send_allow))
         arguments = {"method": method, "params": _check_params(request.arguments.get("params") or {})}
         return await entry.keeper.ask("send", arguments, request.deadline)
 
@@ -249,6 +249,19 @@ def is_sendable(method: str, allowed: Iterable[str]) -> bool:
     if method in allowed:
         return True
     return bool(_METHOD.match(method) and _READING.match(method)) and method not in UNSENDABLE
+
+
+def explain_forbidden(method: str, allowed: Iterable[str]) -> str:
+    """Say why a method may not be sent, and what may."""
+    shown = repr(method[:60])
+    if re.fullmatch(r"[a-z0-9_]{1,60}", method):
+        return f"{shown} lacks its first part; write public/{method} or private/{method}"
+    if re.fullmatch(r"(public|private)/(un)?subscribe(_all)?", method):
+        return f"{shown} is not for send: the ops subscribe and unsubscribe keep account of the channels"
+    if method in UNSENDABLE:
+        return f"{shown} would change what the collector keeps itself; send_allow in its table can allow it"
+    listed = ", ".join(["public/*", "private/get_*", *allowed])
+    return f"{shown} is none of {listed}; send_allow in the connection's table names further methods"
 
 
 def hide_secrets(url: str) -> str:
