@@ -60,14 +60,26 @@ def test_a_killed_worker_is_replaced_and_its_restart_counted() -> None:
         run.program.wait_line(r"a: killed by SIGKILL; started again in", stream="err")
 
 
+def test_state_says_that_the_worker_was_killed_until_it_lives_again() -> None:
+    with collected({"a": {**QUICK, "retry_delay": 4}}) as run:
+        before = run.wait_state("a")
+        psutil.Process(before["pid"]).kill()
+        error = run.wait_state("a", "backoff")["last_error"]
+        words = r"the worker process was killed by SIGKILL; started again [2-4]\.\d s after that"
+        assert re.fullmatch(words, error["message"])
+        run.wait_state("a", restarts=1, last_error=None)
+
+
 def test_a_stopped_worker_is_killed_and_replaced() -> None:
-    with collected() as run:
+    with collected({"a": {**QUICK, "retry_delay": 4}}) as run:
         before = run.wait_state("a")
         psutil.Process(before["pid"]).suspend()
         asked = time.monotonic()
         held = run.get_state("a")
         assert time.monotonic() - asked < 2.0, "a stuck worker holds up the answer"
         assert held["url"] == before["url"]  # the last known values
+        error = run.wait_state("a", "backoff")["last_error"]
+        assert error["message"].startswith("the worker process gave no sign of life in 4 s: killed; started again ")
         run.wait_state("a", restarts=1)
         assert not psutil.pid_exists(before["pid"])
         run.program.wait_line(r"a: pid \d+ gave no sign of life in 4 s: killed", stream="err")

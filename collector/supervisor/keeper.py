@@ -78,6 +78,7 @@ class Keeper:
         self._limit = self._due = 0.0
         self._heard_at = 0.0
         self._live_since: float | None = None
+        self._overdue = ""  # what it owed us when it was killed for that
 
     # what is known of it
 
@@ -166,6 +167,7 @@ class Keeper:
         self.epoch = max(time.time_ns(), self.epoch + 1)
         self._live_since = None
         self._heard_at = 0.0
+        self._overdue = ""
         self._allow(READY_TIMEOUT)
         try:
             self._child = await start_child(self._spawner, self.kind, self._receive)
@@ -195,17 +197,25 @@ class Keeper:
             return True
         if not self.was_live and failures > MAX_RESTARTS:
             log.error("%s: %s: never live in %d starts, given up", self.name, describe_exit(code), failures)
+            self._note_death(code, f"never live in {failures} starts, given up")
             return True
         return False
 
     async def _back_off(self, failures: int) -> None:
         delay = backoff_delay(failures, self._first_delay, random.random())
-        reason = describe_exit(UNKNOWN_EXIT if self.exit_code is None else self.exit_code)
-        log.warning("%s: %s; started again in %.1f s", self.name, reason, delay)
+        code = UNKNOWN_EXIT if self.exit_code is None else self.exit_code
+        log.warning("%s: %s; started again in %.1f s", self.name, describe_exit(code), delay)
+        self._note_death(code, f"started again {delay:.1f} s after that")
         try:
             await asyncio.wait_for(self._stopping.wait(), delay)
         except TimeoutError:
             self.restarts += 1
+
+    def _note_death(self, code: int, outcome: str) -> None:
+        """Say in its place what a process that was struck down could not say itself: its next life forgets it."""
+        if self._overdue or code < 0 or code == UNKNOWN_EXIT:
+            cause = self._overdue or f"{'was ' if code < 0 else ''}{describe_exit(code)}"
+            self.report["last_error"] = {"message": f"the worker process {cause}; {outcome}"}
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Ask it to end in order within `grace` seconds, and not to come back. `keep` returns when it is gone."""
@@ -236,7 +246,8 @@ class Keeper:
             self._child.read()
         if now < self._due:
             return
-        log.error("%s: pid %s %s in %g s: killed", self.name, self.pid, _OVERDUE[self.machine.state], self._limit)
+        self._overdue = f"{_OVERDUE[self.machine.state]} in {self._limit:g} s: killed"
+        log.error("%s: pid %s %s", self.name, self.pid, self._overdue)
         self._child.kill()
         self._allow(self._limit)
 
