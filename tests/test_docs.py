@@ -24,6 +24,7 @@ from collector.schema import ENVELOPE, KINDS, SCHEMA
 from tests.generated import BLOCKS, DOCUMENTS, regenerate
 from tests.pipeline import ask, find_port, short_directory
 from tests.support import REPOSITORY, Program, collector, running, wait_until
+from workers.deribit.publishing.ledger import RECORD, STEP, Ledger
 
 README = REPOSITORY / "README.md"
 DOCS = REPOSITORY / "docs"
@@ -128,6 +129,16 @@ def test_log_lines_are_those_of_the_code() -> None:
     for line, *_ in read_table(DOCS / "operating.md", "line", "level", "meaning", "what to do"):
         missing = [word for word in re.findall(r"[a-z_]{4,}", line) if word not in code]
         assert not missing, f"{line}: no log line has {missing}"
+
+
+def test_size_of_a_ledger_is_as_told(tmp_path: Path) -> None:
+    told = re.search(
+        r"`ls -l` shows (\d+) MB,.*? takes (\d+) KiB at first, and\nthen (\d+) bytes", TEXTS["docs/operating.md"], re.S
+    )
+    assert told is not None
+    Ledger(tmp_path / "a.ledger", fresh=True).close()
+    length = (tmp_path / "a.ledger").stat().st_size
+    assert [int(number) for number in told.groups()] == [length // 1_000_000, STEP * RECORD // 1024, RECORD]
 
 
 def test_make_targets_are_told() -> None:
