@@ -15,6 +15,7 @@ import zmq
 from support import collector, running, wait_until
 
 from collector import Control, ControlError, Subscriber
+from collector.cli.control import print_facts
 from collector.client.orderbook import OrderBook
 from collector.client.stream import Loss, Message
 from collector.messages import encode
@@ -89,6 +90,13 @@ def test_state_is_a_table_for_people_and_a_map_for_programs(control: str) -> Non
     assert "    book.BTC-PERPETUAL.100ms\n" in facts
     below = facts.partition("\nchannels\n")[2].splitlines()
     assert [line for line in below if not line.startswith("    ")] == ["  refused  -", "  asked (4)", "  confirmed (4)"]
+
+
+def test_last_error_stands_near_the_top_of_a_state(capsys: pytest.CaptureFixture[str]) -> None:
+    exchanges = {"code": 13004, "message": "invalid_credentials"}
+    for error, shown in (({"message": "gone"}, "gone"), (exchanges, json.dumps(exchanges)), (None, "-")):
+        print_facts({"name": "a", "state": "backoff", "gaps": 0, "last_error": error})
+        assert capsys.readouterr().out.splitlines()[2] == f"last_error  {shown}"
 
 
 def test_channels_come_and_go(control: str) -> None:

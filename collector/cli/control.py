@@ -222,12 +222,12 @@ def print_table(states: dict[str, Any]) -> None:
 
 def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     """Print a map as a person reads it: first what fits on a line each, then maps and lists below their key."""
-    lines = {key: show_fact(key, value) for key, value in facts.items() if not _is_long(value)}
+    lines = {key: show_fact(key, value) for key, value in facts.items() if not _is_long(key, value)}
     width = max(map(len, lines), default=0)
     for key in sorted(lines, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST)):
         click.echo(f"{indent}{key.ljust(width)}  {lines[key]}")
     for key, value in facts.items():
-        if _is_long(value):
+        if _is_long(key, value):
             click.echo(f"{indent}{key}{_show_number(value)}")
             if isinstance(value, Mapping):
                 print_facts(value, indent + "  ")
@@ -238,9 +238,10 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
 _FIRST = ("name", "state", "since", "last_error", "url", "publish", "pid")
 
 
-def _is_long(value: Any) -> bool:
+def _is_long(key: str, value: Any) -> bool:
     """Whether a value needs lines of its own."""
-    return bool(value) and (isinstance(value, list | tuple) or (isinstance(value, Mapping) and not _is_spread(value)))
+    is_one_fact = key == "last_error" or _is_spread(value)
+    return bool(value) and isinstance(value, list | tuple | Mapping) and not is_one_fact
 
 
 def _show_number(value: Any) -> str:
