@@ -12,8 +12,20 @@ from typing import Any
 import pytest
 
 from collector.lifecycle import BACKOFF_CAP, Exit, backoff_delay
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
-from workers.deribit import ExchangeError, Login, Lost, NotConnected, Refused
+from tests.deribit_support import (
+    BOOK,
+    LOGIN,
+    QUICK,
+    QUOTE,
+    TICKER,
+    TRADES,
+    Ear,
+    connected,
+    in_loop,
+    name_faults,
+    wait_for,
+)
+from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.socket import Socket
 
 RAW = "book.BTC-PERPETUAL.raw"
@@ -499,6 +511,83 @@ async def test_close_interrupts_whatever_is_under_way(practice: str, faults: str
         await wait_for(lambda: client.machine.state == states[faults], states[faults])
         await client.close()
         assert ear.states[-1][0] == "closed"
+
+
+# -- a listener that fails --------------------------------------------------------------------------------------------
+
+
+class Careless(Ear):
+    """Fails in one of its methods, or in the change to one state."""
+
+    def __init__(self, place: str) -> None:
+        super().__init__()
+        self.place = place
+
+    def _fail_in(self, place: str) -> None:
+        if place == self.place:
+            raise KeyError(place)
+
+    def take_frame(self, frame: bytes, receive_ts: int) -> None:
+        self._fail_in("take_frame")
+
+    def take_malformed(self, frame: bytes, reason: str) -> None:
+        self._fail_in("take_malformed")
+
+    def confirm_channels(self, names: list[str]) -> None:
+        self._fail_in("confirm_channels")
+
+    def change_state(self, state: str, reason: str) -> None:
+        super().change_state(state, reason)
+        self._fail_in(state)
+
+
+@pytest.mark.parametrize(
+    ("place", "faults"),
+    [
+        ("take_frame", ""),
+        ("take_malformed", "garbage:0.05"),
+        ("confirm_channels", ""),
+        ("bootstrapping", ""),
+        ("live", ""),
+        ("backoff", "drop:0.3"),
+    ],
+)
+def test_what_a_listener_raises_ends_the_connection_and_is_told(
+    practice: str, place: str, faults: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ear = Careless(place)
+
+    @in_loop
+    async def run() -> None:
+        client = Client(name_faults(practice, faults), listener=ear, **QUICK)
+        client.reconciler.subscriptions.ask([QUOTE])
+        connecting = asyncio.create_task(client.connect())
+        await wait_for(lambda: client.get_state()["state"] == "failed", "the end")
+        assert client.get_state()["last_error"] == {"message": f"KeyError: '{place}'"}
+        assert (client.exit, ear.find("failed")) == (Exit.CRASHED, [f"KeyError: '{place}'"])
+        assert client._socket is None
+        await asyncio.gather(connecting, return_exceptions=True)  # it may have been live
+        for call in (
+            client.connect(), client.send("public/test"), client.subscribe([BOOK]), client.unsubscribe([QUOTE]),
+            client.close(),
+        ):  # fmt: skip
+            with pytest.raises(KeyError, match=place):
+                await call
+
+    run()
+    (record,) = [record for record in caplog.records if record.name == "deribit"]
+    assert record.exc_info is not None
+    assert isinstance(record.exc_info[1], KeyError)
+
+
+@pytest.mark.parametrize("place", ["closing", "closed"])
+@in_loop
+async def test_a_listener_that_fails_while_it_closes_leaves_nothing_open(practice: str, place: str) -> None:
+    client = Client(practice, listener=Careless(place), **QUICK)
+    await client.connect()
+    with pytest.raises(KeyError, match=place):
+        await client.close()
+    assert (client._socket, client.get_state()["state"]) == (None, "closed")
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ A `Client` can be used by itself from any asyncio program:
 """
 
 import asyncio
+import logging
 import random
 import time
 from collections.abc import Coroutine, Mapping
@@ -34,6 +35,8 @@ from workers.deribit.rpc.errors import (
 from workers.deribit.rpc.requests import Requests
 from workers.deribit.watching.watch import Pace
 
+log = logging.getLogger("deribit")
+
 LASTED = 10.0
 """Seconds live after which failed attempts are forgotten."""
 
@@ -46,6 +49,7 @@ class Client:
 
     `read_pause` is rested between reads while frames come fast, one by one (see watching.watch.Pace).
     `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
+    So does whatever the listener raises; each later call but get_state raises it again.
     """
 
     exit = Exit.STOPPED
@@ -104,11 +108,13 @@ class Client:
         """Connect and return once live; from then on stay connected. Raises Lost or Refused if that fails for good."""
         if self._life is None:
             self._life = asyncio.create_task(self.run())
+            self._life.add_done_callback(log_failure)
         live = asyncio.create_task(self._live.wait())
         try:
             await asyncio.wait({live, self._life}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             live.cancel()
+        self._raise_failure()
         if not self._live.is_set():
             raise Lost(self.failure) if self.exit is Exit.GAVE_UP else Refused(self.failure, self.exit)
 
@@ -116,6 +122,7 @@ class Client:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
         socket = self._socket
         if socket is None or self.machine.state not in ("bootstrapping", "live"):
+            self._raise_failure()
             raise NotConnected(f"the connection is {self.machine.state}")
         number, answer = self.requests.open()
         try:
@@ -145,6 +152,7 @@ class Client:
         return dict.fromkeys(channels, True)
 
     async def _reconcile(self) -> None:
+        self._raise_failure()
         if self.machine.state == "live":
             with suppress(Lost):  # what came to nothing now is done by the upkeep, or by the next bootstrap
                 await self.reconciler.reconcile()
@@ -174,16 +182,30 @@ class Client:
 
     async def close(self) -> None:
         """Close in order: close frame, its answer awaited for CLOSE_TIMEOUT at most, then the socket."""
-        if not self._closing.is_set() and self.machine.allows("close"):
-            self._apply("close", "asked to")
-        self._closing.set()
-        if self._life is not None:
-            await self._life
+        try:
+            if not self._closing.is_set() and self.machine.allows("close"):
+                self._apply("close", "asked to")
+        finally:
+            self._closing.set()
+            if self._life is not None:
+                await self._life
+
+    def _raise_failure(self) -> None:
+        """Nobody awaits the life of a client: what broke it is told by each call that follows."""
+        if self._life is not None and self._life.done() and not self._life.cancelled():
+            self._life.result()
 
     # -- staying connected --------------------------------------------------------------------------------------------
 
     async def run(self) -> None:
-        """Live until closed or failed for good; `exit` and `failure` then say why."""
+        """Live until closed or failed for good; `exit` and `failure` then say why. Raises what the listener raises."""
+        try:
+            await self._stay_connected()
+        except Exception as error:
+            self._break(error)
+            raise
+
+    async def _stay_connected(self) -> None:
         if self._closing.is_set():
             return
         self._apply("connect", "")
@@ -228,6 +250,11 @@ class Client:
         if not self._closing.is_set():
             self.exit, self.failure = code, failure
             self._apply(event, failure)
+
+    def _break(self, error: Exception) -> None:
+        self.exit, self.failure = Exit.CRASHED, f"{type(error).__name__}: {error}"
+        self.last_error = {"message": self.failure}
+        self._apply("broke", self.failure)
 
     async def _run_session(self) -> None:
         self.attempts += 1
@@ -360,7 +387,7 @@ class Client:
             await self.send("public/test")
 
     def _apply(self, event: str, reason: str) -> None:
-        if self._closing.is_set() and event != "ended":
+        if self._closing.is_set() and event not in ("ended", "broke"):
             return  # whatever came in the meantime: it is being closed
         self._reason = reason
         self.machine.apply(event)
@@ -368,3 +395,9 @@ class Client:
     def _note_change(self, old: str, event: str, new: str) -> None:
         self.since = time.time_ns()
         self.listener.change_state(new, self._reason)
+
+
+def log_failure(life: asyncio.Task[None]) -> None:
+    """Say at once what broke the life of a client: it may be long until somebody calls it again."""
+    if not life.cancelled() and (error := life.exception()) is not None:
+        log.error("the connection has ended by an error", exc_info=error)
