@@ -324,6 +324,29 @@ async def test_a_wish_whose_call_comes_to_nothing_is_kept(practice: str, fault: 
         check_equal(client)
 
 
+@pytest.mark.parametrize("faults", ["", "no_reply:public/subscribe@1", "error:public/subscribe=11045@1"])
+@in_loop
+async def test_all_who_ask_for_a_channel_at_once_get_its_true_answer(practice: str, faults: str) -> None:
+    """Also where the call of the first comes to nothing: then the second's is sent."""
+    async with connected(practice, faults, timeout=1.5) as (client, _):
+        first, *others = await asyncio.gather(*(client.subscribe([QUOTE, "quote.NOPE"]) for _ in range(3)))
+        true = {QUOTE: True, "quote.NOPE": {"code": "exchange_error", "message": LEFT_OUT}}
+        assert others == [true, true]
+        assert first == true or "no_reply" in faults
+        check_equal(client, "quote.NOPE")
+
+
+@in_loop
+async def test_who_waits_for_a_call_of_another_is_told_when_the_connection_is_lost(practice: str) -> None:
+    async with connected(practice, "no_reply:public/subscribe,first:1", timeout=60) as (client, ear):
+        asking = [asyncio.create_task(client.subscribe([QUOTE])) for _ in range(2)]
+        await wait_for(lambda: client.requests.waiting, "the call")
+        client.cut("the test wants it so")
+        kept = {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
+        assert await asyncio.gather(*asking) == [{QUOTE: kept}] * 2
+        await ear.wait_frames([QUOTE])
+
+
 @in_loop
 async def test_many_wishes_side_by_side(practice: str) -> None:
     async with connected(practice) as (client, _):

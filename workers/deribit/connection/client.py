@@ -142,20 +142,20 @@ class Client:
         cannot be a channel.
         """
         self.reconciler.subscriptions.ask(channels)
-        await self._reconcile()
+        await self._settle(channels)
         return {name: self.reconciler.describe_wish(name) for name in channels}
 
     async def unsubscribe(self, channels: list[str]) -> dict[str, Any]:
         """Want these channels no more. Returns {name: True} for each."""
         self.reconciler.subscriptions.drop(channels)
-        await self._reconcile()
+        await self._settle([])
         return dict.fromkeys(channels, True)
 
-    async def _reconcile(self) -> None:
+    async def _settle(self, channels: list[str]) -> None:
         self._raise_failure()
         if self.machine.state == "live":
             with suppress(Lost):  # what came to nothing now is done by the upkeep, or by the next bootstrap
-                await self.reconciler.reconcile()
+                await self.reconciler.settle(channels)
 
     def get_state(self) -> dict[str, Any]:
         """The connection as it is now; times in ns since 1970, the clock's offset and its error in ns."""

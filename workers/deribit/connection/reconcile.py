@@ -30,6 +30,7 @@ class Reconciler:
         self._refuse = refuse
         self.credits: Pool = Credits(since=time.monotonic())
         self._turn = asyncio.Lock()
+        self._answered = asyncio.Event()
         self._lives = 0
 
     def end(self) -> None:
@@ -37,6 +38,22 @@ class Reconciler:
         self.logged_in = False
         self._lives += 1
         self.subscriptions.forget()
+        self._wake()
+
+    def _wake(self) -> None:
+        """A call has had its answer, or will get none: those who wait for it look what came of it."""
+        self._answered.set()
+        self._answered = asyncio.Event()
+
+    async def settle(self, names: list[str]) -> None:
+        """Reconcile until these are confirmed or refused, also where others have asked for them. Raises Lost."""
+        life = self._lives
+        await self.reconcile()
+        while self.subscriptions.is_any_in_flight(names):
+            await self._answered.wait()
+            if life != self._lives:
+                raise Lost("the connection ended before the answer came")
+            await self.reconcile()
 
     async def reconcile(self, awaits_login: bool = False) -> None:
         """Ask until nothing is missing but what was refused. Raises Lost."""
@@ -77,6 +94,8 @@ class Reconciler:
             gained, refused = self.subscriptions.settle(call, names)
             self._confirm(gained)
             self._give_up(refused, LEFT_OUT)
+        finally:
+            self._wake()
 
     async def _wait_for_credits(self) -> None:
         life = self._lives

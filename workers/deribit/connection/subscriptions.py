@@ -127,6 +127,10 @@ class Subscriptions:
         """A call came to nothing: its channels are missing again."""
         self._in_flight.difference_update(call.channels)
 
+    def is_any_in_flight(self, names: list[str]) -> bool:
+        """Whether a call that is on its way will tell of one of these."""
+        return not self._in_flight.isdisjoint(names)
+
     @property
     def is_settled(self) -> bool:
         """Whether asked-for and confirmed are equal, but for what was refused."""
