@@ -10,6 +10,7 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from collector.channels import parse_channel
@@ -458,6 +459,26 @@ def test_first_trades_whose_healing_was_cut_by_a_kill_do_not_cost_a_request_each
         assert methods == {"public/get_last_trades_by_currency_and_time"}
         assert later.publisher.published == len(rows) + 2 * 50  # and a gap and a repair on each topic
         later.end()
+
+
+def test_options_that_are_quiet_after_a_loss_do_not_cost_a_request_each() -> None:
+    """What one of them missed makes the channel be healed once more: all the others have been asked for by time."""
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    names = [f"BTC-27MAR27-{strike}-C" for strike in range(50)]
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        life.confirm(channel, START)
+        life.take(channel, encode_data(channel, msgspec.to_builtins([make_option_trade(n, 7) for n in names])), START)
+        life.lose(START + second)
+        missed, asked = [make_option_trade(names[0], 8)], []
+        for _ in range(2):
+            healer = heal_life(life, START + 2 * second)
+            while healer.ask is not None:
+                asked.append(healer.ask.params)
+                healer.take(missed if healer.ask.params.get("currency") == "BTC" else [], False, START + 2 * second)
+        assert [params for params in asked if "instrument_name" in params] == []
+        assert life.publisher.published == 50 + 3  # one gap, its trade, its repair
+        life.end()
 
 
 def heal_life(life: Life, now: int) -> Healer:

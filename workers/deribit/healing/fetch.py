@@ -87,10 +87,10 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
 
 
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
-    """Fetch by time all that a lost connection may have cost a channel; say whether all of it was answered."""
+    """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered."""
     losses = feed.losses
     if feed.lost_from is None:
-        return False
+        return feed.is_checked and not feed.channel.instrument  # by an earlier healing
     answered = yield from _fetch_since(feed, feed.lost_from, now, offset)
     if feed.losses == losses:  # else the connection was lost once more in the meantime
         feed.end_loss()  # what was refused so often will not be had later either
