@@ -387,6 +387,25 @@ async def test_trades_that_nobody_has_any_more_stay_missing_and_are_named(practi
 
 
 @in_loop
+async def test_who_must_be_patient_does_not_hold_up_the_healing_of_others(practice: str) -> None:
+    """Requests for single instruments are refused, and asked for again later; those for a currency are answered."""
+    wide = "deribit.trade.ETH-PERPETUAL.100ms"
+    faults = "error:public/get_last_trades_by_instrument=13888"
+    async with collecting(practice, faults, TRADES, "trades.future.ETH.100ms") as run:
+        cuts = healed = 0
+        while healed < 2:
+            await hear_more(run, [TRADED, wide])
+            run.worker.client.cut("the test wants it so")
+            cuts += 1
+            gap = (await run.hearer.hear_of(wide, cuts, type="gap"))[-1]
+            if gap["healing"]:  # it was back before the next trade otherwise
+                (repair,) = await run.hearer.hear_of(wide, type="repair", gap=gap["id"])
+                assert repair["missing"] == []
+                healed += 1
+        assert run.hearer.find(TRADED, type="repair") == []
+
+
+@in_loop
 async def test_a_quiet_tail_is_healed_without_waiting_for_the_next_trade(practice: str) -> None:
     """After the loss no trade comes by itself; what was traded meanwhile comes all the same."""
     async with collecting(practice, f"skip:1,mute:{TRADES}@0", TRADES, QUOTE, retry_delay=2) as run:

@@ -15,6 +15,7 @@ import msgspec
 from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
+from workers.deribit.connection.together import do_together
 from workers.deribit.feeds.frames import TradeData, convert_laxly
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
@@ -33,29 +34,38 @@ AT_ONCE = 64
 
 
 class Healer:
-    """The feeds that wait for healing. `repaired` and `missing` count trades over this epoch."""
+    """Heals the feeds that call for it, in turn. `repaired` and `missing` count trades over this epoch."""
 
     def __init__(self, client: Client, publisher: Publisher) -> None:
         self._client = client
         self._publisher = publisher
-        self._waiting: dict[TradeFeed, None] = {}
-        self._called = asyncio.Event()
+        self._turns: asyncio.Queue[TradeFeed] = asyncio.Queue()
+        self._calling: set[TradeFeed] = set()
+        self._healing: set[TradeFeed] = set()
         self.repaired = 0
         self.missing = 0
 
     def heal(self, feed: TradeFeed) -> None:
-        """Fetch what this feed lacks, soon."""
-        self._waiting[feed] = None
-        self._called.set()
+        """Fetch what this feed lacks, soon; once more where that is under way already."""
+        if feed not in self._calling:
+            self._calling.add(feed)
+            if feed not in self._healing:
+                self._turns.put_nowait(feed)
 
     async def run(self) -> None:
         """Heal whatever is asked for, until cancelled."""
+        await do_together(*(self._heal_in_turn() for _ in range(AT_ONCE)))
+
+    async def _heal_in_turn(self) -> None:
+        """One after the other: a feed that must be patient holds up none but itself."""
         while True:
-            await self._called.wait()
-            self._called.clear()
-            feeds, self._waiting = list(self._waiting), {}
-            for start in range(0, len(feeds), AT_ONCE):
-                await asyncio.gather(*(self._heal_feed(feed) for feed in feeds[start : start + AT_ONCE]))
+            feed = await self._turns.get()
+            self._calling.discard(feed)
+            self._healing.add(feed)
+            await self._heal_feed(feed)
+            self._healing.discard(feed)
+            if feed in self._calling:
+                self._turns.put_nowait(feed)
 
     async def _heal_feed(self, feed: TradeFeed) -> None:
         healing = heal_feed(feed, time.time_ns(), self._client.session.clock_offset)
