@@ -14,6 +14,7 @@ import msgspec
 import pytest
 
 from collector.channels import parse_channel
+from collector.lifecycle import Exit
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.collected import collected
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
@@ -26,7 +27,7 @@ from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import Ledger
-from workers.deribit.publishing.streams import Topics
+from workers.deribit.publishing.streams import SURE, Topics
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -403,6 +404,21 @@ async def test_who_must_be_patient_does_not_hold_up_the_healing_of_others(practi
                 assert repair["missing"] == []
                 healed += 1
         assert run.hearer.find(TRADED, type="repair") == []
+
+
+@in_loop
+async def test_what_a_repair_leaves_to_be_done_is_not_done_after_the_end(practice: str) -> None:
+    """Its notes in the ledger are due some seconds later; by then the worker has given up, and closed the ledger."""
+    loop, failures = asyncio.get_running_loop(), list[dict[str, Any]]()
+    loop.set_exception_handler(lambda _, context: failures.append(context))
+    async with collecting(practice, "lost_trades:4@1", TRADES, retry_count=1) as run:
+        await run.hearer.hear_of(TRADED, type="repair")
+        run.worker.client.cut("the test wants it so")
+        await wait_for(lambda: run.worker.client.exit is Exit.GAVE_UP, "the end")
+    is_due = asyncio.Event()
+    loop.call_later(SURE, is_due.set)  # after all that is due
+    await is_due.wait()
+    assert failures == []
 
 
 @in_loop

@@ -177,6 +177,7 @@ class Worker(Listener):
 
     async def _end(self) -> None:
         self.joins.end()
+        self.healer.close()
         await asyncio.to_thread(self.publisher.close)
         self.ledger.close()
 

@@ -21,7 +21,7 @@ from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
 from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
-from workers.deribit.publishing.streams import SURE
+from workers.deribit.publishing.streams import SURE, Stream
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
@@ -42,6 +42,7 @@ class Healer:
         self._turns: asyncio.Queue[TradeFeed] = asyncio.Queue()
         self._calling: set[TradeFeed] = set()
         self._healing: set[TradeFeed] = set()
+        self._is_closed = False
         self.repaired = 0
         self.missing = 0
 
@@ -99,7 +100,15 @@ class Healer:
                 self.repaired += message.repaired
                 self.missing += sum(last - first + 1 for first, last in message.missing)
             self._publisher.say(healed.stream, message)
-        asyncio.get_running_loop().call_later(SURE, feed.settle, healed.stream)
+        asyncio.get_running_loop().call_later(SURE, self._settle, feed, healed.stream)
+
+    def _settle(self, feed: TradeFeed, stream: Stream) -> None:
+        if not self._is_closed:
+            feed.settle(stream)
+
+    def close(self) -> None:
+        """Leave the ledger alone from now on: a later life fetches again what was not surely out."""
+        self._is_closed = True
 
     async def _fetch(self, feed: TradeFeed, ask: Ask) -> Page | None:
         """Send one request and publish what it brings; None if the exchange refuses. Raises Lost and its kin."""
