@@ -45,7 +45,7 @@ class _Frame(msgspec.Struct):
     id: int | str | None = None
     method: str | None = None
     params: _Params | None = None
-    result: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+    result: Any = msgspec.UNSET
     error: dict[str, Any] | None = None
 
 
@@ -63,8 +63,8 @@ def decode_frame(frame: bytes) -> Reply | Data | Heartbeat:
         number = found.id if isinstance(found.id, int) else None
         if found.error is not None:
             return Reply(number, None, ExchangeError(found.error))
-        if isinstance(found.result, msgspec.Raw):
-            return Reply(number, msgspec.json.decode(found.result), None)
+        if found.result is not msgspec.UNSET:
+            return Reply(number, found.result, None)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(str(error)) from None
     raise ValueError("neither reply, notification nor heartbeat")
