@@ -15,7 +15,7 @@ import msgspec
 from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
-from workers.deribit.connection.together import do_together
+from workers.deribit.connection.together import together
 from workers.deribit.feeds.frames import TradeData, convert_laxly
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
@@ -40,6 +40,7 @@ class Healer:
         self._client = client
         self._publisher = publisher
         self._turns: asyncio.Queue[TradeFeed] = asyncio.Queue()
+        self._room = asyncio.Semaphore(AT_ONCE)
         self._calling: set[TradeFeed] = set()
         self._healing: set[TradeFeed] = set()
         self._is_closed = False
@@ -54,19 +55,20 @@ class Healer:
                 self._turns.put_nowait(feed)
 
     async def run(self) -> None:
-        """Heal whatever is asked for, until cancelled."""
-        await do_together(*(self._heal_in_turn() for _ in range(AT_ONCE)))
+        """Heal whatever is asked for, until cancelled: a feed that must be patient holds up none but itself."""
+        async with together() as group:
+            while True:
+                await self._room.acquire()
+                group.create_task(self._take_turn(await self._turns.get()))
 
-    async def _heal_in_turn(self) -> None:
-        """One after the other: a feed that must be patient holds up none but itself."""
-        while True:
-            feed = await self._turns.get()
-            self._calling.discard(feed)
-            self._healing.add(feed)
-            await self._heal_feed(feed)
-            self._healing.discard(feed)
-            if feed in self._calling:
-                self._turns.put_nowait(feed)
+    async def _take_turn(self, feed: TradeFeed) -> None:
+        self._calling.discard(feed)
+        self._healing.add(feed)
+        await self._heal_feed(feed)
+        self._healing.discard(feed)
+        if feed in self._calling:
+            self._turns.put_nowait(feed)
+        self._room.release()
 
     async def _heal_feed(self, feed: TradeFeed) -> None:
         healing = heal_feed(feed, time.time_ns(), self._client.session.clock_offset)
