@@ -182,12 +182,11 @@ async def subscribe(client: Client, calls: int) -> list[dict[str, Any]]:
         for _ in range(calls):
             await client.send(json.dumps(body))
 
-    def find() -> list[dict[str, Any]] | None:
-        answers = [message for message in client.messages() if message.get("id") == "call"]
-        return answers if client.closed or len(answers) == calls else None
+    def find() -> list[dict[str, Any]]:
+        return [message for message in client.messages() if message.get("id") == "call"]
 
-    answers: list[dict[str, Any]] = await client.wait(find, "all answers or the cut")
-    return answers
+    await client.wait(lambda: client.closed or len(find()) == calls, "all answers or the cut")
+    return find()
 
 
 def test_the_exchange_counts_for_an_address_or_an_account_and_not_for_a_connection() -> None:

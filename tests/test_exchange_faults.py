@@ -140,6 +140,27 @@ def test_a_reset_is_a_reset(url: str) -> None:
     asyncio.run(act())
 
 
+def test_a_client_has_a_second_to_answer_a_close_frame(url: str) -> None:
+    """Ended at once, with what the client still sends unread, it would be a reset, which can cost the last answers."""
+
+    async def act() -> None:
+        host, port = url.split("/")[2].split(":")
+        began = time.monotonic()
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(
+            b"GET /ws/api/v2?faults=close:4001@0.2 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+        )
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+        reason = b"closed on request"
+        said = struct.pack("!BBH", 0x88, 2 + len(reason), 4001) + reason
+        assert await asyncio.wait_for(reader.read(), 10) == said
+        assert time.monotonic() - began >= 1.2
+        writer.close()
+
+    asyncio.run(act())
+
+
 def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path) -> None:
     async def act() -> None:
         async with connect(url, "half_open:0.3", autoping=True) as client, connect(url) as other:

@@ -27,6 +27,9 @@ log = logging.getLogger(__name__)
 STEP = 0.02
 """Seconds between two moves of the market."""
 
+CLOSE_TIMEOUT = 1.0
+"""Seconds that a client gets to answer our close frame."""
+
 _FINAL = (WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
 
@@ -242,8 +245,7 @@ class _Socket:
             await self._read()
         finally:
             self.connection.end("closed by the client")
-            if not self._closing:
-                writer.cancel()
+            writer.cancel()
             await asyncio.gather(writer, return_exceptions=True)
 
     def wake(self) -> None:
@@ -275,11 +277,29 @@ class _Socket:
                     await self.response.pong(message.data)
             elif message.type is WSMsgType.CLOSE:
                 await self._wait_in_silence()
-                self.connection.end("closed by the client")
-                await self.response.close()
+                await self._end_in_order()
                 return
             elif message.type in _FINAL:
                 return
+
+    async def _end_in_order(self) -> None:
+        """Answer a close frame; the one that answers ours is the end."""
+        self.connection.end("closed by the client")
+        if not self._closing:
+            await self.response.close()
+        elif (transport := self._request.transport) is not None:
+            transport.close()
+
+    async def _close(self, code: int, reason: bytes) -> None:
+        """Say that it is over. What comes until the answer is read all the same.
+
+        Unread it would make the end a reset, which may overtake the last answers: aiohttp's own `close` does not wait
+        for the client's where another task is reading.
+        """
+        self._closing = True
+        payload = code.to_bytes(2, "big") + reason if code else b""
+        await self.response.send_frame(payload, WSMsgType.CLOSE)
+        asyncio.get_running_loop().call_later(CLOSE_TIMEOUT, self.cut, False)
 
     async def _wait_in_silence(self) -> None:
         """A half-open socket does not answer a close frame either: until it is cut, or the silence ends."""
@@ -308,11 +328,7 @@ class _Socket:
                         await asyncio.sleep(late)
                     frame = outbox.popleft()
                     if frame.opcode == CLOSE:
-                        self._closing = True
-                        if not frame.code and self._request.transport is not None:
-                            self._request.transport.write(_build_frame(0x88, b""))  # aiohttp always writes a code
-                        await self.response.close(code=frame.code, message=frame.payload)
-                        return
+                        return await self._close(frame.code, frame.payload)
                     if frame.opcode == TEXT and self.connection.is_fragmenting:
                         self._send_fragments(frame.payload)
                     else:
