@@ -115,10 +115,15 @@ def _measure_load(lab: Lab, case: Case, load: Load, end: Process, pid: int) -> R
         "others": 100 * max(0, busy - (after.cpu - before.cpu)) / elapsed,
         "uss_mb": read_uss(pid),
         "peak_rss_mb": read_peak_rss(pid),
-        "missed": count + 1 - last["counts"]["frame"] if case.program == "relay" else last.get("missed", 0),
+        "missed": _count_missed(count, last) if case.program == "relay" else last.get("missed", 0),
         "received": sum(last.get("counts", {}).values()) / count,
     }
     return results | describe_latencies(last.get("latencies", b""))
+
+
+def _count_missed(sent: int, last: Results) -> int:
+    """Frames that were sent and did not come; the last of all is not among those sent, and some came before them."""
+    return max(0, sent + 1 - last["counts"]["frame"])
 
 
 def describe_latencies(packed: bytes) -> Results:
