@@ -9,9 +9,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from collector.channels import LISTINGS
 from collector.lifecycle import Exit
 from collector.messages import ControlError
+from workers.deribit.channels import Channels
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import share_pools
@@ -19,7 +19,6 @@ from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
-from workers.deribit.feeds.normalise import EventFeed, create_feed
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.joins import Joins
@@ -97,7 +96,6 @@ class Worker(Listener):
         self.name: str = spec["name"]
         self.epoch: int = spec["epoch"]
         self.news = asyncio.Event()
-        self.feeds: dict[bytes, Feed] = {}
         self.ledger_path = Path(spec["runtime_dir"]) / f"{self.name}.ledger"
         self.ledger = Ledger(self.ledger_path, fresh=not spec["restarts"])
         self.topics = Topics(self.epoch, self.ledger)
@@ -112,46 +110,14 @@ class Worker(Listener):
         self.client = create_client(spec, self)
         self.healer = Healer(self.client, self.publisher)
         self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
+        self.channels = Channels(self.client.reconciler.subscriptions, self.topics, self.statuses, self.healer)
+        self.feeds = self.channels.feeds
         self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
-        self._events: list[dict[str, Any]] = []
         self._is_following = bool(spec.get("follow"))
-        self._add_channels(spec["channels"])
+        self.channels.add(spec["channels"])
         if self._is_following:
-            self._follow()
-        self._take_over()
-
-    def _add_channels(self, names: list[str]) -> None:
-        self.client.reconciler.subscriptions.ask(names)
-        for name, channel in self.client.reconciler.subscriptions.asked.items():
-            if name.encode() in self.feeds:
-                continue
-            if channel.type == "instrument":
-                self.feeds[name.encode()] = ListingFeed(channel, self.topics, self._events, is_asked=True)
-            else:
-                self.feeds[name.encode()] = create_feed(channel, self.topics)
-
-    def _follow(self) -> None:
-        """Hear of instruments that come and go, for the supervisor: channels of this connection come from patterns."""
-        subscriptions = self.client.reconciler.subscriptions
-        subscriptions.ask(list(LISTINGS))
-        for name in LISTINGS:
-            if name.encode() not in self.feeds:
-                self.feeds[name.encode()] = ListingFeed(subscriptions.asked[name], self.topics, self._events, False)
-
-    def _take_over(self) -> None:
-        """Go on from what an earlier life had said: on each of its topics a gap is due."""
-        restored = self.topics.restore()
-        for feed in self.feeds.values():
-            feed.adopt(restored)
-            if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
-                feed.confirmed_at = self.ledger.epoch
-            feed.lose("restart", self.epoch)
-        held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
-        for stream in restored:
-            if stream not in held:  # given up while no worker was there to say so
-                self.statuses.end(stream)
-                self.topics.leave(stream, time.time_ns())
-        self.ledger.epoch = self.epoch
+            self.channels.follow_listings()
+        self.channels.take_over()
 
     # -- the life of a worker (see workers.actor) ---------------------------------------------------------------------
 
@@ -200,7 +166,7 @@ class Worker(Listener):
 
     def take_events(self) -> list[dict[str, Any]]:
         """What happened at the exchange since the last beat that the supervisor must know."""
-        events, self._events[:] = self._events[:], []
+        events = self.channels.take_events()
         return events if self._is_following else []
 
     async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
@@ -226,60 +192,18 @@ class Worker(Listener):
 
     async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
-        asked = self.client.reconciler.subscriptions.asked
-        for name in names:
-            if name not in asked:  # the unsubscribe of it may be under way still: what was ends here
-                self._give_up(name, *UNSUBSCRIBED)
-        new = [name.encode() for name in names if name.encode() not in self.feeds]
-        self._add_channels(names)
-        for name in new:
-            self._take_up(self.feeds[name])
-        for name in names:
-            if isinstance(feed := self.feeds.get(name.encode()), ListingFeed):
-                feed.is_asked = True
+        self.channels.take_up(names)
         return {"channels": await self.client.subscribe(names)}
-
-    def _take_up(self, feed: Feed) -> None:
-        """What was said to be `closed` on a topic must not be followed by data before it is said to be asked for."""
-        feed.adopt(self.topics.match(b""))
-        self.statuses.tell_again(feed)
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
         condition = OVER if arguments.get("reason") == "expired" else UNSUBSCRIBED
         if condition is OVER:
-            self._add_channels(names)  # an earlier life may have had them: then it is said all the same
+            self.channels.add(names)  # an earlier life may have had them: then it is said all the same
         try:
             return {"channels": await self.client.unsubscribe(names)}
         finally:
-            for name in names:
-                if name in self.client.reconciler.subscriptions.asked:
-                    continue  # somebody wants it again by now
-                self._give_up(name, *condition)
-
-    def _give_up(self, name: str, state: str, reason: str) -> None:
-        if (feed := self.feeds.pop(name.encode(), None)) is not None:
-            self._leave_shared(feed)
-            self._say_last(feed, state, reason)
-            self.patrol.forget(feed)
-            is_over = (state, reason) == OVER
-            for stream in feed.streams.values():
-                self.topics.leave(stream, time.time_ns(), is_over=is_over)
-            if is_over:
-                self.ledger.free_slot(name)  # a channel of trades had a place of its own
-
-    def _leave_shared(self, feed: Feed) -> None:
-        """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
-        if isinstance(feed, EventFeed):
-            others = [other for other in self.feeds.values() if isinstance(other, EventFeed)]
-            fed = {stream for other in others for stream in other.streams.values()}
-            feed.streams = {key: stream for key, stream in feed.streams.items() if stream not in fed}
-
-    def _say_last(self, feed: Feed, state: str, reason: str) -> None:
-        """Nothing will come of this channel any more: what was to be healed stays missing."""
-        if isinstance(feed, TradeFeed):
-            self.healer.end(feed)
-        self.statuses.tell(feed, state, reason)
+            self.channels.leave(names, *condition)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
         # The deadline of the command bounds it, not the connection's own timeout.
@@ -382,7 +306,7 @@ class Worker(Listener):
             elif state == "closed":
                 for feed in self.feeds.values():
                     if feed.condition[0] != "expired":
-                        self._say_last(feed, *STOPPED)
+                        self.channels.say_last(feed, *STOPPED)
             self.statuses.tell_connection(state, reason)
         self.news.set()
 
@@ -405,7 +329,7 @@ class Worker(Listener):
         if feed.is_complete:
             self.statuses.tell(feed, "live", "")
         if isinstance(feed, ListingFeed):
-            self._events.append({"event": "listening"})
+            self.channels.events.append({"event": "listening"})
         if isinstance(feed, TradeFeed):
             feed.confirmed_at = feed.confirmed_at or time.time_ns()
             self.ledger.find_slot(feed.channel.name)  # a later life is told that this one had it

@@ -14,7 +14,8 @@ class Feed(ABC):
     `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
     `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
     `duplicates` count oddities. `last_ts` is when data came last, `waiting_since` when a snapshot was asked for (ns),
-    `waits` how often in vain. `is_ended` is set when nobody asks for the channel any more.
+    `waits` how often in vain; `doubted_at` is
+    `last_ts` when its silence was last told. `is_ended` is set when nobody asks for the channel any more.
     """
 
     is_complete = True
@@ -34,6 +35,7 @@ class Feed(ABC):
         self.last_ts = 0
         self.waiting_since = 0
         self.waits = 0
+        self.doubted_at = 0
         self.streams: dict[str, Stream] = {}
         if channel.instrument:
             self.stream = self.find_stream(channel.instrument)

@@ -59,7 +59,6 @@ class Patrol:
         self._reconnected = 0
         self._was_lagging = False
         self._is_asking = False
-        self._doubted: dict[Feed, int] = {}
         self.lag = Spread()
         self.last_ts = 0
         self.rate = 0.0
@@ -133,8 +132,7 @@ class Patrol:
         self._whole.restart(time.time_ns())
 
     def lose(self) -> None:
-        """The connection is gone, and what was thought of it."""
-        self._doubted.clear()
+        """The connection is gone, and what was thought of its lag."""
         self._late = LagWatch()
         self._was_lagging = False
 
@@ -174,15 +172,11 @@ class Patrol:
             feed.rhythm.look(feed.last_ts)
             if not feed.is_complete:
                 self._judge_waiting(feed, now)
-            elif feed.condition == ("stale", "mute") and feed.last_ts > self._doubted.get(feed, 0):
+            elif feed.condition == ("stale", "mute") and feed.last_ts > feed.doubted_at:
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
                 mute.append(feed)
         return mute
-
-    def forget(self, feed: Feed) -> None:
-        """Nobody asks for this channel any more."""
-        self._doubted.pop(feed, None)
 
     async def _doubt(self, mute: list[Feed]) -> None:
         self._is_asking = True
@@ -196,7 +190,7 @@ class Patrol:
                 if has_expired(feed.channel.instrument, time.time_ns()):
                     self._client.reconciler.expire([feed.channel.name])
                     continue
-                self._doubted[feed] = feed.last_ts
+                feed.doubted_at = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
                 self._statuses.tell(feed, "stale", "mute")
 

@@ -1,0 +1,120 @@
+"""The channels of one connection and their feeds: taken over from an earlier life, taken up, given up."""
+
+import time
+from typing import Any
+
+from collector.channels import LISTINGS
+from workers.deribit.connection.subscriptions import Subscriptions
+from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.listings import ListingFeed
+from workers.deribit.feeds.normalise import EventFeed, create_feed
+from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.healing.heal import Healer
+from workers.deribit.publishing.streams import Topics
+from workers.deribit.watching.statuses import OVER, UNSUBSCRIBED, Statuses
+
+
+class Channels:
+    """`feeds` are found by the name of their channel, in bytes as it stands in frames.
+
+    `events` is what listings and channels have to tell the supervisor (see take_events).
+    """
+
+    def __init__(self, subscriptions: Subscriptions, topics: Topics, statuses: Statuses, healer: Healer) -> None:
+        self.feeds: dict[bytes, Feed] = {}
+        self.events: list[dict[str, Any]] = []
+        self._subscriptions = subscriptions
+        self._topics = topics
+        self._statuses = statuses
+        self._healer = healer
+
+    def take_events(self) -> list[dict[str, Any]]:
+        """The events since the last call."""
+        events, self.events[:] = self.events[:], []
+        return events
+
+    # -- taken over, taken up -----------------------------------------------------------------------------------------
+
+    def add(self, names: list[str]) -> None:
+        """Ask for these channels; those that are new get a feed. Raises ValueError for text that is no channel."""
+        self._subscriptions.ask(names)
+        for name, channel in self._subscriptions.asked.items():
+            if name.encode() in self.feeds:
+                continue
+            if channel.type == "instrument":
+                self.feeds[name.encode()] = ListingFeed(channel, self._topics, self.events, is_asked=True)
+            else:
+                self.feeds[name.encode()] = create_feed(channel, self._topics)
+
+    def follow_listings(self) -> None:
+        """Hear of instruments that come and go, for the supervisor: channels of this connection come from patterns."""
+        self._subscriptions.ask(list(LISTINGS))
+        for name in LISTINGS:
+            if name.encode() not in self.feeds:
+                channel = self._subscriptions.asked[name]
+                self.feeds[name.encode()] = ListingFeed(channel, self._topics, self.events, is_asked=False)
+
+    def take_over(self) -> None:
+        """Go on from what an earlier life had said: on each of its topics a gap is due."""
+        restored, ledger = self._topics.restore(), self._topics.ledger
+        for feed in self.feeds.values():
+            feed.adopt(restored)
+            if isinstance(feed, TradeFeed) and ledger.had(feed.channel.name):
+                feed.confirmed_at = ledger.epoch
+            feed.lose("restart", self._topics.epoch)
+        held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
+        for stream in restored:
+            if stream not in held:  # given up while no worker was there to say so
+                self._statuses.end(stream)
+                self._topics.leave(stream, time.time_ns())
+        ledger.epoch = self._topics.epoch
+
+    def take_up(self, names: list[str]) -> None:
+        """Somebody asks for these. Raises ValueError for text that is no channel.
+
+        What was said to be `closed` on a topic must not be followed by data before it is said to be asked for.
+        """
+        for name in names:
+            if name not in self._subscriptions.asked:  # its unsubscribe may be under way still: what was ends here
+                self._give_up(name, *UNSUBSCRIBED)
+        known = set(self.feeds)
+        self.add(names)
+        for key in map(str.encode, names):
+            feed = self.feeds[key]
+            if isinstance(feed, ListingFeed):
+                feed.is_asked = True
+            if key not in known:
+                feed.adopt(self._topics.match(b""))
+                self._statuses.tell_again(feed)
+
+    # -- given up -----------------------------------------------------------------------------------------------------
+
+    def leave(self, names: list[str], state: str, reason: str) -> None:
+        """Nobody asks for these any more, but for those that somebody wants again by now."""
+        for name in names:
+            if name not in self._subscriptions.asked:
+                self._give_up(name, state, reason)
+
+    def _give_up(self, name: str, state: str, reason: str) -> None:
+        if (feed := self.feeds.pop(name.encode(), None)) is None:
+            return
+        self._leave_shared(feed)
+        self.say_last(feed, state, reason)
+        is_over = (state, reason) == OVER
+        for stream in feed.streams.values():
+            self._topics.leave(stream, time.time_ns(), is_over=is_over)
+        if is_over:
+            self._topics.ledger.free_slot(name)  # a channel of trades had a place of its own
+
+    def _leave_shared(self, feed: Feed) -> None:
+        """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
+        if isinstance(feed, EventFeed):
+            others = [other for other in self.feeds.values() if isinstance(other, EventFeed)]
+            fed = {stream for other in others for stream in other.streams.values()}
+            feed.streams = {key: stream for key, stream in feed.streams.items() if stream not in fed}
+
+    def say_last(self, feed: Feed, state: str, reason: str) -> None:
+        """Nothing will come of this channel any more: what was to be healed stays missing."""
+        if isinstance(feed, TradeFeed):
+            self._healer.end(feed)
+        self._statuses.tell(feed, state, reason)
