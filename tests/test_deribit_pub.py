@@ -4,6 +4,7 @@ import logging
 import os
 import socket
 import struct
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
-from tests.support import wait_until
+from tests.support import running, wait_until
 from workers.deribit.publishing.peer import STEP
 from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.zmtp import (
@@ -201,6 +202,29 @@ def test_a_prefix_that_is_given_up_is_no_longer_sent() -> None:
         serve(pub, lambda: pub.subscriptions == 1, "it to be given up")
         send(pub, (b"a", b"2"), (b"b", b"3"))
         assert [reader.recv_multipart() for _ in range(2)] == [[b"a", b"1"], [b"b", b"3"]]
+
+
+PROXY = """
+import sys, zmq
+context = zmq.Context()
+inside, outside = context.socket(zmq.XSUB), context.socket(zmq.XPUB)
+inside.connect(sys.argv[1])
+outside.bind(sys.argv[1] + ".proxy")
+zmq.proxy(inside, outside)
+"""
+
+
+def test_a_proxy_may_stand_between() -> None:
+    """It passes on what its subscribers wish."""
+    with (
+        publishing() as (pub, endpoint),
+        running(sys.executable, "-c", PROXY, endpoint),
+        reading(pub, f"{endpoint}.proxy", b"a", b"b") as reader,
+    ):
+        reader.unsubscribe(b"a")
+        serve(pub, lambda: pub.subscriptions == 1, "one to be given up")
+        send(pub, (b"a", b"1"), (b"b", b"2" * 300), (b"c", b"3"), (b"b", b""))
+        assert [reader.recv_multipart() for _ in range(2)] == [[b"b", b"2" * 300], [b"b", b""]]
 
 
 def test_who_leaves_takes_its_subscriptions_along() -> None:
