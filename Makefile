@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: run test lint bench bench-quick faults conformance live clean
+.PHONY: run test lint bench bench-quick faults conformance interop live clean
 
 run: $(VENV)/.ready            ## the demo: the practice exchange, two connections, messages on the terminal
 	$(BIN)/collector run configs/demo.toml --watch
@@ -34,6 +34,9 @@ conformance: $(VENV)/.test .venv-conformance/.ready   ## clients that others wro
 	$(PYTHON) -m venv .venv-conformance
 	.venv-conformance/bin/pip install --quiet --disable-pip-version-check --requirement $<
 	@touch $@
+
+interop: $(VENV)/.test         ## subscribers in Go, Rust, Java and JavaScript, where their tools are installed; built in build/interop
+	COLLECTOR_INTEROP=1 $(BIN)/pytest -rs tests/interop
 
 live: $(VENV)/.test            ## the whole program against test.deribit.com; says so and skips where that cannot be
 	COLLECTOR_LIVE=1 $(BIN)/pytest -rs tests/test_live.py

@@ -88,9 +88,9 @@ class Program:
 
 
 @contextmanager
-def running(*argv: str, env: dict[str, str] | None = None) -> Iterator[Program]:
+def running(*argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> Iterator[Program]:
     """Run a program for the length of a `with` block."""
-    program = Program(*argv, env=env)
+    program = Program(*argv, env=env, cwd=cwd)
     try:
         yield program
     finally:

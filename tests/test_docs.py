@@ -210,6 +210,21 @@ def test_javascript_is_well_formed(code: str, tmp_path: Path) -> None:
     subprocess.run([node, "--check", str(file)], check=True, timeout=30)
 
 
+def test_libraries_of_other_languages_are_those_that_are_tested() -> None:
+    rows = read_table(
+        DOCS / "subscribing.md",
+        "language", "program", "ZeroMQ", "MessagePack", "tested on", "endpoints",
+    )  # fmt: skip
+    manifests = {"go": "go.mod", "rust": "Cargo.lock", "java": "pom.xml", "node": "package.json"}
+    told = {row[1].split("/")[2]: row[2:4] for row in rows}
+    assert set(told) == set(manifests)
+    for folder, libraries in told.items():
+        text = (REPOSITORY / "tests" / "interop" / folder / manifests[folder]).read_text().lower()
+        for library in libraries:
+            name, version = library.lower().split()[:2]
+            assert re.search(rf"{name}\W+(artifactid\W+)?(version\W+)?v?{re.escape(version)}\W", text), library
+
+
 @pytest.fixture(scope="module")
 def demo() -> Iterator[tuple[str, dict[str, Any]]]:
     """The demo as a process, with ports of its own: its control endpoint, and its states by connection."""
