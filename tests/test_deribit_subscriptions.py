@@ -248,6 +248,14 @@ async def test_a_call_that_fails_as_a_whole_is_cut_until_the_bad_channels_are_fo
         assert (client.attempts, client.reconnects) == (1, 0)
 
 
+@in_loop
+async def test_a_call_that_the_exchange_wants_again_is_sent_again_once_in_its_pause(practice: str) -> None:
+    """One try a second, ten in all: the upkeep, which looks more often, must not use them up."""
+    async with connected(practice, "error:public/subscribe=10040,until:7") as (client, _):
+        assert await client.subscribe([QUOTE]) == {QUOTE: True}
+        assert (client.attempts, client.reconnects) == (1, 0)
+
+
 @pytest.mark.parametrize("code", [10028, 10066, 11051, 13028])
 @in_loop
 async def test_an_exchange_that_wants_a_pause_is_left_and_tried_again(practice: str, code: int) -> None:

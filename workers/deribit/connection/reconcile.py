@@ -82,8 +82,10 @@ class Reconciler:
                 await self._wait_for_credits()
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
-            self.subscriptions.abandon(call)
-            await self._take_error(call, error)
+            try:
+                await self._take_error(call, error)
+            finally:  # not before: others would ask for the same meanwhile, and use up the tries
+                self.subscriptions.abandon(call)
         except (TimeoutError, NotConnected, asyncio.CancelledError) as error:
             self.subscriptions.abandon(call)
             if isinstance(error, asyncio.CancelledError):
