@@ -14,6 +14,11 @@ def test_seeded_cases_account_for_every_trade_and_book(first: int) -> None:
     assert not failed, f"python -m tests.faults --only {min(failed)}: {failed[min(failed)][:3]}"
 
 
+def test_a_loss_after_a_gap_that_nothing_has_followed_is_told_by_that_gap() -> None:
+    """The exchange counts anew and is lost again; fetched trades show it before anything new has come."""
+    assert not run_case(20262618)
+
+
 def test_whole_programs_account_for_every_trade_and_book() -> None:
     found = run_round(1)
     assert found.keys() == {scenario.name for scenario in SCENARIOS}

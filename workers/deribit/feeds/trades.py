@@ -140,12 +140,20 @@ class TradeFeed(Feed):
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
         if reason == "restart":
             self._take_doubts_over()
-        for stream in [stream for stream in self.holes if stream.has_tail]:
-            stream.has_tail = False  # what comes from now on belongs to the new gap
-            for hole in self.holes[stream]:
-                hole.last = stream.last_id if hole.last is None else hole.last
-        super().lose(reason, now)
+        for stream in self.streams.values():
+            if self._has_new_gap(stream):
+                continue  # nothing has come since it was said: it tells of this loss as well
+            if stream.has_tail:  # what comes from now on belongs to the new gap
+                stream.has_tail = False
+                for hole in self.holes[stream]:
+                    hole.last = stream.last_id if hole.last is None else hole.last
+            stream.lose(reason, self.topics, now)
         self._note_loss()
+
+    def _has_new_gap(self, stream: Stream) -> bool:
+        """Whether the last gap was said before older trades, and all that it lacks is still to come."""
+        tails = [hole for hole in self.holes.get(stream, ()) if hole.last is None]
+        return any(hole.gap is not None and hole.gap is stream.gap and not hole.came for hole in tails)
 
     def _note_loss(self) -> None:
         self.losses += 1
