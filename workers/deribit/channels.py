@@ -35,24 +35,27 @@ class Channels:
 
     # -- taken over, taken up -----------------------------------------------------------------------------------------
 
-    def add(self, names: list[str]) -> None:
-        """Ask for these channels; those that are new get a feed. Raises ValueError for text that is no channel."""
+    def add(self, names: list[str], is_asked: bool = True) -> list[Feed]:
+        """Ask for these channels; those that are new get a feed, which is returned. Raises ValueError for no channel.
+
+        Without `is_asked` nobody but the supervisor wants to hear what they tell of instruments.
+        """
         self._subscriptions.ask(names)
-        for name, channel in self._subscriptions.asked.items():
-            if name.encode() in self.feeds:
+        added: list[Feed] = []
+        for name in names:
+            if (key := name.encode()) in self.feeds:
                 continue
+            channel = self._subscriptions.asked[name]
             if channel.type == "instrument":
-                self.feeds[name.encode()] = ListingFeed(channel, self._topics, self.events, is_asked=True)
+                self.feeds[key] = ListingFeed(channel, self._topics, self.events, is_asked)
             else:
-                self.feeds[name.encode()] = create_feed(channel, self._topics)
+                self.feeds[key] = create_feed(channel, self._topics)
+            added.append(self.feeds[key])
+        return added
 
     def follow_listings(self) -> None:
         """Hear of instruments that come and go, for the supervisor: channels of this connection come from patterns."""
-        self._subscriptions.ask(list(LISTINGS))
-        for name in LISTINGS:
-            if name.encode() not in self.feeds:
-                channel = self._subscriptions.asked[name]
-                self.feeds[name.encode()] = ListingFeed(channel, self._topics, self.events, is_asked=False)
+        self.add(list(LISTINGS), is_asked=False)
 
     def take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
@@ -77,15 +80,12 @@ class Channels:
         for name in names:
             if name not in self._subscriptions.asked:  # its unsubscribe may be under way still: what was ends here
                 self._give_up(name, *UNSUBSCRIBED)
-        known = set(self.feeds)
-        self.add(names)
-        for key in map(str.encode, names):
-            feed = self.feeds[key]
-            if isinstance(feed, ListingFeed):
+        for feed in self.add(names):
+            feed.adopt(self._topics.match(b""))
+            self._statuses.tell_again(feed)
+        for name in names:
+            if isinstance(feed := self.feeds[name.encode()], ListingFeed):
                 feed.is_asked = True
-            if key not in known:
-                feed.adopt(self._topics.match(b""))
-                self._statuses.tell_again(feed)
 
     # -- given up -----------------------------------------------------------------------------------------------------
 

@@ -86,7 +86,8 @@ def cut_burst(frames: list[bytes]) -> list[list[bytes]]:
         parts.append(frames[:length])
         frames = frames[length:]
         length *= GROWTH
-    return [*parts, frames]
+    parts.append(frames)
+    return parts
 
 
 class Worker(Listener):

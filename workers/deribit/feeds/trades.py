@@ -152,8 +152,8 @@ class TradeFeed(Feed):
 
     def _has_new_gap(self, stream: Stream) -> bool:
         """Whether the last gap was said before older trades, and all that it lacks is still to come."""
-        tails = [hole for hole in self.holes.get(stream, ()) if hole.last is None]
-        return any(hole.gap is not None and hole.gap is stream.gap and not hole.came for hole in tails)
+        holes = self.holes.get(stream, ()) if stream.has_tail and stream.gap is not None else ()
+        return any(hole.gap is stream.gap and hole.last is None and not hole.came for hole in holes)
 
     def _note_loss(self) -> None:
         self.losses += 1

@@ -28,8 +28,8 @@ NO_DATA = frozenset({Gap, Repair, Status, ConnectionHeartbeat})
 class Publisher:
     """One bound XPUB socket. `published` counts messages of this epoch.
 
-    While `is_gathering` is set, messages wait for `flush`: all that were read together go out by one call of the
-    system for each subscriber. `is_holding` is set while they wait for the subscribers of an earlier life to come back.
+    While `is_gathering` is set, messages wait for `flush`: what was gathered goes out by one call of the system for
+    each subscriber. `is_holding` is set while they wait for the subscribers of an earlier life to come back.
     Each takes its number as it goes out.
     """
 

@@ -8,7 +8,6 @@ from contextlib import suppress
 from itertools import count
 from random import random
 
-from collector.channels import has_expired
 from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
 from workers.deribit.feeds.feed import Feed
@@ -115,7 +114,7 @@ class Patrol:
         now = time.time_ns() - HOUR * SECOND
         self._client.reconciler.expire([
             feed.channel.name for feed in self._feeds.values()
-            if feed.last_ts < now and has_expired(feed.channel.instrument, now)
+            if feed.channel.instrument and feed.last_ts < now and feed.stream.has_expired(now)
         ])  # fmt: skip
 
     def _beat(self) -> None:
@@ -187,7 +186,7 @@ class Patrol:
         for feed in mute:
             feed.rhythm.look(feed.last_ts)  # it may have spoken meanwhile
             if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
-                if has_expired(feed.channel.instrument, time.time_ns()):
+                if feed.channel.instrument and feed.stream.has_expired(time.time_ns()):
                     self._client.reconciler.expire([feed.channel.name])
                     continue
                 feed.doubted_at = feed.last_ts
