@@ -8,9 +8,10 @@ from hypothesis import HealthCheck, settings
 
 from tests.exchange_client import exchange
 
-# A job that a shell runs in the background has SIGINT ignored, and hands that down: the programs under test would
-# never see a Ctrl-C.
+# A job that a shell runs in the background has SIGINT ignored, one under nohup SIGHUP, and hands that down: the
+# programs under test would never see a Ctrl-C, and heed what nohup means.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 # No test fails because the machine is slow.

@@ -13,6 +13,7 @@ from typing import Any
 import psutil
 import pytest
 
+from collector import Control
 from collector.cli.run import ONE_WISH
 from collector.messages import ControlError
 from tests.collected import QUICK, collected, is_alive
@@ -38,6 +39,20 @@ def test_a_stop_leaves_no_process_no_socket_and_no_file_but_the_lock(number: sig
             port = int(endpoint.split(":")[2].split("/")[0])
             with socket.socket() as probe, pytest.raises(ConnectionRefusedError):
                 probe.connect(("127.0.0.1", port))
+
+
+def test_under_nohup_the_end_of_its_terminal_is_not_its_own() -> None:
+    with short_directory() as directory:
+        config = write_config(directory, {"a": DEAD})
+        with running("nohup", *collector("run", str(config))) as program:
+            program.wait_line("control on", stream="err")
+            program.process.send_signal(signal.SIGHUP)
+            with Control(f"ipc://{directory}/run/control") as control:
+                assert "a" in control.get_state()  # by now it would be stopping
+            program.process.send_signal(signal.SIGTERM)
+            assert program.wait_exit() == 0
+        (stopping,) = [line for line in program.err if line.endswith(": stopping")]
+        assert "SIGTERM" in stopping
 
 
 def test_the_start_says_what_runs_where_and_how_to_stop() -> None:
