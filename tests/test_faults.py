@@ -19,6 +19,11 @@ def test_a_loss_after_a_gap_that_nothing_has_followed_is_told_by_that_gap() -> N
     assert not run_case(20262618)
 
 
+def test_a_new_count_that_the_history_shows_late_is_found_on_a_channel_of_many() -> None:
+    """What has been fetched by time says nothing of the trade before the hole: that one is asked for by number."""
+    assert not run_case(5000035)
+
+
 def test_whole_programs_account_for_every_trade_and_book() -> None:
     found = run_round(1)
     assert found.keys() == {scenario.name for scenario in SCENARIOS}

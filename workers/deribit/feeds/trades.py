@@ -266,8 +266,9 @@ class TradeFeed(Feed):
         """
         holes = self.holes.get(stream, ())
         runs = [run for hole in holes for run in hole.list_missing()]
-        if tails and not self.is_checked:  # the one before is fetched too
-            runs += [(hole.first, hole.first - 1) for hole in holes if hole.known[0]]
+        # The trade before a hole is fetched too, where nothing else may show whether the exchange counts anew.
+        is_open = tails and not self.is_checked
+        runs += [(hole.first, hole.first - 1) for hole in holes if hole.is_doubt or (is_open and hole.known[0])]
         firsts = [first for first, _ in runs]
         if tails and (stream.has_tail or (stream.lost and is_known(stream))):
             return min([stream.last_id + 1, *firsts]), None
