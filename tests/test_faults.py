@@ -24,6 +24,11 @@ def test_a_new_count_that_the_history_shows_late_is_found_on_a_channel_of_many()
     assert not run_case(5000035)
 
 
+def test_a_trade_before_a_loss_that_the_exchange_has_not_shown_again_stays_in_doubt() -> None:
+    """It was reset twice, and nothing was traded before the second loss had been looked into."""
+    assert not run_case(7001478)
+
+
 def test_whole_programs_account_for_every_trade_and_book() -> None:
     found = run_round(1)
     assert found.keys() == {scenario.name for scenario in SCENARIOS}

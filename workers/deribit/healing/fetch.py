@@ -75,7 +75,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
                 answered = yield from _fetch_run(stream, *missing, wait)
                 wait = 0.0
                 if since is not None and answered and not feed.is_checked:
-                    yield from _check_count(feed, since, now, offset)
+                    yield from _fetch_since(feed, since, now, offset)
                     since = None
             # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
             ripe = [hole for hole in feed.holes.get(stream, ()) if hole.is_bounded or feed.lost_from is None]
@@ -94,16 +94,9 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     answered = yield from _fetch_since(feed, feed.lost_from, now, offset)
     if feed.losses == losses:  # else the connection was lost once more in the meantime
         feed.end_loss()  # what was refused so often will not be had later either
-        feed.is_checked = answered
+        if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
+            feed.is_checked = answered
     return answered
-
-
-def _check_count(feed: TradeFeed, since: int, now: int, offset: int) -> Healing:
-    """The exchange does not show the trade before the loss: what it counted anew since then is found by time alone."""
-    losses = feed.losses
-    answered = yield from _fetch_since(feed, since, now, offset)
-    if feed.losses == losses:
-        feed.is_checked = answered
 
 
 def _fetch_since(feed: TradeFeed, since: int, now: int, offset: int) -> Fetch:
