@@ -140,6 +140,19 @@ def test_exchange_that_counts_anew_says_so_with_a_gap(wire: Wire) -> None:
     assert wire.trade(14) == ["duplicate"]
 
 
+def test_a_new_count_may_go_on_with_a_number_that_stayed_missing_before(wire: Wire) -> None:
+    """One higher than the last live one, but fetched ones were higher: so it is another trade."""
+    wire.trade(1)
+    wire.gap(TRADE, 1, missing_from=2, healing=True)
+    wire.trade(3, backfilled=True)
+    wire.say(TRADE, "repair", gap=1, repaired=1, missing=[[2, 2]])
+    wire.gap(TRADE, 2, "sequence", healing=False)
+    wire.trade(2)
+    wire.trade(3)
+    assert wire.found == []
+    assert wire.trade(3) == ["duplicate"]
+
+
 def test_book_whose_change_ids_fall_after_a_gap_is_right(wire: Wire) -> None:
     wire.snapshot(9000)
     wire.delta(9001, 9000)

@@ -20,6 +20,11 @@ class Ranges:
         at = bisect_right(self._starts, number) - 1
         return at >= 0 and number <= self._ends[at]
 
+    @property
+    def highest(self) -> int:
+        """The highest of them; 0 if there is none."""
+        return self._ends[-1] if self._ends else 0
+
     def add(self, first: int, last: int) -> None:
         """Add all numbers from first to last."""
         low = bisect_right(self._ends, first - 2)  # the first range that ends at first - 1 or later
@@ -118,7 +123,7 @@ class Trades(Check):
     def _take_trade(self, message: Message) -> Iterator[Fault]:
         number = message["trade_seq"]
         # A new start of the whole collector promises nothing about the time before; the exchange may count anew.
-        if self._reborn or (self._may_fall and (number - 1 != self._last or number in self._seen)):
+        if self._reborn or (self._may_fall and number - 1 != self._find_highest()):
             self.forget()
         self._reborn = self._may_fall = False
         repeated, is_late = number in self._seen, "backfilled" in message
@@ -132,6 +137,10 @@ class Trades(Check):
         self._said.add(number, number)
         for hole in self._holes.values():
             hole.came += hole.epoch == message.epoch and hole.holds(number)
+
+    def _find_highest(self) -> int | None:
+        """The highest trade_seq of this count, late ones too; None if that is not known."""
+        return None if self._last is None else max(self._last, self._seen.highest)
 
     def _compare_number(self, number: int) -> Iterator[Fault]:
         last = self._last
