@@ -153,6 +153,17 @@ def test_a_new_count_may_go_on_with_a_number_that_stayed_missing_before(wire: Wi
     assert wire.trade(3) == ["duplicate"]
 
 
+def test_a_gap_in_which_nothing_is_missing_ends_no_healing_that_goes_on(wire: Wire) -> None:
+    wire.trade(10)
+    wire.gap(TRADE, 1, missing_from=11, healing=True)
+    wire.trade(11, backfilled=True)
+    wire.trade(13, backfilled=True)
+    wire.gap(TRADE, 2, healing=False)
+    wire.trade(14)
+    assert wire.say(TRADE, "repair", gap=1, repaired=2, missing=[[12, 12]]) == []
+    assert wire.trade(12) == ["repair"]
+
+
 def test_book_whose_change_ids_fall_after_a_gap_is_right(wire: Wire) -> None:
     wire.snapshot(9000)
     wire.delta(9001, 9000)

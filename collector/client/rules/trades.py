@@ -112,7 +112,7 @@ class Trades(Check):
             self._reborn = False  # this life knows of the one before: what it lost is announced
         if (message.epoch, message["id"]) in self._holes:
             return
-        hole = Hole(message, self._last)
+        hole = Hole(message, self._find_highest())
         for earlier in self._holes.values():
             if earlier.last is None and hole.first is not None and hole.first >= (earlier.first or 0):
                 earlier.last = hole.first - 1  # what it lacks ends where the next gap begins
