@@ -244,6 +244,22 @@ def test_a_later_life_tells_it_again_if_that_may_not_be_out(life: Life, tmp_path
     later.ledger.close()
 
 
+@pytest.mark.parametrize(("is_out", "first"), [(False, 104), (True, 300)])
+def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
+    life: Life, tmp_path: Path, is_out: bool, first: int
+) -> None:
+    history = [(seq, 10 * (seq - 101)) for seq in range(103, 399)]
+    life.feed.lose("disconnect", 8)
+    assert life.take(*history[10:]) == [("disconnect", 104, 112), *range(113, 399)]
+    assert life.heal(*history)[-1] == []
+    assert life.take((399, 2980)) == [399]
+    if is_out:
+        life.feed.settle(life.feed.stream)
+    later = Life(tmp_path, is_first=False)
+    assert later.take((400, 2990)) == [("restart", first, 399), 400]
+    later.ledger.close()
+
+
 def test_a_later_life_goes_on_with_the_latest_doubt_and_not_with_one_that_is_over(life: Life, tmp_path: Path) -> None:
     life.feed.lose("disconnect", 8)
     assert life.fetch((103, 20), (104, 30)) == [("disconnect", 104), -104]
