@@ -228,6 +228,16 @@ def test_times_that_fall_a_little_are_none(life: Life) -> None:
     assert life.take((104, 15), (104, 15), (103, 40)) == [104]
 
 
+def test_the_last_gap_is_what_late_subscribers_are_told_also_if_an_earlier_one_is_healed_after_it(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((105, 40)) == [("disconnect", 104, 104), 105]
+    life.feed.lose("disconnect", 9)
+    assert life.take((106, 50)) == [("disconnect",), 106]
+    last = life.feed.stream.gap
+    assert life.heal((104, 30), (105, 40))[-2:] == [-104, []]
+    assert life.feed.stream.gap is last
+
+
 def test_a_later_life_knows_the_last_number_of_the_earlier_one(life: Life, tmp_path: Path) -> None:
     later = Life(tmp_path, is_first=False)
     assert later.fetch((101, 0), (102, 10), (103, 20), (104, 25)) == [("restart", 101), -101, -102, -103, -104]
