@@ -7,7 +7,7 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
-from workers.deribit.publishing.peer import STEP
+from workers.deribit.publishing.peer import MAX_PREFIXES, STEP
 from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.zmtp import (
     GREETING,
@@ -363,6 +363,21 @@ def test_who_asks_for_answers_and_reads_none_does_not_fill_the_memory() -> None:
             hostile.sendall(ping)
             pub.poll()
         assert len(peer.unsent) < STEP + 200_000
+
+
+def test_who_subscribes_without_end_is_let_go(caplog: pytest.LogCaptureFixture) -> None:
+    with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as hostile:
+        hostile.connect(endpoint[6:])
+        serve(pub, lambda: pub._peers, "the hostile one")
+        said = memoryview(GREETING + SUB_READY + b"".join(frame(b"\1%d" % each) for each in range(MAX_PREFIXES + 1)))
+        hostile.setblocking(False)
+        while said and pub._peers:
+            with suppress(BlockingIOError, BrokenPipeError):
+                said = said[hostile.send(said) :]
+            pub.poll(0.01)
+        serve(pub, lambda: not pub._peers, "it to be let go")
+        assert f"it has subscribed to {MAX_PREFIXES} prefixes" in caplog.text
+        assert pub.subscriptions == 0
 
 
 def test_a_socket_of_another_type_is_let_go_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:
