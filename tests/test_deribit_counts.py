@@ -264,7 +264,7 @@ def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
     assert life.heal(*history)[-1] == []
     assert life.take((399, 2980)) == [399]
     if is_out:
-        life.feed.settle(life.feed.stream)
+        life.feed.note_out(life.feed.stream)
     later = Life(tmp_path, is_first=False)
     assert later.take((400, 2990)) == [("restart", first, 399), 400]
     later.ledger.close()

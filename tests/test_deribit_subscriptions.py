@@ -43,7 +43,7 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
     subscriptions = subscribe(QUOTE, BOOK)
     for attempt in range(1, TRIES + 1):
         (call,) = subscriptions.plan_calls(False)
-        gained, refused = subscriptions.settle(call, [QUOTE])
+        gained, refused = subscriptions.take_answer(call, [QUOTE])
         assert gained == ([QUOTE] if attempt == 1 else [])
         assert refused == ([BOOK] if attempt == TRIES else [])
     assert (subscriptions.plan_calls(False), subscriptions.refused) == ([], {BOOK: LEFT_OUT})
@@ -59,28 +59,28 @@ def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> 
     """Else its second feed would never hear that it is confirmed, nor get a snapshot."""
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)
-    subscriptions.settle(call, [QUOTE, BOOK])
+    subscriptions.take_answer(call, [QUOTE, BOOK])
     subscriptions.drop([BOOK])
     subscriptions.ask([BOOK])
     assert not subscriptions.is_settled
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
-    subscriptions.settle(call, [BOOK])
+    subscriptions.take_answer(call, [BOOK])
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/subscribe", (BOOK,))
-    assert subscriptions.settle(call, [BOOK]) == ([BOOK], [])
+    assert subscriptions.take_answer(call, [BOOK]) == ([BOOK], [])
     assert subscriptions.is_settled
 
 
 def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)
-    subscriptions.settle(call, [QUOTE, BOOK])
+    subscriptions.take_answer(call, [QUOTE, BOOK])
     assert subscriptions.expire([BOOK, "never.asked"]) == [BOOK]
     assert subscriptions.expire([BOOK]) == []
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
-    subscriptions.settle(call, [BOOK])
+    subscriptions.take_answer(call, [BOOK])
     assert (subscriptions.refused, subscriptions.is_settled) == ({BOOK: EXPIRED}, True)
     subscriptions.forget()
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE,))]
@@ -91,12 +91,12 @@ def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> No
 def test_what_is_unwanted_is_unsubscribed() -> None:
     subscriptions = subscribe(QUOTE, *OWN)
     for call in subscriptions.plan_calls(True):
-        subscriptions.settle(call, list(call.channels))
+        subscriptions.take_answer(call, list(call.channels))
     subscriptions.drop([QUOTE, OWN[0], "never.asked"])
     calls = subscriptions.plan_calls(True)
     assert calls == [Call("public/unsubscribe", (QUOTE,)), Call("private/unsubscribe", (OWN[0],))]
     for call in calls:
-        subscriptions.settle(call, list(call.channels))
+        subscriptions.take_answer(call, list(call.channels))
     assert subscriptions.confirmed == {OWN[1]}
     assert subscriptions.is_settled
 
@@ -105,7 +105,7 @@ def test_a_wish_dropped_while_on_its_way_is_taken_back() -> None:
     subscriptions = subscribe(QUOTE)
     (call,) = subscriptions.plan_calls(False)
     subscriptions.drop([QUOTE])
-    subscriptions.settle(call, [QUOTE])
+    subscriptions.take_answer(call, [QUOTE])
     assert subscriptions.plan_calls(False) == [Call("public/unsubscribe", (QUOTE,))]
 
 
@@ -154,11 +154,11 @@ def answer(subscriptions: Subscriptions, call: Call, held: set[str], leave_out: 
     """Answer a call as Deribit does, but for the channels left out."""
     if call.method.endswith("unsubscribe"):
         held.difference_update(call.channels)
-        subscriptions.settle(call, list(call.channels))
+        subscriptions.take_answer(call, list(call.channels))
         return
     given = [name for name in call.channels if name not in (leave_out or ())]
     held.update(given)
-    subscriptions.settle(call, sorted(given, reverse=True))
+    subscriptions.take_answer(call, sorted(given, reverse=True))
 
 
 @given(st.integers(1, 3000), st.integers(1, 60))

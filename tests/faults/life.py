@@ -113,11 +113,11 @@ class Life:
             feed.confirmed_at = feed.confirmed_at or now
             self.ledger.find_slot(channel)
 
-    def settle(self, now: int) -> None:
+    def note_out(self, now: int) -> None:
         """What was published SURE ago has left, even if this life is killed."""
         while self.unsettled and self.unsettled[0][0] <= now:
             _, feed, stream = self.unsettled.pop(0)
-            feed.settle(stream)
+            feed.note_out(stream)
 
     def end(self) -> None:
         """Gone, whether killed or not."""

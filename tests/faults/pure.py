@@ -116,7 +116,7 @@ class Case:
 
     def _heal(self) -> None:
         """Start what waits, send what is due; one healing of a feed at a time."""
-        self.life.settle(self.now)
+        self.life.note_out(self.now)
         for feed in list(self.waiting):
             if feed not in self.healers:
                 del self.waiting[feed]

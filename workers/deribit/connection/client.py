@@ -359,7 +359,7 @@ class Client:
             # Told here, where no cut that follows can come before it.
             self._pause = BACK_OFF_PAUSE
             self.reconciler.credits.shrink(time.monotonic())
-        if self.requests.settle(reply):
+        if self.requests.take_reply(reply):
             return
         if reply.error is not None:
             self.last_error = reply.error.raw

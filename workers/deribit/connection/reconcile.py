@@ -93,7 +93,7 @@ class Reconciler:
             raise Lost(f"{call.method} was not answered ({type(error).__name__})") from None
         else:
             names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
-            gained, refused = self.subscriptions.settle(call, names)
+            gained, refused = self.subscriptions.take_answer(call, names)
             self._confirm(gained)
             self._give_up(refused, LEFT_OUT)
         finally:

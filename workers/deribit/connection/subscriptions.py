@@ -70,7 +70,7 @@ class Subscriptions:
         self._tries.pop(name, None)
 
     def plan_calls(self, logged_in: bool, waiting_for_login: bool = False) -> list[Call]:
-        """The calls that are needed now; their channels count as on their way until `settle` or `abandon`.
+        """The calls that are needed now; their channels count as on their way until `take_answer` or `abandon`.
 
         `waiting_for_login` leaves those out that need a login which is still to come.
         """
@@ -98,7 +98,7 @@ class Subscriptions:
     def _is_missing(self, name: str) -> bool:
         return name not in self.confirmed and name not in self.refused and name not in self._in_flight
 
-    def settle(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
+    def take_answer(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
         """Take the answer to a call. Returns (newly confirmed, newly refused)."""
         self._in_flight.difference_update(call.channels)
         present = set(answered)

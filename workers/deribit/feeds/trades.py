@@ -255,7 +255,7 @@ class TradeFeed(Feed):
         cells, slot = self.topics.ledger.cells, stream.slot
         cells[slot + FIRST], cells[slot + BEGUN], cells[slot + BEFORE] = 0, begun, known[1]
         stream.reached = 0
-        self.settle(stream)
+        self.note_out(stream)
 
     # -- healing ------------------------------------------------------------------------------------------------------
 
@@ -381,7 +381,7 @@ class TradeFeed(Feed):
         stream.gap = gap
         return gap
 
-    def settle(self, stream: Stream) -> None:
+    def note_out(self, stream: Stream) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
         if self.is_ended:  # the topic is left, or another channel's by now
             return

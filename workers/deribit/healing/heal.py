@@ -102,11 +102,11 @@ class Healer:
                 self.repaired += message.repaired
                 self.missing += sum(last - first + 1 for first, last in message.missing)
             self._publisher.say(healed.stream, message)
-        asyncio.get_running_loop().call_later(SURE, self._settle, feed, healed.stream)
+        asyncio.get_running_loop().call_later(SURE, self._note_out, feed, healed.stream)
 
-    def _settle(self, feed: TradeFeed, stream: Stream) -> None:
+    def _note_out(self, feed: TradeFeed, stream: Stream) -> None:
         if not self._is_closed:
-            feed.settle(stream)
+            feed.note_out(stream)
 
     def close(self) -> None:
         """Leave the ledger alone from now on: a later life fetches again what was not surely out."""

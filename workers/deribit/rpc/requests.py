@@ -26,7 +26,7 @@ class Requests:
         """Nobody waits for this one any more."""
         self.waiting.pop(number, None)
 
-    def settle(self, reply: Reply) -> bool:
+    def take_reply(self, reply: Reply) -> bool:
         """Give a reply to who waits for it; False if nobody does."""
         answer = self.waiting.get(reply.number) if reply.number is not None else None
         if answer is None:
