@@ -2,6 +2,7 @@
 
 import logging
 import os
+import select
 import socket
 import struct
 import sys
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
-from workers.deribit.publishing.peer import MAX_PREFIXES, STEP
+from workers.deribit.publishing.peer import MAX_PREFIXES, STEP, Peer
 from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.zmtp import (
     GREETING,
@@ -277,6 +278,60 @@ def test_a_subscriber_that_is_behind_misses_nothing_within_its_queue(kind: str) 
                 numbers.append(int(topic))
         assert numbers == list(range(count))
         assert pub._peers[0].waiting == 0
+
+
+@contextmanager
+def one_peer(queue: int) -> Iterator[tuple[Peer, socket.socket]]:
+    """A subscriber as the publisher knows it, and its own end."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        theirs.settimeout(10)
+        yield Peer(ours, queue, 0.0), theirs
+
+
+def fill(peer: Peer) -> int:
+    """Write messages of 1000 letters until some wait. Returns how many."""
+    count = 0
+    while not peer.unsent:
+        peer.write(b"a" * 1000, 1)
+        count += 1
+    return count
+
+
+def read_until_writable(peer: Peer, theirs: socket.socket) -> bytes:
+    heard = b""
+    while not select.select([], [peer.socket], [], 0)[1]:
+        heard += theirs.recv(1 << 16)
+    return heard
+
+
+def test_what_comes_while_some_waits_stays_behind_it() -> None:
+    with one_peer(queue=0) as (peer, theirs):
+        size = 1000 * fill(peer)
+        heard = read_until_writable(peer, theirs)
+        peer.write(b"end", 1)
+        while len(heard) < size + 3:
+            if peer.unsent:
+                peer.write_more()
+            heard += theirs.recv(1 << 16)
+        assert heard == b"a" * size + b"end"
+        assert (peer.waiting, len(peer.unsent), len(peer.marks)) == (0, 0, 0)
+
+
+def test_each_time_that_a_subscriber_is_too_slow_is_told_by_itself(caplog: pytest.LogCaptureFixture) -> None:
+    with one_peer(queue=1) as (peer, theirs), caplog.at_level(logging.WARNING):
+        for missed in (2, 3):
+            fill(peer)
+            for _ in range(missed):
+                peer.write(b"missed", 1)
+            while peer.unsent:
+                assert b"missed" not in read_until_writable(peer, theirs)
+                peer.write_more()
+            assert caplog.messages[-2:] == [
+                "a subscriber is too slow, 1 messages wait for it: it will miss some",
+                f"the slow subscriber is up to date again; it missed {missed} messages",
+            ]
 
 
 def test_a_subscriber_that_is_too_slow_misses_what_is_beyond_its_queue_and_no_other_does(
