@@ -147,6 +147,13 @@ def test_a_topic_taken_up_again_on_an_exchange_that_counts_anew_says_all(life: L
     assert life.fetch((5, 1000), (6, 1005), (7, 1010)) == [-6]
 
 
+def test_and_what_it_lacks_of_the_new_count_is_fetched(life: Life) -> None:
+    life.take_up_again()
+    life.feed.lose("disconnect", 9)
+    assert life.take((3, 1000)) == [3]
+    assert life.heal((1, 900), (2, 950), (3, 1000)) == [-1, -2]
+
+
 def test_a_number_that_was_given_before_on_a_newer_trade_begins_a_new_count(life: Life) -> None:
     assert life.take((5, 1000), (6, 1000)) == [("sequence",), 5, 6]
     assert life.take((7, 1001)) == [7]
