@@ -44,7 +44,9 @@ def make_trade(seq: int, at: int) -> dict[str, Any]:
 
 
 class Life:
-    """One life of a trade feed; what it publishes is told in short. `asked` counts requests."""
+    """One life of a trade feed; what it publishes is told in short. `asked` counts requests; a page holds `page`."""
+
+    page = 1000
 
     def __init__(self, directory: Path, is_first: bool = True) -> None:
         self.ledger = Ledger(directory / "ledger", fresh=is_first)
@@ -74,8 +76,9 @@ class Life:
                 else:
                     self.asked += 1
                     found = [each for each in history if fits(each, step.params)]
+                    has_more, found = len(found) > self.page, found[: self.page]
                     said += self.fetch(*found)
-                    page = Page(msgspec.convert([make_trade(*each) for each in found], list[TradeData]), False)
+                    page = Page(msgspec.convert([make_trade(*each) for each in found], list[TradeData]), has_more)
         return said
 
     def take_up_again(self) -> None:
@@ -218,6 +221,32 @@ def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_l
     life.feed.lose("disconnect", 8)
     assert life.heal((101, 0), (102, 10), (103, 20)) == []
     assert life.asked == len(PAUSES)
+
+
+def test_what_no_page_holds_is_fetched_page_by_page_by_number(life: Life) -> None:
+    life.page = 10
+    history = [(seq, seq - 83) for seq in range(103, 150)]
+    life.feed.lose("disconnect", 8)
+    assert life.take((140, 57)) == [("disconnect", 104, 139), 140]
+    assert life.heal(*history) == [*range(-104, -140, -1), []]
+    assert life.asked == 4  # 103 to 139
+
+
+def test_and_by_time_where_a_page_may_end_within_a_millisecond(life: Life) -> None:
+    life.page = 10
+    history = [(seq, 1000 + seq // 4) for seq in range(1, 50)]
+    life.feed.lose("disconnect", 8)
+    assert life.take((50, 2000)) == [("sequence",), 50]
+    assert life.heal(*history, (50, 2000)) == [*range(-1, -50, -1)]
+
+
+def test_and_a_page_that_leads_nowhere_does_not_hold_it_up(life: Life) -> None:
+    life.page = 10
+    history = [*((seq, 1000) for seq in range(1, 20)), *((seq, 1500) for seq in range(20, 25))]
+    life.feed.lose("disconnect", 8)
+    assert life.take((25, 2000)) == [("sequence",), 25]
+    by_time, by_number = [*range(-1, -11, -1), *range(-20, -25, -1)], [*range(-11, -20, -1)]
+    assert life.heal(*history, (25, 2000)) == by_time + by_number
 
 
 def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:
