@@ -2,6 +2,7 @@
 
 import logging
 import os
+import resource
 import select
 import socket
 import struct
@@ -449,6 +450,24 @@ def test_who_never_says_what_it_is_goes_when_another_comes() -> None:
             other.connect(endpoint[6:])
             serve(pub, lambda: first not in pub._peers, "it to be let go")
             assert len(pub._peers) == 1
+
+
+def test_where_no_more_fit_one_that_leaves_makes_room(caplog: pytest.LogCaptureFixture) -> None:
+    with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as next_one:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with socket.socket(socket.AF_UNIX) as first:
+            first.connect(endpoint[6:])
+            old = serve(pub, lambda: pub._peers[:], "the first")
+            os.close(free := os.dup(0))
+            resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+            try:
+                next_one.connect(endpoint[6:])
+                serve(pub, lambda: "no more subscribers until one leaves" in caplog.text, "the log to say so")
+                assert pub.poll(0.01) == []  # and it is not asked again and again
+                assert caplog.text.count("no more subscribers") == 1
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        serve(pub, lambda: pub._peers and pub._peers != old, "the next one")
 
 
 # -- where it listens -------------------------------------------------------------------------------------------------
