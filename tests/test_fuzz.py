@@ -19,6 +19,7 @@ from collector.messages import parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.frames_checker import FrameReader, compare_message
 from tests.support import wait_until
+from workers.deribit.feeds.book import BookState
 from workers.deribit.feeds.normalise import create_feed
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import Ledger
@@ -275,3 +276,22 @@ def test_any_row_of_book_frames(wire: Wire, rows: list[dict[str, Any]]) -> None:
     for one, (topic, body) in zip(owed, got, strict=True):
         assert one.topic == topic
         assert list(compare_message(one.keys, body)) == []
+
+
+levels = st.lists(st.tuples(st.just("change"), st.integers(1, 9).map(float), st.sampled_from([0.0, 1.0])), max_size=4)
+
+
+@settings(bounded)
+@given(levels, levels, st.lists(st.tuples(levels, levels), max_size=10))
+def test_a_book_that_is_crossed_or_emptied_is_known_to_be(bids: Any, asks: Any, changes: list[Any]) -> None:
+    """The bounds of its best prices may be too wide, but no crossed book is overlooked, and no other taken for one."""
+    book = BookState()
+    book.replace(bids, asks, 0)
+    for number, (some_bids, some_asks) in enumerate(changes):
+        book.apply(some_bids, some_asks, number)
+        is_crossed = max(book.bids, default=0.0) >= min(book.asks, default=math.inf)
+        is_odd = is_crossed or not (book.bids and book.asks)
+        assert book.may_be_odd() or not is_odd
+        if book.may_be_odd():
+            assert book.is_crossed() == is_crossed
+            assert book.may_be_odd() == is_odd
