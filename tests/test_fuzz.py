@@ -278,19 +278,29 @@ def test_any_row_of_book_frames(wire: Wire, rows: list[dict[str, Any]]) -> None:
         assert list(compare_message(one.keys, body)) == []
 
 
-levels = st.lists(st.tuples(st.just("change"), st.integers(1, 9).map(float), st.sampled_from([0.0, 1.0])), max_size=4)
+side = st.lists(
+    st.tuples(st.sampled_from(["new", "change", "delete"]), st.integers(1, 9).map(float), st.sampled_from([0.0, 1.0])),
+    max_size=4,
+)
 
 
 @settings(bounded)
-@given(levels, levels, st.lists(st.tuples(levels, levels), max_size=10))
-def test_a_book_that_is_crossed_or_emptied_is_known_to_be(bids: Any, asks: Any, changes: list[Any]) -> None:
-    """The bounds of its best prices may be too wide, but no crossed book is overlooked, and no other taken for one."""
+@given(st.lists(st.tuples(side, side), min_size=1, max_size=10))
+def test_a_book_holds_what_it_was_told_and_knows_when_it_is_crossed_or_empty(changes: list[tuple[Any, Any]]) -> None:
     book = BookState()
-    book.replace(bids, asks, 0)
-    for number, (some_bids, some_asks) in enumerate(changes):
-        book.apply(some_bids, some_asks, number)
+    expected: tuple[dict[float, float], dict[float, float]] = {}, {}
+    for number, sides in enumerate(changes):
+        said = book.apply(*sides, number) if number else book.replace(*sides, number)[:2]
+        for changed, levels, held in zip(sides, said, expected, strict=True):
+            assert levels == [(price, 0.0 if action == "delete" else amount) for action, price, amount in changed]
+            for price, amount in levels:
+                held[price] = amount
+                if not amount:
+                    del held[price]
+        assert (book.bids, book.asks) == expected
         is_crossed = max(book.bids, default=0.0) >= min(book.asks, default=math.inf)
         is_odd = is_crossed or not (book.bids and book.asks)
+        # The bounds of its best prices may be too wide: then a closer look tells.
         assert book.may_be_odd() or not is_odd
         if book.may_be_odd():
             assert book.is_crossed() == is_crossed
