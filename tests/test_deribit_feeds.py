@@ -1,0 +1,68 @@
+"""Feeds by themselves, without sockets: what they make of frames, and what they count."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from collector.channels import parse_channel
+from tests.faults.exchange import Line
+from workers.deribit.feeds.book import BookFeed, WindowFeed
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.payloads import Book
+from workers.deribit.publishing.streams import Published, Topics
+
+NAME = "BTC-PERPETUAL"
+
+
+@pytest.fixture
+def topics(tmp_path: Path) -> Iterator[Topics]:
+    ledger = Ledger(tmp_path / "ledger", fresh=True)
+    yield Topics(1, ledger)
+    ledger.close()
+
+
+def take(feed: BookFeed | WindowFeed, change_id: int, bids: Any, asks: Any, **keys: Any) -> Published:
+    line = Line(feed.channel.name, (NAME,))
+    feed.stream.last_ts = 7  # as the publisher does once it is out
+    data = {"timestamp": 1, "instrument_name": NAME, "change_id": change_id, "bids": bids, "asks": asks, **keys}
+    return feed.take(line.encode(data), 7)
+
+
+def test_a_grouped_book_is_a_snapshot_each_time_and_a_lost_connection_a_gap(topics: Topics) -> None:
+    feed = WindowFeed(parse_channel(f"book.{NAME}.none.10.100ms"), topics)
+    reasons = []
+    for change_id in (5, 6):
+        ((stream, message),) = take(feed, change_id, [[1.0, 2.0]], [])
+        assert isinstance(message, Book)
+        assert stream.describe() is message
+        reasons.append(message.reason)
+    feed.lose("disconnect", 9)
+    gap = feed.stream.due
+    assert gap is not None
+    assert (gap.reason, gap.last_change_id, gap.to_ts) == ("disconnect", 6, 9)
+    ((_, message),) = take(feed, 20, [], [])
+    assert isinstance(message, Book)
+    assert [*reasons, message.reason] == ["subscribe", "exchange", "subscribe"]
+
+
+def test_books_that_a_change_has_crossed_or_emptied_and_changes_without_a_book_are_counted(topics: Topics) -> None:
+    feed = BookFeed(parse_channel(f"book.{NAME}.100ms"), topics)
+    counts = []
+    for change_id, bids, asks in (
+        (1, [["new", 1.0, 1.0]], [["new", 2.0, 1.0]]),
+        (2, [["delete", 1.0, 0.0]], []),  # emptied
+        (3, [], [["new", 3.0, 1.0]]),
+        (4, [["new", 2.0, 1.0]], []),  # crossed
+        (5, [["delete", 2.0, 0.0]], [["delete", 2.0, 0.0], ["delete", 3.0, 0.0]]),  # emptied on both sides
+        (6, [["new", 1.0, 1.0]], [["new", 2.0, 1.0]]),
+    ):
+        kind = {"type": "change", "prev_change_id": change_id - 1} if change_id > 1 else {"type": "snapshot"}
+        take(feed, change_id, bids, asks, **kind)
+        counts.append((feed.crossed, feed.emptied))
+    assert counts == [(0, 0), (0, 1), (0, 1), (1, 1), (1, 3), (1, 3)]
+    assert feed.dropped == 0
+    feed.lose("disconnect", 9)
+    assert take(feed, 7, [], [], type="change", prev_change_id=6) == []
+    assert feed.dropped == 1
