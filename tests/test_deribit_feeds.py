@@ -9,6 +9,8 @@ import pytest
 from collector.channels import parse_channel
 from tests.faults.exchange import Line
 from workers.deribit.feeds.book import BookFeed, WindowFeed
+from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.normalise import TickerFeed
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.streams import Published, Topics
@@ -23,11 +25,13 @@ def topics(tmp_path: Path) -> Iterator[Topics]:
     ledger.close()
 
 
+def encode(feed: Feed, data: dict[str, Any]) -> bytes:
+    return Line(feed.channel.name, (NAME,)).encode({"timestamp": 1, "instrument_name": NAME, **data})
+
+
 def take(feed: BookFeed | WindowFeed, change_id: int, bids: Any, asks: Any, **keys: Any) -> Published:
-    line = Line(feed.channel.name, (NAME,))
     feed.stream.last_ts = 7  # as the publisher does once it is out
-    data = {"timestamp": 1, "instrument_name": NAME, "change_id": change_id, "bids": bids, "asks": asks, **keys}
-    return feed.take(line.encode(data), 7)
+    return feed.take(encode(feed, {"change_id": change_id, "bids": bids, "asks": asks, **keys}), 7)
 
 
 def test_a_grouped_book_is_a_snapshot_each_time_and_a_lost_connection_a_gap(topics: Topics) -> None:
@@ -66,3 +70,27 @@ def test_books_that_a_change_has_crossed_or_emptied_and_changes_without_a_book_a
     feed.lose("disconnect", 9)
     assert take(feed, 7, [], [], type="change", prev_change_id=6) == []
     assert feed.dropped == 1
+
+
+@pytest.mark.parametrize("channel", [f"ticker.{NAME}.100ms", f"incremental_ticker.{NAME}"])
+def test_a_ticker_that_could_not_be_read_or_was_lost_is_a_gap_and_an_incremental_one_awaits_a_full_one(
+    topics: Topics, channel: str
+) -> None:
+    feed = TickerFeed(parse_channel(channel), topics)
+    is_incremental = channel.startswith("incremental")
+    full = encode(feed, {"type": "snapshot", "state": "open", "mark_price": 1.5, "stats": {"high": 2.0, "low": 1.0}})
+    part = encode(feed, {"type": "change", "state": "open", "stats": {"high": 3.0}})
+    for number in (1, 2):
+        feed.stream.last_ts, feed.stream.lost = number, False
+        ((_, message),) = feed.take(full, number)
+        assert feed.is_complete
+        if is_incremental:
+            ((_, message),) = feed.take(part, number)
+            assert (message["mark_price"], message["high"], message["low"]) == (1.5, 3.0, 1.0)
+        assert feed.stream.describe() is message
+        feed.skip(b"", 5) if number == 1 else feed.lose("disconnect", 5)
+        gap = feed.stream.due
+        assert gap is not None
+        assert gap.reason == ("sequence" if number == 1 else "disconnect")
+        assert len(feed.take(part, 6)) == (0 if is_incremental else 1)
+        assert (feed.is_complete, feed.dropped) == ((False, number) if is_incremental else (True, 0))
