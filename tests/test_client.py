@@ -248,6 +248,8 @@ def test_what_cannot_be_read_is_a_loss_and_hurts_nobody(publisher: Any) -> None:
     bad = [
         [b"", b""], [b"x"], [*good, b"third"], [good[0], b"\xc1"], [good[0], good[1][:-3]], [b"\xff.b.c.d", good[1]],
         [b"deribit.quote.btc_usd.raw", good[1]], [good[0], b"\xdf\xff\xff\xff\xff"], [good[0], b"\x81" * 9000],
+        [good[0], b"\x90"], [good[0], good[1].replace(b"price", b"prize")],
+        [b"deribit.indey.btc_usd.raw", good[1].replace(b"index", b"indey")],
     ]  # fmt: skip
     with Subscriber(endpoint_of(publisher), on_loss="report") as subscriber:
         wait_subscribed(publisher)
