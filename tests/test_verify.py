@@ -166,9 +166,9 @@ def test_a_gap_in_which_nothing_is_missing_ends_no_healing_that_goes_on(wire: Wi
 
 def test_trades_are_nobodys_loss_while_nobody_asks_for_them_but_else_a_status_hides_no_hole(wire: Wire) -> None:
     wire.trade(1)
-    wire.say(TRADE, "status", state="stale", reason="mute", connection="futures")
+    wire.status(TRADE, "stale", "mute")
     assert wire.trade(3) == ["hole"]
-    wire.say(TRADE, "status", state="closed", reason="unsubscribed", connection="futures")
+    wire.status(TRADE, "closed", "unsubscribed")
     assert wire.trade(9) == []
     assert wire.trade(11) == ["hole"]
 
