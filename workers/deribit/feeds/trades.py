@@ -262,7 +262,7 @@ class TradeFeed(Feed):
     def find_missing(self, stream: Stream, tails: bool = True) -> tuple[int, int | None] | None:
         """The run of trade_seq to fetch for a stream: (from, to or None for open); None if nothing can be missing.
 
-        Without `tails`: only what is known to be missing, since all that came last has been fetched by time.
+        Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time.
         """
         holes = self.holes.get(stream, ())
         runs = [run for hole in holes for run in hole.list_missing()]
