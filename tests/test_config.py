@@ -2,6 +2,8 @@
 
 import os
 import re
+from contextlib import suppress
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collector.channels import parse_channel
 from collector.config import (
     Config,
     ConfigError,
@@ -595,6 +598,20 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
 )
 def test_channels_that_may_stand_together(channels: list[str], tmp_path: Path) -> None:
     assert load(tmp_path, HEAD + f"channels = {channels}").connections[0].channels == tuple(channels)
+
+
+def test_channels_of_one_instrument_feed_one_topic_only_if_their_names_are_the_same() -> None:
+    """So only those that feed the topics of many are compared with others."""
+    families = "quote", "incremental_ticker", "ticker", "book", "perpetual", "chart.trades", "trades", "user"
+    subjects, groups = ("A", "incremental", "none-10-100ms"), ("", "none.10", "5.20")
+    intervals = "", "raw", "100ms", "agg2", "1", "60"
+    topics: dict[str, str] = {}
+    for parts in product(families, subjects, groups, intervals):
+        name = ".".join(filter(None, parts))
+        with suppress(ValueError):
+            if (topic := parse_channel(name).topic) is not None:
+                assert topics.setdefault(topic, name) == name
+    assert len(topics) > 100
 
 
 def test_connections_without_a_fixed_port_never_clash(tmp_path: Path) -> None:

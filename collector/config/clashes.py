@@ -81,8 +81,7 @@ def _check_patterns(connections: Sequence["Connection"], prefix: str) -> None:
 
 
 def _check_topics(placed: list[Placed], prefix: str) -> None:
-    """Each narrow channel is looked up by its topic; only the few wide ones are compared, by currency."""
-    topics: dict[str, Placed] = {}
+    """Narrow channels of different names feed different topics; only the few wide ones are compared, by currency."""
     wide: dict[tuple[str, str, str], list[Placed]] = defaultdict(list)
     names: dict[str, str] = {}
     for owner, channel in placed:
@@ -91,10 +90,6 @@ def _check_topics(placed: list[Placed], prefix: str) -> None:
         names[channel.name] = owner
         if channel.topic is None:
             wide[channel.type, channel.interval, channel.currency].append((owner, channel))
-        elif channel.topic in topics:
-            _refuse_pair(topics[channel.topic], (owner, channel), prefix)
-        else:
-            topics[channel.topic] = (owner, channel)
     for here in placed:
         for other in _find_wide(here[1], wide):
             if other[1] is not here[1] and share_topic(other[1], here[1]) and not may_share(other, here):
