@@ -104,8 +104,12 @@ class Exit(IntEnum):
     ORPHANED = 6  # the supervisor is gone
 
 
-FINAL_EXITS = frozenset({Exit.BAD_SPEC, Exit.CREDENTIALS, Exit.BANNED})
+FINAL_EXITS = frozenset({Exit.CREDENTIALS, Exit.BANNED})
 """Exits after which another start could not help."""
+
+FINAL_AT_FIRST = frozenset({Exit.BAD_SPEC})
+"""The same of a connection that was never live. What has run as configured can run so again: that a disk is full, or
+that somebody sits on its endpoint, passes."""
 
 BEAT_INTERVAL = 1.0
 """Seconds between two beats of a worker."""

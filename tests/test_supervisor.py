@@ -250,6 +250,28 @@ def test_an_endpoint_that_is_bound_already_ends_it_at_once() -> None:
                 program.wait_line("the practice exchange cannot run: .*in use", stream="err")
 
 
+def binds(end: socket.socket, port: int) -> bool:
+    """Whether the socket can be bound to the port; then it is."""
+    with suppress(OSError):
+        end.bind(("127.0.0.1", port))
+        return True
+    return False
+
+
+def test_one_that_was_live_is_tried_again_until_its_endpoint_is_free() -> None:
+    port = find_port()
+    with collected({"a": {**QUICK, "retry_delay": 1, "publish": f"tcp://127.0.0.1:{port}"}}) as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            worker.kill()
+            wait_until(lambda: binds(taken, port), "the end of the worker")
+            taken.listen()
+            run.program.wait_line(r"a: cannot run as configured; started again in", stream="err")
+            assert "in use" in run.get_state("a")["last_error"]["message"]
+        wait_until(lambda: run.get_state("a")["state"] == "live", "the connection back")
+
+
 def test_a_control_endpoint_that_is_bound_already_ends_it_at_once() -> None:
     with short_directory() as directory, socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -10,6 +10,7 @@ from typing import Any
 from collector.lifecycle import (
     BEAT_INTERVAL,
     BEATS_MISSED,
+    FINAL_AT_FIRST,
     FINAL_EXITS,
     MAX_RESTARTS,
     PROCESS,
@@ -192,7 +193,7 @@ class Keeper:
         return self._live_since is not None and time.monotonic() - self._live_since >= STEADY_AFTER
 
     def _is_hopeless(self, code: int, failures: int) -> bool:
-        if code in FINAL_EXITS:
+        if code in FINAL_EXITS or (code in FINAL_AT_FIRST and not self.was_live):
             log.error("%s: %s: not started again", self.name, describe_exit(code))
             return True
         if not self.was_live and failures > MAX_RESTARTS:
