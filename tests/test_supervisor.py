@@ -1,6 +1,8 @@
 """The supervisor as a whole program: starts, restarts, gives up, stops, leaves nothing behind."""
 
+import os
 import re
+import shutil
 import signal
 import socket
 import stat
@@ -16,8 +18,9 @@ import pytest
 from collector import Control
 from collector.cli.run import ONE_WISH
 from collector.messages import ControlError
+from collector.supervisor.runtime import RuntimeDir
 from tests.collected import QUICK, collected, is_alive
-from tests.pipeline import find_port, short_directory, write_config
+from tests.pipeline import find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
 
 DEAD = {"url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1, "retry_delay": 0.02}
@@ -332,6 +335,60 @@ def test_a_runtime_directory_that_takes_no_data_is_refused() -> None:
             assert program.wait_exit() == 1
             assert re.fullmatch("collector: .*/run/lock cannot be written .*; set another runtime_dir", program.err[-1])
             assert len(program.err) == 1
+
+
+def test_a_runtime_directory_that_is_removed_is_made_again_and_nothing_is_lost_unsaid() -> None:
+    with collected() as run, subscribed(f"ipc://{run.runtime_dir}/a.pub") as early:
+        epoch = run.wait_state("a")["epoch"]
+        early.wait_for("deribit.quote.", type="quote")
+        shutil.rmtree(run.runtime_dir)
+        run.program.wait_line(rf"{run.runtime_dir} was removed, or its lock: made again", stream="err")
+        for name in ("control", "a.pub", "a.ledger"):
+            run.program.wait_line(rf"{run.runtime_dir}/{name} was removed: ", stream="err")
+        assert run.get_state("a")["epoch"] == epoch
+        with subscribed(f"ipc://{run.runtime_dir}/a.pub") as late:
+            late.wait_for("deribit.quote.", type="quote")
+        assert stat.S_IMODE(run.runtime_dir.stat().st_mode) == 0o700
+        with running(*collector("run", str(run.config))) as second:
+            assert second.wait_exit() == 1
+            assert f"(pid {run.program.pid})" in second.text()
+
+        psutil.Process(run.get_state("a")["pid"]).kill()
+        gap = early.wait_for("deribit.quote.", type="gap")
+        assert (gap["reason"], gap["epoch"] > epoch) == ("restart", True)
+        assert early.find("deribit.quote.", seq=gap["seq"], epoch=gap["epoch"]) == [gap]
+        assert run.stop() == 0
+        assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
+
+
+def test_a_runtime_directory_that_another_collector_has_taken_is_left_to_it() -> None:
+    with collected() as run:
+        before = run.wait_state("a")
+        run.program.process.send_signal(signal.SIGSTOP)  # or it would take the directory back before the other comes
+        shutil.rmtree(run.runtime_dir)
+        other = run.directory / "other.toml"
+        other.write_text(run.config.read_text().replace('name = "a"', 'name = "b"'))
+        with running(*collector("run", str(other))) as second:
+            second.wait_line("b: ready")
+            run.program.process.send_signal(signal.SIGCONT)
+            words = rf"files were removed and cannot be made again: a collector runs on .* \(pid {second.pid}\)"
+            run.program.wait_line(words, stream="err")
+            assert list(run.ask("get_state")) == ["b"], "the first one answers in place of the second"
+            assert psutil.pid_exists(before["pid"])
+            second.process.send_signal(signal.SIGINT)
+            assert second.wait_exit() == 0
+        run.program.wait_line("was removed, or its lock: made again", stream="err")
+        assert run.wait_state("a")["pid"] == before["pid"]
+
+
+def test_what_lies_in_the_runtime_directory_does_not_grow_old(tmp_path: Path) -> None:
+    directory = RuntimeDir(tmp_path / "run", "here")
+    files = [tmp_path / "run" / name for name in ("lock", "a.ledger")]
+    files[1].touch()
+    for path in files:
+        os.utime(path, (1, 1))
+    directory.refresh()
+    assert min(path.stat().st_mtime for path in files) > time.time() - 60
 
 
 def test_what_it_makes_is_for_its_owner_alone() -> None:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,14 @@ from collector.log import start_log
 from collector.sockets import remove_socket
 from collector.supervisor.commands import Commands, hide_secrets
 from collector.supervisor.control import ControlServer
-from collector.supervisor.runtime import Unavailable, lock_runtime_dir
+from collector.supervisor.runtime import RuntimeDir, Unavailable
 from collector.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
     from collector.cli.watch import View
+
+REFRESH = 3600
+"""Seconds between touches of the files in the runtime directory; systemd removes what is ten days old from /tmp."""
 
 log = logging.getLogger(__name__)
 
@@ -41,16 +45,15 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
     start_log("supervisor", ctx.obj["log_level"])
     try:
         config = load_config(file, os.environ)
-        lock = lock_runtime_dir(config.runtime_dir, f"{config.path}: [collector]")
+        directory = RuntimeDir(config.runtime_dir, f"{config.path}: [collector]")
     except ConfigError as error:
         _refuse(2, error)
     except Unavailable as error:
         _refuse(1, error)
     try:
-        code = asyncio.run(_collect(config, ctx.obj["log_level"], live_view))
+        code = asyncio.run(_collect(config, directory, ctx.obj["log_level"], live_view))
     except zmq.ZMQError as error:
         _refuse(1, f"control {config.control} cannot be bound: {error}")
-    os.close(lock)
     sys.exit(code)
 
 
@@ -59,14 +62,14 @@ def _refuse(code: int, error: object) -> None:
     sys.exit(code)
 
 
-async def _collect(config: Config, log_level: str, live_view: bool) -> int:
+async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_view: bool) -> int:
     supervisor = Supervisor(config, log_level)
     stopping = Stopping(supervisor)
     for endpoint in (config.control, *(connection.publish for connection in config.connections)):
         remove_socket(endpoint)
     commands = Commands(supervisor)
     control = ControlServer(config.control, commands.answer)
-    serving = asyncio.create_task(control.serve())
+    serving, guarding = asyncio.create_task(control.serve()), asyncio.create_task(_guard_files(directory, control))
     _greet(config, control.endpoint)
     view = _open_view(control.endpoint) if live_view else None
     try:
@@ -75,10 +78,28 @@ async def _collect(config: Config, log_level: str, live_view: bool) -> int:
         if view is not None:
             view.close()
         serving.cancel()
+        guarding.cancel()
         control.close()
         remove_socket(config.control)
     log.info("ended")
     return stopping.forced or code
+
+
+async def _guard_files(directory: RuntimeDir, control: ControlServer) -> None:
+    """Keep the runtime directory from being cleared out, and make it anew where that happens all the same."""
+    trouble = ""
+    for second in count():
+        await asyncio.sleep(1.0)
+        if second % REFRESH == 0:
+            directory.refresh()
+        try:
+            directory.restore()
+            control.restore()
+            trouble = ""
+        except (ConfigError, Unavailable, OSError, zmq.ZMQError) as error:
+            if str(error) != trouble:
+                log.error("files were removed and cannot be made again: %s", error)
+            trouble = str(error)
 
 
 def _open_view(control: str) -> "View":

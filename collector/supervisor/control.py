@@ -5,6 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any
 
 import zmq
@@ -34,18 +35,29 @@ class ControlServer:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_REQUEST)
-        self._bind(endpoint)
+        try:
+            self._bind(endpoint)
+        except zmq.ZMQError:
+            self.close()
+            raise
+        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def _bind(self, endpoint: str) -> None:
         mask = os.umask(0o177)  # an ipc socket is for its owner alone, wherever it lies
         try:
             self._socket.bind(endpoint)
-        except zmq.ZMQError:
-            self.close()
-            raise
         finally:
             os.umask(mask)
-        self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
+
+    def restore(self) -> None:
+        """Listen anew if somebody removed the file of an ipc endpoint. Raises zmq.ZMQError."""
+        scheme, _, path = self.endpoint.partition("://")
+        if scheme != "ipc" or os.path.lexists(path):
+            return
+        with suppress(zmq.ZMQError):  # an earlier attempt may have come so far
+            self._socket.unbind(self.endpoint)
+        self._bind(self.endpoint)
+        log.warning("%s was removed: listens there again", path)
 
     async def serve(self) -> None:
         """Take requests until cancelled."""

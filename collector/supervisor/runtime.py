@@ -1,23 +1,50 @@
 """The runtime directory: private to its owner, locked by one collector at a time, free of stale sockets."""
 
 import fcntl
+import logging
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from collector.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 
 class Unavailable(Exception):
     """The runtime directory cannot be used just now; the text says why and what to do."""
 
 
-def lock_runtime_dir(path: Path, where: str) -> int:
-    """Create the directory if need be, make sure that it is ours alone, and lock it; return the lock's descriptor.
+class RuntimeDir:
+    """The directory of one running collector, made if need be: ours alone, and locked until this process ends.
 
-    The lock goes with this process, however it ends. Raises Unavailable, naming the pid that holds it; ConfigError,
-    beginning with `where`, if the directory can never be used.
+    Raises Unavailable, naming the pid that holds it; ConfigError, beginning with `where`, if it can never be used.
     """
+
+    def __init__(self, path: Path, where: str) -> None:
+        self._path = path
+        self._where = where
+        self._lock = _lock(path, where)
+
+    def restore(self) -> None:
+        """Make the directory and its lock anew if somebody has removed them. Raises what making it raises."""
+        with suppress(OSError):
+            if os.path.samestat(os.lstat(self._path / "lock"), os.fstat(self._lock)):
+                return
+        lock = _lock(self._path, self._where)
+        os.close(self._lock)
+        self._lock = lock
+        log.error("%s was removed, or its lock: made again; do not clear it out while the collector runs", self._path)
+
+    def refresh(self) -> None:
+        """Make all that lies in it look new: what is old is removed by programs that clear out /tmp."""
+        for path in self._path.glob("*"):
+            with suppress(OSError):  # it was removed just now
+                os.utime(path, follow_symlinks=False)
+
+
+def _lock(path: Path, where: str) -> int:
     directory = _open_private(path, f"{where}: runtime_dir {path}")
     try:
         lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)

@@ -23,6 +23,9 @@ TEXT = 80
 TOPICS = 131_071
 """Names that one ledger holds: topics, and channels of trades."""
 
+SIZE = RECORD * (TOPICS + 1)
+"""Bytes of the file."""
+
 STEP = 256
 """Records for which room is made at a time: 128 KiB."""
 
@@ -65,21 +68,12 @@ class Ledger:
     """
 
     def __init__(self, path: Path, fresh: bool) -> None:
-        size = RECORD * (TOPICS + 1)
-        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (os.O_TRUNC if fresh else 0)
-        self._file = os.open(path, flags, 0o600)
-        try:
-            is_new = os.fstat(self._file).st_size != size
-            if is_new:
-                self._make_room(0)
-                os.ftruncate(self._file, size)
-            self._map = mmap.mmap(self._file, size)
-        except OSError as error:
-            os.close(self._file)
-            raise OSError(error.errno, f"no room for the ledger: {error.strerror}", str(path)) from None
-        self.cells = memoryview(self._map).cast("q")
+        self._path = path
+        is_new = self._open(os.O_TRUNC if fresh else 0, STEP)
         if is_new:
             self.cells[ROOM] = STEP
+        if is_new and not fresh:
+            log.error("%s is gone: nothing is known of earlier lives, and what was lost since then is not told", path)
         self._records = 0
         self._is_full = False
         self._free: list[int] = []
@@ -88,12 +82,32 @@ class Ledger:
         self._had = frozenset(self._slots)
         self.earlier = [entry for entry in entries.values() if entry.last_ts]
 
-    def _make_room(self, start: int) -> None:
-        """Fill the next STEP records from number `start` on with zeroes. Raises OSError."""
-        place, left = start * RECORD, STEP * RECORD
-        while left:  # what is nearly full takes a part at first
-            done = os.pwrite(self._file, bytes(left), place)
-            place, left = place + done, left - done
+    def _open(self, how: int, room: int) -> bool:
+        """Map the file, made with room for so many records unless it is there already; return whether it was made."""
+        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
+        try:
+            is_new = os.fstat(file).st_size != SIZE
+            if is_new:
+                for start in range(0, room, STEP):
+                    _make_room(file, start)
+                os.ftruncate(file, SIZE)
+            mapped = mmap.mmap(file, SIZE)
+        except OSError as error:
+            os.close(file)
+            raise OSError(error.errno, f"no room for the ledger: {error.strerror}", str(self._path)) from None
+        self._file, self._map, self.cells = file, mapped, memoryview(mapped).cast("q")
+        return is_new
+
+    def restore(self) -> None:
+        """Write the file again if somebody removed it: a later life would know nothing. Raises OSError."""
+        if self._path.exists():
+            return
+        file, mapped, cells = self._file, self._map, self.cells
+        size = cells[ROOM] * RECORD
+        self._open(os.O_TRUNC, cells[ROOM])
+        self._map[:size] = mapped[:size]
+        _close(file, mapped, cells)
+        log.warning("%s was removed: written again", self._path)
 
     def _read(self) -> Iterator[tuple[int, Entry]]:
         cells = self.cells
@@ -156,7 +170,7 @@ class Ledger:
         if number < self.cells[ROOM]:
             return True
         try:
-            self._make_room(number)
+            _make_room(self._file, number)
         except OSError as error:
             if not self._is_full:
                 log.error("no room for more topics in the ledger; a restart will tell no gaps on them: %s", error)
@@ -185,6 +199,18 @@ class Ledger:
 
     def close(self) -> None:
         """Let go of the file; it stays."""
-        self.cells.release()
-        self._map.close()
-        os.close(self._file)
+        _close(self._file, self._map, self.cells)
+
+
+def _make_room(file: int, start: int) -> None:
+    """Fill the next STEP records from number `start` on with zeroes. Raises OSError."""
+    place, left = start * RECORD, STEP * RECORD
+    while left:  # what is nearly full takes a part at first
+        done = os.pwrite(file, bytes(left), place)
+        place, left = place + done, left - done
+
+
+def _close(file: int, mapped: mmap.mmap, cells: memoryview) -> None:
+    cells.release()
+    mapped.close()
+    os.close(file)

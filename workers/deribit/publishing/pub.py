@@ -64,6 +64,19 @@ class PubSocket:
         self._endpoint = endpoint
         return endpoint
 
+    def restore(self) -> None:
+        """Listen anew if somebody removed the file of an ipc endpoint: who comes would find nobody. Raises OSError."""
+        scheme, _, path = self._endpoint.partition("://")
+        if self._listener is None or scheme != "ipc" or os.path.lexists(path):
+            return
+        listener = listen_ipc(path)
+        if self._listener in self._selector.get_map():
+            self._selector.unregister(self._listener)
+        self._listener.close()
+        self._listener = listener
+        self._selector.register(listener, READ)
+        log.warning("%s was removed: listens there again", path)
+
     @property
     def subscriptions(self) -> int:
         """How many prefixes are wanted now, each counted for each subscriber."""

@@ -49,6 +49,11 @@ class Publisher:
         self.endpoint = self._socket.bind(self.endpoint)
         return self.endpoint
 
+    def restore(self) -> None:
+        """Make anew what somebody has removed of the files: the endpoint's and the ledger's. Raises OSError."""
+        self._socket.restore()
+        self._ledger.restore()
+
     def fileno(self) -> int:
         """Can be read when there is something to do for `take_subscriptions`."""
         return self._socket.fileno()

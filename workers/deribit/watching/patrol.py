@@ -77,6 +77,7 @@ class Patrol:
             published = self._publisher.published
             self.rate, self._counted = float(published - self._counted), published
             self._beat()
+            self._restore_files()
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
@@ -125,6 +126,15 @@ class Patrol:
                 self._client.machine.state, self._publisher.published, self.lag.newest / 1e9,
             ),
         )  # fmt: skip
+
+    def _restore_files(self) -> None:
+        """Make anew what somebody has removed from the runtime directory; the directory itself is the supervisor's."""
+        try:
+            self._publisher.restore()
+        except FileNotFoundError:
+            return  # it will be there the next time
+        except OSError as error:
+            log.error("a file was removed and cannot be made again: %s", error)
 
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
