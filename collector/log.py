@@ -1,8 +1,22 @@
-"""The log of every process: one line a record on stderr, with the time (UTC), the level and who says it."""
+"""The log of every process: one line a record on stderr, with the time (UTC), the level and who says it.
+
+A thread writes the lines: whoever should read them may have stopped (a terminal that is held with Ctrl-S, a pager, a
+stuck log service), and the data must not wait for that.
+"""
 
 import logging
+import os
+import queue
+import select
 import sys
+import threading
 import time
+
+MAX_WAITING = 10_000
+"""Lines that wait to be written; what comes beyond them is counted, and said later."""
+
+LINGER = 0.5
+"""Seconds that the end of a process waits for its last lines to be taken."""
 
 
 class _Line(logging.Formatter):
@@ -16,8 +30,65 @@ class _Line(logging.Formatter):
         return super().formatMessage(record)
 
 
-def start_log(name: str, level: str) -> None:
-    """Send this process's log to stderr under `name`, from `level` (debug, info, warning, error) upwards."""
-    writer = logging.StreamHandler(sys.stderr)
+class _Aside(logging.Handler):
+    """Has a thread write each line to a file. `close` is its end, and waits for LINGER at most."""
+
+    def __init__(self, file: int) -> None:
+        super().__init__()
+        self._file = file
+        self._lines: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        self._missing = 0
+        self._thread = threading.Thread(target=self._write, name="log", daemon=True)
+        self._thread.start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hand the line over (logging calls this, for one thread at a time)."""
+        try:
+            if self._missing:
+                self._lines.put_nowait(self.format(_say_missing(self._missing)))
+                self._missing = 0
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._missing += 1
+
+    def _write(self) -> None:
+        while (line := self._lines.get()) is not None:
+            try:
+                write_all(self._file, f"{line}\n".encode(errors="backslashreplace"))
+            except OSError:  # the disk is full, say
+                with self.lock or threading.Lock():
+                    self._missing += 1
+
+    def close(self) -> None:
+        """Let the thread write what waits, and end."""
+        try:
+            self._lines.put(None, timeout=LINGER)
+        except queue.Full:
+            return  # nobody reads
+        self._thread.join(LINGER)
+        super().close()
+
+
+def write_all(file: int, text: bytes) -> None:
+    """Write all of it, however long that takes, also where another program has made the file non-blocking."""
+    left = memoryview(text)
+    while left:
+        try:
+            left = left[os.write(file, left) :]
+        except BlockingIOError:
+            select.select((), (file,), ())
+
+
+def _say_missing(number: int) -> logging.LogRecord:
+    message = "%d lines are missing here: they could not be written"
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (number,), None)
+
+
+def start_log(name: str, level: str, file: int = 2) -> None:
+    """Send this process's log to a file under `name`, from `level` (debug, info, warning, error) upwards.
+
+    `logging.shutdown` writes what is still to be written: for a process whose end does not call that by itself.
+    """
+    writer = _Aside(file) if sys.stderr is not None else logging.NullHandler()
     writer.setFormatter(_Line(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[writer], force=True)

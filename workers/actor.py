@@ -70,6 +70,7 @@ def main(kind: str, end: socket.socket) -> None:
     _watch_lifeline(end)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         code = runner.run(_live(kind, end))
+    logging.shutdown()
     sys.exit(int(code))
 
 

@@ -5,11 +5,11 @@ What has run before the fork stays shared (measured: 9.6 -> 8.8 MB an idle worke
 """
 
 import asyncio
-import io
 import logging
+import os
 import socket
 import tempfile
-from contextlib import redirect_stderr, suppress
+from contextlib import suppress
 from typing import Any
 
 from collector.lifecycle import Exit
@@ -20,9 +20,9 @@ from workers.deribit.worker import create_worker
 
 def rehearse() -> Exit:
     """Let a worker try to connect to a port on which nobody listens; it gives up. Nothing of it is left."""
-    with tempfile.TemporaryDirectory() as directory, socket.socket() as nobody, redirect_stderr(io.StringIO()):
+    with tempfile.TemporaryDirectory() as directory, socket.socket() as nobody, open(os.devnull, "wb") as nowhere:
         nobody.bind(("127.0.0.1", 0))
-        start_log("rehearsal", "info")
+        start_log("rehearsal", "info", nowhere.fileno())
         spec = build_spec(f"ws://127.0.0.1:{nobody.getsockname()[1]}", directory)
         try:
             with asyncio.Runner(loop_factory=new_event_loop) as runner:

@@ -1,0 +1,102 @@
+"""The log of a program whose reader has stopped: the data go on, and what could not be written is counted."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from collector.log import MAX_WAITING
+from tests.collected import QUICK
+from tests.pipeline import ask, short_directory, subscribed, write_config
+from tests.support import REPOSITORY, collector
+
+CHATTER = f"""
+import logging, sys
+from collector.log import start_log
+start_log("chatter", "info")
+for number in range({MAX_WAITING} + 500):
+    logging.info("line %d", number)
+print("said", flush=True)
+sys.stdin.readline()
+logging.info("the last one")
+"""
+
+
+@contextmanager
+def full_pipe() -> Iterator[tuple[int, int]]:
+    """Both ends of a pipe into which not one byte more goes."""
+    reading, writing = os.pipe()
+    try:
+        os.set_blocking(writing, False)
+        try:
+            while os.write(writing, b"."):
+                pass
+        except BlockingIOError:
+            os.set_blocking(writing, True)
+        yield reading, writing
+    finally:
+        os.close(reading)
+
+
+def read_to_end(reading: int) -> list[str]:
+    """The lines that were written after what filled the pipe, when the last writer is gone."""
+    with os.fdopen(os.dup(reading)) as pipe:
+        return pipe.read().lstrip(".").splitlines()
+
+
+@pytest.mark.parametrize("is_blocking", [True, False])
+def test_lines_wait_for_their_reader_and_those_beyond_are_counted(is_blocking: bool) -> None:
+    with full_pipe() as (reading, writing):
+        os.set_blocking(writing, is_blocking)  # the programs that share it share this too
+        chatter = subprocess.Popen(
+            [sys.executable, "-c", CHATTER], cwd=REPOSITORY, text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=writing,
+        )  # fmt: skip
+        os.close(writing)
+        assert chatter.stdout is not None
+        assert chatter.stdin is not None
+        assert chatter.stdout.readline() == "said\n", "it was held up"
+        with os.fdopen(os.dup(reading)) as pipe:
+            held = [pipe.readline().lstrip(".") for _ in range(MAX_WAITING)]
+            chatter.stdin.write("\n")
+            chatter.stdin.flush()
+            rest = pipe.readlines()
+        assert chatter.wait(20) == 0
+    numbers = [int(line.split()[-1]) for line in [*held, *rest] if re.search(r"line \d+$", line)]
+    assert numbers == list(range(len(numbers)))
+    assert len(numbers) >= MAX_WAITING
+    assert rest[-1].endswith("chatter: the last one\n")
+    missing = MAX_WAITING + 500 - len(numbers)
+    assert f"WARNING chatter: {missing} lines are missing here: they could not be written" in rest[-2]
+
+
+def test_data_and_control_go_on_while_nobody_reads_the_log() -> None:
+    with short_directory() as directory, full_pipe() as (reading, writing):
+        run = start_unread(directory, writing)
+        try:
+            control = f"ipc://{directory}/run/control"
+            with subscribed(f"ipc://{directory}/run/a.pub") as subscriber:
+                subscriber.wait_for("deribit.quote.", type="quote")
+                os.kill(ask(control, "get_state", connection="a")["pid"], signal.SIGKILL)
+                subscriber.wait_for("deribit.quote.", type="gap", reason="restart")
+                subscriber.wait_for("deribit.status.", type="status", state="live")
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(20) == 0
+            lines = read_to_end(reading)
+        finally:
+            run.kill()
+    assert lines == [], "somebody took what filled the pipe"
+
+
+def start_unread(directory: Path, stderr: int) -> subprocess.Popen[bytes]:
+    """Run a collector that writes its log there."""
+    config = write_config(directory, {"a": QUICK}, exchange={})
+    run = subprocess.Popen(collector("run", str(config)), stderr=stderr, cwd=REPOSITORY)
+    os.close(stderr)
+    return run
