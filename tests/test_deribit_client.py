@@ -299,6 +299,27 @@ async def test_what_a_strange_server_says_is_shown_only_as_far_as_is_safe(answer
     assert str(lost.value) == said
 
 
+@pytest.mark.parametrize("scheme", ["http", "ws"])
+@in_loop
+async def test_a_redirect_is_not_followed_and_its_place_not_shown(scheme: str) -> None:
+    seen: list[bytes] = []
+
+    async def redirect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        request = await reader.readuntil(b"\r\n\r\n")
+        seen.append(request)
+        place = f"{scheme}://127.0.0.1:{port}/there?key=hunter2".encode()
+        writer.write(b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + place + b"\r\n\r\n")
+        await reader.read()
+        writer.close()
+
+    async with await asyncio.start_server(redirect, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(Lost) as lost:
+            await Socket.open(f"ws://127.0.0.1:{port}/?key=hunter2", {"X-Desk": "desk-7"}, 10.0)
+    assert str(lost.value) == "redirected to another address: write the exchange's own as url"
+    assert [b"GET /?key=hunter2" in request for request in seen] == [True]
+
+
 STEPS = [
     "public/hello",
     "public/auth",

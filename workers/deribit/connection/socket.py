@@ -111,7 +111,7 @@ class Socket:
         """Connect within `timeout` seconds. Raises Lost, which says why not."""
         session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response, auto_decompress=False,
-            raise_for_status=_Refusal(url, headers).tell,
+            raise_for_status=_Refusal(url, headers).tell, trace_configs=[_STAYING],
         )  # fmt: skip
         try:
             async with asyncio.timeout(timeout):
@@ -167,6 +167,15 @@ class Socket:
 async def _connect(session: aiohttp.ClientSession, url: str, headers: Mapping[str, str]) -> Any:
     timeout = aiohttp.ClientWSTimeout(ws_close=CLOSE_TIMEOUT)
     return await session.ws_connect(url, headers=headers, max_msg_size=MAX_FRAME, timeout=timeout, decode_text=False)
+
+
+async def _refuse_redirect(*_: Any) -> None:
+    """Raise Lost: what is sent along is for the host of the file alone, and the place may be an echo of it."""
+    raise Lost("redirected to another address: write the exchange's own as url")
+
+
+_STAYING = aiohttp.TraceConfig()
+_STAYING.on_request_redirect.append(_refuse_redirect)
 
 
 class _Refusal:
