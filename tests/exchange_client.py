@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import ssl
 import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -30,7 +31,7 @@ def exchange(
 
 def get(url: str, method: str, body: Any = None, **query: Any) -> tuple[int, dict[str, Any]]:
     """Ask over HTTP: GET with the query, or POST with a JSON body; the status and the decoded answer."""
-    base = url.replace("ws://", "http://").replace("/ws/api/v2", "/api/v2")
+    base = url.replace("ws", "http", 1).replace("/ws/api/v2", "/api/v2")
     tail = "&".join(f"{key}={value}" for key, value in query.items())
     path = f"{base}/{method}".rstrip("/") + (f"?{tail}" if tail else "")
     data = None if body is None else json.dumps(body).encode()
@@ -128,7 +129,8 @@ async def connect(url: str, faults: str | None = None, **options: Any) -> AsyncI
     target = url if faults is None else f"{url}?faults={faults}"
     async with (
         aiohttp.ClientSession() as session,
-        session.ws_connect(target, max_msg_size=1 << 26, **options) as socket,
+        # Not aiohttp's own context: that is made once, before SSL_CERT_FILE may be set.
+        session.ws_connect(target, max_msg_size=1 << 26, ssl=ssl.create_default_context(), **options) as socket,
     ):
         client = Client(socket)
         try:

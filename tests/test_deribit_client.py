@@ -7,11 +7,13 @@ import re
 import time
 from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from collector.lifecycle import BACKOFF_CAP, Exit, backoff_delay
+from tests.certificate import HAS_OPENSSL, make_certificate
 from tests.deribit_support import (
     BOOK,
     LOGIN,
@@ -25,6 +27,7 @@ from tests.deribit_support import (
     name_faults,
     wait_for,
 )
+from tests.exchange_client import exchange
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.socket import Socket
 
@@ -318,6 +321,17 @@ async def test_a_redirect_is_not_followed_and_its_place_not_shown(scheme: str) -
             await Socket.open(f"ws://127.0.0.1:{port}/?key=hunter2", {"X-Desk": "desk-7"}, 10.0)
     assert str(lost.value) == "redirected to another address: write the exchange's own as url"
     assert [b"GET /?key=hunter2" in request for request in seen] == [True]
+
+
+@pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
+@in_loop
+async def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) -> None:
+    with exchange("--certificate", make_certificate(tmp_path)) as (url, _):
+        with pytest.raises(Lost) as lost:
+            await Socket.open(url, {}, 10.0)
+        assert str(lost.value) == "the certificate of 127.0.0.1 is not trusted: self-signed certificate"
+        with pytest.raises(Lost, match=r"Server disconnected|reset"):
+            await Socket.open(url.replace("wss", "ws"), {}, 10.0)
 
 
 STEPS = [

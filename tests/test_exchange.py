@@ -5,10 +5,7 @@ import hashlib
 import hmac
 import json
 import re
-import shutil
 import signal
-import ssl
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 
+from tests.certificate import HAS_OPENSSL, make_certificate, trusted
 from tests.exchange_client import Client, connect, exchange, get
 from tests.support import Program, collector, running
 
@@ -494,19 +492,15 @@ def test_trades_are_paged_by_sequence_time_and_currency() -> None:
         assert bad[1]["error"]["data"]["param"] == "count"
 
 
-@pytest.mark.skipif(shutil.which("openssl") is None, reason="no openssl here to make a certificate with")
+@pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
 def test_tls_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
-    pem = tmp_path / "own.pem"
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(pem), "-out", str(tmp_path / "certificate.pem")]
-    subprocess.run([*make, *names], check=True, capture_output=True)
-    pem.write_text(pem.read_text() + (tmp_path / "certificate.pem").read_text())
-    with exchange("--certificate", str(pem)) as (url, _):
+    own = make_certificate(tmp_path)
+    with exchange("--certificate", own) as (url, _), trusted(own):
         assert url.startswith("wss://")
-        trusted = ssl.create_default_context(cafile=str(tmp_path / "certificate.pem"))
+        assert get(url, "public/get_time")[0] == 200
 
         async def act() -> None:
-            async with connect(url, ssl=trusted) as client:
+            async with connect(url) as client:
                 await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
                 await client.wait_data("book.BTC-PERPETUAL.100ms", 3)
 

@@ -2,6 +2,7 @@
 
 import pytest
 
+from tests.certificate import HAS_OPENSSL
 from tests.faults.programs import SCENARIOS, run_round
 from tests.faults.pure import run_case
 
@@ -29,7 +30,11 @@ def test_a_trade_before_a_loss_that_the_exchange_has_not_shown_again_stays_in_do
     assert not run_case(7001478)
 
 
-def test_whole_programs_account_for_every_trade_and_book() -> None:
-    found = run_round(1)
+NO_OPENSSL = pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
+
+
+@pytest.mark.parametrize("tls", [False, pytest.param(True, marks=NO_OPENSSL)])
+def test_whole_programs_account_for_every_trade_and_book(tls: bool) -> None:
+    found = run_round(1, tls=tls)
     assert found.keys() == {scenario.name for scenario in SCENARIOS}
     assert not {name: complaints[:3] for name, complaints in found.items() if complaints}

@@ -13,6 +13,7 @@ import psutil
 from tests.bench.load import server, subscriber
 from tests.bench.load.process import Process
 from tests.bench.place import Place, pin, read_usage, read_uss
+from tests.certificate import make_certificate, trusted
 from tests.exchange_client import exchange
 from tests.pipeline import ask
 from tests.support import Program, collector, running, wait_until
@@ -61,24 +62,37 @@ class Lab:
         self.settings = settings or []
         self.folder = folder
         self._loads: dict[str, Load] = {}
+        self._certificate = ""
+        self._stack = ExitStack()
 
     def close(self) -> None:
         """End the load servers."""
         for load in self._loads.values():
             load.server.end()
         self._loads.clear()
+        self._stack.close()
+        self._certificate = ""
 
-    def find_load(self, count: int, instruments: int, mix: dict[str, int]) -> Load:
+    def find_load(self, count: int, instruments: int, mix: dict[str, int], tls: bool = False) -> Load:
         """The server of a tape of `count` frames; started if there is none yet."""
         tape = (count, instruments, mix)
-        if str(tape) not in self._loads:
-            process = Process(server.serve, self.place.others, tape)
+        key = f"{tape} {tls}"
+        if key not in self._loads:
+            process = Process(server.serve, self.place.others, tape, self._find_certificate() if tls else "")
             facts = process.wait_facts("listening")
-            url = f"ws://127.0.0.1:{facts['port']}/ws/api/v2"
-            self._loads[str(tape)] = Load(process, facts["channels"], url)
-        load = self._loads[str(tape)]
+            url = f"{'wss' if tls else 'ws'}://127.0.0.1:{facts['port']}/ws/api/v2"
+            self._loads[key] = Load(process, facts["channels"], url)
+        load = self._loads[key]
         load.server.drain()
         return load
+
+    def _find_certificate(self) -> str:
+        """The path of our own certificate, which all that is started from now on trusts."""
+        if not self._certificate:
+            folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-"))
+            self._certificate = make_certificate(Path(folder))
+            self._stack.enter_context(trusted(self._certificate))
+        return self._certificate
 
     @contextmanager
     def open_run(self, pinned: bool = True) -> Iterator["Run"]:

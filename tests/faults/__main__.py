@@ -5,7 +5,9 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from itertools import count
 
+from tests.certificate import HAS_OPENSSL
 from tests.faults.programs import SCENARIOS, SLOW, run_round
 from tests.faults.pure import run_case
 
@@ -44,10 +46,14 @@ def run_all(seed: int, cases: int, programs: int) -> Iterator[tuple[str, list[st
         for each, complaints in zip(seeds, found, strict=True):
             yield f"--only {each}", complaints
     done = 0
-    while done < programs:
-        for name, complaints in list(run_round(seed + done, SCENARIOS + SLOW).items())[: programs - done]:
+    for number in count():
+        if done >= programs:
+            return
+        tls = HAS_OPENSSL and number % 2 == 1
+        found = run_round(seed + done, SCENARIOS + SLOW, tls)
+        for name, complaints in list(found.items())[: programs - done]:
             done += 1
-            yield f"program {name}", complaints
+            yield f"program {name}{' over TLS' if tls else ''}", complaints
 
 
 def report(done: int, failed: dict[str, list[str]]) -> int:

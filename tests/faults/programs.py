@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import zmq
 
 from collector.client.stream import read_message
+from tests.certificate import make_certificate, trusted
 from tests.collected import Collected, collected
 from tests.exchange_client import apply_book, connect, exchange, get
 from tests.faults.judge import Received, Traded, Truth, judge
@@ -156,15 +157,25 @@ def name_future(scenario: Scenario, url: str) -> Scenario:
     return scenario._replace(instrument=list_futures(url, which[0])[int(which[1])])
 
 
-def run_round(seed: int, scenarios: tuple[Scenario, ...] = SCENARIOS) -> dict[str, list[str]]:
-    """Run all scenarios side by side; return what is wrong with each, by name."""
+def run_round(seed: int, scenarios: tuple[Scenario, ...] = SCENARIOS, tls: bool = False) -> dict[str, list[str]]:
+    """Run all scenarios side by side, over TLS if asked for; return what is wrong with each, by name."""
+    if not tls:
+        return run_exchange(seed, scenarios)
+    with short_directory() as directory:
+        own = make_certificate(directory)
+        with trusted(own):
+            return run_exchange(seed, scenarios, "--certificate", own)
+
+
+def run_exchange(seed: int, scenarios: tuple[Scenario, ...], *more: str) -> dict[str, list[str]]:
+    """A round against an exchange with these further options."""
     rng = Random(seed)
     with short_directory() as directory:
         oracle = directory / "oracle"
         options = ("--oracle", str(oracle), "--rate", "900", "--seed", str(seed + 1))
         faults = ("--faults", "connections:0,listing:2,expiry:3")
         keys = {"PRACTICE_KEYS": ",".join(f"account{number}:account{number}" for number in range(len(scenarios)))}
-        with exchange(*options, *faults, env=keys) as (url, _):
+        with exchange(*options, *faults, *more, env=keys) as (url, _):
             named = tuple(name_future(each, url) for each in scenarios)
             with watching(url, named) as witness:
                 return run_collector(url, oracle, witness, named, rng)

@@ -10,6 +10,7 @@ import json
 import re
 import selectors
 import socket
+import ssl
 import time
 from multiprocessing.connection import Connection
 from typing import Any
@@ -41,7 +42,9 @@ class Client:
         """Read what is there; False when the other side is gone."""
         try:
             data = self.socket.recv(1 << 20)
-        except ConnectionError:
+            while data and isinstance(self.socket, ssl.SSLSocket) and self.socket.pending():
+                data += self.socket.recv(1 << 20)  # no selector sees what has been decrypted already
+        except (ConnectionError, ssl.SSLError):
             data = b""
         self.buffer += data
         return bool(data)
@@ -75,8 +78,9 @@ class Client:
 class Server:
     """The listener, its clients and the tape."""
 
-    def __init__(self, tape: Tape, pipe: Connection) -> None:
+    def __init__(self, tape: Tape, pipe: Connection, tls: ssl.SSLContext | None) -> None:
         self.tape = tape
+        self.tls = tls
         self.deep = frame_deep_snapshot(time.time_ns() // 1_000_000)
         self.pipe = pipe
         self.clients: dict[int, Client] = {}
@@ -125,6 +129,8 @@ class Server:
         """Take a new client."""
         sock, _ = self.listener.accept()
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.tls is not None:
+            sock = self.tls.wrap_socket(sock, server_side=True)
         self.clients[sock.fileno()] = Client(sock)
         self.selector.register(sock, selectors.EVENT_READ)
 
@@ -245,8 +251,11 @@ class Server:
         return sent
 
 
-def serve(pipe: Connection, cpu: int | None, tape: tuple[int, int, dict[str, int]]) -> None:
-    """Entry of the process: build the tape, then serve."""
+def serve(pipe: Connection, cpu: int | None, tape: tuple[int, int, dict[str, int]], certificate: str = "") -> None:
+    """Entry of the process: build the tape, then serve; over TLS with a certificate."""
     pin(cpu)
     set_timer_slack(1)
-    Server(Tape(*tape), pipe).run()
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER) if certificate else None
+    if tls is not None:
+        tls.load_cert_chain(certificate)
+    Server(Tape(*tape), pipe, tls).run()

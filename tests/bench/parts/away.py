@@ -4,14 +4,12 @@ A proxy stands between the worker and the practice exchange. It takes connection
 passes on: what is waited for after connecting is round trips. The backoff before connecting is shown by itself.
 """
 
-import shutil
-import subprocess
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from tests.bench.lab import Lab, Measure, Results, Scale
 from tests.bench.load import proxy
+from tests.certificate import HAS_OPENSSL, make_certificate
 
 DELAY = 0.05
 """Seconds each way."""
@@ -27,7 +25,7 @@ def list_cases(scale: Scale) -> dict[str, Measure]:
         return {"worker 50 ms": far}
     cases: dict[str, Measure] = {"worker": partial(measure_away, delay=0.0), "worker 50 ms": far}
     cases["worker 50 ms, login"] = partial(far, login=True)
-    if shutil.which("openssl"):
+    if HAS_OPENSSL:
         cases["worker 50 ms, TLS"] = partial(far, tls=True)
         cases["worker 50 ms, TLS, login"] = partial(far, tls=True, login=True)
     return cases
@@ -36,13 +34,13 @@ def list_cases(scale: Scale) -> dict[str, Measure]:
 def measure_away(lab: Lab, delay: float, tls: bool = False, login: bool = False) -> Results:
     """Cut a live connection; measure until data comes again. With a login the channels are raw, and need it."""
     with lab.open_run() as run:
-        certificate = make_certificate(run.folder) if tls else None
-        url = run.exchange(*(("--certificate", f"{certificate}") if certificate else ())).url
+        own = make_certificate(run.folder) if tls else ""
+        url = run.exchange(*(("--certificate", own) if own else ())).url
         port = int(url.rpartition(":")[2].partition("/")[0])
         between = run.start(proxy.serve, lab.place.others, port, delay)
         near = url.replace(f":{port}/", f":{between.wait_facts('listening')['port']}/")
         follower = run.follow()
-        environment = (LOGIN if login else {}) | ({"SSL_CERT_FILE": f"{certificate}"} if tls else {})
+        environment = (LOGIN if login else {}) | ({"SSL_CERT_FILE": own} if own else {})
         run.collect({"bench": make_connection(near, run.endpoint, login)}, env=environment)
         follower.wait_facts("first")
         between.drain()
@@ -62,13 +60,3 @@ def make_connection(url: str, endpoint: str, login: bool) -> dict[str, Any]:
     channels = [f"{kind}.{coin}-PERPETUAL.{interval}" for kind in KINDS for coin in ("BTC", "ETH")]
     table = {"url": url, "publish": endpoint, "channels": channels}
     return table | ({"credentials": "PRACTICE"} if login else {})
-
-
-def make_certificate(folder: Path) -> Path:
-    """A certificate of our own for this machine, with its key, in one file that also says whom to trust."""
-    key, certificate, both = (folder / name for name in ("key.pem", "certificate.pem", "both.pem"))
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", f"{key}", "-out", f"{certificate}"]
-    subprocess.run([*make, *names], check=True, capture_output=True)
-    both.write_text(key.read_text() + certificate.read_text())
-    return both

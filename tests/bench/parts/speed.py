@@ -11,6 +11,7 @@ from tests.bench.load import yardsticks
 from tests.bench.load.process import Process
 from tests.bench.load.tape import MIX
 from tests.bench.place import read_busy, read_peak_rss, read_usage, read_uss
+from tests.certificate import HAS_OPENSSL
 
 ALL = ("receive", "relay", "plain", "worker")
 """The programs; where they are compared the yardsticks come before the worker."""
@@ -28,11 +29,12 @@ class Case:
     subscribers: int = 1
     count: int = 200_000
     seconds: float = 3.0
+    tls: bool = False
 
     @property
     def label(self) -> str:
         """Its name in tables and JSON."""
-        parts = [self.program, self.load]
+        parts = [self.program, self.load, *(["TLS"] if self.tls else [])]
         if self.rate:
             rate = f"{self.rate // 1000 or self.rate / 1000:g}k/s"
             parts.append(rate + (f" by {self.burst}" if self.burst > 1 else ""))
@@ -57,6 +59,10 @@ class Case:
 
 SECTIONS: dict[str, list[Case]] = {
     "speed": [Case(program) for program in ALL],
+    "tls": [
+        *(Case(p, tls=True) for p in ALL if HAS_OPENSSL),
+        *(Case(p, tls=True, rate=5000, count=50_000) for p in ("relay", "worker") if HAS_OPENSSL),
+    ],
     "types": [Case(p, load=load) for load, p in product(("book", "trade", "ticker", "quote"), ("receive", "worker"))],
     "paced": [Case(p, rate=rate, count=50_000) for rate, p in product((1000, 5000, 20_000), ALL)],
     "bursts": [Case(p, rate=20_000, burst=n, count=50_000) for n, p in product((20, 200), ("relay", "worker"))],
@@ -68,6 +74,7 @@ SECTIONS: dict[str, list[Case]] = {
 
 QUICK: dict[str, list[Case]] = {
     "speed": [Case(program, count=5000) for program in ALL],
+    "tls": [Case("worker", count=5000, tls=True)] if HAS_OPENSSL else [],
     "paced": [Case("worker", count=5000, rate=2000, seconds=0.5)],
 }
 
@@ -80,7 +87,7 @@ def list_cases(section: str, scale: Scale) -> dict[str, Measure]:
 
 def measure_case(lab: Lab, case: Case) -> Results:
     """Run a case; return what was measured, by name (their meaning: docs/performance.md)."""
-    load = lab.find_load(case.count, case.instruments, case.mix)
+    load = lab.find_load(case.count, case.instruments, case.mix, case.tls)
     with lab.open_run() as run:
         followers = [run.follow(raw=case.program == "relay") for _ in range(case.subscribers)]
         end = followers[0]

@@ -209,6 +209,9 @@ def _explain_failure(error: BaseException, timeout: float) -> BaseException:
     """Lost for what can go wrong with a connection; anything else as it is."""
     if isinstance(error, aiohttp.ClientResponseError):  # its own text would show the URL, and what was received
         return Lost(f"the answer is no WebSocket's: {error.message.partition(chr(10))[0].rstrip(':')}")
+    if isinstance(error, aiohttp.ClientConnectorCertificateError):
+        cause = error.certificate_error
+        return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
     if isinstance(error, TimeoutError):
         return Lost(f"no connection within {timeout:g} s")
     if isinstance(error, (aiohttp.ClientError, OSError, ValueError)):
