@@ -179,36 +179,30 @@ def test_a_shard_that_has_ended_for_good_gets_no_new_listing(end: str) -> None:
     def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
         table["channels"] = ["quote.*", "book.*.agg2", "ticker.*.agg2"]
         table["publish"] = f"tcp://127.0.0.1:{find_port()}"
-        with socket.socket() as taken, collected({"options": table}, exchange=None) as run:
-            run.program.wait_line("options: spread over options-1, options-2$")
-            for name in ("options-1", "options-2"):
-                run.wait_state(name)
+        with socket.socket() as taken:
+            if end == "failed":  # it cannot publish, at the very first
+                taken.bind(("127.0.0.1", int(table["publish"].rpartition(":")[2])))
+                taken.listen()
+            with collected({"options": table}, exchange=None) as run:
+                check(catalogue, run)
+
+    def check(catalogue: Catalogue, run: Collected) -> None:
+        run.program.wait_line("options: spread over options-1, options-2$")
+        run.wait_state("options-2")
+        if end == "closed":
+            run.wait_state("options-1")
             assert "has ended for good" not in run.program.text()
-            if end == "closed":
-                run.ask("close", connection="options-1")
-            else:  # its next life finds its endpoint taken
-                run.find_process("options-1").kill()
-                wait_until(lambda: bind(taken, table["publish"]), "the port")
-            run.program.wait_line(
-                rf"options: options-1 has ended for good \({end}\), and its \d+ channels with it; "
-                "new instruments go to options-2"
-            )
-            before = set(catalogue.read_all())
-            new = wait_until(lambda: n if len(n := set(catalogue.read_all()) - before) >= 6 else None, "listings")
-            wait_until(lambda: {f"quote.{name}" for name in new} <= find_asked(run, "options-2"), f"{new}")
-            assert "is not asked for" not in run.program.text()
+            run.ask("close", connection="options-1")
+        run.program.wait_line(
+            rf"options: options-1 has ended for good \({end}\), and its \d+ channels with it; "
+            "new instruments go to options-2"
+        )
+        before = set(catalogue.read_all())
+        new = wait_until(lambda: n if len(n := set(catalogue.read_all()) - before) >= 6 else None, "listings")
+        wait_until(lambda: {f"quote.{name}" for name in new} <= find_asked(run, "options-2"), f"{new}")
+        assert "is not asked for" not in run.program.text()
 
     with_exchange(act, "--options", "200", "--faults", "listing:0.5")
-
-
-def bind(taken: socket.socket, endpoint: str) -> bool:
-    """Take an endpoint, if it is free by now."""
-    try:
-        taken.bind(("127.0.0.1", int(endpoint.rpartition(":")[2])))
-        taken.listen()
-    except OSError:
-        return False
-    return True
 
 
 @pytest.mark.parametrize("how", ["unsubscribe", "close"])
