@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from hypothesis import strategies as st
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
 from workers.deribit.publishing.peer import MAX_PREFIXES, STEP, Peer
-from workers.deribit.publishing.pub import PubSocket
+from workers.deribit.publishing.pub import PubSocket, Route
 from workers.deribit.publishing.zmtp import (
     GREETING,
     MAX_FRAME,
@@ -33,7 +34,6 @@ from workers.deribit.publishing.zmtp import (
     encode_command,
     encode_property,
     encode_size,
-    encode_topic,
 )
 
 # -- what is said, without sockets ------------------------------------------------------------------------------------
@@ -160,7 +160,11 @@ def serve(pub: PubSocket, fact: Callable[[], Any], what: str) -> Any:
 
 
 def send(pub: PubSocket, *messages: tuple[bytes, bytes]) -> None:
-    pub.send([(encode_topic(topic), payload) for topic, payload in messages])
+    pub.send([(find_route(topic), payload) for topic, payload in messages])
+
+
+find_route = cache(Route)
+"""One for each topic, as those who send have it: what it knows of one socket's subscribers must not reach another's."""
 
 
 @pytest.mark.parametrize("kind", ENDPOINTS)

@@ -21,8 +21,7 @@ import pytest
 from tests.collected import collected
 from tests.pipeline import exchange, find_port, subscribed
 from tests.support import REPOSITORY, Program, running, wait_until
-from workers.deribit.publishing.pub import PubSocket
-from workers.deribit.publishing.zmtp import encode_topic
+from workers.deribit.publishing.pub import PubSocket, Route
 
 pytestmark = [
     pytest.mark.skipif(not os.environ.get("COLLECTOR_INTEROP"), reason="COLLECTOR_INTEROP is not set"),
@@ -187,7 +186,7 @@ def test_thousands_of_prefixes_are_asked_for_also_when_it_comes_back(language: s
     prefixes = [f"deribit.ticker.BTC-{number}." for number in range(count)]
     with publishing() as (pub, endpoint), subscribing(language, endpoint, "a", *prefixes):
         serve(pub, 1)
-        pub.send([(encode_topic(b"a"), msgpack.packb({"seq": number})) for number in range(100)])
+        pub.send([(Route(b"a"), msgpack.packb({"seq": number})) for number in range(100)])
         serve(pub, 1 + count)
         pub._leave(pub._peers[0])
         assert pub.subscriptions == 0

@@ -110,6 +110,11 @@ class Peer:
             log.warning("the slow subscriber is up to date again; it missed %d messages", self.dropped)
             self.dropped = 0
 
+    def forget(self) -> None:
+        """It is gone: what waits for it is waste."""
+        self.unsent, self.batch, self.waiting = bytearray(), [], 0
+        self.marks.clear()
+
     def _send(self, data: bytes | memoryview) -> int:
         """How many of these bytes the system takes."""
         try:

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from collector.sockets import remove_socket
 from workers.deribit.publishing.peer import Peer
-from workers.deribit.publishing.zmtp import GREETING, Refused, Wish, encode_size
+from workers.deribit.publishing.zmtp import GREETING, Refused, Wish, encode_size, encode_topic
 
 SEND_BUFFER = 4 << 20
 """Bytes that the system may take ahead of a subscriber, where it allows as many."""
@@ -25,15 +25,27 @@ SEND_BUFFER = 4 << 20
 GREET_WITHIN = 30.0
 """Seconds for a peer to say what it is."""
 
-MAX_ROUTES = 200_000
-"""Topics of which it is kept in mind who wants them."""
-
 READ = selectors.EVENT_READ
 READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
 
 T = TypeVar("T")
 
 log = logging.getLogger("deribit")
+
+
+class Route:
+    """One topic, and who wants it: found anew after each change (`round`) of what subscribers wish for.
+
+    It is kept here, and not in a map of the socket: who sends has the topic's own state at hand, in the cache.
+    """
+
+    __slots__ = ("head", "peers", "round", "topic")
+
+    def __init__(self, topic: bytes) -> None:
+        self.topic = topic
+        self.head = encode_topic(topic)
+        self.peers: tuple[Peer, ...] = ()
+        self.round: object = None
 
 
 class PubSocket:
@@ -46,7 +58,8 @@ class PubSocket:
         self._queue = queue
         self._patience = patience
         self._peers: list[Peer] = []
-        self._routes: dict[bytes, list[Peer]] = {}
+        self._round = object()
+        self._groups: dict[tuple[Peer, ...], tuple[Peer, ...]] = {}
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
         self._endpoint = ""
@@ -95,7 +108,7 @@ class PubSocket:
                 continue
             peer: Peer = key.data
             if events & READ and (heard := self._let(peer, peer.hear)):
-                self._routes.clear()
+                self._begin_round()
                 wishes += heard
             if events & selectors.EVENT_WRITE and peer in self._peers:
                 self._let(peer, peer.write_more)
@@ -149,23 +162,23 @@ class PubSocket:
         self._peers.remove(peer)
         self._selector.unregister(peer.socket)
         peer.socket.close()
-        self._routes.clear()
+        peer.forget()  # routes that are not looked for again hold it still
+        self._begin_round()
         if self._listener is not None and self._listener not in self._selector.get_map():
             self._selector.register(self._listener, READ)
 
     # -- what they get ------------------------------------------------------------------------------------------------
 
-    def send(self, messages: Iterable[tuple[bytes, bytes]]) -> None:
-        """Send each message, its topic's frame (see encode_topic) and its payload, to all who want it."""
+    def send(self, messages: Iterable[tuple[Route, bytes]]) -> None:
+        """Send each message, by its topic's route, to all who want it."""
         if not self._peers:
             return
-        routes = self._routes
-        for head, payload in messages:
-            peers = routes.get(head)
-            if peers is None:
-                peers = self._find_route(head)
-            if peers:
-                frames = head, encode_size(len(payload)), payload
+        current = self._round
+        for route, payload in messages:
+            if route.round is not current:
+                self._find_peers(route)
+            if peers := route.peers:
+                frames = route.head, encode_size(len(payload)), payload
                 for peer in peers:
                     peer.batch += frames
         for peer in list(self._peers):
@@ -173,12 +186,14 @@ class PubSocket:
                 peer.batch = []
                 self._let(peer, peer.write, b"".join(batch), len(batch) // 3)
 
-    def _find_route(self, head: bytes) -> list[Peer]:
-        if len(self._routes) > MAX_ROUTES:
-            self._routes.clear()
-        topic = head[9:] if len(head) > 2 + 255 else head[2:]
-        self._routes[head] = peers = [peer for peer in self._peers if peer.wants(topic)]
-        return peers
+    def _find_peers(self, route: Route) -> None:
+        peers = tuple(peer for peer in self._peers if peer.wants(route.topic))
+        route.peers = self._groups.setdefault(peers, peers)  # one for all topics with the same subscribers
+        route.round = self._round
+
+    def _begin_round(self) -> None:
+        self._round = object()
+        self._groups.clear()
 
     def close(self, linger: float) -> None:
         """Send what waits, for `linger` seconds at most, then close."""

@@ -102,13 +102,13 @@ class Publisher:
         self.is_holding = False
         self._waiting = []  # whatever happens, nothing is sent twice
         encode = self._encode
-        messages: list[tuple[bytes, bytes]] = []
+        messages: list[tuple[Stream, bytes]] = []
         for stream, message in waiting:
             if message.__class__ is dict:
                 self._count_map(stream, message)
             else:
                 stream.seq = message.seq = stream.seq + 1  # type: ignore[union-attr]
-            messages.append((stream.head, encode(message)))
+            messages.append((stream, encode(message)))
         self._socket.send(messages)
         self._note_all(waiting)
         self.published += len(messages)

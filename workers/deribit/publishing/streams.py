@@ -7,7 +7,7 @@ from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
 from workers.deribit.publishing.ledger import HAS_ENDED, LAST_TS, NEWEST, TOPICS, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
-from workers.deribit.publishing.zmtp import encode_topic
+from workers.deribit.publishing.pub import Route
 
 Message = Payload | dict[str, Any]
 
@@ -32,7 +32,7 @@ class Malformed(ValueError):
     """A frame, or a part of one, that is not what its channel carries."""
 
 
-class Stream:
+class Stream(Route):
     """The state of one topic.
 
     `lost` holds from a loss to the next data. `due` is the gap that is still to be published before that data;
@@ -41,19 +41,18 @@ class Stream:
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
     before the topic was left, which no later fetch may say again; `has_tail` holds while trades after `last_id` are
     being fetched; `expiry` is when its instrument ends by its name (ns, None if it does not); `slot` is its place
-    in the ledger, `head` the frame of its topic.
+    in the ledger.
     """
 
     __slots__ = (
-        "answered", "current", "describe", "due", "epoch", "expiry", "gap", "has_tail", "head", "instrument",
-        "interval", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "topic", "type",
+        "answered", "current", "describe", "due", "epoch", "expiry", "gap", "has_tail", "instrument",
+        "interval", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
         if not (is_topic_part(instrument) and is_topic_part(interval)):
             raise Malformed(f"{instrument[:80]!r} cannot stand in a topic")
-        self.topic = str(Topic(EXCHANGE, kind, instrument, interval)).encode()
-        self.head = encode_topic(self.topic)
+        super().__init__(str(Topic(EXCHANGE, kind, instrument, interval)).encode())
         self.type = kind
         self.instrument = instrument
         self.interval = interval
