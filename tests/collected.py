@@ -3,6 +3,7 @@
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ class Collected:
     def wait_gone(self) -> None:
         """Wait until every process that was ever seen is gone."""
         for process in self.seen.values():
-            wait_until(lambda process=process: not is_alive(process), f"the end of {process}")
+            wait_until(partial(lambda each: not is_alive(each), process), f"the end of {process}")
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
         """End it in order; return the exit code."""

@@ -208,7 +208,7 @@ def test_loss_on_the_way_is_raised_and_the_reader_goes_on_behind_it(publisher: A
         wait_subscribed(publisher)
         for seq in (1, 2, 7):
             publisher.send_multipart(index_message(seq))
-        items = iter(subscriber)
+        items: Iterator[Any] = iter(subscriber)
         assert [next(items)["seq"], next(items)["seq"]] == [1, 2]
         with pytest.raises(LossError, match="messages 3 to 6 were lost on the way to this subscriber") as raised:
             subscriber.receive(10)

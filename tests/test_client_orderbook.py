@@ -32,7 +32,7 @@ class Feed:
         return self.give(kind="snapshot", change_id=change, **{**levels, **keys})
 
     def delta(self, change: int, before: int | None, **keys: Any) -> bool:
-        link = {} if before is None else {"prev_change_id": before}
+        link: dict[str, Any] = {} if before is None else {"prev_change_id": before}
         return self.give(kind="delta", change_id=change, **link, **{"bids": [], "asks": [], **keys})
 
 

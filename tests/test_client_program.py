@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import zmq
-from support import collector, running, wait_until
 
 from collector import Control, ControlError, Subscriber
 from collector.cli.control import print_facts
@@ -20,6 +19,7 @@ from collector.client.orderbook import OrderBook
 from collector.client.stream import Loss, Message
 from collector.messages import encode
 from tests.collected import QUICK, collected
+from tests.support import collector, running, wait_until
 
 CONFIG = """
 [collector]

@@ -67,7 +67,8 @@ class Life:
 
     def heal(self, *history: tuple[int, int]) -> list[Any]:
         """Fetch what is lacking from an exchange that has these trades; return what is said of it."""
-        healing, page, said = heal_feed(self.feed, (START + 10_000) * MS, 0), None, []
+        healing, page = heal_feed(self.feed, (START + 10_000) * MS, 0), None
+        said: list[Any] = []
         with suppress(StopIteration):
             while True:
                 step, page = healing.send(page), None
@@ -104,8 +105,9 @@ class Life:
 def fits(trade: tuple[int, int], params: dict[str, Any]) -> bool:
     """Whether a request asks for a trade."""
     seq, at = trade
-    numbers = params.get("start_seq", 0) <= seq <= params.get("end_seq", seq)
-    return numbers and params.get("start_timestamp", 0) <= START + at <= params.get("end_timestamp", START + at)
+    numbers: bool = params.get("start_seq", 0) <= seq <= params.get("end_seq", seq)
+    times: bool = params.get("start_timestamp", 0) <= START + at <= params.get("end_timestamp", START + at)
+    return numbers and times
 
 
 def describe(message: Any) -> Any:
@@ -332,7 +334,7 @@ def test_a_book_whose_change_ids_fall_goes_on_with_its_next_snapshot(tmp_path: P
 
     def take(kind: str, change_id: int, before: int | None = None) -> list[Any]:
         data = {"type": kind, "change_id": change_id, "prev_change_id": before, "bids": [], "asks": [], "timestamp": 1}
-        said = []
+        said: list[Any] = []
         for stream, message in book.take(line.encode(data), 7):
             gap = stream.resume(message, 7) if stream.lost and not isinstance(message, Gap) else None
             stream.last_ts = 7

@@ -538,7 +538,8 @@ def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:
     assert [(each.trade_seq, each.price) for each in page.trades] == [(7, 1.5), (8, 1.5)]
     assert page.has_more
     assert read_page({"trades": []}).trades == []
-    for answer in ({"trades": [5, None]}, {"trades": None}, {}, [], None, {"trades": 5}):
+    wrong: list[Any] = [{"trades": [5, None]}, {"trades": None}, {}, [], None, {"trades": 5}]
+    for answer in wrong:
         with pytest.raises(ValueError, match="holds no trades"):
             read_page(answer)
 

@@ -117,7 +117,7 @@ def test_comparison_names_only_what_there_is() -> None:
         elif re.fullmatch(r"[a-z_]+", ours):
             assert ours in {*KEYS["connection"], "always", "none"}
     errors = read_table(page, "zen_websocket", "control code here", "in workers.deribit")
-    codes = {found[1] for row in errors if (found := re.match(r"(\w+)(?:`|$)", row[1]))}
+    codes = {match[1] for row in errors if (match := re.match(r"(\w+)(?:`|$)", row[1]))}
     assert codes
     assert codes <= set(CODES)
 

@@ -8,6 +8,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,7 @@ def test_ids_come_back_as_they_were(url: str) -> None:
             for number, shown in enumerate((7, "auth_1.0", None)):
                 request: dict[str, Any] = {"jsonrpc": "2.0", "method": "public/test"}
                 await client.send(json.dumps(request if shown is None else {**request, "id": shown}))
-                await client.wait(lambda wanted=number: len(client.texts) > wanted, "an answer")
+                await client.wait(partial(lambda wanted: len(client.texts) > wanted, number), "an answer")
             first, second, third = client.messages()
             assert first["id"] == 7
             assert second["id"] == "auth_1.0"
@@ -350,7 +351,7 @@ def test_heartbeats_follow_deribits_rhythm_and_silence_is_closed_with_4000(url: 
             )
             for round_number in (2, 3, 4):
                 assert "result" in await client.ask("public/test")
-                await client.wait(lambda n=round_number: client.texts.count(wanted) >= n, "the next one")
+                await client.wait(partial(lambda n: client.texts.count(wanted) >= n, round_number), "the next one")
             assert client.closed is None
             await client.wait(lambda: client.closed, "the close")
             assert client.closed == (4000, "heartbeat close")

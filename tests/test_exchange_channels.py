@@ -83,9 +83,11 @@ def test_books_of_all_intervals_chain_and_end_as_the_true_book() -> None:
                 for channel in channels:
                     book: Any = true[channel.split(".")[1]]
                     # Changes that cancel out within a window are not sent, so levels are compared, not change ids.
-                    await client.wait(
-                        lambda c=channel, b=book: same_book(check_chain(client.data(c)), b), f"the end of {channel}"
-                    )
+
+                    def is_true(channel: str = channel, book: Any = book) -> bool:
+                        return same_book(check_chain(client.data(channel)), book)
+
+                    await client.wait(is_true, f"the end of {channel}")
                 raw, paced = client.data(channels[0]), client.data(channels[2])
                 assert len(raw) > 5 * len(paced)
                 steps = [b["change_id"] - a["change_id"] for a, b in itertools.pairwise(raw)]
@@ -200,7 +202,8 @@ def find_name(url: str, kind: str) -> str:
     names = [
         row["instrument_name"] for row in get(url, "public/get_instruments", currency="BTC", kind=kind)[1]["result"]
     ]
-    return sorted(names)[-1]
+    last: str = max(names)
+    return last
 
 
 def test_tickers_of_every_kind_have_their_own_members(url: str) -> None:
@@ -344,7 +347,7 @@ def test_instruments_are_listed_and_expire_during_the_run() -> None:
                 assert last[-1]["estimated_delivery_price"] == "expired"
                 assert last[-1]["delivery_price"] > 0
                 assert last[-1]["best_bid_price"] == last[-1]["best_ask_amount"] == 0.0
-                empty = {"bids": {}, "asks": {}}
+                empty: dict[str, Any] = {"bids": {}, "asks": {}}
                 await client.wait(lambda: check_chain(client.data(f"book.{name}.100ms")) == empty, "the emptied book")
                 again = await client.ask(
                     "public/subscribe", channels=[f"quote.{name}", f"quote.{fresh['instrument_name']}"]

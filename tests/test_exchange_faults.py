@@ -457,7 +457,7 @@ def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:
             assert "never_seen_before" in (await more.ask("public/test"))["result"]
             plain = {key: type(value) for key, value in whole[0].items()}
             kinds = [{k: type(v) for k, v in frame.items()} for frame in await odd.wait_data(ticker, 12)]
-            numbers = {int: float, float: float}
+            numbers: dict[type, type] = {int: float, float: float}
             assert any(
                 numbers.get(kind, kind) != numbers.get(plain.get(key, kind), plain.get(key, kind))
                 for frame in kinds for key, kind in frame.items()

@@ -17,12 +17,12 @@ from typing import Any
 
 import pytest
 import zmq
-from support import REPOSITORY, collector, running, wait_until
 
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
 from collector.messages import encode, parse_topic
 from tests.pipeline import find_port
+from tests.support import REPOSITORY, collector, running, wait_until
 
 START = 1_790_000_000_000_000_000
 BEST = {"best_bid_price": 92294.5, "best_bid_amount": 10.0, "best_ask_price": 92295.0, "best_ask_amount": 2000.0}

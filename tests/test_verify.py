@@ -17,7 +17,7 @@ BOOK = "deribit.book.BTC-PERPETUAL.100ms"
 TRADE = "deribit.trade.BTC-PERPETUAL.100ms"
 TICKER = "deribit.ticker.BTC-PERPETUAL.100ms"
 BEAT = "deribit.heartbeat.futures.1s"
-LIVE = {"wire": 1, "connection": "futures", "state": "live", "published": 10, "lag": None}
+LIVE: dict[str, Any] = {"wire": 1, "connection": "futures", "state": "live", "published": 10, "lag": None}
 
 
 class Wire:
@@ -239,7 +239,12 @@ def break_trades(wire: Wire) -> dict[str, list[str]]:
 
 def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
     wire.trade(1)
-    stamps = {"from_ts": wire.last_ts[TRADE], "to_ts": wire.now, "receive_ts": wire.now, "missing_from": 2}
+    stamps: dict[str, Any] = {
+        "from_ts": wire.last_ts[TRADE],
+        "to_ts": wire.now,
+        "receive_ts": wire.now,
+        "missing_from": 2,
+    }
     wire.gap(TRADE, 1, healing=True, **stamps)
     wire.trade(3)
     assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == []

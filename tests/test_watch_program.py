@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TextIO
@@ -192,7 +193,7 @@ def check_silent(seen: Watched, *topics: str) -> None:
     A channel of it may be told as mute before, if its own rhythm is the quicker one.
     """
     for topic in topics:
-        seen.wait(lambda topic=topic: seen.list_conditions(topic)[-2:] == [LOST, LIVE], f"a loss on {topic}")
+        seen.wait(partial(lambda each: seen.list_conditions(each)[-2:] == [LOST, LIVE], topic), f"a loss on {topic}")
         assert [said for said in seen.list_conditions(topic) if said != MUTE] == [LIVE, LOST, LIVE]
         seen.hear_more(topic)
         (gap,) = seen.find(topic, type="gap")

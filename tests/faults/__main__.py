@@ -50,8 +50,8 @@ def run_all(seed: int, cases: int, programs: int) -> Iterator[tuple[str, list[st
         if done >= programs:
             return
         tls = HAS_OPENSSL and number % 2 == 1
-        found = run_round(seed + done, SCENARIOS + SLOW, tls)
-        for name, complaints in list(found.items())[: programs - done]:
+        ended = run_round(seed + done, SCENARIOS + SLOW, tls)
+        for name, complaints in list(ended.items())[: programs - done]:
             done += 1
             yield f"program {name}{' over TLS' if tls else ''}", complaints
 

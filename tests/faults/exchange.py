@@ -97,7 +97,7 @@ class Exchange:
         self._trade_id += 1
         self._numbers[name] += 1
         side = self.rng.choice(("buy", "sell"))
-        trade = {
+        trade: dict[str, Any] = {
             "instrument_name": name, "trade_seq": self._numbers[name], "trade_id": str(self._trade_id),
             "price": self.rng.randrange(1, 9999) / 2, "amount": float(self.rng.randrange(1, 99)), "direction": side,
             "timestamp": timestamp, "index_price": 1.5, "mark_price": 1.5, "tick_direction": 0,

@@ -65,7 +65,8 @@ class Truth:
 
     def find_said(self, message: Message) -> int:
         """The number of a trade as it was published; its trade_seq if the exchange never had it."""
-        return self._numbers.get((message.instrument, message["trade_id"]), message["trade_seq"])
+        said: int = message["trade_seq"]
+        return self._numbers.get((message.instrument, message["trade_id"]), said)
 
 
 def judge(record: list[Received], truth: Truth, is_whole: bool = True) -> Iterator[str]:
@@ -77,14 +78,14 @@ def judge(record: list[Received], truth: Truth, is_whole: bool = True) -> Iterat
             if finding.rule not in truth.allowed:
                 yield f"{finding.rule}: {finding.topic}: {finding.text}"
         topics[topic.decode()].append(read_message(topic, payload))
-    for topic in sorted(topics.keys() | truth.final.keys()):
-        kind = topic.split(".")[1]
+    for name in sorted(topics.keys() | truth.final.keys()):
+        kind = name.split(".")[1]
         if kind == "book":
-            yield from judge_book(topic, topics[topic], truth)
+            yield from judge_book(name, topics[name], truth)
         elif kind == "trade" and is_whole:
-            yield from judge_trades(topic, topics[topic], truth)
-    for topic in sorted(truth.owed.keys() - topics.keys() if is_whole else ()):
-        yield from judge_trades(topic, [], truth)
+            yield from judge_trades(name, topics[name], truth)
+    for name in sorted(truth.owed.keys() - topics.keys() if is_whole else ()):
+        yield from judge_trades(name, [], truth)
 
 
 def judge_book(topic: str, messages: list[Message], truth: Truth) -> Iterator[str]:

@@ -267,10 +267,14 @@ def build_truth(scenario: Scenario, record: list[Received], events: list[dict[st
     truth = Truth()
     truth.allowed = set(scenario.allowed) | {"heartbeat"}  # on a busy machine they may come late
     truth.books.update({topic: dict(books) for topic, books in witness.books.items()})
-    if scenario.instrument.startswith("option."):
-        wanted = lambda name: name.startswith(scenario.instrument[7:] + "-") and name[-2:] in ("-C", "-P")  # noqa: E731
-    else:
-        wanted = lambda name: name == scenario.instrument  # noqa: E731
+    is_wide = scenario.instrument.startswith("option.")
+
+    def is_wanted(name: str) -> bool:
+        if is_wide:
+            return name.startswith(scenario.instrument[7:] + "-") and name[-2:] in ("-C", "-P")
+        return name == scenario.instrument
+
+    if not is_wide:
         topic = f"deribit.book.{scenario.instrument}.100ms"
         truth.final[topic] = {max(truth.books[topic])}
     if "crossed" in scenario.allowed:
@@ -278,7 +282,7 @@ def build_truth(scenario: Scenario, record: list[Received], events: list[dict[st
         truth.books.update({topic: {max(witness.books[topic]): witness.books[topic][max(witness.books[topic])]}})
     live = find_live(record)
     for event in events:
-        if event["event"] == "trade" and wanted(event["instrument_name"]):
+        if event["event"] == "trade" and is_wanted(event["instrument_name"]):
             name, seq = event["instrument_name"], event["trade_seq"]
             price, amount = float(event["price"]), float(event["amount"])
             truth.note(name, 0, seq, Traded(str(event["trade_id"]), price, amount, event["direction"]))

@@ -5,7 +5,6 @@ import tempfile
 import traceback
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import msgspec
 
@@ -102,8 +101,9 @@ class Case:
                 self._call(line.channel)
         elif item.kind == "answer":
             trades, has_more = item.data
-            if self.healers.get(item.whom[0]) is item.whom[1]:
-                item.whom[1].take(msgspec.convert(trades, list[TradeData]), has_more, self.now)
+            feed, healer = item.whom
+            if feed in self.healers and self.healers[feed] is healer:
+                healer.take(msgspec.convert(trades, list[TradeData]), has_more, self.now)
         elif item.line is not None:
             changed = self.life.take(item.line.channel, item.line.encode(item.data), self.now)
             if changed and item.line.family == "trades":
@@ -265,7 +265,7 @@ class Case:
 def run_case(seed: int, verbose: bool = False) -> list[str]:
     """Run one case in a directory of its own; return what is wrong."""
     directory = Path(tempfile.mkdtemp(prefix="f-", dir="/tmp"))
-    case: Any = None
+    case: Case | None = None
     try:
         case = Case(seed, directory)
         return case.run()

@@ -128,9 +128,10 @@ def _measure_load(lab: Lab, case: Case, load: Load, end: Process, pid: int) -> R
     return results | describe_latencies(last.get("latencies", b""))
 
 
-def _count_missed(sent: int, last: Results) -> int:
+def _count_missed(sent: int, last: dict[str, Any]) -> int:
     """Frames that were sent and did not come; the last of all is not among those sent, and some came before them."""
-    return max(0, sent + 1 - last["counts"]["frame"])
+    came: int = last["counts"]["frame"]
+    return max(0, sent + 1 - came)
 
 
 def describe_latencies(packed: bytes) -> Results:
