@@ -75,9 +75,9 @@ def make_frame(channel: str, data: Any) -> bytes:
 
 
 @contextmanager
-def living(directory: Path, *channels: str, follow: bool = False, restarts: int = 1) -> Iterator[Worker]:
+def living(directory: Path, *channels: str, follow: bool = False, fresh: bool = False) -> Iterator[Worker]:
     """One more life of a worker, that is not connected."""
-    spec = make_spec("ws://127.0.0.1:9/ws/api/v2", str(directory), channels, restarts=restarts)
+    spec = make_spec("ws://127.0.0.1:9/ws/api/v2", str(directory), channels, fresh=fresh)
     worker = create_worker(spec | {"follow": follow})
     try:
         yield worker
@@ -88,7 +88,7 @@ def living(directory: Path, *channels: str, follow: bool = False, restarts: int 
 
 def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
     """An earlier life was asked for the listings; this one only hears them, for the supervisor."""
-    with living(tmp_path, LISTINGS[0], follow=True, restarts=0) as worker:
+    with living(tmp_path, LISTINGS[0], follow=True, fresh=True) as worker:
         worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 5)
         assert worker.publisher.published == 1
     with living(tmp_path, LISTINGS[0], follow=True) as worker:
@@ -103,7 +103,7 @@ def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
 
 def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Path) -> None:
     trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with living(tmp_path, TRADES, restarts=0) as worker:
+    with living(tmp_path, TRADES, fresh=True) as worker:
         worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 5)
     with living(tmp_path, TRADES) as worker:
         assert worker.topics.gaps == 1
@@ -117,7 +117,7 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
     """Else its last word would be `live` for ever."""
     quote = {"instrument_name": "BTC-PERPETUAL", "best_bid_price": 1.0, "timestamp": 1}
     with short_directory() as directory:
-        with living(directory, QUOTE, restarts=0) as worker:
+        with living(directory, QUOTE, fresh=True) as worker:
             worker.take_frames([make_frame(QUOTE, quote)], 5)
             worker.ledger.subscriptions = 1  # it waits for its subscriber to come back
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
@@ -141,7 +141,7 @@ def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_onc
     ended = ("BTC-6NOV20", "ETH_USDC", "BTC_USDC")
     names = [QUOTE, *(f"quote.{name}" for name in ended)]
     with short_directory() as directory:
-        with living(directory, *names, restarts=0) as worker:
+        with living(directory, *names, fresh=True) as worker:
             for name in names:
                 worker.take_frames([make_frame(name, {"instrument_name": name[6:], "timestamp": 1})], 5)
             ask(worker, "unsubscribe", QUOTE)
@@ -177,7 +177,7 @@ def test_samples_go_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
 
 def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: Path) -> None:
     quote = make_frame(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
-    with living(tmp_path, QUOTE, restarts=0) as worker:
+    with living(tmp_path, QUOTE, fresh=True) as worker:
         worker.take_frames([quote], 5)
         ask(worker, "unsubscribe", QUOTE)
         ask(worker, "subscribe", QUOTE)

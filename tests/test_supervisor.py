@@ -18,7 +18,7 @@ import pytest
 from collector import Control
 from collector.cli.run import ONE_WISH
 from collector.messages import ControlError
-from collector.supervisor.runtime import RuntimeDir
+from collector.supervisor.runtime import FILES, FILES_EACH, RuntimeDir
 from tests.collected import QUICK, collected, is_alive
 from tests.pipeline import find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
@@ -335,6 +335,26 @@ def test_a_runtime_directory_that_takes_no_data_is_refused() -> None:
             assert program.wait_exit() == 1
             assert re.fullmatch("collector: .*/run/lock cannot be written .*; set another runtime_dir", program.err[-1])
             assert len(program.err) == 1
+
+
+def set_files(soft: int, hard: int) -> str:
+    return f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
+
+
+def test_too_few_open_files_for_the_connections_are_told_before_anything_starts() -> None:
+    workers = 11 + 1
+    needed = FILES + FILES_EACH * workers
+    tables = {f"c{number}": {**QUICK, "channels": [f"other.channel.{number}"]} for number in range(11)}
+    with collected(tables, first=set_files(20, needed - 1)) as run:
+        assert run.program.wait_exit() == 1
+        assert run.program.err == [
+            f"collector: {workers} workers need {needed} open files, and only {needed - 1} are allowed; allow more "
+            "(ulimit -n, or LimitNOFILE of a systemd unit), or run fewer connections"
+        ]
+    with collected(tables, first=set_files(20, needed)) as run:
+        for name in tables:
+            run.wait_state(name, restarts=0)
+        assert f"c0: ready, pid {run.get_state('c0')['pid']}" in run.program.text()
 
 
 def test_a_runtime_directory_that_is_removed_is_made_again_and_nothing_is_lost_unsaid() -> None:

@@ -38,7 +38,7 @@ def build_spec(url: str, directory: str) -> dict[str, Any]:
         "cancel_on_disconnect": False, "publish": f"ipc://{directory}/publish", "queue": 1000,
     }  # fmt: skip
     return {
-        "name": "rehearsal", "epoch": 1, "restarts": 0, "runtime_dir": directory, "scheduling": "normal",
+        "name": "rehearsal", "epoch": 1, "fresh": True, "runtime_dir": directory, "scheduling": "normal",
         "read_pause": 0.0, "channels": ["book.BTC-PERPETUAL.100ms"], "connection": connection,
     }  # fmt: skip
 

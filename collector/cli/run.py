@@ -20,7 +20,7 @@ from collector.log import start_log
 from collector.sockets import remove_socket
 from collector.supervisor.commands import Commands, hide_secrets
 from collector.supervisor.control import ControlServer
-from collector.supervisor.runtime import RuntimeDir, Unavailable
+from collector.supervisor.runtime import RuntimeDir, Unavailable, allow_files
 from collector.supervisor.supervisor import Supervisor
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
     start_log("supervisor", ctx.obj["log_level"])
     try:
         config = load_config(file, os.environ)
+        allow_files(len(config.connections) + (config.exchange is not None))
         directory = RuntimeDir(config.runtime_dir, f"{config.path}: [collector]")
     except ConfigError as error:
         _refuse(2, error)

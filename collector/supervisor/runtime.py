@@ -1,8 +1,9 @@
-"""The runtime directory: private to its owner, locked by one collector at a time, free of stale sockets."""
+"""What a collector needs of the system: open files, and a directory of its own, locked and free of stale sockets."""
 
 import fcntl
 import logging
 import os
+import resource
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -12,8 +13,32 @@ from collector.config import ConfigError
 log = logging.getLogger(__name__)
 
 
+MAX_FILES = 65_536
+"""Open files that we ask the system for, at most: what is usual (1,024) is meant for programs that use select(2)."""
+
+FILES, FILES_EACH = 32, 4
+"""Open files of a supervisor (some 20, and a few clients of its control endpoint), and for each of its workers."""
+
+
 class Unavailable(Exception):
-    """The runtime directory cannot be used just now; the text says why and what to do."""
+    """The system does not give us what we need just now; the text says what, and what to do."""
+
+
+def allow_files(workers: int) -> None:
+    """Have this process, and all that it starts, open as many files as the system lets us.
+
+    Raises Unavailable if that is too few for so many workers.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    needed = FILES + FILES_EACH * workers
+    if limit < needed:
+        raise Unavailable(
+            f"{workers} workers need {needed} open files, and only {limit} are allowed; "
+            f"allow more (ulimit -n, or LimitNOFILE of a systemd unit), or run fewer connections"
+        )
 
 
 class RuntimeDir:

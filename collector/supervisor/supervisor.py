@@ -197,7 +197,7 @@ class Supervisor:
             "name": keeper.name,
             "kind": keeper.kind,
             "epoch": keeper.epoch,
-            "restarts": keeper.restarts,
+            "fresh": not keeper.endpoints,  # no earlier life came so far as to say anything
             "runtime_dir": str(self.config.runtime_dir),
             "log_level": self._log_level,
             "scheduling": self.config.scheduling,

@@ -98,7 +98,7 @@ class Worker(Listener):
         self.epoch: int = spec["epoch"]
         self.news = asyncio.Event()
         self.ledger_path = Path(spec["runtime_dir"]) / f"{self.name}.ledger"
-        self.ledger = Ledger(self.ledger_path, fresh=not spec["restarts"])
+        self.ledger = Ledger(self.ledger_path, fresh=spec["fresh"])
         self.topics = Topics(self.epoch, self.ledger)
         self.malformed = 0
         self.unknown = 0
