@@ -58,6 +58,7 @@ class Patrol:
         self._reconnected = 0
         self._was_lagging = False
         self._is_asking = False
+        self._trouble = ""
         self.lag = Spread()
         self.last_ts = 0
         self.rate = 0.0
@@ -129,12 +130,16 @@ class Patrol:
 
     def _restore_files(self) -> None:
         """Make anew what somebody has removed from the runtime directory; the directory itself is the supervisor's."""
+        trouble = ""
         try:
             self._publisher.restore()
         except FileNotFoundError:
             return  # it will be there the next time
         except OSError as error:
-            log.error("a file was removed and cannot be made again: %s", error)
+            trouble = f"a file was removed and cannot be made again: {error}"
+            if trouble != self._trouble:
+                log.error("%s", trouble)
+        self._trouble = trouble
 
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
