@@ -12,12 +12,14 @@ from typing import Any
 
 import msgspec
 import pytest
+from msgspec.structs import replace
 
 from collector.channels import parse_channel
 from collector.lifecycle import Exit
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.collected import collected
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.faults.exchange import Line
 from tests.faults.life import Healer, Life
 from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, short_directory, subscribed
@@ -27,6 +29,7 @@ from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.payloads import Trade
 from workers.deribit.publishing.streams import SURE, Topics
 
 TOPICS = {
@@ -527,6 +530,41 @@ def make_option_trade(name: str, seq: int) -> TradeData:
         instrument_name=name, trade_seq=seq, trade_id=str(seq), price=1.5, amount=1.0, direction="buy",
         timestamp=START // MS + 1500 + seq,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("channel", ["trades.option.BTC.raw", "trades.BTC-27MAR27-90000-C.raw"])
+@pytest.mark.parametrize("is_known", [False, True])
+def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
+    tmp_path: Path, channel: str, is_known: bool
+) -> None:
+    """To a request for what is older than a day the exchange answers that there is nothing, not even since then."""
+    name, day = "BTC-27MAR27-90000-C", 86_400_000
+    feed = TradeFeed(parse_channel(channel), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed.confirmed_at = START
+    line = Line(channel, (name,))
+    if is_known:
+        first = make_option_trade(name, 1)
+        ((stream, _),) = feed.take(line.encode([msgspec.to_builtins(first)]), START)
+        stream.last_ts = START
+    now = START + 2 * day * MS
+    missed = [replace(make_option_trade(name, seq), timestamp=now // MS - 20_000 + seq) for seq in (2, 3)]
+    feed.lose("disconnect", now - 20_000 * MS)
+    healing, page = heal_feed(feed, now, 0), None
+    came: list[int] = []
+    with suppress(StopIteration):
+        while True:
+            step, page = healing.send(page), None
+            if isinstance(step, Ask):
+                is_late = step.params.get("start_timestamp", now) < now // MS - day
+                page = Page([] if is_late else [each for each in missed if fits(each, step.params)], False)
+                came += [said.trade_seq for _, said in feed.backfill(page.trades, now) if isinstance(said, Trade)]
+    assert came == [2, 3]
+
+
+def fits(trade: TradeData, params: dict[str, Any]) -> bool:
+    """Whether a request asks for a trade."""
+    numbers: bool = params.get("start_seq", 0) <= trade.trade_seq
+    return numbers and bool(params.get("start_timestamp", 0) <= trade.timestamp)
 
 
 def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:

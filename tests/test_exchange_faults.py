@@ -15,7 +15,7 @@ import pytest
 
 from collector.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
 from tests.exchange_client import Client, connect, exchange, get
-from tests.support import collector, running
+from tests.support import collector, running, wait_until
 
 BOOK = "book.BTC-PERPETUAL.100ms"
 
@@ -440,6 +440,23 @@ def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
     page = {"instrument_name": "BTC-PERPETUAL", "start_seq": min(holes), "end_seq": max(holes), "count": 1000}
     found = get(url, "public/get_last_trades_by_instrument", **page)[1]["result"]["trades"]
     assert holes <= {trade["trade_seq"] for trade in found}
+
+
+def test_trades_are_found_by_time_as_far_back_as_they_are_kept() -> None:
+    with exchange("--rate", "1000", "--faults", "retention:2") as (url, _):
+
+        def find(way: str, **more: Any) -> list[dict[str, Any]]:
+            page = get(url, f"public/get_last_trades_by_{way}", count=1000, sorting="asc", **more)[1]["result"]
+            found: list[dict[str, Any]] = page["trades"]
+            return found
+
+        named = {"instrument_name": "BTC-PERPETUAL"}
+        old = wait_until(lambda: find("instrument", **named), "a trade")[0]["timestamp"]
+        wait_until(lambda: find("instrument", **named)[-1]["timestamp"] > old + 3000, "a later one")
+        for way, subject in (("instrument_and_time", named), ("currency_and_time", {"currency": "BTC"})):
+            assert find(way, **subject, start_timestamp=old) == []
+            now = find("instrument", **named)[-1]["timestamp"]
+            assert find(way, **subject, start_timestamp=now - 1000)
 
 
 def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:

@@ -11,6 +11,8 @@ OPTIONS = tuple(f"BTC-27MAR27-{strike}-C" for strike in (90000, 100000, 110000, 
 TRADED = ("BTC-PERPETUAL", "ETH-PERPETUAL", *OPTIONS)
 PERIOD = 100
 """ms between the frames of a channel that is not raw."""
+DAY = 86_400_000
+"""ms: to a request for an earlier time Deribit answers that there is nothing, not even of the time since."""
 
 
 class Loss(NamedTuple):
@@ -232,6 +234,8 @@ class Exchange:
         self.pipe.append(Item("answer", data=(trades[:size], len(trades) > size), whom=whom))
 
     def _select(self, params: dict[str, Any]) -> list[dict[str, Any]]:
+        if params.get("start_timestamp", self.now) < self.now - DAY:
+            return []
         names = [params["instrument_name"]] if "instrument_name" in params else OPTIONS
         assert params.get("currency", "BTC") == "BTC"
         assert params.get("kind", "option") == "option"

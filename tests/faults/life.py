@@ -9,7 +9,7 @@ import zmq
 from collector.channels import parse_channel
 from tests.faults.judge import Received
 from workers.deribit.feeds.normalise import create_feed
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades import TradeFeed, is_known
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.publisher import Publisher
@@ -100,6 +100,11 @@ class Life:
             feed.last_ts = now
         changed, feed.changed = feed.changed, False
         return changed
+
+    def list_known(self) -> list[Stream]:
+        """The topics of trades of which it knows where they go on."""
+        feeds = [feed for feed in self.feeds.values() if isinstance(feed, TradeFeed)]
+        return [stream for feed in feeds for stream in feed.streams.values() if is_known(stream)]
 
     def lose(self, now: int) -> None:
         """The connection is lost, or could not be made."""

@@ -9,7 +9,7 @@ from random import Random
 import msgspec
 
 from collector.client.stream import read_message
-from tests.faults.exchange import TRADED, Exchange, Item, Line, Loss, sort_levels
+from tests.faults.exchange import DAY, TRADED, Exchange, Item, Line, Loss, sort_levels
 from tests.faults.judge import Received, Truth, describe_message, judge
 from tests.faults.life import SURE, Healer, Life, Reader
 from workers.deribit.feeds.book import BookFeed
@@ -60,11 +60,12 @@ class Case:
 
     def run(self) -> list[str]:
         """Let it happen; return what is wrong with the outcome."""
+        resets = 0 if self.forget else self.rng.choice((0, 0.3))
         weights = {
             self._trade: 8, self._change_book: 6, self._deliver: 14, self._heal: 6, self._repair_book: 2,
             self._cut: self.rng.choice((0, 1)), self._connect: 3, self._kill: self.rng.choice((0, 0, 0.4)),
-            self._join: 0.3, self._pause: 3, self._reset: 0 if self.forget else self.rng.choice((0, 0.3)),
-            self._wait_long: self.rng.choice((0, 0, 0.3)),
+            self._join: 0.3, self._pause: 3, self._reset: resets,
+            self._wait_long: self.rng.choice((0, 0, 0.3)), self._sleep: 0 if resets else self.rng.choice((0, 0.3)),
         }  # fmt: skip
         self._connect()
         for action in self.rng.choices(list(weights), list(weights.values()), k=self.rng.randrange(30, 220)):
@@ -88,6 +89,21 @@ class Case:
 
     def _wait_long(self) -> None:
         self.exchange.pass_time(self.rng.choice((3000, 9000)))
+
+    def _sleep(self) -> None:
+        """A quiet day and more, connected or not: what was traded before it can not be had by time any more.
+
+        Not where the exchange counts anew too: then a gap says so, but nothing can show what came before that day.
+        """
+        self._connect()
+        self._calm()
+        if self.rng.random() < 0.5:
+            self._cut()
+            self._trade()
+        self.exchange.pass_time(DAY + self.rng.choice((5_000, 3_600_000)))
+        if not self.is_up:  # of an instrument that it had never heard of it cannot know
+            known = {stream.topic.decode() for stream in self.life.list_known()}
+            self.truth.owed = {topic: number for topic, number in self.truth.owed.items() if topic in known}
 
     def _deliver(self) -> None:
         for _ in range(min(len(self.exchange.pipe), self.rng.randrange(1, 12))):

@@ -48,6 +48,7 @@ class Exchange:
         self.settings = settings
         self.faults = parse_faults(settings.faults, "exchange")
         self.market = Market(settings.seed, now, settings.options, settings.rate)
+        self.market.retention = int(self.faults.number("retention", 86_400) * 1000)
         self.account = Account(self.market)
         self.authority = Authority(settings.keys, Random(settings.seed + 1))
         self.replay = Replay(list(settings.recording), settings.speed) if settings.recording else None

@@ -21,6 +21,11 @@ PAGES = MAX_HELD // PAGE + 1
 SLACK_MS = 5000
 """A fetch by time begins this much before the loss: clocks differ, and repeats are known by their trade_seq."""
 
+KEPT_MS = 86_400_000 - 60_000
+"""How far back the exchange answers a fetch by time: a day (a minute less, for clocks and the request's own way). To an
+earlier start it says without an error that there is nothing, not even of the time since (documented for requests by
+currency)."""
+
 PAUSES = (0.0, 0.5, 1.0, 2.0)
 """Seconds before each try to get what is still missing: the exchange's history may be a little behind its stream."""
 
@@ -108,9 +113,10 @@ def _fetch_since(feed: TradeFeed, since: int, now: int, offset: int) -> Fetch:
         kind = {} if channel.kind == "any" else {"kind": channel.kind}
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency} | kind for currency in currencies]
-    answered = True
+    kept = end - SLACK_MS - KEPT_MS
+    answered = start >= kept  # what is older is asked for by trade_seq, where that is known
     # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
-    for begin, pause in ((start, 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
+    for begin, pause in ((max(start, kept), 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
         for subject in subjects:
             answered &= yield from _fetch_period(subject, begin, end, pause)
             pause = 0.0

@@ -69,6 +69,7 @@ class Market:
         self.now = now
         self.rate = rate
         self.frozen = False
+        self.retention = 86_400_000
         self.catalogue = Catalogue(now, options)
         self.coins = dict(COINS)
         self.coin_volatility = {coin: _VOLATILITY.get(coin, 0.9) for coin in COINS}

@@ -140,6 +140,21 @@ def get_trades_by_currency(market: Market, params: Params) -> Data:
     return _select_trades(trades, params, "id", lambda trade: _count_id(trade["trade_id"], ""))
 
 
+def get_recent(select: Callable[[Market, Params], Data]) -> Callable[[Market, Params], Data]:
+    """Trades by time: of an older start than the exchange keeps nothing is found, without an error.
+
+    Documented for requests by currency; those by instrument are taken to be the same.
+    """
+
+    def get(market: Market, params: Params) -> Data:
+        start = params.get("start_timestamp")
+        if start is not None and _count_id(str(start), "start_timestamp") < market.now - market.retention:
+            return {"trades": [], "has_more": False}
+        return select(market, params)
+
+    return get
+
+
 def _count_id(text: str, key: str) -> int:
     digits = text.rpartition("-")[2]
     if not digits.isdigit():
@@ -203,9 +218,9 @@ MARKET_METHODS: dict[str, Callable[[Market, Params], Data]] = {
     "public/get_book_summary_by_currency": get_book_summary_by_currency,
     "public/get_combos": get_combos,
     "public/get_last_trades_by_instrument": get_trades_by_instrument,
-    "public/get_last_trades_by_instrument_and_time": get_trades_by_instrument,
+    "public/get_last_trades_by_instrument_and_time": get_recent(get_trades_by_instrument),
     "public/get_last_trades_by_currency": get_trades_by_currency,
-    "public/get_last_trades_by_currency_and_time": get_trades_by_currency,
+    "public/get_last_trades_by_currency_and_time": get_recent(get_trades_by_currency),
     "practice/books": get_true_books,
     "practice/freeze": freeze_market,
 }
