@@ -94,9 +94,10 @@ async def test_the_clock_of_the_exchange_is_measured(practice: str) -> None:
 # -- login ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("code", [13009, 13004, 10000])
 @in_loop
-async def test_a_refused_signature_is_followed_by_id_and_secret(practice: str) -> None:
-    async with connected(practice, "error:public/auth=13009@1", login=LOGIN, channels=[RAW]) as (client, ear):
+async def test_a_refused_signature_is_followed_by_id_and_secret(practice: str, code: int) -> None:
+    async with connected(practice, f"error:public/auth={code}@1", login=LOGIN, channels=[RAW]) as (client, ear):
         assert client.get_state()["authenticated"]
         assert ear.confirmed == [RAW]
         assert (client.attempts, client.reconnects) == (1, 0)
@@ -109,6 +110,7 @@ async def test_a_refused_signature_is_followed_by_id_and_secret(practice: str) -
         ("", Login("practice", "wrong", signed=False), Exit.CREDENTIALS),
         ("", Login("nobody", "practice"), Exit.CREDENTIALS),
         ("error:public/auth=13004", LOGIN, Exit.CREDENTIALS),
+        ("error:public/auth=13004@1", LOGIN._replace(signed=False), Exit.CREDENTIALS),  # never the same again
         ("error:public/auth=13009", LOGIN, Exit.CREDENTIALS),
         ("error:public/auth=10000", LOGIN, Exit.CREDENTIALS),
         ("error:public/auth=13668", LOGIN, Exit.CREDENTIALS),
@@ -147,10 +149,11 @@ async def test_tokens_are_renewed_before_they_die_and_raw_data_flow_on(practice:
 
 @in_loop
 async def test_a_refused_renewal_is_a_new_login(practice: str) -> None:
-    """The second public/auth, with the refresh token, is refused; id and secret are not."""
-    async with connected(practice, "token_life:1,error:public/auth=13009@1", login=LOGIN) as (client, _):
+    async with connected(practice, "token_life:2", login=LOGIN) as (client, _):
+        client.session._refresh_token = "dead"
         renewed = client.session._refresh_at
         await wait_for(lambda: client.session._refresh_at != renewed, "the renewal")
+        assert client.session._refresh_token != "dead"
         assert client.reconnects == 0
 
 

@@ -10,6 +10,9 @@ from typing import Any, NamedTuple
 
 from collector import __version__
 
+PLAIN = "client_credentials"
+"""The grant by which the secret itself is sent."""
+
 
 class Login(NamedTuple):
     """What a login needs. `signed`: by client_signature, which leaves the secret here; else with the secret itself."""
@@ -44,7 +47,7 @@ def build_auth(moment: Moment) -> dict[str, Any]:
     assert login is not None
     if not login.signed:
         return {
-            "grant_type": "client_credentials",
+            "grant_type": PLAIN,
             "client_id": login.client_id,
             "client_secret": login.client_secret,
         }

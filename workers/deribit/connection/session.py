@@ -7,7 +7,7 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, CALL_REFILL, Credits
-from workers.deribit.connection.bootstrap import Login, Moment, build_auth, build_refresh, plan_round
+from workers.deribit.connection.bootstrap import PLAIN, Login, Moment, build_auth, build_refresh, plan_round
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
 from workers.deribit.publishing.payloads import MAX_MS
@@ -17,6 +17,9 @@ Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
 
 TIME_SYNC = 60.0
 """Seconds between measurements of the exchange's clock."""
+
+INVALID_CREDENTIALS = 13004
+"""Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""
 
 REFRESH_AT = 0.8
 """Part of a token's life after which it is renewed."""
@@ -97,7 +100,8 @@ class Session:
         try:
             tokens = await self._send("public/auth", params)
         except ExchangeError as error:
-            if find_reaction(error.code) is not Reaction.REFRESH or self._login is None:
+            may_pass = find_reaction(error.code) is Reaction.REFRESH or error.code == INVALID_CREDENTIALS
+            if not may_pass or self._login is None or params["grant_type"] == PLAIN:
                 raise
             # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
             plain = Moment(self._login._replace(signed=False), 0.0, False, 0, "")
