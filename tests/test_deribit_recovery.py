@@ -29,7 +29,7 @@ from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import Ledger
-from workers.deribit.publishing.payloads import Trade
+from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 
 TOPICS = {
@@ -559,6 +559,30 @@ def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
                 page = Page([] if is_late else [each for each in missed if fits(each, step.params)], False)
                 came += [said.trade_seq for _, said in feed.backfill(page.trades, now) if isinstance(said, Trade)]
     assert came == [2, 3]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(tmp_path: Path, is_late: bool) -> None:
+    """All requests are refused: of what an instrument traded meanwhile, that was not heard of before, nobody knows."""
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    line = Line(feed.channel.name, (name,))
+
+    def trade(seq: int) -> list[Any]:
+        return [said for _, said in feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, seq))]), START)]
+
+    feed.confirm(START - 9)
+    feed.lose("disconnect", START)
+    said = trade(5) if is_late else []
+    for step in heal_feed(feed, START, 0):  # no answer to any request
+        if not isinstance(step, Ask):
+            said += feed.end_healing(step.stream, step.holes, START)
+    said += [] if is_late else trade(5)
+    gap = next(each for each in said if isinstance(each, Gap))
+    assert (gap.reason, gap.from_ts, gap.missing_from, gap.missing_to) == ("disconnect", START - 9, 1, 4)
+    assert gap.healing is is_late
+    assert [(each.gap, each.missing) for each in said if isinstance(each, Repair)] == [(gap.id, [(1, 4)])] * is_late
+    assert [type(each) for each in trade(6)] == [Trade], "it is told once"
 
 
 def fits(trade: TradeData, params: dict[str, Any]) -> bool:

@@ -14,6 +14,7 @@ from collector.channels import LISTINGS, guess_expiry
 from tests.deribit_support import QUOTE, TRADES, make_spec
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
+from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.worker import Worker, create_worker
@@ -155,6 +156,35 @@ def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_onc
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             assert subscriber.wait_for("deribit.quote.BTC-PERPETUAL.")["state"] == "closed"
             assert [subscriber.wait_for(f"deribit.quote.{name}.")["state"] for name in ended] == ["expired"] * 3
+
+
+def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
+    """What it lacks is fetched from then on, not from the beginning of the life before."""
+
+    def confirm(worker: Worker) -> int:
+        worker.confirm_channels([TRADES])
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        return feed.confirmed_at
+
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        first = confirm(worker)
+        assert confirm(worker) == first > 0
+    with living(tmp_path, TRADES) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        assert (feed.confirmed_at, feed.lost_from) == (first, first)
+        ask(worker, "unsubscribe", TRADES)
+        ask(worker, "subscribe", TRADES)
+        again = confirm(worker)
+        assert again > first
+    with living(tmp_path, TRADES) as worker:
+        assert confirm(worker) == again
+        ask(worker, "unsubscribe", TRADES)
+    with living(tmp_path, TRADES) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        assert (feed.confirmed_at, feed.lost_from) == (0, None)
 
 
 def test_the_place_of_a_channel_whose_instrument_has_ended_serves_another(tmp_path: Path) -> None:

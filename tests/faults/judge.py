@@ -42,6 +42,8 @@ class Truth:
     named as missing; `waived`: those that need not, since nothing that came later could have shown them. `lost`: those
     that the exchange does not have any more; only they may be named. `books`: by topic, the levels at each change_id.
     `final`: by topic, the change_ids at which a book may end. `allowed`: rules of the verifier that faults break.
+    `is_mean`: the exchange refused requests for longer than anybody would ask, or did not tell by time what it has:
+    then trades that it has may be named as missing.
     """
 
     def __init__(self) -> None:
@@ -52,6 +54,7 @@ class Truth:
         self.books: dict[str, dict[int, Levels]] = defaultdict(dict)
         self.final: dict[str, set[int]] = {}
         self.allowed: set[str] = set()
+        self.is_mean = False
         self._numbers: dict[tuple[str, str], int] = {}
 
     def note(self, instrument: str, count: int, seq: int, traded: Traded) -> None:
@@ -141,6 +144,9 @@ class Account:
         self.reborn = self.reborn or message["reason"] == "restart"
         if "missing_from" not in message:
             self.under.clear()  # the exchange may count anew from here
+        elif not message["healing"]:
+            run = range(message["missing_from"], message["missing_to"] + 1)
+            self.named.update(self.count * COUNT + seq for seq in run)
 
     def _take_repair(self, message: Message) -> Iterator[str]:
         key = message.epoch, message["gap"]
@@ -185,7 +191,7 @@ def judge_trades(topic: str, messages: list[Message], truth: Truth) -> Iterator[
     if silent := expected - account.came.keys() - account.named:
         yield f"trade: {topic}: never came and not named: {show_runs(silent)} of {show_runs(expected)}"
     idle = account.named & truth.trades[instrument].keys() - truth.lost[instrument] - account.came.keys()
-    if idle:
+    if idle and not truth.is_mean:
         yield f"trade: {topic}: named as missing though the exchange has them: {show_runs(idle)}"
 
 

@@ -65,10 +65,9 @@ class Life:
         restored = self.topics.restore()
         for feed in self.feeds.values():
             feed.adopt(restored)
-            if isinstance(feed, TradeFeed) and self.ledger.had(feed.channel.name):
-                feed.confirmed_at = self.ledger.epoch
+            if isinstance(feed, TradeFeed):
+                feed.recall()
             feed.lose("restart", self.epoch)
-        self.ledger.epoch = self.epoch
 
     def listen(self, prefix: bytes = b"") -> Reader:
         """A new subscriber, and the answer that it gets (see joins.py)."""
@@ -115,8 +114,7 @@ class Life:
         """The exchange confirms a channel."""
         feed = self.feeds[channel]
         if isinstance(feed, TradeFeed):
-            feed.confirmed_at = feed.confirmed_at or now
-            self.ledger.find_slot(channel)
+            feed.confirm(now)
 
     def note_out(self, now: int) -> None:
         """What was published SURE ago has left, even if this life is killed."""

@@ -41,7 +41,8 @@ class Case:
         self.healers: dict[TradeFeed, Healer] = {}
         self.waiting: dict[TradeFeed, None] = {}
         self.broken: set[Line] = set()
-        self.refusals = rng.choice((0, 0, 0, 3))
+        self.refusals = rng.choice((0, 0, 0, 3, 60))
+        self.truth.is_mean = self.refusals > 5
         self.forget = rng.choice((0.0, 0.0, 0.1))
         self.log: list[str] = []
         self._begin(is_first=True)
@@ -60,10 +61,13 @@ class Case:
 
     def run(self) -> list[str]:
         """Let it happen; return what is wrong with the outcome."""
+        kills = (
+            0 if self.truth.is_mean else 0.4
+        )  # what was not sure, and said with its last words, a later life does not say
         resets = 0 if self.forget else self.rng.choice((0, 0.3))
         weights = {
             self._trade: 8, self._change_book: 6, self._deliver: 14, self._heal: 6, self._repair_book: 2,
-            self._cut: self.rng.choice((0, 1)), self._connect: 3, self._kill: self.rng.choice((0, 0, 0.4)),
+            self._cut: self.rng.choice((0, 1)), self._connect: 3, self._kill: self.rng.choice((0, 0, kills)),
             self._join: 0.3, self._pause: 3, self._reset: resets,
             self._wait_long: self.rng.choice((0, 0, 0.3)), self._sleep: 0 if resets else self.rng.choice((0, 0.3)),
         }  # fmt: skip
@@ -95,6 +99,7 @@ class Case:
 
         Not where the exchange counts anew too: then a gap says so, but nothing can show what came before that day.
         """
+        self.truth.is_mean = True
         self._connect()
         self._calm()
         if self.rng.random() < 0.5:
@@ -149,7 +154,7 @@ class Case:
         assert healer.ask is not None
         if not self.is_up:
             del self.healers[feed]  # heal.py: it goes on after the next bootstrap
-        elif self.refusals and self.rng.random() < 0.3:
+        elif self.refusals and self.rng.random() < (0.3 if self.refusals < 5 else 0.9):
             self.refusals -= 1
             healer.go_on(None, self.now)
         else:

@@ -59,18 +59,17 @@ class Channels:
 
     def take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
-        restored, ledger = self._topics.restore(), self._topics.ledger
+        restored = self._topics.restore()
         for feed in self.feeds.values():
             feed.adopt(restored)
-            if isinstance(feed, TradeFeed) and ledger.had(feed.channel.name):
-                feed.confirmed_at = ledger.epoch
+            if isinstance(feed, TradeFeed):
+                feed.recall()
             feed.lose("restart", self._topics.epoch)
         held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
         for stream in restored:
             if stream not in held:  # given up while no worker was there to say so
                 self._statuses.end(stream)
                 self._topics.leave(stream, time.time_ns())
-        ledger.epoch = self._topics.epoch
 
     def take_up(self, names: list[str]) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.
@@ -103,8 +102,11 @@ class Channels:
         is_over = (state, reason) == OVER
         for stream in feed.streams.values():
             self._topics.leave(stream, time.time_ns(), is_over=is_over)
+        ledger = self._topics.ledger  # where a channel of trades has a place of its own
         if is_over:
-            self._topics.ledger.free_slot(name)  # a channel of trades had a place of its own
+            ledger.free_slot(name)
+        elif isinstance(feed, TradeFeed):
+            ledger.clear(ledger.find_slot(name))
 
     def _leave_shared(self, feed: Feed) -> None:
         """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""

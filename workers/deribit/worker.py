@@ -332,8 +332,7 @@ class Worker(Listener):
         if isinstance(feed, ListingFeed):
             self.channels.events.append({"event": "listening"})
         if isinstance(feed, TradeFeed):
-            feed.confirmed_at = feed.confirmed_at or time.time_ns()
-            self.ledger.find_slot(feed.channel.name)  # a later life is told that this one had it
+            feed.confirm(time.time_ns())
             self.healer.heal(feed)
 
     def refuse_channels(self, names: list[str], reason: str) -> None:

@@ -26,10 +26,11 @@ _NAME = re.compile(rb'"instrument_name":"([A-Za-z0-9_-]{1,200})"')
 class TradeFeed(Feed):
     """Trades of one instrument or of many: one message each, on the instrument's own topic.
 
-    `holes` are what waits to be healed, by stream; `changed` is set when one is new. `lost_from` (ns) is since when
-    all of them may lack trades, None if they do not; `losses` counts what may have cost some; `is_checked` is unset
-    while the exchange may have begun to count anew in the last of them. A trade that comes twice is counted, not
-    published again.
+    `confirmed_at` is since when the exchange sends the channel. `holes` are what waits to be healed, by stream;
+    `changed` is set when one is new. `lost_from` is since when all of them may lack trades, `unsure_from` since when
+    those may that have not been heard of, as not all could be asked for (times in ns, None if they do not). `losses`
+    counts what may have cost some; `is_checked` is unset while the exchange may have begun to count anew in the last
+    of them. A trade that comes twice is counted, not published again.
     """
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
@@ -37,8 +38,22 @@ class TradeFeed(Feed):
         self.holes: dict[Stream, list[Hole]] = {}
         self.confirmed_at = 0
         self.lost_from: int | None = None
+        self.unsure_from: int | None = None
         self.losses = 0
         self.is_checked = True
+
+    def confirm(self, now: int) -> None:
+        """The exchange sends this channel, since `now` (ns) unless it did before; a later life is told since when."""
+        self.confirmed_at = self.confirmed_at or now
+        ledger = self.topics.ledger
+        ledger.cells[ledger.find_slot(self.channel.name) + FIRST] = self.confirmed_at
+
+    def recall(self) -> None:
+        """What an earlier life has told of this channel."""
+        ledger = self.topics.ledger
+        if ledger.had(self.channel.name):
+            slot = ledger.find_slot(self.channel.name)
+            self.confirmed_at, self.lost_from = ledger.cells[slot + FIRST], ledger.cells[slot + UNHEALED] or None
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """The trades of one frame, in the exchange's order, each after the gap that it shows."""
@@ -101,6 +116,8 @@ class TradeFeed(Feed):
             if self.lost_from is not None:  # it may have traded first while we were away
                 self._open_hole(stream, None, stream.left_at + 1, last)
             else:
+                if self.unsure_from is not None and stream.left_at < last:
+                    published.append((stream, self._describe_missing(stream, stream.left_at + 1, last, receive_ts)))
                 self._note_first(stream, seq)
         elif first > last:
             if gap is not None:  # nothing known to be missing, so nothing is to be healed
@@ -111,6 +128,14 @@ class TradeFeed(Feed):
             gap = gap or self._announce(stream, receive_ts, published)
             gap.missing_to = last
             self._open_hole(stream, gap, first, last)
+
+    def _describe_missing(self, stream: Stream, first: int, last: int, now: int) -> Gap:
+        """What may have come before the first trade of an instrument, or before the subscription: that is not known."""
+        gap = self._describe_gap(stream, now)
+        gap.missing_from, gap.missing_to = first, last
+        if self.unsure_from is not None:
+            gap.reason, gap.from_ts = "disconnect", min(self.unsure_from, gap.from_ts or now)
+        return gap
 
     def _note_first(self, stream: Stream, seq: int) -> None:
         """A later life need not fetch what lies before the first trade of all."""
@@ -167,14 +192,21 @@ class TradeFeed(Feed):
     def _doubt_from(self, since: int) -> None:
         """All that was traded since then must be fetched by time; by a later life, if this one is killed before."""
         ledger = self.topics.ledger
-        since = ledger.lower(ledger.find_slot(self.channel.name), UNHEALED, since)
+        ledger.lower(ledger.find_slot(self.channel.name), UNHEALED, since)
         self.lost_from = min(self.lost_from or since, since)
 
-    def end_loss(self) -> None:
-        """All that a loss may have cost the channel as a whole has been fetched, or is of no interest any more."""
-        if self.lost_from is not None:
-            self.lost_from = None
-            self.topics.ledger.cells[self.topics.ledger.find_slot(self.channel.name) + UNHEALED] = 0
+    def end_loss(self, is_whole: bool = True) -> None:
+        """All that can be had by time of what a loss cost the channel has come; unless `is_whole`, that may not be all.
+
+        A later life would ask once more.
+        """
+        if self.lost_from is None:
+            return
+        if not is_whole:
+            self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
+        self.lost_from = None
+        ledger = self.topics.ledger
+        ledger.cells[ledger.find_slot(self.channel.name) + UNHEALED] = self.unsure_from or 0
 
     def skip(self, frame: bytes, now: int) -> None:
         """A frame could not be read: its trades are fetched, those of quiet and of new instruments too."""
@@ -361,11 +393,14 @@ class TradeFeed(Feed):
         missing, gap, said = hole.list_missing(), hole.gap, []
         if gap is None:
             last = stream.last_id if hole.last is None else hole.last
-            self._note_first(stream, min(hole.came, default=last + 1))
+            first = min(hole.came, default=last + 1)
+            self._note_first(stream, first)
+            if self.unsure_from is not None and hole.first < first:
+                missing.insert(0, (hole.first, first - 1))
             if not missing:
                 return []
-            gap = self._describe_gap(stream, now)
-            gap.missing_from, gap.missing_to, gap.healing = missing[0][0], missing[-1][1], True
+            gap = self._describe_missing(stream, missing[0][0], missing[-1][1], now)
+            gap.healing = True
             said.append(gap)
         if stream.gap is gap:  # who comes from now on has no repair to wait for; what was said is not touched
             stream.gap = replace(gap, healing=False)

@@ -98,7 +98,7 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
         return feed.is_checked and not feed.channel.instrument  # by an earlier healing
     answered = yield from _fetch_since(feed, feed.lost_from, now, offset)
     if feed.losses == losses:  # else the connection was lost once more in the meantime
-        feed.end_loss()  # what was refused so often will not be had later either
+        feed.end_loss(is_whole=answered)  # what was refused so often will not be had later either
         if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
             feed.is_checked = answered
     return answered

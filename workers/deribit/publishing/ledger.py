@@ -32,12 +32,12 @@ STEP = 256
 LAST_TS, LAST_ID, LENGTH, UNHEALED, FIRST, NEWEST, KNOWN_ID, KNOWN_TIME, BEGUN, BEFORE = range(10)
 """The words of a record: receive_ts (ns) of the last data; its change_id or trade_seq; length of the name in bytes, -1
 where the place is free; first trade_seq of what is being healed (of a channel: since when, ns, it may lack trades);
-first trade_seq that was ever said; the exchange's time (ms) of the newest trade. LAST_ID and NEWEST before a loss, as
-long as the exchange may have begun to count anew in it. The trade_seq that was reached when a gap told that it had, and
-NEWEST before that. 0 stands for none."""
+first trade_seq that was ever said (of a channel: since when, ns, it came); the exchange's time (ms) of the newest
+trade. LAST_ID and NEWEST before a loss, as long as the exchange may have begun to count anew in it. The trade_seq that
+was reached when a gap told that it had, and NEWEST before that. 0 stands for none."""
 
-EPOCH, SUBSCRIPTIONS, ROOM = 10, 11, 12
-"""Further words of the header: start of the latest life (ns), its subscriptions, records for which there is room."""
+SUBSCRIPTIONS, ROOM = 10, 11
+"""Further words of the header: subscriptions of the latest life, records for which there is room."""
 
 HAS_ENDED = -1
 """LAST_TS of a topic that was left because its instrument had ended."""
@@ -178,15 +178,6 @@ class Ledger:
             return False
         self.cells[ROOM] = number + STEP
         return True
-
-    @property
-    def epoch(self) -> int:
-        """When the latest life that wrote here began, in ns; 0 if there was none."""
-        return self.cells[EPOCH]
-
-    @epoch.setter
-    def epoch(self, value: int) -> None:
-        self.cells[EPOCH] = value
 
     @property
     def subscriptions(self) -> int:
