@@ -61,9 +61,8 @@ class Case:
 
     def run(self) -> list[str]:
         """Let it happen; return what is wrong with the outcome."""
-        kills = (
-            0 if self.truth.is_mean else 0.4
-        )  # what was not sure, and said with its last words, a later life does not say
+        # What was not sure, and told with its last words, a later life does not tell again.
+        kills = 0 if self.truth.is_mean else 0.4
         resets = 0 if self.forget else self.rng.choice((0, 0.3))
         weights = {
             self._trade: 8, self._change_book: 6, self._deliver: 14, self._heal: 6, self._repair_book: 2,
