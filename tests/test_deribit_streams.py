@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from collector.channels import LISTINGS, guess_expiry
-from tests.deribit_support import QUOTE, TRADES, make_spec
+from tests.deribit_support import BOOK, QUOTE, TRADES, make_spec
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
+from workers.deribit.watching.spread import Spread
 from workers.deribit.worker import Worker, create_worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -215,3 +216,15 @@ def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: P
         worker.topics.forget_left(time.time_ns() + LONG)
     with living(tmp_path, QUOTE) as worker:
         assert worker.topics.gaps == 1
+
+
+def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
+    """The time of a snapshot is that of the book's last change."""
+    with living(tmp_path, BOOK) as worker:
+        now = time.time_ns()
+        book = {"bids": [], "asks": [], "change_id": 1, "timestamp": now // 1_000_000 - 3_600_000}
+        worker.take_frames([make_frame(BOOK, book | {"type": "snapshot"})], now)
+        assert worker.patrol.lag.describe() == Spread().describe()
+        change = {"type": "change", "change_id": 2, "prev_change_id": 1, "timestamp": now // 1_000_000}
+        worker.take_frames([make_frame(BOOK, book | change)], now + 30_000_000)
+        assert worker.patrol.lag.describe() != Spread().describe()

@@ -23,6 +23,7 @@ from workers.deribit.feeds.trades import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.joins import Joins
 from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Published, Topics
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
@@ -291,7 +292,11 @@ class Worker(Listener):
         if self._newest:
             message = self._newest[-1][1]
             exchange_ts = message["exchange_ts"] if isinstance(message, dict) else message.exchange_ts
-            if exchange_ts:
+            is_old = isinstance(message, Book) and message.reason in (
+                "subscribe",
+                "resync",
+            )  # its last change was any time
+            if exchange_ts and not is_old:
                 self.patrol.take_lag(receive_ts + self.client.session.clock_offset - exchange_ts)
             self._newest = []
 
