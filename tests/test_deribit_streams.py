@@ -228,3 +228,16 @@ def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
         change = {"type": "change", "change_id": 2, "prev_change_id": 1, "timestamp": now // 1_000_000}
         worker.take_frames([make_frame(BOOK, book | change)], now + 30_000_000)
         assert worker.patrol.lag.describe() != Spread().describe()
+
+
+def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> None:
+    asked, said = "user.portfolio.BTC", "user.portfolio.btc"
+    with living(tmp_path, asked, QUOTE) as worker:
+        subscriptions = worker.client.reconciler.subscriptions
+        calls = subscriptions.plan_calls(logged_in=True)
+        answers = [subscriptions.take_answer(call, [said, QUOTE.lower()]) for call in calls]
+        assert [name for gained, _ in answers for name in gained] == [asked]
+        worker.take_frames([make_frame(said, {"currency": "BTC"})], 5)
+        assert (worker.unknown, worker.publisher.published) == (0, 1)
+        worker.take_frames([make_frame(QUOTE.lower(), {"timestamp": 1})], 6)
+        assert (worker.unknown, worker.publisher.published) == (1, 1)

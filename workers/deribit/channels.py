@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from collector.channels import LISTINGS
-from workers.deribit.connection.subscriptions import Subscriptions
+from workers.deribit.connection.subscriptions import OWN, Subscriptions, is_same
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.normalise import EventFeed, create_feed
@@ -27,6 +27,13 @@ class Channels:
         self._topics = topics
         self._statuses = statuses
         self._healer = healer
+
+    def find_feed(self, name: str) -> Feed | None:
+        """The feed of a channel by the name that the exchange gives it."""
+        feed = self.feeds.get(name.encode())
+        if feed is None and name.startswith(OWN):
+            return next((feed for feed in self.feeds.values() if is_same(feed.channel.name, name)), None)
+        return feed
 
     def take_events(self) -> list[dict[str, Any]]:
         """The events since the last call."""

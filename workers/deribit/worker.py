@@ -268,13 +268,16 @@ class Worker(Listener):
             self._newest, self.patrol.last_ts = newest, receive_ts
 
     def _find_feed(self, frame: bytes) -> Feed | None:
-        """The feed of a frame with its keys in another order; None, counted, for a channel that nobody asked for."""
+        """The feed of a frame with its keys in another order, or its channel in other letters.
+
+        None, counted, for a channel that nobody asked for.
+        """
         try:
             found = decode_frame(frame)
         except ValueError as error:
             self.take_malformed(frame, str(error))
             return None
-        feed = self.feeds.get(found.channel.encode()) if isinstance(found, Data) else None
+        feed = self.channels.find_feed(found.channel) if isinstance(found, Data) else None
         if feed is None:
             self.unknown += 1
             log.debug("data of a channel that was not asked for: %.200r", frame)

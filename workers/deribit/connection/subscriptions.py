@@ -18,6 +18,16 @@ EXPIRED = "the instrument has expired"
 LEFT_OUT = "the exchange left it out of its answer: no such instrument, or not offered"
 
 
+OWN = "user."
+"""How the channels of an account begin. Their names may come back in other letters than they were asked for: the
+documents show `user.portfolio.btc` where clients ask for `user.portfolio.BTC`."""
+
+
+def is_same(name: str, said: str) -> bool:
+    """Whether a channel is the one that the exchange calls so."""
+    return name == said or (name.startswith(OWN) and name.lower() == said.lower())
+
+
 class Call(NamedTuple):
     """One subscribe or unsubscribe request to be sent."""
 
@@ -106,7 +116,8 @@ class Subscriptions:
             self.confirmed.difference_update(call.channels)
             self._dropped.difference_update(call.channels)
             return [], []
-        gained = [n for n in call.channels if n in present]
+        own = [name for name in answered if name.startswith(OWN)]
+        gained = [n for n in call.channels if n in present or any(is_same(n, name) for name in own)]
         self.confirmed.update(gained)
         for name in gained:
             self._tries.pop(name, None)
