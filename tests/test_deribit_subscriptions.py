@@ -229,6 +229,21 @@ async def test_without_login_only_those_that_need_one_are_refused(practice: str)
         assert (client.attempts, client.reconnects) == (1, 0)
 
 
+@pytest.mark.parametrize("code", [13009, 13778])
+@pytest.mark.parametrize("is_old", [True, False])
+@in_loop
+async def test_a_login_that_has_died_is_renewed_by_a_new_connection(practice: str, code: int, is_old: bool) -> None:
+    faults = f"error:public/subscribe={code}@2,first:1"
+    async with connected(practice, faults, login=LOGIN) as (client, _):
+        client.reconciler.logged_in_at -= 61 if is_old else 0
+        told = await client.subscribe(RAW[:1])
+        if is_old:
+            await wait_for(lambda: client.reconnects == 1 and RAW[0] in client.reconciler.subscriptions.confirmed, "it")
+        else:
+            assert str(code) in told[RAW[0]]["message"]
+            assert client.reconnects == 0
+
+
 @in_loop
 async def test_with_login_all_are_given(practice: str) -> None:
     async with connected(practice, channels=[QUOTE, *RAW, BOOK, *OWN], login=LOGIN) as (client, _):

@@ -285,7 +285,8 @@ class Client:
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile
         await do_together(self.session.take_round(1), reconcile(self.session.awaits_login))
-        self.reconciler.logged_in = self.session.authenticated
+        if self.session.authenticated:
+            self.reconciler.note_login()
         await do_together(self.session.take_round(2), reconcile())
         self._apply("bootstrapped", "")
         self._live.set()

@@ -16,6 +16,10 @@ from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reacti
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
 
+LOGIN_IS_NEW = 60.0
+"""Seconds after a login in which an exchange that wants one means the channel; later the login itself has died (a key
+that was reset, too many sessions of one key), and a new connection logs in anew."""
+
 
 class Reconciler:
     """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`."""
@@ -25,6 +29,7 @@ class Reconciler:
     ) -> None:
         self.subscriptions = Subscriptions()
         self.logged_in = False
+        self.logged_in_at = 0.0
         self._send = send
         self._confirm = confirm
         self._refuse = refuse
@@ -32,6 +37,10 @@ class Reconciler:
         self._turn = asyncio.Lock()
         self._answered = asyncio.Event()
         self._lives = 0
+
+    def note_login(self) -> None:
+        """This connection has logged in."""
+        self.logged_in, self.logged_in_at = True, time.monotonic()
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
@@ -120,6 +129,9 @@ class Reconciler:
             return self._count_refusal(list(call.channels), error, RETRIES)
         asked = self.subscriptions.asked
         needing_login = [n for n in call.channels if n in asked and asked[n].needs_login]
+        is_unknown = reaction in (Reaction.LOG_IN, Reaction.REFRESH) and self.logged_in
+        if is_unknown and time.monotonic() - self.logged_in_at > LOGIN_IS_NEW:
+            raise Lost(f"the login is not known any more: {call.method}: {error}")
         if reaction is Reaction.LOG_IN and needing_login and not self.logged_in:
             return self._count_refusal(needing_login, error)
         if len(call.channels) == 1:
