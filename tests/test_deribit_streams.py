@@ -8,14 +8,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from collector.channels import LISTINGS, guess_expiry
 from tests.deribit_support import BOOK, QUOTE, TRADES, make_spec
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
+from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades import TradeFeed
-from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.ledger import LAST_TS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.spread import Spread
 from workers.deribit.worker import Worker, create_worker
@@ -241,3 +243,18 @@ def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> No
         assert (worker.unknown, worker.publisher.published) == (0, 1)
         worker.take_frames([make_frame(QUOTE.lower(), {"timestamp": 1})], 6)
         assert (worker.unknown, worker.publisher.published) == (1, 1)
+
+
+def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:
+    """What was fetched came later than trades that may be lost: it does not count, in this life or the next."""
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": seq}]) for seq in (5, 7)], 100)
+        fetched = msgspec.convert([trade | {"trade_seq": 6}], list[TradeData])
+        worker.publisher.publish(feed.backfill(fetched, 900), 900, is_fetched=True)
+        feed.lose("disconnect", 950)
+        assert feed.stream.due is not None
+        assert feed.stream.due.from_ts == 100
+        assert worker.ledger.cells[feed.stream.slot + LAST_TS] == 100

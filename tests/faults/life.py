@@ -142,7 +142,7 @@ class Healer:
 
     def take(self, trades: list[Any], has_more: bool, now: int) -> None:
         """An answer comes."""
-        self._life.publisher.publish(self._feed.backfill(trades, now), now)
+        self._life.publisher.publish(self._feed.backfill(trades, now), now, is_fetched=True)
         self.go_on(Page(trades, has_more), now)
 
     def go_on(self, page: Page | None, now: int) -> None:

@@ -122,7 +122,7 @@ class Healer:
             return None
         if not feed.is_ended:
             now = self._client.read_clock()
-            self._publisher.publish(feed.backfill(page.trades, now), now)
+            self._publisher.publish(feed.backfill(page.trades, now), now, is_fetched=True)
         return page
 
     async def _send_patiently(self, ask: Ask) -> Any:

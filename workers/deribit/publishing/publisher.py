@@ -58,8 +58,11 @@ class Publisher:
         """Can be read when there is something to do for `take_subscriptions`."""
         return self._socket.fileno()
 
-    def publish(self, published: Published, receive_ts: int) -> None:
-        """Send data, each message after the gap that is due before it."""
+    def publish(self, published: Published, receive_ts: int, is_fetched: bool = False) -> None:
+        """Send data, each message after the gap that is due before it.
+
+        What `is_fetched` does not count as the last that came: the next loss began when the stream itself last spoke.
+        """
         waiting = self._waiting
         for said in published:
             stream, message = said
@@ -67,7 +70,8 @@ class Publisher:
                 gap = stream.resume(message, receive_ts)
                 if gap is not None:
                     waiting.append((stream, gap))
-            stream.last_ts = receive_ts
+            if not is_fetched or not stream.last_ts:
+                stream.last_ts = receive_ts
             waiting.append(said)
         if not self.is_gathering:
             self.flush()
@@ -121,12 +125,15 @@ class Publisher:
             if kind is dict:
                 if "join" not in message:
                     cells[slot] = message["receive_ts"]
+            elif kind is Trade:
+                if message.backfilled is UNSET or not cells[slot]:  # what was lost may lie before one that came late
+                    cells[slot] = message.receive_ts
+                if cells[slot + LAST_ID] < message.trade_seq:
+                    cells[slot + LAST_ID] = message.trade_seq
             elif kind not in NO_DATA:
                 cells[slot] = message.receive_ts
                 if kind is Book:
                     cells[slot + LAST_ID] = message.change_id
-                elif kind is Trade and cells[slot + LAST_ID] < message.trade_seq:
-                    cells[slot + LAST_ID] = message.trade_seq
             elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
                 cells[slot + LAST_ID] = 0  # the exchange may count from a lower number now
 
