@@ -91,6 +91,14 @@ async def test_the_clock_of_the_exchange_is_measured(practice: str) -> None:
         assert 500_000 < state["clock_error"] < 2_000_000_000
 
 
+@in_loop
+async def test_data_come_without_a_greeting_and_without_the_time(practice: str) -> None:
+    faults = "error:public/hello=-32601,error:public/get_time=-32601"
+    async with connected(practice, faults, channels=[QUOTE]) as (client, ear):
+        await ear.wait_frames([QUOTE])
+        assert (client.attempts, client.get_state()["clock_offset"]) == (1, 0)
+
+
 # -- login ------------------------------------------------------------------------------------------------------------
 
 

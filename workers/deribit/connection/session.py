@@ -1,5 +1,6 @@
 """What makes a fresh connection ready and keeps it so: bootstrap, login and its tokens, the exchange's clock."""
 
+import logging
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -13,6 +14,8 @@ from workers.deribit.connection.together import do_together
 from workers.deribit.publishing.payloads import MAX_MS
 from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 
+log = logging.getLogger("deribit")
+
 Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
 
 TIME_SYNC = 60.0
@@ -20,6 +23,9 @@ TIME_SYNC = 60.0
 
 INVALID_CREDENTIALS = 13004
 """Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""
+
+DISPENSABLE = frozenset({"public/hello", "public/get_time"})
+"""What data come without: an exchange that does not know the method one day shall not keep us from them."""
 
 REFRESH_AT = 0.8
 """Part of a token's life after which it is renewed."""
@@ -94,6 +100,9 @@ class Session:
             raise Refused(f"{method}: {error}", Exit.CREDENTIALS)
         if reaction is Reaction.BANNED:
             raise Refused(f"{method}: {error}", Exit.BANNED)
+        if reaction is Reaction.FAULT and method in DISPENSABLE:
+            log.warning("%s: %s; goes on without it", method, error)
+            return
         raise Lost(f"{method}: {error}")
 
     async def _log_in(self, params: dict[str, Any]) -> None:
@@ -114,10 +123,10 @@ class Session:
         self._refresh_at = time.monotonic() + life * REFRESH_AT
 
     async def _sync_time(self) -> None:
+        self._sync_at = time.monotonic() + TIME_SYNC
         sent = time.time_ns()
         theirs = await self._send("public/get_time", {})
         received = time.time_ns()
-        self._sync_at = time.monotonic() + TIME_SYNC
         if type(theirs) is int and 0 <= theirs <= MAX_MS:
             # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
             self.clock_offset = theirs * 1_000_000 + 500_000 - (sent + received) // 2
