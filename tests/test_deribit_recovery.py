@@ -182,7 +182,7 @@ async def test_a_silent_connection_without_data_has_no_gap(practice: str) -> Non
 OTHER = "book.ETH-PERPETUAL.100ms"
 
 
-@pytest.mark.parametrize("fault", ["gap:6@1", "prev0:6@1", "reorder:6@1"])
+@pytest.mark.parametrize("fault", ["gap:6@1", "prev0:6@1", "duplicate:6@1", "reorder:6@1"])
 @in_loop
 async def test_a_broken_chain_is_a_gap_and_a_new_snapshot_of_that_book_alone(practice: str, fault: str) -> None:
     async with collecting(practice, fault, BOOK) as run:
@@ -199,18 +199,6 @@ async def test_a_broken_chain_is_a_gap_and_a_new_snapshot_of_that_book_alone(pra
         check_stream(run.hearer.messages)
         state = await run.get_state()
         assert (state["resyncs"], state["gaps"], state["reconnects"]) == (1, 1, 0)
-
-
-@in_loop
-async def test_a_change_that_comes_twice_is_said_once_and_breaks_nothing(practice: str) -> None:
-    async with collecting(practice, "duplicate:2", BOOK) as run:
-        await wait_for(lambda: sum(feed.duplicates for feed in run.worker.feeds.values()) > 3, "duplicates")
-        await hear_more(run, [BOOKS])
-        ids = [body["change_id"] for body in list_data(run.hearer, BOOKS)]
-        assert len(ids) == len(set(ids))
-        check_stream(run.hearer.messages)
-        state = await run.get_state()
-        assert (state["resyncs"], state["gaps"], state["crossed"]) == (0, 0, 0)
 
 
 @in_loop

@@ -50,7 +50,7 @@ class Scenario(NamedTuple):
 SCENARIOS = (
     Scenario("gap", "BTC-PERPETUAL", "sequence", "gap:8@9,first:2"),
     Scenario("lost-trades", "ETH-PERPETUAL", "sequence", "lost_trades:3@9,first:2"),
-    Scenario("duplicate", "BTC_USDC-PERPETUAL", "", "duplicate:4@30"),
+    Scenario("duplicate", "BTC_USDC-PERPETUAL", "sequence", "duplicate:4@30"),
     Scenario("reorder", "ETH_USDC-PERPETUAL", "sequence", "reorder:5@8,first:2"),
     Scenario("drop", "SOL_USDC-PERPETUAL", "disconnect", "drop:1.5,first:3"),
     Scenario("reset", "XRP_USDC-PERPETUAL", "disconnect", "reset:2,first:2"),

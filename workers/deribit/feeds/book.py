@@ -125,9 +125,6 @@ class BookFeed(Feed):
             self.dropped += 1
             return []
         elif previous != book.change_id or not previous:
-            if change_id == book.change_id:  # it came before, or the snapshot holds it
-                self.duplicates += 1
-                return []
             return self._break(change_id, receive_ts)
         else:
             bids, asks = book.apply(data.bids, data.asks, change_id)
