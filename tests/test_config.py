@@ -505,10 +505,24 @@ def test_a_secret_file_that_holds_no_secret_is_refused(content: bytes, tmp_path:
     assert line.endswith("DESK_CLIENT_SECRET_FILE does not hold one line of text; set it to the bare value")
 
 
+def test_a_secret_that_is_too_long_is_refused_not_cut(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    environ = {"DESK_CLIENT_ID": "anna", "DESK_CLIENT_SECRET_FILE": str(secret)}
+    secret.write_text("x" * 4096)
+    config = load(tmp_path, HEAD + 'credentials = "DESK"', dict(environ))
+    assert len(config.secrets["DESK"].client_secret) == 4096
+    secret.write_text("x" * 4097)
+    line = refuse(tmp_path, HEAD + 'credentials = "DESK"', dict(environ))
+    assert line.endswith("DESK_CLIENT_SECRET_FILE does not hold one line of text; set it to the bare value")
+
+
 def test_credentials_over_plain_text_are_refused(tmp_path: Path) -> None:
     text = HEAD.replace("wss://", "ws://") + 'credentials = "DESK"'
     line = refuse(tmp_path, text, dict(KEYS_IN_PLACE))
     assert line.endswith("url would send credentials without encryption; write wss://www.deribit.com/ws/api/v2")
+    for host in ("127.0.0.1.evil.example", "127.1.evil", "localhost.evil.example", "x127.0.0.1"):
+        line = refuse(tmp_path, text.replace("www.deribit.com", host), dict(KEYS_IN_PLACE))
+        assert f"url would send credentials without encryption; write wss://{host}/" in line
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
@@ -545,6 +559,8 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         runtime_dir = "/run/desk"
         control = "tcp://localhost:5600"
         http = ""
+        scheduling = "batch"
+        read_pause = 0.005
         [exchange]
         port = 8080
         faults = "flood"
@@ -576,6 +592,7 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
     assert isinstance(first.timeout, float)
     assert (first.is_practice, second.is_practice, second.publish) == (False, True, "ipc:///run/desk/b.pub")
     assert config.control == "tcp://127.0.0.1:5600"
+    assert (config.scheduling, config.read_pause) == ("batch", 0.005)
     assert config.exchange is not None
     assert (config.exchange.port, config.exchange.faults) == (8080, "flood")
     assert environ == {}

@@ -97,6 +97,8 @@ FOUND = {
     "trades.{expiry=2026-12-25,kind=combo}.100ms": {"BTC-FS-25DEC26_PERP"},
     "trades.{kind=future_combo}.100ms": {"BTC-FS-25DEC26_PERP"},
     "quote.{strike>3000}": {"ETH-25DEC26-4000-C", "ETH-25DEC26-4000-P"},
+    "quote.{strike>=4000}": {"ETH-25DEC26-4000-C", "ETH-25DEC26-4000-P"},
+    "quote.{strike<4000}": {"ETH-21NOV26-3000-C"},
     "quote.{strike=3000}": {"ETH-21NOV26-3000-C"},
     "quote.{strike<=3000,option_type=put}": set(),
     "quote.ETH*{option_type=PUT}": {"ETH-25DEC26-4000-P"},

@@ -237,6 +237,16 @@ def break_trades(wire: Wire) -> dict[str, list[str]]:
     return broken
 
 
+@pytest.mark.parametrize("end", ["closed", "expired", ""])
+def test_no_gap_is_owed_for_what_was_lost_before_a_topic_said_anything(wire: Wire, end: str) -> None:
+    wire.trade(1)
+    if end:
+        wire.status(TRADE, end)
+    wire.status(TRADE, "recovering", "disconnect")
+    wire.status(TRADE, "live")
+    assert wire.trade(2) == ([] if end else ["gap"])
+
+
 def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
     wire.trade(1)
     stamps: dict[str, Any] = {

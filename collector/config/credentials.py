@@ -60,7 +60,8 @@ def _read_file(variable: str, path: str) -> str:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe could hold up the start for ever
             raise ValueError(f"{variable} does not name a regular file; give it the path of one")
         with open(path, "rb") as file:
-            return file.read(_MAX_FILE).decode().strip()
+            text = file.read(_MAX_FILE + 1)
+        return text.decode().strip() if len(text) <= _MAX_FILE else ""
     except UnicodeDecodeError:
         return ""
     except OSError as error:

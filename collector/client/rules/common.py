@@ -104,6 +104,8 @@ class Gaps(Check):
     def _await_gap(self, message: Message) -> Iterator[Fault]:
         """A lost connection is said by the state of the channel; what follows is its gap, then data."""
         if message.type == "status":
+            if message["state"] in ("closed", "expired"):  # what comes after that begins anew
+                self._carried = False
             lost = (message["state"], message.get("reason")) == ("recovering", "disconnect")
             self._due = self._carried and (self._due or lost)
         elif message.type != "repair":
