@@ -559,6 +559,16 @@ def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
                 page = Page([] if is_late else [each for each in missed if fits(each, step.params)], False)
                 came += [said.trade_seq for _, said in feed.backfill(page.trades, now) if isinstance(said, Trade)]
     assert came == [2, 3]
+    if not feed.channel.instrument:  # while the connection stood, nothing was missed: no gap is owed for older numbers
+        later = msgspec.to_builtins(make_option_trade("BTC-27MAR27-95000-C", 50))
+        assert [type(said) for _, said in feed.take(line.encode([later]), now)] == [Trade]
+
+
+@in_loop
+async def test_a_later_life_is_told_when_the_connection_stood_last(practice: str) -> None:
+    async with collecting(practice, "", QUOTE) as run:
+        start = time.time_ns()
+        await wait_for(lambda: run.worker.ledger.heard_at > start, "the look of the second")
 
 
 @pytest.mark.parametrize("is_late", [False, True])

@@ -98,10 +98,11 @@ class Case:
 
         Not where the exchange counts anew too: then a gap says so, but nothing can show what came before that day.
         """
-        self.truth.is_mean = True
         self._connect()
+        self.exchange.pass_time(150)  # no frame is so late
         self._calm()
         if self.rng.random() < 0.5:
+            self.truth.is_mean = True  # it cannot tell what it may have missed of those that it had not heard of
             self._cut()
             self._trade()
         self.exchange.pass_time(DAY + self.rng.choice((5_000, 3_600_000)))
@@ -195,6 +196,8 @@ class Case:
             self.exchange.subscribe(self.exchange.lines, late=self.rng.random() < 0.3)
 
     def _kill(self) -> None:
+        if self.is_up:
+            self.life.ledger.heard_at = self.now  # patrol.py: once a second
         self._go_down()
         self._end_life(unsent=self.rng.choice((0, 0, 1, 5, 20)))
         self.exchange.pass_time(self.rng.choice((2, 30, 500)))

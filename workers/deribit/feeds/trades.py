@@ -28,9 +28,10 @@ class TradeFeed(Feed):
 
     `confirmed_at` is since when the exchange sends the channel. `holes` are what waits to be healed, by stream;
     `changed` is set when one is new. `lost_from` is since when all of them may lack trades, `unsure_from` since when
-    those may that have not been heard of, as not all could be asked for (times in ns, None if they do not). `losses`
-    counts what may have cost some; `is_checked` is unset while the exchange may have begun to count anew in the last
-    of them. A trade that comes twice is counted, not published again.
+    those may that have not been heard of, as not all could be asked for, `away_from` when the connection that was lost
+    stood last (times in ns, None if there is none). `losses` counts what may have cost some; `is_checked` is unset
+    while the exchange may have begun to count anew in the last of them. A trade that comes twice is counted, not
+    published again.
     """
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
@@ -39,6 +40,7 @@ class TradeFeed(Feed):
         self.confirmed_at = 0
         self.lost_from: int | None = None
         self.unsure_from: int | None = None
+        self.away_from: int | None = None
         self.losses = 0
         self.is_checked = True
 
@@ -54,6 +56,7 @@ class TradeFeed(Feed):
         if ledger.had(self.channel.name):
             slot = ledger.find_slot(self.channel.name)
             self.confirmed_at, self.lost_from = ledger.cells[slot + FIRST], ledger.cells[slot + UNHEALED] or None
+            self.away_from = (self.confirmed_at and ledger.heard_at) or None
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """The trades of one frame, in the exchange's order, each after the gap that it shows."""
@@ -173,17 +176,18 @@ class TradeFeed(Feed):
                 for hole in self.holes[stream]:
                     hole.last = stream.last_id if hole.last is None else hole.last
             stream.lose(reason, self.topics, now)
-        self._note_loss()
+        self._note_loss(now)
 
     def _has_new_gap(self, stream: Stream) -> bool:
         """Whether the last gap was said before older trades, and all that it lacks is still to come."""
         holes = self.holes.get(stream, ()) if stream.has_tail and stream.gap is not None else ()
         return any(hole.gap is stream.gap and hole.last is None and not hole.came for hole in holes)
 
-    def _note_loss(self) -> None:
+    def _note_loss(self, now: int) -> None:
         self.losses += 1
         self.is_checked = False
         if self.confirmed_at:
+            self.away_from = min(self.away_from or now, now)
             streams, cells = self.streams.values(), self.topics.ledger.cells
             last_ts = max((stream.last_ts for stream in streams), default=0) or self.confirmed_at
             newest = max((cells[stream.slot + NEWEST] for stream in streams), default=0) * MS
@@ -204,7 +208,7 @@ class TradeFeed(Feed):
             return
         if not is_whole:
             self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
-        self.lost_from = None
+        self.lost_from = self.away_from = None
         ledger = self.topics.ledger
         ledger.cells[ledger.find_slot(self.channel.name) + UNHEALED] = self.unsure_from or 0
 
@@ -214,7 +218,7 @@ class TradeFeed(Feed):
             stream = self.streams.get(name.decode())
             if stream is not None:
                 stream.lose("sequence", self.topics, now)
-        self._note_loss()
+        self._note_loss(now)
         self.changed = True
 
     def _open_hole(self, stream: Stream, gap: Gap | None, first: int, last: int | None) -> Hole:

@@ -26,6 +26,9 @@ KEPT_MS = 86_400_000 - 60_000
 earlier start it says without an error that there is nothing, not even of the time since (documented for requests by
 currency)."""
 
+UNNOTICED_MS = 120_000
+"""For so long a connection may have been dead before that was noticed."""
+
 PAUSES = (0.0, 0.5, 1.0, 2.0)
 """Seconds before each try to get what is still missing: the exchange's history may be a little behind its stream."""
 
@@ -97,6 +100,8 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     if feed.lost_from is None:
         return feed.is_checked and not feed.channel.instrument  # by an earlier healing
     answered = yield from _fetch_since(feed, feed.lost_from, now, offset)
+    # While the connection stood, everything came: quiet days before the loss need not be asked for.
+    answered &= feed.away_from is None or feed.away_from > now - (KEPT_MS - UNNOTICED_MS) * MS
     if feed.losses == losses:  # else the connection was lost once more in the meantime
         feed.end_loss(is_whole=answered)  # what was refused so often will not be had later either
         if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
@@ -113,8 +118,7 @@ def _fetch_since(feed: TradeFeed, since: int, now: int, offset: int) -> Fetch:
         kind = {} if channel.kind == "any" else {"kind": channel.kind}
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency} | kind for currency in currencies]
-    kept = end - SLACK_MS - KEPT_MS
-    answered = start >= kept  # what is older is asked for by trade_seq, where that is known
+    kept, answered = end - SLACK_MS - KEPT_MS, True
     # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
     for begin, pause in ((max(start, kept), 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
         for subject in subjects:

@@ -36,8 +36,9 @@ first trade_seq that was ever said (of a channel: since when, ns, it came); the 
 trade. LAST_ID and NEWEST before a loss, as long as the exchange may have begun to count anew in it. The trade_seq that
 was reached when a gap told that it had, and NEWEST before that. 0 stands for none."""
 
-SUBSCRIPTIONS, ROOM = 10, 11
-"""Further words of the header: subscriptions of the latest life, records for which there is room."""
+SUBSCRIPTIONS, ROOM, HEARD = 10, 11, 12
+"""Further words of the header: subscriptions of the latest life, records for which there is room, and when (ns) its
+connection stood last."""
 
 HAS_ENDED = -1
 """LAST_TS of a topic that was left because its instrument had ended."""
@@ -178,6 +179,15 @@ class Ledger:
             return False
         self.cells[ROOM] = number + STEP
         return True
+
+    @property
+    def heard_at(self) -> int:
+        """When the connection stood last, in ns; 0 if it never did."""
+        return self.cells[HEARD]
+
+    @heard_at.setter
+    def heard_at(self, value: int) -> None:
+        self.cells[HEARD] = value
 
     @property
     def subscriptions(self) -> int:

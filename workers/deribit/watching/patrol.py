@@ -79,6 +79,8 @@ class Patrol:
             self.rate, self._counted = float(published - self._counted), published
             self._beat()
             self._restore_files()
+            if self._client.is_live:
+                self._topics.ledger.heard_at = time.time_ns()
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
