@@ -28,8 +28,7 @@ class Reconciler:
         self, send: Send, confirm: Callable[[list[str]], None], refuse: Callable[[list[str], str], None]
     ) -> None:
         self.subscriptions = Subscriptions()
-        self.logged_in = False
-        self.logged_in_at = 0.0
+        self.logged_in_at = 0.0  # monotonic; 0: this connection has not
         self._send = send
         self._confirm = confirm
         self._refuse = refuse
@@ -38,13 +37,18 @@ class Reconciler:
         self._answered = asyncio.Event()
         self._lives = 0
 
+    @property
+    def logged_in(self) -> bool:
+        """Whether this connection has logged in."""
+        return self.logged_in_at != 0.0
+
     def note_login(self) -> None:
         """This connection has logged in."""
-        self.logged_in, self.logged_in_at = True, time.monotonic()
+        self.logged_in_at = time.monotonic()
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
-        self.logged_in = False
+        self.logged_in_at = 0.0
         self._lives += 1
         self.subscriptions.forget()
         self._wake()
@@ -129,8 +133,8 @@ class Reconciler:
             return self._count_refusal(list(call.channels), error, RETRIES)
         asked = self.subscriptions.asked
         needing_login = [n for n in call.channels if n in asked and asked[n].needs_login]
-        is_unknown = reaction in (Reaction.LOG_IN, Reaction.REFRESH) and self.logged_in
-        if is_unknown and time.monotonic() - self.logged_in_at > LOGIN_IS_NEW:
+        wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
+        if wants_login and self.logged_in and time.monotonic() - self.logged_in_at > LOGIN_IS_NEW:
             raise Lost(f"the login is not known any more: {call.method}: {error}")
         if reaction is Reaction.LOG_IN and needing_login and not self.logged_in:
             return self._count_refusal(needing_login, error)
