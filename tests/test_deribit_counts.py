@@ -23,7 +23,8 @@ from tests.pipeline import exchange, find_port
 from tests.support import wait_until
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import PAUSES, Healed, Page, heal_feed
 from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
@@ -56,6 +57,11 @@ class Life:
         self.feed.lose("restart", START)
         self.asked = 0
 
+    @property
+    def tape(self) -> Tape:
+        """The one instrument's."""
+        return self.feed.tapes[self.feed.stream.instrument]
+
     def take(self, *trades: tuple[int, int]) -> list[Any]:
         """A frame comes; return what is said of it."""
         return self._publish(self.feed.take(LINE.encode([make_trade(*each) for each in trades]), 7))
@@ -73,7 +79,7 @@ class Life:
             while True:
                 step, page = healing.send(page), None
                 if isinstance(step, Healed):
-                    said += map(describe, self.feed.end_healing(step.stream, step.holes, 7))
+                    said += map(describe, step.tape.end_healing(step.holes, 7))
                 else:
                     self.asked += 1
                     found = [each for each in history if fits(each, step.params)]
@@ -87,7 +93,7 @@ class Life:
         for stream in self.feed.streams.values():
             self.topics.leave(stream, 8)
         self.feed = TradeFeed(self.feed.channel, self.topics)
-        self.feed.confirmed_at = 8
+        self.feed.losses.confirmed_at = 8
 
     def _publish(self, published: Published) -> list[Any]:
         """What the publisher does, without its socket."""
@@ -178,7 +184,7 @@ def test_what_a_healing_was_to_bring_is_named_before_it(life: Life) -> None:
 
 def test_what_came_before_the_first_trade_of_the_new_count_is_asked_for_by_time(life: Life) -> None:
     life.take((5, 1000))
-    assert life.feed.lost_from is not None
+    assert life.feed.losses.lost_from is not None
     assert life.fetch((3, 980), (4, 990), (5, 1000)) == [-3, -4]
 
 
@@ -199,7 +205,7 @@ def test_a_new_count_that_had_passed_the_old_one_is_found_by_the_trade_before_th
 def test_also_if_nothing_seems_to_be_missing(life: Life) -> None:
     life.feed.lose("disconnect", 8)
     assert life.take((104, 5000)) == [("disconnect",), 104]
-    assert life.feed.find_missing(life.feed.stream) == (104, 103)  # which asks for the one before
+    assert life.tape.find_missing() == (104, 103)  # which asks for the one before
     assert life.fetch((103, 4000)) == [("sequence",), -103]
 
 
@@ -211,7 +217,7 @@ def test_also_if_what_seems_to_be_missing_comes_by_itself(life: Life) -> None:
 
 
 def test_also_if_no_trade_comes_and_the_new_numbers_are_not_above_the_old(life: Life) -> None:
-    life.feed.confirmed_at = 8
+    life.feed.losses.confirmed_at = 8
     life.feed.lose("disconnect", 8)
     assert life.heal((1, 1000), (2, 1010)) == [("sequence",), -1, -2]
     assert life.heal((1, 1000), (2, 1010), (3, 1020)) == [-3]
@@ -219,7 +225,7 @@ def test_also_if_no_trade_comes_and_the_new_numbers_are_not_above_the_old(life: 
 
 
 def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_last_trade(life: Life) -> None:
-    life.feed.confirmed_at = 8
+    life.feed.losses.confirmed_at = 8
     life.feed.lose("disconnect", 8)
     assert life.heal((101, 0), (102, 10), (103, 20)) == []
     assert life.asked == len(PAUSES)
@@ -302,7 +308,7 @@ def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
     assert life.heal(*history)[-1] == []
     assert life.take((399, 2980)) == [399]
     if is_out:
-        life.feed.note_out(life.feed.stream)
+        life.tape.note_out()
     later = Life(tmp_path, is_first=False)
     assert later.take((400, 2990)) == [("restart", first, 399), 400]
     later.ledger.close()

@@ -25,7 +25,7 @@ from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, short_directory, subscribed
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import Ledger
@@ -462,7 +462,7 @@ async def test_trades_out_of_order_are_all_said(practice: str) -> None:
 def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "ledger", fresh=True)
     feed = TradeFeed(parse_channel("trades.option.any.100ms"), Topics(1, ledger))
-    feed.confirmed_at = START
+    feed.losses.confirmed_at = START
     feed.lose("disconnect", START)
     healing = heal_feed(feed, START + 5_000_000_000, 0)
     page, asked = None, []
@@ -475,7 +475,7 @@ def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path:
     assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 2) | {
         CURRENCIES[1]: 2 * len(PAUSES)
     }
-    assert feed.lost_from is None  # else each later healing would fetch from here on, for ever
+    assert feed.losses.lost_from is None  # else each later healing would fetch from here on, for ever
     ledger.close()
 
 
@@ -540,7 +540,7 @@ def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
     """To a request for what is older than a day the exchange answers that there is nothing, not even since then."""
     name, day = "BTC-27MAR27-90000-C", 86_400_000
     feed = TradeFeed(parse_channel(channel), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
-    feed.confirmed_at = START
+    feed.losses.confirmed_at = START
     line = Line(channel, (name,))
     if is_known:
         first = make_option_trade(name, 1)
@@ -581,12 +581,12 @@ def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(tm
     def trade(seq: int) -> list[Any]:
         return [said for _, said in feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, seq))]), START)]
 
-    feed.confirm(START - 9)
+    feed.losses.confirm(START - 9)
     feed.lose("disconnect", START)
     said = trade(5) if is_late else []
     for step in heal_feed(feed, START, 0):  # no answer to any request
         if not isinstance(step, Ask):
-            said += feed.end_healing(step.stream, step.holes, START)
+            said += step.tape.end_healing(step.holes, START)
     said += [] if is_late else trade(5)
     gap = next(each for each in said if isinstance(each, Gap))
     assert (gap.reason, gap.from_ts, gap.missing_from, gap.missing_to) == ("disconnect", START - 9, 1, 4)

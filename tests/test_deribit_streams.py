@@ -16,7 +16,7 @@ from tests.deribit_support import BOOK, QUOTE, TRADES, make_spec
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.feeds.frames import TradeData
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.publishing.ledger import LAST_TS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.spread import Spread
@@ -168,7 +168,7 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
         worker.confirm_channels([TRADES])
         (feed,) = worker.feeds.values()
         assert isinstance(feed, TradeFeed)
-        return feed.confirmed_at
+        return feed.losses.confirmed_at
 
     with living(tmp_path, TRADES, fresh=True) as worker:
         first = confirm(worker)
@@ -176,7 +176,7 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
     with living(tmp_path, TRADES) as worker:
         (feed,) = worker.feeds.values()
         assert isinstance(feed, TradeFeed)
-        assert (feed.confirmed_at, feed.lost_from) == (first, first)
+        assert (feed.losses.confirmed_at, feed.losses.lost_from) == (first, first)
         ask(worker, "unsubscribe", TRADES)
         ask(worker, "subscribe", TRADES)
         again = confirm(worker)
@@ -187,7 +187,7 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
     with living(tmp_path, TRADES) as worker:
         (feed,) = worker.feeds.values()
         assert isinstance(feed, TradeFeed)
-        assert (feed.confirmed_at, feed.lost_from) == (0, None)
+        assert (feed.losses.confirmed_at, feed.losses.lost_from) == (0, None)
 
 
 def test_the_place_of_a_channel_whose_instrument_has_ended_serves_another(tmp_path: Path) -> None:

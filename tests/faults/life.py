@@ -9,7 +9,8 @@ import zmq
 from collector.channels import parse_channel
 from tests.faults.judge import Received
 from workers.deribit.feeds.normalise import create_feed
-from workers.deribit.feeds.trades import TradeFeed, is_known
+from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.publisher import Publisher
@@ -57,7 +58,7 @@ class Life:
         self.publisher = Publisher(f"ipc://{directory}/{now}", 0, self.ledger)
         self.feeds = {name: create_feed(parse_channel(name), self.topics) for name in channels}
         self.joined = 0
-        self.unsettled: list[tuple[int, TradeFeed, Stream]] = []
+        self.unsettled: list[tuple[int, Tape]] = []
         self._take_over()
         self.publisher.bind()
 
@@ -66,7 +67,7 @@ class Life:
         for feed in self.feeds.values():
             feed.adopt(restored)
             if isinstance(feed, TradeFeed):
-                feed.recall()
+                feed.losses.recall()
             feed.lose("restart", self.epoch)
 
     def listen(self, prefix: bytes = b"") -> Reader:
@@ -103,7 +104,7 @@ class Life:
     def list_known(self) -> list[Stream]:
         """The topics of trades of which it knows where they go on."""
         feeds = [feed for feed in self.feeds.values() if isinstance(feed, TradeFeed)]
-        return [stream for feed in feeds for stream in feed.streams.values() if is_known(stream)]
+        return [tape.stream for feed in feeds for tape in feed.tapes.values() if tape.is_known]
 
     def lose(self, now: int) -> None:
         """The connection is lost, or could not be made."""
@@ -114,13 +115,13 @@ class Life:
         """The exchange confirms a channel."""
         feed = self.feeds[channel]
         if isinstance(feed, TradeFeed):
-            feed.confirm(now)
+            feed.losses.confirm(now)
 
     def note_out(self, now: int) -> None:
         """What was published SURE ago has left, even if this life is killed."""
         while self.unsettled and self.unsettled[0][0] <= now:
-            _, feed, stream = self.unsettled.pop(0)
-            feed.note_out(stream)
+            _, tape = self.unsettled.pop(0)
+            tape.note_out()
 
     def end(self) -> None:
         """Gone, whether killed or not."""
@@ -155,9 +156,9 @@ class Healer:
                 return
             page = None
             if isinstance(step, Healed):
-                for message in self._feed.end_healing(step.stream, step.holes, now):
-                    self._life.publisher.say(step.stream, message)
-                self._life.unsettled.append((now + SURE, self._feed, step.stream))
+                for message in step.tape.end_healing(step.holes, now):
+                    self._life.publisher.say(step.tape.stream, message)
+                self._life.unsettled.append((now + SURE, step.tape))
             else:
                 self.ask, self.due = step, now + int(step.pause * 1e9)
                 return

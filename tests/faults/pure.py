@@ -14,7 +14,7 @@ from tests.faults.judge import Received, Truth, describe_message, judge
 from tests.faults.life import SURE, Healer, Life, Reader
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import TradeData
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
 
 MS = 1_000_000
 START = 1_790_000_000_000

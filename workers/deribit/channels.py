@@ -8,7 +8,7 @@ from workers.deribit.connection.subscriptions import OWN, Subscriptions, is_same
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.normalise import EventFeed, create_feed
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.watching.statuses import OVER, UNSUBSCRIBED, Statuses
@@ -70,7 +70,7 @@ class Channels:
         for feed in self.feeds.values():
             feed.adopt(restored)
             if isinstance(feed, TradeFeed):
-                feed.recall()
+                feed.losses.recall()
             feed.lose("restart", self._topics.epoch)
         held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
         for stream in restored:

@@ -19,7 +19,7 @@ from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.joins import Joins
 from workers.deribit.publishing.ledger import Ledger
@@ -340,7 +340,7 @@ class Worker(Listener):
         if isinstance(feed, ListingFeed):
             self.channels.events.append({"event": "listening"})
         if isinstance(feed, TradeFeed):
-            feed.confirm(time.time_ns())
+            feed.losses.confirm(time.time_ns())
             self.healer.heal(feed)
 
     def refuse_channels(self, names: list[str], reason: str) -> None:

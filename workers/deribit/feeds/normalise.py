@@ -13,7 +13,7 @@ from collector.schema import SCHEMA
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.frames import MS, read_any, read_known_ticker, read_quote, read_ticker, take_timestamp
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.publishing.payloads import Quote, Ticker
 from workers.deribit.publishing.streams import Malformed, Published, Topics
 

@@ -8,8 +8,9 @@ from collections.abc import Generator
 from typing import Any, NamedTuple
 
 from workers.deribit.feeds.frames import MS, TradeData
-from workers.deribit.feeds.holes import MAX_HELD, Hole
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.feeds.trades.holes import MAX_HELD, Hole
+from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.publishing.streams import Stream
 
 PAGE = 1000
@@ -52,9 +53,9 @@ class Page(NamedTuple):
 
 
 class Healed(NamedTuple):
-    """These holes of a topic are as full as they will be."""
+    """These holes of a tape are as full as they will be."""
 
-    stream: Stream
+    tape: Tape
     holes: list[Hole]
 
 
@@ -71,41 +72,42 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
     exchange may count anew. What comes to be missing later on is left to the next healing, unless it comes at once.
     """
     tried: set[Hole] = set()
-    since = feed.lost_from if feed.channel.instrument and feed.is_numbered(feed.stream) else None
+    losses, is_single = feed.losses, bool(feed.channel.instrument)
+    since = losses.lost_from if is_single and all(tape.is_numbered for tape in feed.tapes.values()) else None
     if since is not None:
-        feed.end_loss()
+        losses.end()
     tails = not (yield from _fetch_loss(feed, now, offset))
     for pause in PAUSES:
         wait = pause
-        for stream in [s for s in feed.streams.values() if s in feed.holes or feed.find_missing(s, tails)]:
-            missing, answered = feed.find_missing(stream, tails), True
+        for tape in [each for each in feed.tapes.values() if each.holes or each.find_missing(tails)]:
+            missing, answered = tape.find_missing(tails), True
             if missing is not None:
-                answered = yield from _fetch_run(stream, *missing, wait)
+                answered = yield from _fetch_run(tape.stream, *missing, wait)
                 wait = 0.0
-                if since is not None and answered and not feed.is_checked:
+                if since is not None and answered and not losses.is_checked:
                     yield from _fetch_since(feed, since, now, offset)
                     since = None
             # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
-            ripe = [hole for hole in feed.holes.get(stream, ()) if hole.is_bounded or feed.lost_from is None]
+            ripe = [hole for hole in tape.holes if hole.is_bounded or losses.lost_from is None]
             tried.update(ripe if pause == PAUSES[0] else ())
-            if answered and not feed.lacks_more(stream, tails):
-                yield Healed(stream, ripe)
+            if answered and not tape.lacks_more(tails):
+                yield Healed(tape, ripe)
             elif pause == PAUSES[-1]:
-                yield Healed(stream, [hole for hole in ripe if hole in tried])
+                yield Healed(tape, [hole for hole in ripe if hole in tried])
 
 
 def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered."""
-    losses = feed.losses
-    if feed.lost_from is None:
-        return feed.is_checked and not feed.channel.instrument  # by an earlier healing
-    answered = yield from _fetch_since(feed, feed.lost_from, now, offset)
+    losses, count = feed.losses, feed.losses.count
+    if losses.lost_from is None:
+        return losses.is_checked and not feed.channel.instrument  # by an earlier healing
+    answered = yield from _fetch_since(feed, losses.lost_from, now, offset)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
-    answered &= feed.away_from is None or feed.away_from > now - (KEPT_MS - UNNOTICED_MS) * MS
-    if feed.losses == losses:  # else the connection was lost once more in the meantime
-        feed.end_loss(is_whole=answered)  # what was refused so often will not be had later either
+    answered &= losses.away_from is None or losses.away_from > now - (KEPT_MS - UNNOTICED_MS) * MS
+    if losses.count == count:  # else the connection was lost once more in the meantime
+        losses.end(is_whole=answered)  # what was refused so often will not be had later either
         if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
-            feed.is_checked = answered
+            losses.is_checked = answered
     return answered
 
 

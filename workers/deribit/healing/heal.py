@@ -17,11 +17,12 @@ from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
 from workers.deribit.connection.together import together
 from workers.deribit.feeds.frames import TradeData, convert_laxly
-from workers.deribit.feeds.trades import TradeFeed
+from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
 from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
-from workers.deribit.publishing.streams import SURE, Stream
+from workers.deribit.publishing.streams import SURE
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
@@ -92,21 +93,22 @@ class Healer:
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes."""
         feed.is_ended = True
-        feed.end_loss()
-        for stream, holes in list(feed.holes.items()):
-            self._say_repairs(feed, Healed(stream, list(holes)))
+        feed.losses.end()
+        for tape in feed.tapes.values():
+            if tape.holes:
+                self._say_repairs(feed, Healed(tape, tape.holes))
 
     def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
-        for message in feed.end_healing(healed.stream, healed.holes, self._client.read_clock()):
+        for message in healed.tape.end_healing(healed.holes, self._client.read_clock()):
             if isinstance(message, Repair):
                 self.repaired += message.repaired
                 self.missing += sum(last - first + 1 for first, last in message.missing)
-            self._publisher.say(healed.stream, message)
-        asyncio.get_running_loop().call_later(SURE, self._note_out, feed, healed.stream)
+            self._publisher.say(healed.tape.stream, message)
+        asyncio.get_running_loop().call_later(SURE, self._note_out, feed, healed.tape)
 
-    def _note_out(self, feed: TradeFeed, stream: Stream) -> None:
-        if not self._is_closed:
-            feed.note_out(stream)
+    def _note_out(self, feed: TradeFeed, tape: Tape) -> None:
+        if not (self._is_closed or feed.is_ended):  # then the topic is left, or another channel's by now
+            tape.note_out()
 
     def close(self) -> None:
         """Leave the ledger alone from now on: a later life fetches again what was not surely out."""

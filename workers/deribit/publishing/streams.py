@@ -39,13 +39,12 @@ class Stream(Route):
     `gap` is the last one published in this epoch and `status` the last status; `describe()` builds the full message
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
-    before the topic was left, which no later fetch may say again; `has_tail` holds while trades after `last_id` are
-    being fetched; `expiry` is when its instrument ends by its name (ns, None if it does not); `slot` is its place
-    in the ledger.
+    before the topic was left, which no later fetch may say again; `expiry` is when its instrument ends by its name (ns,
+    None if it does not); `slot` is its place in the ledger.
     """
 
     __slots__ = (
-        "answered", "current", "describe", "due", "epoch", "expiry", "gap", "has_tail", "instrument",
+        "answered", "current", "describe", "due", "epoch", "expiry", "gap", "instrument",
         "interval", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "type",
     )  # fmt: skip
 
@@ -64,7 +63,6 @@ class Stream(Route):
         self.reached = 0
         self.left_at = 0
         self.lost = False
-        self.has_tail = False
         self.slot = 0
         self.due: Gap | None = None
         self.gap: Gap | None = None
@@ -82,7 +80,7 @@ class Stream(Route):
         Late subscribers are told nothing of it either: another connection may feed it by now.
         """
         self.gap, self.status, self.describe = None, None, self._give_current
-        self.lost, self.has_tail, self.due, self.current = False, False, None, None
+        self.lost, self.due, self.current = False, None, None
         self.left_at = max(self.left_at, self.last_id)
         self.last_ts, self.last_id, self.reached = 0, 0, 0
 

@@ -29,7 +29,7 @@ class Hole:
 
     @property
     def is_doubt(self) -> bool:
-        """Whether nothing is missing, unless the exchange has begun to count anew: that is not known yet."""
+        """Whether nothing is known to be missing: it only asks whether the exchange has begun to count anew."""
         return self.last is not None and self.last < self.first and self.known[0] > 0
 
     @property

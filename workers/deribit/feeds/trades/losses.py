@@ -1,0 +1,64 @@
+"""Since when the instruments of one channel may lack trades: these are fetched by time. Pure."""
+
+from workers.deribit.publishing.ledger import FIRST, UNHEALED, Ledger
+
+
+class Losses:
+    """What one channel may have lost. A later life is told of it by the ledger. All times in ns."""
+
+    def __init__(self, channel: str, ledger: Ledger) -> None:
+        self._channel = channel
+        self._ledger = ledger
+        self.confirmed_at = 0
+        """Since when the exchange sends the channel; 0: not yet."""
+        self.lost_from: int | None = None
+        """Since when every instrument may lack trades; None: none does."""
+        self.unsure_from: int | None = None
+        """Since when those may lack trades of which nothing has been heard, as not all could be asked for."""
+        self.away_from: int | None = None
+        """When the connection that was lost stood last."""
+        self.count = 0
+        """How often something may have been lost."""
+        self.is_checked = True
+        """Unset while the exchange may have begun to count anew in the last of them."""
+
+    def confirm(self, now: int) -> None:
+        """The exchange sends this channel, since `now` unless it did before."""
+        self.confirmed_at = self.confirmed_at or now
+        self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
+
+    def recall(self) -> None:
+        """Go on from what an earlier life has told."""
+        ledger = self._ledger
+        if ledger.had(self._channel):
+            slot = ledger.find_slot(self._channel)
+            self.confirmed_at, self.lost_from = ledger.cells[slot + FIRST], ledger.cells[slot + UNHEALED] or None
+            self.away_from = (self.confirmed_at and ledger.heard_at) or None
+
+    def add(self, now: int, last_ts: int, newest: int) -> None:
+        """All after the last trade is lost: that was read at `last_ts`, and `newest` was its own time (0: none)."""
+        self.count += 1
+        self.is_checked = False
+        if self.confirmed_at:
+            self.away_from = min(self.away_from or now, now)
+            last_ts = last_ts or self.confirmed_at
+            self._doubt_from(min(last_ts, newest or last_ts))  # the earlier: what came may have come late
+
+    def add_since(self, since: int) -> None:
+        """Trades may be missing from then on, though the connection stood."""
+        self.count += 1
+        self._doubt_from(since)
+
+    def _doubt_from(self, since: int) -> None:
+        """All that was traded since then must be fetched; by a later life, if this one is killed before."""
+        self._ledger.lower(self._ledger.find_slot(self._channel), UNHEALED, since)
+        self.lost_from = min(self.lost_from or since, since)
+
+    def end(self, is_whole: bool = True) -> None:
+        """All that can be had by time has come; unless `is_whole`, some may be missing, and a later life asks again."""
+        if self.lost_from is None:
+            return
+        if not is_whole:
+            self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
+        self.lost_from = self.away_from = None
+        self._ledger.cells[self._ledger.find_slot(self._channel) + UNHEALED] = self.unsure_from or 0
