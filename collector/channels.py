@@ -14,7 +14,6 @@ from collector.messages import EXCHANGE, Topic
 
 INTERVALS = ("raw", "100ms", "agg2")
 KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo", "any")
-CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR", "any")
 RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720", "1D")
 GROUPS = re.compile(r"none|\d+(d\d+)?\Z")
 DEPTHS = ("1", "10", "20")
@@ -54,6 +53,11 @@ class Channel(NamedTuple):
     def is_private(self) -> bool:
         """Whether it is subscribed by private/subscribe."""
         return self.name.startswith(("user.", "block_rfq.maker", "block_rfq.taker", "block_trade_confirmations"))
+
+    @property
+    def has_spot(self) -> bool:
+        """Whether it feeds the topics of spot pairs among others."""
+        return self.kind in ("spot", "any")
 
     @property
     def topic(self) -> str | None:
@@ -174,8 +178,13 @@ def has_expired(instrument: str, now: int) -> bool:
 
 
 def guess_currencies(instrument: str) -> frozenset[str]:
-    """The currencies under which Deribit may file an instrument: of BTC_USDC-PERPETUAL both BTC and USDC."""
-    return frozenset(instrument.split("-", 1)[0].split("_"))
+    """The currencies under which Deribit may file an instrument: that which settles it, of spot both.
+
+    Recorded: BTC_USDC-PERPETUAL is filed under USDC alone (and BTC-PERPETUAL under BTC); of the spot pair BTC_USDC we
+    reckon with both.
+    """
+    pair = instrument.split("-", 1)[0].split("_")
+    return frozenset(pair if guess_kind(instrument) == "spot" else pair[-1:])
 
 
 def share_topic(one: Channel, other: Channel) -> bool:
@@ -200,7 +209,9 @@ def _overlap(one: Channel, other: Channel) -> bool:
             wide.currency == "any" or wide.currency in guess_currencies(narrow.instrument)
         )
     return _kinds_meet(wide.kind, narrow.kind) and (
-        "any" in (wide.currency, narrow.currency) or wide.currency == narrow.currency
+        "any" in (wide.currency, narrow.currency)
+        or wide.currency == narrow.currency
+        or (wide.has_spot and narrow.has_spot)  # ETH_BTC may come on both
     )
 
 

@@ -325,6 +325,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         HEAD + 'channels = ["trades.option.ETH.100ms", "trades.any.ETH.100ms"]',
         "would feed the same topics",
     ),
+    "spot pairs of two currencies": (
+        HEAD + 'channels = ["trades.spot.BTC.100ms", "trades.any.ETH.100ms"]',
+        "trades.any.ETH.100ms would feed the same topics as trades.spot.BTC.100ms; write one of them",
+    ),
     "any and one currency": (
         HEAD + 'channels = ["trades.option.any.100ms", "trades.option.ETH.100ms"]',
         "trades.option.ETH.100ms would feed the same topics as trades.option.any.100ms; write one of them",
@@ -610,6 +614,8 @@ def test_everything_can_be_said(tmp_path: Path) -> None:
         ["book.BTC-PERPETUAL.100ms", "book.BTC-PERPETUAL.agg2", "book.BTC-PERPETUAL.none.10.100ms"],
         ["trades.option.any.100ms", "trades.BTC-PERPETUAL.100ms", "trades.future.ETH.100ms"],
         ["trades.option.BTC.100ms", "trades.option.ETH.100ms", "trades.option.BTC.agg2"],
+        ["trades.future.BTC.100ms", "trades.future.USDC.100ms", "trades.option.USDC.100ms", "trades.spot.USDC.100ms"],
+        ["trades.future.BTC.100ms", "trades.BTC_USDC-PERPETUAL.100ms", "trades.BTC_USDC.100ms"],
         ["ticker.BTC-PERPETUAL.100ms", "incremental_ticker.BTC-PERPETUAL"],
     ],
 )

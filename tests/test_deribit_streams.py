@@ -190,6 +190,20 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
         assert (feed.losses.confirmed_at, feed.losses.lost_from) == (0, None)
 
 
+def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency(tmp_path: Path) -> None:
+    """Of BTC_USDC-PERPETUAL trades come with those of USDC alone: given up with those of BTC it would fall silent."""
+    linear, inverse = "trades.future.USDC.100ms", "trades.future.BTC.100ms"
+    trades = [
+        {"instrument_name": name, "trade_id": "1", "trade_seq": 1, "price": 1.0, "amount": 1.0, "direction": "buy"}
+        for name in ("BTC_USDC-PERPETUAL", "BTC-PERPETUAL")
+    ]
+    with living(tmp_path, linear, inverse, fresh=True) as worker:
+        worker.take_frames([make_frame(linear, trades[:1]), make_frame(inverse, trades[1:])], 5)
+    with living(tmp_path, linear, inverse) as worker:
+        feeds = [worker.feeds[name.encode()] for name in (linear, inverse)]
+        assert [list(feed.streams) for feed in feeds] == [["BTC_USDC-PERPETUAL"], ["BTC-PERPETUAL"]]
+
+
 def test_the_place_of_a_channel_whose_instrument_has_ended_serves_another(tmp_path: Path) -> None:
     channel = "trades.BTC-6NOV20.raw"
     with living(tmp_path, channel) as worker:

@@ -89,7 +89,8 @@ def _check_topics(placed: list[Placed], prefix: str) -> None:
             _refuse_repeat(channel.name, names[channel.name], owner, prefix)
         names[channel.name] = owner
         if channel.topic is None:
-            wide[channel.type, channel.interval, channel.currency].append((owner, channel))
+            for currency in _list_currencies(channel):
+                wide[channel.type, channel.interval, currency].append((owner, channel))
     for here in placed:
         for other in _find_wide(here[1], wide):
             if other[1] is not here[1] and share_topic(other[1], here[1]) and not may_share(other, here):
@@ -98,9 +99,15 @@ def _check_topics(placed: list[Placed], prefix: str) -> None:
 
 
 def _find_wide(channel: Channel, wide: dict[tuple[str, str, str], list[Placed]]) -> Iterator[Placed]:
-    currencies = guess_currencies(channel.instrument) if channel.instrument else {channel.currency}
-    for currency in currencies | {"any"}:
+    for currency in _list_currencies(channel) | {"any"}:
         yield from wide.get((channel.type, channel.interval, currency), ())
+
+
+def _list_currencies(channel: Channel) -> frozenset[str]:
+    """Under which currencies a channel may have rivals: all that have spot pairs may meet, whatever their own."""
+    if channel.instrument:
+        return guess_currencies(channel.instrument)
+    return frozenset({channel.currency, "spot"} if channel.has_spot else {channel.currency})
 
 
 def may_share(one: Placed, other: Placed) -> bool:
