@@ -30,8 +30,9 @@ from tests.deribit_support import (
 from tests.exchange_client import exchange
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.socket import Socket
+from workers.deribit.rpc.errors import PAUSES, Reaction
 
-RAW = "book.BTC-PERPETUAL.raw"
+RAW, OWN = "book.BTC-PERPETUAL.raw", "user.portfolio.btc"
 
 
 # -- bootstrap --------------------------------------------------------------------------------------------------------
@@ -66,11 +67,11 @@ async def test_requests_that_need_no_earlier_answer_do_not_wait_for_one(practice
     async with login as (client, ear):
         await ear.wait_frames([QUOTE])
         if mute != "public/auth":
-            await wait_for(lambda: client.session.authenticated, "the login")
+            await wait_for(lambda: client.session.logged_in, "the login")
         if mute != "public/get_time":
             await wait_for(lambda: client.session.clock_error, "the clock")
         assert client.machine.state == "bootstrapping"
-        assert RAW not in ear.confirmed  # it waits for the login, which ends the round
+        assert mute != "public/auth" or RAW not in ear.confirmed  # it waits for the login
 
 
 @in_loop
@@ -91,15 +92,50 @@ async def test_the_clock_of_the_exchange_is_measured(practice: str) -> None:
         assert 500_000 < state["clock_error"] < 2_000_000_000
 
 
+@pytest.mark.parametrize(
+    "fault", ["error:METHOD=-32601", "error:METHOD=11094", "error:METHOD=13028", "no_reply:METHOD"]
+)
 @in_loop
-async def test_data_come_without_a_greeting_and_without_the_time(practice: str) -> None:
-    faults = "error:public/hello=-32601,error:public/get_time=-32601"
-    async with connected(practice, faults, channels=[QUOTE]) as (client, ear):
+async def test_data_come_without_a_greeting_and_without_the_time(practice: str, fault: str) -> None:
+    faults = ",".join(fault.replace("METHOD", method) for method in ("public/hello", "public/get_time"))
+    async with connected(practice, faults, channels=[QUOTE], timeout=1.0) as (client, ear):
         await ear.wait_frames([QUOTE])
         assert (client.attempts, client.get_state()["clock_offset"]) == (1, 0)
+        client.session._sync_at = asked_at = time.monotonic()  # the time is asked for again
+        await wait_for(lambda: client.session._sync_at > asked_at, "the next question")
+        await asyncio.sleep(1.1)  # and is not answered
+        await ear.wait_frames([QUOTE])
+        assert client.reconnects == 0
 
 
 # -- login ------------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_with_a_login_data_come_where_nothing_is_public(practice: str) -> None:
+    async with connected(practice, "login_only", login=LOGIN, channels=[QUOTE, RAW]) as (client, ear):
+        await ear.wait_frames([QUOTE, RAW])
+        assert (client.attempts, client.reconnects) == (1, 0)
+
+
+@in_loop
+async def test_too_many_logins_are_not_repeated_soon(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(PAUSES, Reaction.LOCK_OUT, 0.7)
+    async with connected(practice, "error:public/auth=12003,first:1", login=LOGIN) as (_, ear):
+        pause = float(ear.find("connecting")[1].split()[-2])
+        assert pause == 0.7
+
+
+@in_loop
+async def test_who_asks_while_the_login_is_under_way_does_not_cost_private_channels(practice: str) -> None:
+    """As a book does that breaks just then: it asks for all that is missing."""
+    settings: dict[str, Any] = {"login": LOGIN, "live": False, "channels": [BOOK, OWN]}
+    async with connected(practice, "slow:public/auth=1", **settings) as (client, _):
+        await wait_for(lambda: client.machine.state == "bootstrapping", "the bootstrap")
+        await client.reconciler.reconcile()
+        await wait_for(lambda: client.is_live, "live")
+        assert client.get_state()["channels"]["refused"] == {}
+        assert sorted(client.reconciler.subscriptions.confirmed) == [BOOK, OWN]
 
 
 @pytest.mark.parametrize("code", [13009, 13004, 10000])
@@ -345,13 +381,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) 
             await Socket.open(url.replace("wss", "ws"), {}, 10.0)
 
 
-STEPS = [
-    "public/hello",
-    "public/auth",
-    "public/set_heartbeat",
-    "public/get_time",
-    "private/enable_cancel_on_disconnect",
-]
+STEPS = ["public/auth", "public/set_heartbeat", "private/enable_cancel_on_disconnect"]
 
 
 @pytest.mark.parametrize("kind", ["error", "no_reply", "wrong_id"])

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector.limits import MAX_CHANNELS, MAX_FRAME
+from collector.limits import MAX_CHANNELS, MAX_FRAME, Credits
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
 from tests.exchange_client import exchange, get
-from workers.deribit import Client
+from workers.deribit import Client, ExchangeError
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request
 
@@ -31,7 +31,7 @@ def subscribe(*names: str) -> Subscriptions:
 
 def test_public_and_private_channels_go_by_their_own_calls() -> None:
     subscriptions = subscribe(QUOTE, *RAW, *OWN)
-    assert subscriptions.plan_calls(False, waiting_for_login=True) == [Call("public/subscribe", (QUOTE,))]
+    assert subscriptions.plan_calls(False, awaits_login=True) == [Call("public/subscribe", (QUOTE,))]
     assert subscriptions.plan_calls(True) == [
         Call("public/subscribe", tuple(RAW)), Call("private/subscribe", tuple(OWN))
     ]  # fmt: skip
@@ -235,7 +235,7 @@ async def test_without_login_only_those_that_need_one_are_refused(practice: str)
 async def test_a_login_that_has_died_is_renewed_by_a_new_connection(practice: str, code: int, is_old: bool) -> None:
     faults = f"error:public/subscribe={code}@2,first:1"
     async with connected(practice, faults, login=LOGIN) as (client, _):
-        client.reconciler.logged_in_at -= 61 if is_old else 0
+        client.session.logged_in_at -= 61 if is_old else 0
         told = await client.subscribe(RAW[:1])
         if is_old:
             await wait_for(lambda: client.reconnects == 1 and RAW[0] in client.reconciler.subscriptions.confirmed, "it")
@@ -250,7 +250,7 @@ async def test_with_login_all_are_given(practice: str) -> None:
         check_equal(client)
 
 
-@pytest.mark.parametrize("code", [-32602, -32600, 10001, 11045])
+@pytest.mark.parametrize("code", [-32602, -32600, 10001, 11045, 11052])
 @in_loop
 async def test_a_call_that_fails_as_a_whole_is_cut_until_the_bad_channels_are_found(practice: str, code: int) -> None:
     """The first five calls fail: 8 channels, 4, 2, and each of two; the others are given."""
@@ -295,6 +295,41 @@ async def test_data_before_their_ack_are_taken(practice: str) -> None:
     async with connected(practice, "ack_late", channels=[QUOTE, BOOK]) as (client, ear):
         check_equal(client)
         assert ear.frames
+
+
+@in_loop
+async def test_what_was_refused_gets_another_chance_after_a_while(
+    practice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.deribit.connection.client.SECOND_CHANCE", 0.1)
+    async with connected(practice, f"drop_subscribe:{QUOTE}@2", channels=[QUOTE, BOOK]) as (client, ear):
+        await wait_for(lambda: QUOTE in client.reconciler.subscriptions.confirmed, "the channel")
+        assert (list(ear.refused), client.reconnects) == ([QUOTE], 0)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@in_loop
+async def test_a_refused_unsubscribe_costs_no_connection(practice: str, times: int) -> None:
+    """Of two channels: the call fails, or each half of it too; then the exchange does not send them, as it says."""
+    faults = f"error:public/unsubscribe=13019@{times}"
+    async with connected(practice, faults, channels=[QUOTE, TICKER, BOOK]) as (client, ear):
+        assert await client.unsubscribe([QUOTE, TICKER]) == {QUOTE: True, TICKER: True}
+        assert client.reconciler.subscriptions.confirmed == {BOOK}
+        assert client.last_error["code"] == 13019
+        await ear.wait_frames([BOOK])
+        assert client.reconnects == 0
+
+
+@pytest.mark.parametrize("method", ["public/subscribe", "public/ticker"])
+@in_loop
+async def test_the_pool_that_was_overdrawn_is_used_less(practice: str, method: str) -> None:
+    async with connected(practice, f"error:{method}=10028@1") as (client, _):
+        pools = {"public/subscribe": client.reconciler.credits, "public/ticker": client.session.credits}
+        with pytest.raises(ExchangeError, match="10028"):
+            await client.send(method, {"instrument_name": "BTC-PERPETUAL", "channels": [QUOTE]})
+        assert [name for name, pool in pools.items() if isinstance(pool, Credits) and pool.burst < pool.whole] == [
+            method
+        ]
 
 
 # -- at run time ------------------------------------------------------------------------------------------------------
@@ -417,7 +452,7 @@ async def test_an_overdrawn_pool_ends_well_all_the_same(large: tuple[str, list[s
 async def test_calls_of_a_life_that_failed_are_not_sent_in_the_next(large: tuple[str, list[str]]) -> None:
     """The bootstrap fails while calls wait for credits: they end with it."""
     url, names = large
-    faults = "error:public/get_time=11094,first:1"
+    faults = "error:public/set_heartbeat=11094,first:1"
     async with connected(url, faults, live=False, channels=names, retry_delay=30) as (_, ear):
         await wait_for(lambda: ear.find("backoff"), "the loss")
         ours = {"connect", "run", "wait", "_until_closing", "sleep", "run_test"}

@@ -17,6 +17,7 @@ from typing import Any
 
 from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
 from workers.deribit.connection.bootstrap import Login
+from workers.deribit.connection.credits import Pool
 from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.reconcile import Reconciler
 from workers.deribit.connection.session import Session
@@ -24,11 +25,11 @@ from workers.deribit.connection.socket import Socket
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import (
-    BACK_OFF_PAUSE,
+    PAUSES,
+    TOO_MANY_REQUESTS,
     ExchangeError,
     Lost,
     NotConnected,
-    Reaction,
     Refused,
     find_reaction,
 )
@@ -42,6 +43,9 @@ LASTED = 10.0
 
 UPKEEP = 0.25
 """Seconds between looks at silence, tokens and subscriptions."""
+
+SECOND_CHANCE = 600.0
+"""Seconds after which all that was refused is asked for again: what was wrong at the exchange may be well by then."""
 
 
 class Client:
@@ -88,7 +92,8 @@ class Client:
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
         self.session = Session(self.send, login, heartbeat_interval, cancel_on_disconnect)
-        self.reconciler = Reconciler(self.send, self.listener.confirm_channels, self.listener.refuse_channels)
+        told = self.listener
+        self.reconciler = Reconciler(self.send, self.session, told.confirm_channels, told.refuse_channels)
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
         self.requests = Requests()
@@ -124,7 +129,7 @@ class Client:
         if socket is None or self.machine.state not in ("bootstrapping", "live"):
             self._raise_failure()
             raise NotConnected(f"the connection is {self.machine.state}")
-        number, answer = self.requests.open()
+        number, answer = self.requests.open(method)
         try:
             async with asyncio.timeout(timeout or self.timeout):
                 await socket.send(encode_request(number, method, params or {}))
@@ -166,7 +171,7 @@ class Client:
             "url": self.url,
             "attempts": self.attempts,
             "reconnects": self.reconnects,
-            "authenticated": self.session.authenticated,
+            "authenticated": self.session.logged_in,
             "channels": {
                 "asked": list(subscriptions.asked),
                 "confirmed": sorted(subscriptions.confirmed),
@@ -284,13 +289,11 @@ class Client:
 
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile
-        await do_together(self.session.take_round(1), reconcile(self.session.awaits_login))
-        if self.session.authenticated:
-            self.reconciler.note_login()
+        await do_together(self.session.take_round(1), reconcile())
         await do_together(self.session.take_round(2), reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
-        live_since = heard = time.monotonic()
+        live_since = chance_since = heard = time.monotonic()
         frames = self.frames
         while True:
             await asyncio.sleep(UPKEEP)
@@ -301,6 +304,9 @@ class Client:
                 frames, heard = self.frames, now
             if now - heard > 1.5 * self.heartbeat_interval:
                 await self._prove_life(heard)
+            if now - chance_since > SECOND_CHANCE:
+                chance_since = now
+                self.reconciler.subscriptions.give_another_chance()
             await self.session.keep_up(now)
             await reconcile()
 
@@ -356,10 +362,10 @@ class Client:
         return isinstance(found, Data)
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
-        if reply.error is not None and find_reaction(reply.error.code) is Reaction.BACK_OFF:
-            # Told here, where no cut that follows can come before it.
-            self._pause = BACK_OFF_PAUSE
-            self.reconciler.credits.shrink(time.monotonic())
+        if reply.error is not None:  # heeded here, where no cut that follows can come before it
+            self._pause = PAUSES.get(find_reaction(reply.error.code), self._pause)
+            if reply.error.code == TOO_MANY_REQUESTS:
+                self._find_pool(self.requests.methods.get(reply.number, "")).shrink(time.monotonic())
         if self.requests.take_reply(reply):
             return
         if reply.error is not None:
@@ -367,6 +373,10 @@ class Client:
             self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
         else:
             self._take_bad(frame, "an answer to no request of ours")
+
+    def _find_pool(self, method: str) -> Pool:
+        """The credits that a request of ours draws on."""
+        return self.reconciler.credits if method.endswith("/subscribe") else self.session.credits
 
     def _take_bad(self, frame: bytes, reason: str) -> None:
         self.malformed += 1

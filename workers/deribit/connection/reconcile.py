@@ -8,7 +8,7 @@ from typing import Any
 from collector.channels import has_expired
 from collector.limits import SUBSCRIBE_COST, Credits
 from workers.deribit.connection.credits import Pool, pay
-from workers.deribit.connection.session import Send
+from workers.deribit.connection.session import Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
@@ -25,11 +25,15 @@ class Reconciler:
     """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`."""
 
     def __init__(
-        self, send: Send, confirm: Callable[[list[str]], None], refuse: Callable[[list[str], str], None]
+        self,
+        send: Send,
+        session: Session,
+        confirm: Callable[[list[str]], None],
+        refuse: Callable[[list[str], str], None],
     ) -> None:
         self.subscriptions = Subscriptions()
-        self.logged_in_at = 0.0  # monotonic; 0: this connection has not
         self._send = send
+        self._session = session
         self._confirm = confirm
         self._refuse = refuse
         self.credits: Pool = Credits(since=time.monotonic())
@@ -37,18 +41,8 @@ class Reconciler:
         self._answered = asyncio.Event()
         self._lives = 0
 
-    @property
-    def logged_in(self) -> bool:
-        """Whether this connection has logged in."""
-        return self.logged_in_at != 0.0
-
-    def note_login(self) -> None:
-        """This connection has logged in."""
-        self.logged_in_at = time.monotonic()
-
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
-        self.logged_in_at = 0.0
         self._lives += 1
         self.subscriptions.forget()
         self._wake()
@@ -68,9 +62,10 @@ class Reconciler:
                 raise Lost("the connection ended before the answer came")
             await self.reconcile()
 
-    async def reconcile(self, awaits_login: bool = False) -> None:
-        """Ask until nothing is missing but what was refused. Raises Lost."""
-        while calls := self.subscriptions.plan_calls(self.logged_in, awaits_login):
+    async def reconcile(self) -> None:
+        """Ask until nothing is missing but what was refused, or waits for the login. Raises Lost."""
+        session = self._session
+        while calls := self.subscriptions.plan_calls(session.logged_in, session.awaits_login):
             await do_together(*(self._place(call) for call in calls))
 
     async def leave(self, channel: str) -> None:
@@ -91,7 +86,7 @@ class Reconciler:
 
     async def _place(self, call: Call) -> None:
         try:
-            if not call.method.endswith("unsubscribe"):
+            if not call.leaves:
                 await self._wait_for_credits()
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
@@ -123,26 +118,33 @@ class Reconciler:
     async def _take_error(self, call: Call, error: ExchangeError) -> None:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
         reaction = find_reaction(error.code)
-        leaves = call.method.endswith("unsubscribe")
-        if reaction is Reaction.RETRY and leaves:
-            return await asyncio.sleep(RETRY_PAUSE)
-        if reaction is Reaction.BACK_OFF or leaves:
-            raise Lost(f"{call.method}: {error}")
-        if reaction is Reaction.RETRY:
-            await asyncio.sleep(RETRY_PAUSE)
-            return self._count_refusal(list(call.channels), error, RETRIES)
-        asked = self.subscriptions.asked
-        needing_login = [n for n in call.channels if n in asked and asked[n].needs_login]
         wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
-        if wants_login and self.logged_in and time.monotonic() - self.logged_in_at > LOGIN_IS_NEW:
+        if reaction is Reaction.RETRY or (wants_login and self._session.awaits_login):
+            await asyncio.sleep(RETRY_PAUSE)
+            return None if call.leaves else self._count_refusal(list(call.channels), error, RETRIES)
+        if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
+            raise Lost(f"{call.method}: {error}")
+        if wants_login and self._session.logged_in and (call.leaves or self._is_login_old()):
             raise Lost(f"the login is not known any more: {call.method}: {error}")
-        if reaction is Reaction.LOG_IN and needing_login and not self.logged_in:
+        asked = self.subscriptions.asked
+        needing_login = [n for n in call.channels if n in asked and asked[n].needs_login and not call.leaves]
+        if reaction is Reaction.LOG_IN and needing_login and not self._session.logged_in:
             return self._count_refusal(needing_login, error)
         if len(call.channels) == 1:
-            return self._count_refusal(list(call.channels), error)
+            return self._take_last_error(call, error)
         middle = len(call.channels) // 2
         for half in (call.channels[:middle], call.channels[middle:]):
             await self._place(Call(call.method, half))
+
+    def _is_login_old(self) -> bool:
+        return time.monotonic() - self._session.logged_in_at > LOGIN_IS_NEW
+
+    def _take_last_error(self, call: Call, error: ExchangeError) -> None:
+        """One channel alone was refused; one that we wanted to leave is not sent any more, says the exchange."""
+        if call.leaves:
+            self.subscriptions.take_answer(call, [])
+        else:
+            self._count_refusal(list(call.channels), error)
 
     def _count_refusal(self, names: list[str], error: ExchangeError, tries: int = 1) -> None:
         self._give_up(self.subscriptions.refuse(names, str(error), tries), str(error))

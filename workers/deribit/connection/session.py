@@ -25,7 +25,7 @@ INVALID_CREDENTIALS = 13004
 """Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""
 
 DISPENSABLE = frozenset({"public/hello", "public/get_time"})
-"""What data come without: an exchange that does not know the method one day shall not keep us from them."""
+"""What data come without: whatever is answered to these, or not, costs no connection."""
 
 REFRESH_AT = 0.8
 """Part of a token's life after which it is renewed."""
@@ -48,18 +48,23 @@ class Session:
         self._refresh_token = ""
         self._refresh_at = NEVER
         self._sync_at = NEVER
-        self.authenticated = False
+        self.logged_in_at = 0.0  # monotonic; 0: this connection has not
         self.clock_offset = 0
         self.clock_error = 0
 
     @property
+    def logged_in(self) -> bool:
+        """Whether this connection has logged in."""
+        return self.logged_in_at != 0.0
+
+    @property
     def awaits_login(self) -> bool:
         """Whether a login is still to come."""
-        return self._login is not None and not self.authenticated
+        return self._login is not None and not self.logged_in
 
     def end(self) -> None:
         """The connection is gone, and the login with it."""
-        self.authenticated = False
+        self.logged_in_at = 0.0
         self._refresh_at = self._sync_at = NEVER
 
     async def take_round(self, number: int) -> None:
@@ -90,7 +95,9 @@ class Session:
             else:
                 await self._send(method, params)
         except TimeoutError:
-            raise Lost(f"{method} was not answered in time") from None
+            if method not in DISPENSABLE:
+                raise Lost(f"{method} was not answered in time") from None
+            log.warning("%s was not answered in time; goes on without it", method)
         except ExchangeError as error:
             self._react(method, error)
 
@@ -100,7 +107,7 @@ class Session:
             raise Refused(f"{method}: {error}", Exit.CREDENTIALS)
         if reaction is Reaction.BANNED:
             raise Refused(f"{method}: {error}", Exit.BANNED)
-        if reaction is Reaction.FAULT and method in DISPENSABLE:
+        if method in DISPENSABLE:
             log.warning("%s: %s; goes on without it", method, error)
             return
         raise Lost(f"{method}: {error}")
@@ -119,7 +126,7 @@ class Session:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
         except (TypeError, KeyError, ValueError):
             raise Lost("public/auth: there are no tokens in the answer") from None
-        self.authenticated = True
+        self.logged_in_at = time.monotonic()
         self._refresh_at = time.monotonic() + life * REFRESH_AT
 
     async def _sync_time(self) -> None:

@@ -34,6 +34,11 @@ class Call(NamedTuple):
     method: str
     channels: tuple[str, ...]
 
+    @property
+    def leaves(self) -> bool:
+        """Whether it unsubscribes."""
+        return self.method.endswith("unsubscribe")
+
 
 class Subscriptions:
     """The channels of one connection. `refused` holds the reason for each that the exchange would not give."""
@@ -79,13 +84,13 @@ class Subscriptions:
         self.refused.pop(name, None)
         self._tries.pop(name, None)
 
-    def plan_calls(self, logged_in: bool, waiting_for_login: bool = False) -> list[Call]:
+    def plan_calls(self, logged_in: bool, awaits_login: bool = False) -> list[Call]:
         """The calls that are needed now; their channels count as on their way until `take_answer` or `abandon`.
 
-        `waiting_for_login` leaves those out that need a login which is still to come.
+        With `awaits_login` those are left out that need a login which is still to come.
         """
         wanted = [c for name, c in self.asked.items() if self._is_missing(name)]
-        if waiting_for_login:
+        if awaits_login:
             wanted = [c for c in wanted if not c.needs_login]
         public = [c.name for c in wanted if not (c.is_private and logged_in)]
         private = [c.name for c in wanted if c.is_private and logged_in]
@@ -112,7 +117,7 @@ class Subscriptions:
         """Take the answer to a call. Returns (newly confirmed, newly refused)."""
         self._in_flight.difference_update(call.channels)
         present = set(answered)
-        if call.method.endswith("unsubscribe"):
+        if call.leaves:
             self.confirmed.difference_update(call.channels)
             self._dropped.difference_update(call.channels)
             return [], []
@@ -133,6 +138,11 @@ class Subscriptions:
                 self.refused[name] = reason
                 given_up.append(name)
         return given_up
+
+    def give_another_chance(self) -> None:
+        """Ask again for all that was refused, but for what has expired."""
+        for name in [name for name, reason in self.refused.items() if reason != EXPIRED]:
+            self._give_another_chance(name)
 
     def abandon(self, call: Call) -> None:
         """A call came to nothing: its channels are missing again."""

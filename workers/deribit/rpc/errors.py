@@ -34,51 +34,40 @@ class ExchangeError(Exception):
         super().__init__(f"{self.code} {raw.get('message', '')}{detail}")
 
 
-BACK_OFF_PAUSE = 3.0
-"""Seconds in which a used-up pool of credits refills (deribit.com: rate limits)."""
-
-
 class Reaction(Enum):
     """What an error code asks of us."""
 
     RETRY = "retry"  # the same request again, soon
     REFRESH = "refresh"  # log in again once, then stop
     BACK_OFF = "back off"  # expect the connection to end; come back later
+    LOCK_OUT = "lock out"  # too many logins: each further one may prolong it; come back much later
     LOG_IN = "log in"  # needs credentials: without them this can not be had
     REFUSED = "refused"  # the credentials are no good: never loop
     BANNED = "banned"  # this host or account is shut out: never loop
-    DROP = "drop"  # this one channel or instrument is not to be had
-    SPLIT = "split"  # the request was too large
     FAULT = "fault"  # our request was wrong: report it, go on
 
 
 REACTIONS: dict[int, Reaction] = {
     10000: Reaction.REFRESH,
     10001: Reaction.RETRY,
-    10012: Reaction.DROP,
-    10020: Reaction.DROP,
     10028: Reaction.BACK_OFF,
     10040: Reaction.RETRY,
     10041: Reaction.RETRY,
     10047: Reaction.BACK_OFF,
     10066: Reaction.BACK_OFF,
     11042: Reaction.REFUSED,
-    11045: Reaction.DROP,
     11051: Reaction.BACK_OFF,
-    11052: Reaction.RETRY,
     11056: Reaction.LOG_IN,
     11094: Reaction.RETRY,
     11098: Reaction.BANNED,
-    12003: Reaction.BACK_OFF,
+    12003: Reaction.LOCK_OUT,
     12005: Reaction.BANNED,
-    12998: Reaction.BACK_OFF,
+    12998: Reaction.LOCK_OUT,
     13004: Reaction.REFUSED,
     13007: Reaction.REFUSED,
     13008: Reaction.RETRY,
     13009: Reaction.REFRESH,
     13012: Reaction.REFUSED,
-    13019: Reaction.DROP,
-    13020: Reaction.DROP,
     13021: Reaction.REFUSED,
     13025: Reaction.BACK_OFF,
     13028: Reaction.BACK_OFF,
@@ -87,9 +76,16 @@ REACTIONS: dict[int, Reaction] = {
     13668: Reaction.REFUSED,
     13778: Reaction.LOG_IN,
     13888: Reaction.RETRY,
-    -32600: Reaction.SPLIT,
 }
 """Error code to reaction; a code that is not here is a FAULT. Source: Deribit's table of RPC errors (2026)."""
+
+TOO_MANY_REQUESTS = 10028
+"""A pool of credits is used up."""
+
+
+PAUSES = {Reaction.BACK_OFF: 3.0, Reaction.LOCK_OUT: 60.0}
+"""Seconds before another connection: in 3 a used-up pool of credits refills (deribit.com: rate limits); for how long
+too many logins lock a key out is not published."""
 
 
 def find_reaction(code: int) -> Reaction:
