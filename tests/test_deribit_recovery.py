@@ -31,6 +31,7 @@ from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
+from workers.deribit.rpc.errors import ExchangeError
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -457,6 +458,23 @@ async def test_trades_out_of_order_are_all_said(practice: str) -> None:
         await hear_more(run, [TRADED], 5)
         seqs = [body["trade_seq"] for body in run.hearer.find(TRADED, type="trade")]
         assert len(seqs) == len(set(seqs))
+
+
+@in_loop
+async def test_trades_of_all_kinds_are_healed_though_those_of_spot_are_not_served(practice: str) -> None:
+    """Nothing stays in doubt: an instrument that is first traded later on has lost none."""
+    channel = "trades.any.any.100ms"
+    async with collecting(practice, "routed_spot", channel) as run:
+        feed = run.worker.feeds[channel.encode()]
+        assert isinstance(feed, TradeFeed)
+        await wait_for(lambda: feed.losses.lost_from is None and feed.streams, "trades")
+        run.worker.client.cut("for a loss")
+        await wait_for(lambda: feed.losses.lost_from is not None, "the loss")
+        await wait_for(lambda: feed.losses.lost_from is None, "the healing", 60)
+        assert feed.losses.unsure_from is None
+        with pytest.raises(ExchangeError, match="11060"):
+            await run.worker.client.send("public/get_last_trades_by_currency", {"currency": "BTC"})
+        check_stream(run.hearer.messages)
 
 
 def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path: Path) -> None:

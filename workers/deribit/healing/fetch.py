@@ -34,7 +34,9 @@ PAUSES = (0.0, 0.5, 1.0, 2.0)
 """Seconds before each try to get what is still missing: the exchange's history may be a little behind its stream."""
 
 CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR")
-"""What `any` stands for in requests for trades."""
+KINDS = ("future", "option", "spot", "future_combo", "option_combo")
+"""What `any` stands for in requests for trades. Of all kinds at once Deribit gives none where a pair of the currency is
+matched at Coinbase (docs.deribit.com: spot trading venues, 2026)."""
 
 
 class Ask(NamedTuple):
@@ -117,9 +119,9 @@ def _fetch_since(feed: TradeFeed, since: int, now: int, offset: int) -> Fetch:
     if channel.instrument:
         subjects = [{"instrument_name": channel.instrument}]
     else:
-        kind = {} if channel.kind == "any" else {"kind": channel.kind}
+        kinds = KINDS if channel.kind == "any" else (channel.kind,)
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
-        subjects = [{"currency": currency} | kind for currency in currencies]
+        subjects = [{"currency": currency, "kind": kind} for currency in currencies for kind in kinds]
     kept, answered = end - SLACK_MS - KEPT_MS, True
     # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
     for begin, pause in ((max(start, kept), 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):

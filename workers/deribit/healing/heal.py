@@ -23,7 +23,7 @@ from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
 from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import SURE
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.rpc.errors import NOT_SERVED, ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
 
@@ -120,6 +120,8 @@ class Healer:
         try:
             page = read_page(await self._send_patiently(ask))
         except (ExchangeError, ValueError) as error:
+            if isinstance(error, ExchangeError) and error.code == NOT_SERVED:
+                return Page([], False)
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None
         if not feed.is_ended:

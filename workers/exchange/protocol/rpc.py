@@ -20,6 +20,7 @@ MESSAGES = {
     10066: "too_many_concurrent_requests", 11029: "invalid_arguments", 11042: "permission_denied",
     11044: "not_open_order", 11045: "invalid_event", 11050: "bad_request", 11051: "system_maintenance",
     11052: "subscribe_error_unsubscribed", 11056: "unauthenticated_public_requests_temporarily_disabled",
+    11060: "not_supported_for_coinbase_routed_spot",
     11094: "internal_server_error", 11098: "account_locked", 12003: "login_over_limit", 12005: "country_is_banned",
     12998: "security_key_authorization_over_limit", 13004: "invalid_credentials", 13007: "user_not_found",
     13008: "request_failed", 13009: "unauthorized", 13019: "orderbook_closed", 13020: "not_found", 13021: "forbidden",

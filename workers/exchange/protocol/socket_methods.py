@@ -248,12 +248,19 @@ LOGIN_METHODS: dict[str, Callable[[Context], Reply]] = {
 """Methods of logins and the account; over HTTP too."""
 
 
+def _has_spot_trades(method: str, params: dict[str, Any]) -> bool:
+    """Whether a request asks for trades of spot pairs among others: those that are matched elsewhere have none here."""
+    return method.startswith("public/get_last_trades_by_currency") and params.get("kind", "any") in ("any", "spot")
+
+
 def carry_out(method: str, call: Context) -> Reply:
     """Carry out any method, having checked the login that it needs. Raises RpcError."""
     if method.startswith("private/"):
         _check_login(call)
     elif "login_only" in call.faults and method != "public/auth" and not call.session.is_logged_in(call.now):
         raise RpcError(11056)
+    elif "routed_spot" in call.faults and _has_spot_trades(method, call.params):
+        raise RpcError(11060)
     act = SOCKET_METHODS.get(method) or LOGIN_METHODS.get(method)
     if act is not None:
         return act(call)
