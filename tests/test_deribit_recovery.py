@@ -461,6 +461,21 @@ async def test_trades_out_of_order_are_all_said(practice: str) -> None:
 
 
 @in_loop
+async def test_healing_goes_on_on_a_connection_that_asks_for_the_channel_no_more(practice: str) -> None:
+    """Its instrument has expired, and the connection is lost while its last trades are fetched."""
+    faults = "lost_trades:4@1,no_reply:public/get_last_trades_by_instrument,first:1"
+    async with collecting(practice, faults, TRADES) as run:
+        (gap,) = await run.hearer.hear_of(TRADED, type="gap")
+        client = run.worker.client
+        await wait_for(lambda: "public/get_last_trades_by_instrument" in client.requests.methods.values(), "healing")
+        client.reconciler.expire([TRADES])
+        client.cut("for a loss")
+        (repair,) = await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])
+        assert (repair["missing"], client.reconnects) == ([], 1)
+        assert client.get_state()["channels"]["confirmed"] == []
+
+
+@in_loop
 async def test_trades_of_all_kinds_are_healed_though_those_of_spot_are_not_served(practice: str) -> None:
     """Nothing stays in doubt: an instrument that is first traded later on has lost none."""
     channel = "trades.any.any.100ms"

@@ -190,6 +190,35 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
         assert (feed.losses.confirmed_at, feed.losses.lost_from) == (0, None)
 
 
+@pytest.mark.parametrize("is_healed", [False, True])
+def test_a_loss_is_said_also_where_no_trade_follows_it(is_healed: bool) -> None:
+    """The channel is given up before what was lost could be fetched; if it was, there is nothing to say."""
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    topic = "deribit.trade.BTC-PERPETUAL."
+    with (
+        short_directory() as directory,
+        living(directory, TRADES, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        feed.losses.confirm(50)
+        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 100)
+        feed.lose("disconnect", 200)
+        if is_healed:
+            feed.losses.end()
+        ask(worker, "unsubscribe", TRADES)
+        subscriber.wait_for(topic, state="closed")
+        *_, before_last, last = said = subscriber.find(topic)
+        assert last["type"] == "status"
+        assert [body["type"] for body in said if body["type"] != "status"] == ["trade", *([] if is_healed else ["gap"])]
+        if not is_healed:
+            gap = before_last
+            assert (gap["reason"], gap["from_ts"], gap["missing_from"]) == ("disconnect", 100, 6)
+            assert ("missing_to" in gap, gap["healing"]) == (False, False)
+
+
 def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency(tmp_path: Path) -> None:
     """Of BTC_USDC-PERPETUAL trades come with those of USDC alone: given up with those of BTC it would fall silent."""
     linear, inverse = "trades.future.USDC.100ms", "trades.future.BTC.100ms"

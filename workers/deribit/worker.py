@@ -312,6 +312,7 @@ class Worker(Listener):
                 self._lose_all()
             elif state == "live":
                 self.patrol.begin()
+                self.healer.resume()
             elif state == "closed":
                 for feed in self.feeds.values():
                     if feed.condition[0] != "expired":

@@ -44,6 +44,7 @@ class Healer:
         self._room = asyncio.Semaphore(AT_ONCE)
         self._calling: set[TradeFeed] = set()
         self._healing: set[TradeFeed] = set()
+        self._interrupted: set[TradeFeed] = set()
         self._is_closed = False
         self.repaired = 0
         self.missing = 0
@@ -54,6 +55,12 @@ class Healer:
             self._calling.add(feed)
             if feed not in self._healing:
                 self._turns.put_nowait(feed)
+
+    def resume(self) -> None:
+        """The connection is live: go on with what its loss has interrupted, also where no channel is confirmed anew."""
+        interrupted, self._interrupted = self._interrupted, set()
+        for feed in interrupted:
+            self.heal(feed)
 
     async def run(self) -> None:
         """Heal whatever is asked for, until cancelled: a feed that must be patient holds up none but itself."""
@@ -89,12 +96,18 @@ class Healer:
             log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
             if self._client.is_live:
                 self.heal(feed)
+            else:
+                self._interrupted.add(feed)
 
     def end(self, feed: TradeFeed) -> None:
-        """Nobody asks for this channel any more: what came is all that comes."""
+        """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
+        is_unfinished = feed.losses.lost_from is not None or feed in self._calling | self._healing | self._interrupted
+        self._interrupted.discard(feed)
         feed.is_ended = True
         feed.losses.end()
         for tape in feed.tapes.values():
+            if is_unfinished and (gap := tape.take_last(self._client.read_clock())) is not None:
+                self._publisher.say(tape.stream, gap)
             if tape.holes:
                 self._say_repairs(feed, Healed(tape, tape.holes))
 

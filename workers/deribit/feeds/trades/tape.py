@@ -99,12 +99,23 @@ class Tape:
 
     def publish_due(self, now: int, published: Published) -> None:
         """At once, not when the frame is published: its next trade may show another hole, which has its own gap."""
+        if (gap := self._take_due(now)) is not None:
+            published.append((self.stream, gap))
+
+    def take_last(self, now: int) -> Gap | None:
+        """The gap that is due, if there is one, though no trade follows: what it lacks is healed only so far."""
+        gap = self._take_due(now)
+        if gap is not None:
+            gap.healing = any(hole.gap is gap for hole in self.holes)
+        return gap
+
+    def _take_due(self, now: int) -> Gap | None:
         stream = self.stream
         gap, stream.due, stream.lost = stream.due, None, False
         if gap is not None:
             gap.to_ts = gap.receive_ts = now
             stream.gap = gap
-            published.append((stream, gap))
+        return gap
 
     def describe_gap(self, now: int) -> Gap:
         """A gap that is said at once, beside the one that may be due."""
