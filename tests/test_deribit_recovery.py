@@ -32,6 +32,8 @@ from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.rpc.errors import ExchangeError
+from workers.deribit.watching.patrol import AT_ONCE
+from workers.deribit.watching.watch import SECOND
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -227,6 +229,19 @@ async def test_deltas_that_wait_for_a_snapshot_are_dropped_and_counted(practice:
     async with collecting(practice, "gap:5@1,delay:300", BOOK) as run:
         await run.hearer.hear_of(BOOKS, type="book", reason="resync")
         assert (await run.get_state())["dropped"] > 0
+        check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_a_book_that_breaks_again_and_again_does_not_cost_the_others_their_connection(practice: str) -> None:
+    async with collecting(practice, "gap:2", BOOK, QUOTE) as run:
+        feed = run.worker.feeds[BOOK.encode()]
+        await wait_for(lambda: feed.waits > AT_ONCE, "a sick book", 60)
+        resyncs = run.worker.patrol.resyncs
+        await hear_more(run, ["deribit.quote.BTC-PERPETUAL.raw"], 30)
+        assert (run.worker.patrol.resyncs, run.worker.client.reconnects) == (resyncs, 0)
+        assert resyncs == AT_ONCE + 1
+        assert run.hearer.find(BOOKS, type="status")[-1]["state"] == "recovering"
         check_stream(run.hearer.messages)
 
 
@@ -563,6 +578,17 @@ def make_option_trade(name: str, seq: int) -> TradeData:
         instrument_name=name, trade_seq=seq, trade_id=str(seq), price=1.5, amount=1.0, direction="buy",
         timestamp=START // MS + 1500 + seq,
     )  # fmt: skip
+
+
+def test_our_clock_may_be_set_back_while_the_connection_is_lost(tmp_path: Path) -> None:
+    """It was an hour ahead: a loss by that clock was an hour earlier by the exchange's."""
+    hour = 3_600_000_000_000
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START)
+    first = next(heal_feed(feed, START - hour + SECOND, 0, -hour))
+    assert isinstance(first, Ask)
+    assert START - hour - 10 * SECOND < first.params["start_timestamp"] * MS < START - hour
 
 
 @pytest.mark.parametrize("channel", ["trades.option.BTC.raw", "trades.BTC-27MAR27-90000-C.raw"])

@@ -8,7 +8,6 @@ from workers.deribit.watching.watch import (
     SECOND,
     LagWatch,
     Pace,
-    ResyncBudget,
     Rhythm,
 )
 
@@ -88,13 +87,15 @@ def test_lag_that_is_great_but_does_not_rise_is_no_reason_to_leave() -> None:
     assert slow == [False] * 31 + [True] * 9  # a slow rise is one as well
 
 
-def test_the_budget_of_resyncs_runs_out_and_comes_back() -> None:
-    budget = ResyncBudget()
-    assert [budget.take(SECOND) for _ in range(21)] == [True] * 20 + [False]
-    assert budget.take(4 * SECOND + SECOND // 1000)
-    assert not budget.take(4 * SECOND + SECOND // 1000)
-    budget.restore()
-    assert budget.take(4 * SECOND + SECOND // 1000)
+def test_a_silence_that_led_to_nothing_is_out_of_the_rhythm_no_more() -> None:
+    rhythm, last = Rhythm(), 0
+    for last in range(SECOND, 31 * SECOND, SECOND):
+        rhythm.look(last)
+    assert rhythm.is_broken(last + 25 * SECOND)
+    rhythm.admit(last + 25 * SECOND)
+    rhythm.restart(last + 26 * SECOND)
+    assert not rhythm.is_broken(last + (26 + 74) * SECOND)
+    assert rhythm.is_broken(last + (26 + 76) * SECOND)
 
 
 def test_reading_rests_only_when_frames_come_fast_and_one_by_one() -> None:

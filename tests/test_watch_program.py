@@ -131,6 +131,7 @@ QUOTES, BOOKS, TRADES = (
 UNANSWERED = "mute:quote.ETH-PERPETUAL@26,no_reply:public/status"
 SHUT = "mute:quote.SOL_USDC-PERPETUAL@26,error:public/status=11051"
 SILENT = "mute:*@26,first:1"
+CLOSED = "mute:*@26,error:public/status=11051"
 
 
 def find_option(url: str) -> str:
@@ -149,6 +150,7 @@ def test_silence_is_told_of_the_channel_that_broke_its_rhythm_and_once_it_is_pro
             "muted": describe_connection(url, muted, SPOT, FLOW, DEALS, quiet, timeout=2.0),
             "unanswered": describe_connection(url, UNANSWERED, *name_channels("ETH-PERPETUAL"), timeout=2.0),
             "shut": describe_connection(url, SHUT, *name_channels("SOL_USDC-PERPETUAL")),
+            "closed": describe_connection(url, CLOSED, *name_channels("BTC_USDC-PERPETUAL")),
             "silent": describe_connection(url, SILENT, *name_channels("XRP_USDC-PERPETUAL")),
         }
         with watched(connections, oracle) as seen:
@@ -156,6 +158,7 @@ def test_silence_is_told_of_the_channel_that_broke_its_rhythm_and_once_it_is_pro
             check_unproven(seen, "no_reply", UNANSWERED, *name_topics("ETH-PERPETUAL"))
             check_unproven(seen, "error", SHUT, *name_topics("SOL_USDC-PERPETUAL"))
             check_silent(seen, *name_topics("XRP_USDC-PERPETUAL"))
+            check_closed(seen, *name_topics("BTC_USDC-PERPETUAL"))
             check_speaking_again(seen)
 
 
@@ -185,6 +188,13 @@ def check_unproven(seen: Watched, fault: str, faults: str, quote: str, book: str
     seen.wait(lambda: len(seen.find_requests(fault, faults)) > 1, "questions to the exchange")
     seen.hear_more(book)
     assert seen.list_conditions(quote) == [LIVE]
+
+
+def check_closed(seen: Watched, *topics: str) -> None:
+    """Where nothing at all comes of an exchange that is not open, no new connection is called for."""
+    seen.wait(lambda: len(seen.find_requests("error", CLOSED)) > 2, "questions to the exchange")
+    assert [seen.list_conditions(topic) for topic in topics] == [[LIVE]] * len(topics)
+    assert seen.run.get_state("closed")["reconnects"] == 0
 
 
 def check_silent(seen: Watched, *topics: str) -> None:

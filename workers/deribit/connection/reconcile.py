@@ -151,7 +151,7 @@ class Reconciler:
 
     def _give_up(self, names: list[str], reason: str) -> None:
         """Tell of refusals; that of an instrument whose day has passed is its end."""
-        now = time.time_ns()
+        now = self._session.read_exchange_clock()
         expired = [name for name in names if has_expired(self.subscriptions.asked[name].instrument, now)]
         self.expire(expired)
         if others := [name for name in names if name not in expired]:

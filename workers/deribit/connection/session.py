@@ -36,7 +36,8 @@ NEVER = float("inf")
 class Session:
     """The settings of the bootstrap, and what came of it on the connection that is up now.
 
-    `clock_offset` is the exchange's clock less ours and `clock_error` how far off that may be, in ns.
+    `clock_offset` is the exchange's clock less ours and `clock_error` how far off that may be, in ns; `earlier_offset`
+    is what it was on the connection before (our clock may have been set since), None if there was none.
     """
 
     def __init__(self, send: Send, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool) -> None:
@@ -51,6 +52,7 @@ class Session:
         self.logged_in_at = 0.0  # monotonic; 0: this connection has not
         self.clock_offset = 0
         self.clock_error = 0
+        self.earlier_offset: int | None = None
 
     @property
     def logged_in(self) -> bool:
@@ -64,8 +66,13 @@ class Session:
 
     def end(self) -> None:
         """The connection is gone, and the login with it."""
+        self.earlier_offset = self.clock_offset
         self.logged_in_at = 0.0
         self._refresh_at = self._sync_at = NEVER
+
+    def read_exchange_clock(self) -> int:
+        """The exchange's time now, in ns since 1970, as far as it is known."""
+        return time.time_ns() + self.clock_offset
 
     async def take_round(self, number: int) -> None:
         """Send the requests of one round of the bootstrap together. Raises Lost or Refused."""
@@ -73,7 +80,7 @@ class Session:
             self._login,
             self._heartbeat_interval,
             self._cancel_on_disconnect,
-            (time.time_ns() + self.clock_offset) // 1_000_000,
+            self.read_exchange_clock() // 1_000_000,
             secrets.token_hex(8),
         )
         await do_together(*(self._take_step(method, params) for method, params in plan_round(number, moment)))

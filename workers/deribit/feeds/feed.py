@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from math import inf
 
 from collector.channels import Channel, share_topic
 from workers.deribit.publishing.streams import Published, Stream, Topics
@@ -13,9 +14,10 @@ class Feed(ABC):
 
     `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
     `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
-    `duplicates` count oddities. `last_ts` is when data came last, `waiting_since` when a snapshot was asked for (ns),
-    `waits` how often in vain; `doubted_at` is
-    `last_ts` when its silence was last told. `is_ended` is set when nobody asks for the channel any more.
+    `duplicates` count oddities. `last_ts` is when data came last (ns), `doubted_at` what it was when its silence was
+    last told. `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `waits` how often
+    that came to nothing, `asked_at` when it was asked for anew last. `is_ended` is set when nobody asks for the channel
+    any more.
     """
 
     is_complete = True
@@ -33,7 +35,8 @@ class Feed(ABC):
         self.condition = ("recovering", "subscribe")
         self.rhythm = Rhythm()
         self.last_ts = 0
-        self.waiting_since = 0
+        self.waiting_since = 0.0
+        self.asked_at = -inf
         self.waits = 0
         self.doubted_at = 0
         self.streams: dict[str, Stream] = {}

@@ -65,8 +65,9 @@ Healing = Generator[Ask | Healed, Page | None, None]
 Fetch = Generator[Ask | Healed, Page | None, bool]
 
 
-def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
-    """Heal one channel at `now` (ns); the exchange's clock is `offset` ns ahead of ours.
+def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None = None) -> Healing:
+    """Heal one channel at `now` (ns); the exchange's clock is `offset` ns ahead of ours, and was `earlier_offset` ahead
+    before the loss (None: as much): our clock may have been set in the meantime.
 
     A wide channel is asked by time first, so that 1,500 instruments do not cost 1,500 requests, and one that was first
     traded while we were away is found. What that did not bring is asked by trade_seq, instrument by instrument.
@@ -74,11 +75,12 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
     exchange may count anew. What comes to be missing later on is left to the next healing, unless it comes at once.
     """
     tried: set[Hole] = set()
+    theirs, shift = now + offset, offset if earlier_offset is None else min(offset, earlier_offset)
     losses, is_single = feed.losses, bool(feed.channel.instrument)
     since = losses.lost_from if is_single and all(tape.is_numbered for tape in feed.tapes.values()) else None
     if since is not None:
         losses.end()
-    tails = not (yield from _fetch_loss(feed, now, offset))
+    tails = not (yield from _fetch_loss(feed, theirs, shift))
     for pause in PAUSES:
         wait = pause
         for tape in [each for each in feed.tapes.values() if each.holes or each.find_missing(tails)]:
@@ -87,7 +89,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
                 answered = yield from _fetch_run(tape.stream, *missing, wait)
                 wait = 0.0
                 if since is not None and answered and not losses.is_checked:
-                    yield from _fetch_since(feed, since, now, offset)
+                    yield from _fetch_since(feed, since + shift, theirs)
                     since = None
             # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
             ripe = [hole for hole in tape.holes if hole.is_bounded or losses.lost_from is None]
@@ -98,14 +100,17 @@ def heal_feed(feed: TradeFeed, now: int, offset: int) -> Healing:
                 yield Healed(tape, [hole for hole in ripe if hole in tried])
 
 
-def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
-    """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered."""
+def _fetch_loss(feed: TradeFeed, now: int, shift: int) -> Fetch:
+    """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered.
+
+    `now` is the exchange's; our own times are that by `shift`.
+    """
     losses, count = feed.losses, feed.losses.count
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
-    answered = yield from _fetch_since(feed, losses.lost_from, now, offset)
+    answered = yield from _fetch_since(feed, losses.lost_from + shift, now)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
-    answered &= losses.away_from is None or losses.away_from > now - (KEPT_MS - UNNOTICED_MS) * MS
+    answered &= losses.away_from is None or losses.away_from + shift > now - (KEPT_MS - UNNOTICED_MS) * MS
     if losses.count == count:  # else the connection was lost once more in the meantime
         losses.end(is_whole=answered)  # what was refused so often will not be had later either
         if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
@@ -113,9 +118,9 @@ def _fetch_loss(feed: TradeFeed, now: int, offset: int) -> Fetch:
     return answered
 
 
-def _fetch_since(feed: TradeFeed, since: int, now: int, offset: int) -> Fetch:
+def _fetch_since(feed: TradeFeed, since: int, now: int) -> Fetch:
     channel = feed.channel
-    start, end = (since + offset) // MS - SLACK_MS, (now + offset) // MS + SLACK_MS
+    start, end = since // MS - SLACK_MS, now // MS + SLACK_MS
     if channel.instrument:
         subjects = [{"instrument_name": channel.instrument}]
     else:

@@ -79,7 +79,8 @@ class Healer:
         self._room.release()
 
     async def _heal_feed(self, feed: TradeFeed) -> None:
-        healing = heal_feed(feed, time.time_ns(), self._client.session.clock_offset)
+        session = self._client.session
+        healing = heal_feed(feed, time.time_ns(), session.clock_offset, session.earlier_offset)
         page, feed.changed = None, False
         try:
             while not feed.is_ended:

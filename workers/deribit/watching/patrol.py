@@ -8,8 +8,10 @@ from contextlib import suppress
 from itertools import count
 from random import random
 
+from collector.limits import Credits
 from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
+from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
@@ -17,12 +19,19 @@ from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.watching.spread import Spread
 from workers.deribit.watching.statuses import REPEAT, Statuses
-from workers.deribit.watching.watch import RECONNECT_ONCE_IN, SECOND, LagWatch, ResyncBudget, Rhythm
+from workers.deribit.watching.watch import RECONNECT_ONCE_IN, SECOND, LagWatch, Rhythm
 
 log = logging.getLogger("deribit")
 
-SNAPSHOT_WAIT = 5 * SECOND
-"""A book that is subscribed to and has no snapshot after this is asked for anew."""
+SNAPSHOT_WAIT = 5.0
+"""Seconds after which a book that is subscribed to and has no snapshot is asked for anew."""
+
+STEADY, AT_ONCE = 60.0, 3
+"""A book that breaks within so many seconds of its last resync is sick: so often it is asked for anew at once all the
+same, then ever later. The others on its connection must not suffer from it."""
+
+RESYNCS, REFILL = 20.0, 1 / 3
+"""Books that may be asked for anew before it is cheaper, and kinder, to reconnect; and how many more each second."""
 
 HOUR = 3600
 """Seconds between looks for topics that can be forgotten."""
@@ -54,7 +63,7 @@ class Patrol:
         self._counted = 0
         self._whole = Rhythm()
         self._late = LagWatch()
-        self._budget = ResyncBudget()
+        self._restore_budget()
         self._reconnected = 0
         self._was_lagging = False
         self._is_asking = False
@@ -115,7 +124,7 @@ class Patrol:
 
     def _end_expired(self) -> None:
         """Leave what has been silent for an hour since the day of its instrument."""
-        now = time.time_ns() - HOUR * SECOND
+        now = self._client.session.read_exchange_clock() - HOUR * SECOND
         self._client.reconciler.expire([
             feed.channel.name for feed in self._feeds.values()
             if feed.channel.instrument and feed.last_ts < now and feed.stream.has_expired(now)
@@ -142,6 +151,10 @@ class Patrol:
             if trouble != self._trouble:
                 log.error("%s", trouble)
         self._trouble = trouble
+
+    def _restore_budget(self) -> None:
+        """A new connection brings all books anew."""
+        self._budget = Credits(RESYNCS, REFILL, time.monotonic())
 
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
@@ -178,7 +191,16 @@ class Patrol:
 
     def _judge_whole(self, now: int) -> None:
         self._whole.look(self.last_ts)
-        if self._whole.is_broken(now):
+        if self._whole.is_broken(now) and not self._is_asking and now - self._reconnected > RECONNECT_ONCE_IN:
+            self._client.spawn(self._doubt_whole())
+
+    async def _doubt_whole(self) -> None:
+        """No data at all: a new connection may bring them, if the exchange is open. Where it does not, none was due."""
+        proven = await self._ask_for_life()
+        self._whole.look(self.last_ts)
+        now = time.time_ns()
+        if proven and self._whole.is_broken(now):
+            self._whole.admit(now)
             self._reconnect(now, f"no data at all for {(now - self.last_ts) / SECOND:.0f} s")
 
     def _judge_feeds(self, feeds: list[Feed], now: int) -> list[Feed]:
@@ -187,7 +209,7 @@ class Patrol:
         for feed in feeds:
             feed.rhythm.look(feed.last_ts)
             if not feed.is_complete:
-                self._judge_waiting(feed, now)
+                self._judge_waiting(feed)
             elif feed.condition == ("stale", "mute") and feed.last_ts > feed.doubted_at:
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
@@ -195,20 +217,23 @@ class Patrol:
         return mute
 
     async def _doubt(self, mute: list[Feed]) -> None:
-        self._is_asking = True
-        try:
-            proven = await self._prove_life()
-        finally:
-            self._is_asking = False
+        proven = await self._ask_for_life()
         for feed in mute:
             feed.rhythm.look(feed.last_ts)  # it may have spoken meanwhile
             if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
-                if feed.channel.instrument and feed.stream.has_expired(time.time_ns()):
+                if feed.channel.instrument and feed.stream.has_expired(self._client.session.read_exchange_clock()):
                     self._client.reconciler.expire([feed.channel.name])
                     continue
                 feed.doubted_at = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
                 self._statuses.tell(feed, "stale", "mute")
+
+    async def _ask_for_life(self) -> bool:
+        self._is_asking = True
+        try:
+            return await self._prove_life()
+        finally:
+            self._is_asking = False
 
     async def _prove_life(self) -> bool:
         """Whether the exchange answers and says that it is open: only then is silence the channel's own."""
@@ -223,25 +248,37 @@ class Patrol:
 
     # -- books --------------------------------------------------------------------------------------------------------
 
-    def _judge_waiting(self, feed: Feed, now: int) -> None:
-        """A first snapshot that does not come is asked for again, ever less often; others must not suffer from it."""
+    def _judge_waiting(self, feed: Feed) -> None:
+        """A snapshot that does not come is asked for again, ever less often; others must not suffer from it."""
+        now = time.monotonic()
         if feed.channel.name not in self._client.reconciler.subscriptions.confirmed:
-            feed.waiting_since = 0
+            feed.waiting_since = 0.0
         elif not feed.waiting_since:
             feed.waiting_since = now
-        elif now - feed.waiting_since > SNAPSHOT_WAIT << min(feed.waits, 6):
+        elif now - feed.waiting_since > SNAPSHOT_WAIT * 2 ** min(feed.waits, 6):
             feed.waits += 1
-            self._ask_anew(feed, now)
+            self._ask_anew(feed)
 
     def resync(self, feed: Feed) -> None:
-        """Ask for a new snapshot of one channel; for a new connection if too many break."""
-        if not self._ask_anew(feed, time.time_ns()):
-            self._budget.restore()
+        """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if too many break."""
+        now = time.monotonic()
+        feed.waits = feed.waits + 1 if now - feed.asked_at < STEADY else 0
+        if feed.waits > AT_ONCE:
+            feed.waiting_since = now
+            if self._are_all_sick():
+                self._reconnect(time.time_ns(), "all books are out of step again and again")
+        elif not self._ask_anew(feed):
+            self._restore_budget()
             self._client.cut("too many books out of step")
 
-    def _ask_anew(self, feed: Feed, now: int) -> bool:
-        feed.waiting_since = now
-        if not self._budget.take(now):
+    def _are_all_sick(self) -> bool:
+        """Whether each of several books breaks again and again: then it is the connection."""
+        books = [feed for feed in self._feeds.values() if isinstance(feed, BookFeed)]
+        return len(books) > 1 and all(book.waits > AT_ONCE for book in books)
+
+    def _ask_anew(self, feed: Feed) -> bool:
+        feed.waiting_since = feed.asked_at = time.monotonic()
+        if self._budget.take(1, feed.asked_at):
             return False
         self._client.spawn(self._resubscribe(feed))
         return True

@@ -52,6 +52,10 @@ class Rhythm:
         """It has just been asked for: silence counts from now on, and the first interval is none of its own."""
         self._since, self._is_own = now, False
 
+    def admit(self, now: int) -> None:
+        """A silence up to `now` that led to nothing belongs to the rhythm: only a longer one is out of it again."""
+        self._longest = max(self._longest, now - self._since)
+
     def is_broken(self, now: int) -> bool:
         """Whether the silence up to `now` is out of the rhythm."""
         if self._samples < SAMPLES:
@@ -83,30 +87,6 @@ class LagWatch:
         self.is_lagging = lasting > LAGGING
         self._least_far = min(self._least_far, lasting) if lasting > TOO_FAR_BEHIND else NEVER
         return least > self._least_far + RISEN
-
-
-class ResyncBudget:
-    """How many books may be asked for anew before it is cheaper, and kinder, to reconnect: 20, and one more in 3 s."""
-
-    size = 20.0
-    refill = 1 / (3 * SECOND)
-
-    def __init__(self) -> None:
-        self._level = self.size
-        self._since = 0
-
-    def take(self, now: int) -> bool:
-        """Take one; False if they are used up."""
-        self._level = min(self.size, self._level + (now - self._since) * self.refill)
-        self._since = now
-        if self._level < 1:
-            return False
-        self._level -= 1
-        return True
-
-    def restore(self) -> None:
-        """A new connection brings all books anew."""
-        self._level = self.size
 
 
 class Pace:
