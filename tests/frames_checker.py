@@ -310,19 +310,23 @@ def check_envelope(topic: str, body: dict[str, Any]) -> list[str]:
 
 
 def check_numbering(received: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:
-    """One epoch; on each topic seq rises by one, from 1, a join answer or a status; receive_ts never runs back.
+    """On each topic seq rises by one, from 1, a join answer or a status; receive_ts never runs back.
 
-    A status has the time of its publication: data that were read before it may stand behind it.
+    All is of one epoch, but that a topic which was closed begins a later one when it is taken up again. A status has
+    the time of its publication: data that were read before it may stand behind it.
     """
     last: dict[str, dict[str, Any]] = {}
     faults = []
     for topic, body in received:
         if topic not in last:
             start = body["seq"] if "join" in body else body["seq"] - 1 if body["type"] in BESIDE_DATA else 0
-            last[topic] = {"seq": start, "ts": 1, "epoch": body["epoch"]}
+            last[topic] = {"seq": start, "ts": 1, "epoch": body["epoch"], "closed": False}
         before = last[topic]
         if "join" in body:
             continue
+        if before["closed"] and body["epoch"] > before["epoch"]:
+            before |= {"epoch": body["epoch"], "seq": 0}
+        before["closed"] = body.get("state") == "closed"
         if body["seq"] != before["seq"] + 1 or body["epoch"] != before["epoch"]:
             faults.append(f"{topic}: seq {body['seq']} of epoch {body['epoch']} after {before['seq']}")
         if body["type"] not in ("gap", *BESIDE_DATA):

@@ -243,6 +243,19 @@ def test_reported_losses_stand_in_the_stream(publisher: Any) -> None:
     assert shown == expected
 
 
+def test_the_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any) -> None:
+    closed: dict[str, Any] = {"type": "status", "state": "closed", "reason": "unsubscribed", "connection": "b"}
+    with Subscriber([endpoint_of(publisher)]) as subscriber:
+        wait_subscribed(publisher)
+        sent = [index_message(7), index_message(1, epoch=START + 5), index_message(8, **closed)]
+        for frames in [*sent, index_message(2, epoch=START + 5)]:
+            publisher.send_multipart(frames)
+        got = [subscriber.receive(10) for _ in range(3)]
+        assert [isinstance(item, Message) and item.seq for item in got] == [7, 1, 2]
+        publisher.send_multipart(index_message(9, **closed))
+        assert subscriber.receive(0.05) is None
+
+
 def test_what_cannot_be_read_is_a_loss_and_hurts_nobody(publisher: Any) -> None:
     good = index_message(1)
     bad = [

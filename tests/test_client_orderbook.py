@@ -170,6 +170,7 @@ def test_messages_of_other_topics_and_earlier_lives_change_nothing(feed: Feed) -
     feed.book.apply(Message(other, {"type": "gap", "id": 1, "reason": "restart", **stamps}))
     feed.book.apply(Loss(other, "malformed"))
     feed.book.apply(Loss(None, "malformed"))
+    feed.book.apply(Loss(TOPIC, "epoch"))
     assert feed.book.in_sync
 
 

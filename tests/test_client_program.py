@@ -6,7 +6,9 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,8 @@ import zmq
 from collector import Control, ControlError, Subscriber
 from collector.cli.control import print_facts
 from collector.client.orderbook import OrderBook
-from collector.client.stream import Loss, Message
+from collector.client.stream import Loss, Message, read_envelope
+from collector.client.verify import Finding, Verifier
 from collector.messages import encode
 from tests.collected import QUICK, collected
 from tests.support import collector, running, wait_until
@@ -331,3 +334,42 @@ def test_connection_whose_port_is_not_known_yet_holds_up_nobody() -> None:
         with Subscriber(control=run.control, prefixes="deribit.quote.") as subscriber:
             assert subscriber.receive(5)
             assert subscriber.found.keys() == {"a"}
+
+
+@pytest.mark.parametrize("how", ["unsubscribe", "close"])
+def test_a_topic_goes_on_for_its_readers_where_an_older_connection_takes_it_up(how: str) -> None:
+    quote, verifier = QUICK["channels"], Verifier()
+    found: list[Finding] = []
+    with collected({"a": {**QUICK, "channels": ["deribit_price_index.btc_usd"]}}) as run:
+        run.wait_state("a")
+        run.ask("connect", connection={**QUICK, "name": "b"})
+        of_a, of_b = (run.get_state(name)["epoch"] for name in ("a", "b"))
+        assert of_a < of_b
+        with (
+            Subscriber(control=run.control, prefixes="deribit.quote.") as reader,
+            Subscriber(control=run.control) as watcher,
+        ):
+
+            def read(later_than: int, **keys: str) -> bool:
+                item = reader.receive(1)
+                return isinstance(item, Message) and item.epoch > later_than and keys.items() <= item.items()
+
+            def check(later_than: int, **keys: str) -> bool:
+                if (frames := watcher.receive_frames(1)) is None:
+                    return False
+                found.extend(verifier.check_frames(frames, time.time_ns()))
+                message = read_envelope(*frames)
+                return message.epoch > later_than and keys.items() <= message.items()
+
+            def read_and_check(later_than: int, **keys: str) -> None:
+                for look in (read, check):
+                    wait_until(partial(look, later_than, **keys), f"{keys}")
+
+            read_and_check(of_a, type="quote")
+            given = {"channels": quote} if how == "unsubscribe" else {}
+            run.ask(how, connection="b", **given)
+            read_and_check(of_a, type="status", state="closed", instrument="BTC-PERPETUAL")
+            assert run.ask("subscribe", connection="a", channels=quote)["channels"] == dict.fromkeys(quote, True)
+            for _ in range(3):
+                read_and_check(of_b, type="quote")
+        assert found == []

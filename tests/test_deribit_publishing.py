@@ -244,7 +244,7 @@ async def test_each_status_is_said_again_within_a_minute(practice: str) -> None:
 
 
 @in_loop
-async def test_a_topic_that_is_left_and_taken_up_again_goes_on_with_its_numbers(practice: str) -> None:
+async def test_a_topic_that_is_left_and_taken_up_again_begins_a_new_epoch(practice: str) -> None:
     async with collecting(practice, "", QUOTE, BOOK) as run:
         topic = "deribit.quote.BTC-PERPETUAL.raw"
         await run.hearer.hear_of(topic, 3, type="quote")
@@ -254,7 +254,10 @@ async def test_a_topic_that_is_left_and_taken_up_again_goes_on_with_its_numbers(
         assert run.hearer.find(topic)[-1] == closed[0]
         assert await run.ask("subscribe", channels=[QUOTE]) == {"channels": {QUOTE: True}}
         quotes = await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="quote")) + 2, type="quote")
-        assert quotes[-1]["seq"] > closed[0]["seq"]
+        said = run.hearer.find(topic)
+        first = said[said.index(closed[0]) + 1]
+        assert first["epoch"] == quotes[-1]["epoch"] > closed[0]["epoch"] == run.worker.epoch
+        assert (first["seq"], first["state"]) == (1, "recovering")
         assert not run.hearer.find(topic, type="gap")  # who left it lost nothing
         check_all(run.hearer)
 

@@ -54,6 +54,30 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
     assert names == {kept.instrument, young.instrument}
 
 
+def test_what_is_taken_up_later_has_the_time_of_that_as_its_epoch(tmp_path: Path) -> None:
+    topics = Topics(100, Ledger(tmp_path / "a.ledger", fresh=True))
+    first = topics.find("quote", "BTC-PERPETUAL", "raw")
+    topics.begin_epoch(200)
+    later = topics.find("quote", "ETH-PERPETUAL", "raw")
+    assert topics.find("quote", "BTC-PERPETUAL", "raw") is first
+    assert (first.epoch, later.epoch, topics.epoch) == (100, 200, 100)
+    topics.begin_epoch(150)  # the clock was set back
+    assert topics.find("quote", "SOL-PERPETUAL", "raw").epoch == 200
+
+
+def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(tmp_path: Path) -> None:
+    topics = Topics(100, Ledger(tmp_path / "a.ledger", fresh=True))
+    left = topics.find("trade", "BTC-PERPETUAL", "raw")
+    left.seq, left.last_id, place = 7, 50, left.slot
+    topics.leave(left, 150)
+    again = topics.find("trade", "BTC-PERPETUAL", "raw")  # by a channel that was there all along
+    assert (again.epoch, again.seq, again.left_at, again.slot) == (101, 0, 50, place)
+    topics.leave(again, 250)
+    topics.forget_left(250 + LONG)
+    topics.begin_epoch(300)
+    assert topics.find("trade", "BTC-PERPETUAL", "raw").epoch == 300
+
+
 def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
     topics = Topics(1, ledger)
@@ -128,9 +152,13 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             closed = subscriber.wait_for("deribit.quote.")
             assert (closed["type"], closed["seq"], closed["state"]) == ("status", 1, "closed")
-        with living(directory) as worker:  # the life before may have been killed before that was out
+            assert closed["epoch"] == 5  # another connection may feed it since then
+        with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
+            # The life before may have been killed before that was out.
+            wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             worker.publisher.release()
-            assert worker.publisher.published == 1
+            again = subscriber.wait_for("deribit.quote.")
+            assert (again["seq"], again["state"], again["epoch"]) == (1, "closed", 6)
             worker.topics.forget_left(time.time_ns() + LONG)
         with living(directory) as worker:
             assert worker.publisher.published == 0

@@ -123,6 +123,29 @@ def test_restarted_collector_starts_anew_without_gaps(wire: Wire) -> None:
     assert wire.found == []
 
 
+def test_a_topic_that_another_connection_takes_up_begins_anew(wire: Wire) -> None:
+    def move() -> None:
+        for topic in (BOOK, TRADE):
+            wire.status(topic, "closed", "unsubscribed")
+        wire.restart()
+        for topic in (BOOK, TRADE):
+            wire.status(topic, "recovering", "subscribe", connection="options")
+
+    wire.snapshot(10)
+    wire.trade(5)
+    move()
+    wire.snapshot(30)
+    wire.delta(31, 30)
+    wire.trade(20)
+    wire.epoch -= SECOND  # the last word of who had it before comes on a way of its own
+    wire.status(BOOK, "closed", "unsubscribed", seq=3)
+    wire.epoch += SECOND
+    wire.delta(32, 31, seq=4)
+    assert wire.found == []
+    wire.epoch -= SECOND
+    assert wire.delta(12, 11) == ["epoch"]
+
+
 def test_exchange_that_counts_anew_says_so_with_a_gap(wire: Wire) -> None:
     for number in (10, 11, 12, 13):
         wire.trade(number)

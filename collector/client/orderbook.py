@@ -89,7 +89,7 @@ class OrderBook:
     def apply(self, item: Message | Loss) -> bool:
         """Take the next message, or a loss that the subscriber reports. Returns whether levels were set by it."""
         if isinstance(item, Loss):
-            if self.topic is not None and item.topic == self.topic:
+            if self.topic is not None and item.topic == self.topic and item.reason != "epoch":
                 self._break(f"messages were lost on the way to this subscriber ({item.reason})")
             return False
         if self.topic is None and item.topic.type == "book":
@@ -108,10 +108,10 @@ class OrderBook:
     def _follow(self, message: Message) -> bool:
         """Check epoch and seq; False for a message that is to change nothing."""
         if message.epoch < self._epoch:
-            return False
+            return False  # of who fed the topic before
         if message.epoch > self._epoch:
             if self._epoch:
-                self._break("the worker was restarted")
+                self._break("the worker was restarted, or another feeds the topic now")
             self._epoch, self._seq, self.change_id = message.epoch, message.seq, 0
             return True
         expected = self._seq if message.is_join else self._seq + 1

@@ -25,8 +25,8 @@ class Message(Mapping[str, Any]):
     """One message: the keys of the envelope as attributes, every key by `message["price"]` or `message.get("iv")`.
 
     `topic` is a named tuple (exchange, type, instrument, interval). `type` is the payload's own: on a `trade` topic
-    it may also be gap, repair or status. `epoch` is the life of the worker that sent it, `seq` the number on its topic
-    in that life, `exchange_ts` and `receive_ts` are ns since 1970 UTC, `is_join` marks a repeat for a late subscriber.
+    it may also be gap, repair or status. `epoch` is since when (ns) its sender feeds the topic, `seq` the number in
+    that epoch, `exchange_ts` and `receive_ts` are ns since 1970 UTC, `is_join` marks a repeat for a late subscriber.
     """
 
     __slots__ = (
@@ -71,7 +71,7 @@ class Loss(NamedTuple):
     """What this reader could not have: nobody else may have lost it (what the collector lost is a `gap` message).
 
     `reason`: `sequence` (messages `first` to `last` of the topic were dropped on the way), `repeated` (a number came
-    again), `epoch` (a message of an earlier life), `malformed` (a message that cannot be read; `detail` says why, and
+    again), `epoch` (a message of an earlier epoch), `malformed` (a message that cannot be read; `detail` says why, and
     `topic` is None if even that could not be read).
     """
 
@@ -146,7 +146,7 @@ def read_topic(topic: bytes) -> Topic:
 
 
 class SequenceCheck:
-    """Follows the numbers of each topic. A greater epoch is a new life: its numbers start again with 1."""
+    """Follows the numbers of each topic. In a greater epoch they start again with 1."""
 
     def __init__(self) -> None:
         self._last: dict[Topic, tuple[int, int]] = {}
@@ -166,6 +166,11 @@ class SequenceCheck:
         missed_to = seq if message.is_join else seq - 1  # a join says the last number used, and takes none
         self._last[topic] = (epoch, max(last, seq))
         return Loss(topic, "sequence", epoch, last + 1, missed_to) if missed_to > last else None
+
+    def is_outdated(self, message: Message) -> bool:
+        """Whether it is a status of an earlier epoch: the last word of who fed the topic before, which came late."""
+        last = self._last.get(message.topic)
+        return last is not None and message.type == "status" and message.epoch < last[0]
 
     def _start(self, topic: Topic, epoch: int, seq: int) -> Loss | None:
         if len(self._last) >= MAX_TOPICS:

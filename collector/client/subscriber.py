@@ -99,13 +99,23 @@ class Subscriber(OwnSocket):
         """The next message (or loss), or None if none comes within `timeout` seconds (None: wait for ever)."""
         if self._waiting:
             return self._waiting.popleft()
-        frames = self.receive_frames(timeout)
-        if frames is None:
-            return None
+        end = None if timeout is None else time.monotonic() + timeout
+        while True:
+            frames = self.receive_frames(None if end is None else end - time.monotonic())
+            if frames is None:
+                return None
+            item = self._take(frames)
+            if item is not None:
+                return item
+
+    def _take(self, frames: list[bytes]) -> Message | Loss | None:
+        """What came as these frames; None for what says nothing any more. Raises LossError."""
         try:
             message = read_message(*_expect_two(frames))
         except ValueError as error:
             return self._report(describe_malformed(frames[0], error))
+        if self._sequence.is_outdated(message):
+            return None
         loss = self._sequence.follow(message)
         is_lost = loss is not None and loss.reason == "sequence"
         if message.is_join:

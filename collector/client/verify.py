@@ -19,7 +19,7 @@ RULES = {
     "envelope": "two frames: a topic of four parts, and a map with the seven keys that says the same",
     "schema": "each type has its keys, with values of the right kind",
     "sequence": "seq rises by one on each topic, and starts again with 1 in a new epoch",
-    "epoch": "the epoch of a topic never falls",
+    "epoch": "the epoch of a topic never falls, but for the last status of who fed it before",
     "join": "a join repeats what was said last, the book as it stands, and comes to whoever joins",
     "gap": "gaps have rising ids, stand between data, and before what follows a lost connection",
     "chain": "each delta follows the change before it; first, and after a gap, comes a snapshot",
@@ -107,6 +107,8 @@ class Verifier:
             self._take_status(message, now)
         if message.seq == 0 and not message.is_join:
             yield "sequence", "seq 0 on a message that is no join"
+        if self._sequence.is_outdated(message):
+            return
         loss = self._sequence.follow(message)
         if loss is not None:
             yield _RULE_OF_LOSS[loss.reason], str(loss).partition(": ")[2]

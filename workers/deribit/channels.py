@@ -75,6 +75,7 @@ class Channels:
         held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
         for stream in restored:
             if stream not in held:  # given up while no worker was there to say so
+                self._topics.go_back(stream)
                 self._statuses.end(stream)
                 self._topics.leave(stream, time.time_ns())
 
@@ -86,9 +87,10 @@ class Channels:
         for name in names:
             if name not in self._subscriptions.asked:  # its unsubscribe may be under way still: what was ends here
                 self._give_up(name, *UNSUBSCRIBED)
+        self._topics.begin_epoch(time.time_ns())
         for feed in self.add(names):
             feed.adopt(self._topics.match(b""))
-            self._statuses.tell_again(feed)
+            self._statuses.tell_first(feed)
         for name in names:
             if isinstance(feed := self.feeds[name.encode()], ListingFeed):
                 feed.is_asked = True

@@ -107,7 +107,7 @@ class BookFeed(Feed):
     def _build_snapshot(self) -> Message | None:
         if not self.is_complete:
             return None
-        return self.book.build_snapshot(self.stream.instrument, self.epoch, self.stream.last_ts, "subscribe")
+        return self.book.build_snapshot(self.stream.instrument, self.stream.epoch, self.stream.last_ts, "subscribe")
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """A snapshot, a delta, a gap where the chain is broken, or nothing while a snapshot is awaited."""
@@ -134,7 +134,7 @@ class BookFeed(Feed):
         stream.last_id = change_id
         book.exchange_ts = exchange_ts = data.timestamp * MS
         message = Book(
-            EXCHANGE, stream.instrument, self.epoch, 0, exchange_ts, receive_ts,
+            EXCHANGE, stream.instrument, stream.epoch, 0, exchange_ts, receive_ts,
             kind, change_id, bids, asks, UNSET if previous is None else previous, reason,
         )  # fmt: skip
         return [(stream, message)]
@@ -172,7 +172,7 @@ class WindowFeed(Feed):
         stream = self.stream
         stream.last_id = data.change_id
         message = Book(
-            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            EXCHANGE, stream.instrument, stream.epoch, 0, data.timestamp * MS, receive_ts,
             "snapshot", data.change_id, data.bids, data.asks, UNSET, self._reason,
         )  # fmt: skip
         self._reason = "exchange"

@@ -31,7 +31,6 @@ class Feed(ABC):
     def __init__(self, channel: Channel, topics: Topics) -> None:
         self.channel = channel
         self.topics = topics
-        self.epoch = topics.epoch
         self.condition = ("recovering", "subscribe")
         self.rhythm = Rhythm()
         self.last_ts = 0

@@ -26,7 +26,7 @@ class QuoteFeed(Feed):
         data = read_quote(frame)
         stream = self.stream
         message = Quote(
-            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            EXCHANGE, stream.instrument, stream.epoch, 0, data.timestamp * MS, receive_ts,
             data.best_bid_price, data.best_bid_amount, data.best_ask_price, data.best_ask_amount,
         )  # fmt: skip
         stream.current = message
@@ -50,7 +50,7 @@ class TickerFeed(Feed):
             return self._take_any(frame, receive_ts)
         stream = self.stream
         flatten_ticker(message)
-        message.exchange, message.instrument, message.epoch = EXCHANGE, stream.instrument, self.epoch
+        message.exchange, message.instrument, message.epoch = EXCHANGE, stream.instrument, stream.epoch
         message.receive_ts, message.join = receive_ts, UNSET
         stream.current = message
         return [(stream, message)]

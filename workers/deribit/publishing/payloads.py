@@ -16,7 +16,7 @@ Time = Annotated[int, Meta(ge=0, le=MAX_MS)]
 
 
 class Payload(msgspec.Struct, tag_field="type", gc=False):
-    """The envelope: times in ns since 1970 UTC; `epoch` is the start of this worker's life; `seq` 1, 2, 3 a topic."""
+    """The envelope: times in ns since 1970 UTC; `epoch` is the topic's (see Topics); `seq` 1, 2, 3 in it."""
 
     exchange: str
     instrument: str
@@ -178,7 +178,7 @@ class Status(Payload, tag="status", gc=False):
 
 
 class ConnectionHeartbeat(Payload, tag="heartbeat", gc=False):
-    """One a second, also while disconnected. `published` counts messages of this epoch, `lag` is in seconds."""
+    """One a second, also while disconnected. `published` counts messages of this life, `lag` is in seconds."""
 
     wire: int
     connection: str

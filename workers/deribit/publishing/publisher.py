@@ -26,7 +26,7 @@ NO_DATA = frozenset({Gap, Repair, Status, ConnectionHeartbeat})
 
 
 class Publisher:
-    """One bound XPUB socket. `published` counts messages of this epoch.
+    """One bound XPUB socket. `published` counts messages of this life.
 
     While `is_gathering` is set, messages wait for `flush`: what was gathered goes out by one call of the system for
     each subscriber. `is_holding` is set while they wait for the subscribers of an earlier life to come back.

@@ -40,12 +40,12 @@ class Stream(Route):
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
     before the topic was left, which no later fetch may say again; `expiry` is when its instrument ends by its name (ns,
-    None if it does not); `slot` is its place in the ledger.
+    None if it does not); `slot` is its place in the ledger; `is_left` is set when nobody asks for it any more.
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "expiry", "gap", "instrument",
-        "interval", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "type",
+        "interval", "is_left", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -62,6 +62,7 @@ class Stream(Route):
         self.last_id = 0
         self.reached = 0
         self.left_at = 0
+        self.is_left = False
         self.lost = False
         self.slot = 0
         self.due: Gap | None = None
@@ -75,10 +76,10 @@ class Stream(Route):
         return self.current
 
     def reset(self) -> None:
-        """Nobody asks for this topic any more: what comes on it later continues nothing but the sequence.
-
-        Late subscribers are told nothing of it either: another connection may feed it by now.
+        """Nobody asks for this topic any more, and late subscribers are told nothing of it: another connection may feed
+        it by now.
         """
+        self.is_left = True
         self.gap, self.status, self.describe = None, None, self._give_current
         self.lost, self.due, self.current = False, None, None
         self.left_at = max(self.left_at, self.last_id)
@@ -127,14 +128,23 @@ class Stream(Route):
 
 
 class Topics:
-    """All streams of one epoch, by topic: a topic that is left and taken up again goes on with its sequence."""
+    """All streams of one life, by topic. `epoch` is that of what this life has had from its start.
+
+    What is made later has the time of that as its epoch (see begin_epoch), and a topic that is left and taken up again
+    has a new stream: by then another connection, which began later than this one, may have fed it.
+    """
 
     def __init__(self, epoch: int, ledger: Ledger) -> None:
         self.epoch = epoch
         self.ledger = ledger
         self.gaps = 0
+        self._latest = epoch
         self._streams: dict[tuple[str, str, str], Stream] = {}
         self._left: dict[Stream, int] = {}
+
+    def begin_epoch(self, now: int) -> None:
+        """What is made from now on (ns) is newer than all that anybody has said on its topic."""
+        self._latest = max(self._latest, now)
 
     def find(self, kind: str, instrument: str, interval: str) -> Stream:
         """The stream of a topic, made at need. Raises Malformed for what cannot stand in a topic."""
@@ -143,10 +153,19 @@ class Topics:
         if stream is None:
             if len(self._streams) >= MAX_TOPICS:
                 raise Malformed(f"more than {MAX_TOPICS} topics on one connection")
-            stream = self._streams[key] = Stream(kind, instrument, interval, self.epoch)
+            stream = self._streams[key] = Stream(kind, instrument, interval, self._latest)
             stream.slot = self.ledger.find_slot(stream.topic.decode())
-        elif self._left.pop(stream, None) is not None:  # taken up again
-            self.ledger.clear(stream.slot)
+        elif stream.is_left:
+            stream = self._streams[key] = self._succeed(stream)
+        return stream
+
+    def _succeed(self, left: Stream) -> Stream:
+        """The stream of a topic that is taken up again. What the one before has said may wait still to be numbered."""
+        stream = Stream(left.type, left.instrument, left.interval, max(self._latest, left.epoch + 1))
+        stream.left_at = left.left_at
+        stream.slot, left.slot = left.slot, 0
+        self.ledger.clear(stream.slot)
+        self._left.pop(left, None)
         return stream
 
     def restore(self) -> list[Stream]:
@@ -197,6 +216,12 @@ class Topics:
         if is_over:
             self.ledger.cells[stream.slot + LAST_TS] = HAS_ENDED
         self._left[stream] = now
+
+    def go_back(self, stream: Stream) -> None:
+        """What is said of a topic of an earlier life that nobody asks for is older than what others may say by now."""
+        if stream.last_ts:
+            stream.epoch = stream.last_ts
+            self.ledger.cells[stream.slot + LAST_TS] += 1  # a later life that must say it once more is newer than this
 
     def forget_left(self, now: int) -> None:
         """Let a later life know nothing of the topics whose last word is surely out."""

@@ -43,11 +43,10 @@ class Statuses:
             for stream in feed.streams.values():
                 self._tell_topic(feed, stream)
 
-    def tell_again(self, feed: Feed) -> None:
-        """A channel is asked for again: its state is said on each of its topics on which anything was said before."""
+    def tell_first(self, feed: Feed) -> None:
+        """A channel is asked for now: its state is said on each of its topics that may have been said to be closed."""
         for stream in feed.streams.values():
-            if stream.seq:
-                self._tell_topic(feed, stream)
+            self._tell_topic(feed, stream)
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
@@ -75,5 +74,5 @@ class Statuses:
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
         now = self._read_clock()
-        stream.status = Status(EXCHANGE, stream.instrument, self._topics.epoch, 0, 0, now, state, reason, self._name)
+        stream.status = Status(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, state, reason, self._name)
         self._publisher.say(stream, stream.status)

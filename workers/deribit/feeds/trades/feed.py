@@ -83,7 +83,7 @@ class TradeFeed(Feed):
     ) -> Trade:
         """One trade as a message."""
         return Trade(
-            EXCHANGE, stream.instrument, self.epoch, 0, data.timestamp * MS, receive_ts,
+            EXCHANGE, stream.instrument, stream.epoch, 0, data.timestamp * MS, receive_ts,
             data.price, data.amount, data.direction, str(data.trade_id), data.trade_seq,
             data.mark_price, data.index_price, data.tick_direction, data.iv, data.liquidation,
             _text(data.block_trade_id), data.combo_id, _text(data.combo_trade_id), data.contracts, backfilled,

@@ -123,8 +123,8 @@ class Tape:
         number, from_ts = self.topics.number_gap(), stream.last_ts
         if stream.due is not None:  # it will be said later, and ids rise
             number, stream.due.id = stream.due.id, number
-        epoch, to_ts = self.topics.epoch, max(now, from_ts)
-        gap = Gap(EXCHANGE, stream.instrument, epoch, 0, 0, now, number, "sequence", from_ts, to_ts)
+        to_ts = max(now, from_ts)
+        gap = Gap(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, number, "sequence", from_ts, to_ts)
         gap.healing = False
         stream.gap = gap
         return gap
@@ -256,7 +256,7 @@ class Tape:
         if stream.gap is gap:  # who comes from now on has no repair to wait for; what was said is not touched
             stream.gap = replace(gap, healing=False)
         repaired = len(hole.came) if hole.gap is not None else 0
-        return [*said, Repair(EXCHANGE, stream.instrument, self.topics.epoch, 0, 0, now, gap.id, repaired, missing)]
+        return [*said, Repair(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, gap.id, repaired, missing)]
 
     def note_out(self) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
