@@ -78,6 +78,17 @@ def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(tmp_pa
     assert topics.find("trade", "BTC-PERPETUAL", "raw").epoch == 300
 
 
+def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(tmp_path: Path) -> None:
+    """The exchange tells that an instrument is archivized days after its end."""
+    topics = Topics(1, Ledger(tmp_path / "a.ledger", fresh=True))
+    old = topics.find("instrument", "BTC-6NOV26", "raw")
+    assert topics.forget_expired(EXPIRY + 2 * DAY, ()) == [old]
+    again = topics.find("instrument", "BTC-6NOV26", "raw")
+    assert (again.seq, old.epoch, again.epoch) == (0, 1, EXPIRY + 2 * DAY)
+    assert topics.forget_expired(EXPIRY + 3 * DAY, ()) == [again]
+    assert topics.find("instrument", "BTC-6NOV26", "raw").epoch == EXPIRY + 3 * DAY
+
+
 def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
     topics = Topics(1, ledger)

@@ -204,6 +204,8 @@ class Topics:
             del self._streams[key]
             self.ledger.free_slot(stream.topic.decode())
             stream.slot = 0  # whoever holds it still must not write into another's place
+        if expired:  # one that is spoken of once more counts anew
+            self.begin_epoch(now)
         return [stream for _, stream in expired]
 
     def leave(self, stream: Stream, now: int, is_over: bool = False) -> None:
