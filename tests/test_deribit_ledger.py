@@ -76,6 +76,38 @@ def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(tmp_path: Path
     ledger.close()
 
 
+def test_a_fresh_one_leaves_the_old_one_alone_for_who_has_it_still(tmp_path: Path) -> None:
+    """The worker of a supervisor that was killed lives on for seconds."""
+    old = Ledger(tmp_path / "a.ledger", fresh=True)
+    slots = fill(old, range(1, 10))
+    fresh = Ledger(tmp_path / "a.ledger", fresh=True)
+    assert [old.cells[slot + LAST_TS] for slot in slots] == list(range(1, 10))
+    old.cells[fresh.find_slot(name_topic(1)) + LAST_TS] = 77
+    assert fresh.cells[fresh.find_slot(name_topic(1)) + LAST_TS] == 0
+    fresh.close()
+    old.close()
+
+
+def test_what_is_removed_or_replaced_is_written_again(tmp_path: Path) -> None:
+    path = tmp_path / "a.ledger"
+    ledger = Ledger(path, fresh=True)
+    fill(ledger, range(1, 2 * STEP))
+    path.unlink()
+    ledger.restore()
+    assert len(list(tmp_path.iterdir())) == 1
+    path.unlink()
+    path.write_bytes(b"half of it")
+    ledger.restore()
+    place = path.stat().st_ino
+    ledger.restore()
+    assert path.stat().st_ino == place
+    fill(ledger, range(2 * STEP, 2 * STEP + 5))
+    ledger.close()
+    again = Ledger(path, fresh=False)
+    assert [entry.last_ts for entry in again.earlier] == list(range(1, 2 * STEP + 5))
+    again.close()
+
+
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
 
@@ -120,3 +152,31 @@ def test_a_ledger_that_cannot_grow_keeps_what_it_has(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(STEP - 1)] * 2
     assert done.stderr.count("no room for more topics in the ledger") == 1
+
+
+RESTORE = """
+import sys
+from pathlib import Path
+from workers.deribit.publishing.ledger import LAST_TS, Ledger
+disk = Path(sys.argv[1])
+ledger = Ledger(disk / "a.ledger", fresh=True)
+ledger.cells[ledger.find_slot("t") + LAST_TS] = 1
+(disk / "a.ledger").unlink()
+(disk / "other").write_bytes(bytes(32 << 10))
+for _ in range(2):
+    try:
+        ledger.restore()
+    except OSError as error:
+        print(error.strerror, [path.name for path in disk.iterdir()])
+(disk / "other").unlink()
+ledger.restore()
+ledger.close()
+print(len(Ledger(disk / "a.ledger", fresh=False).earlier))
+"""
+
+
+def test_one_that_was_removed_is_written_again_once_the_disk_has_room(tmp_path: Path) -> None:
+    done = run_on_small_disk(tmp_path, 272, sys.executable, "-c", RESTORE, str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    full = "no room for the ledger: No space left on device ['other']"
+    assert done.stdout.splitlines() == [full, full, "1"]

@@ -11,7 +11,9 @@ with zeroes before: a store into a place for which a full disk has no room would
 import logging
 import mmap
 import os
+import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +45,9 @@ connection stood last."""
 HAS_ENDED = -1
 """LAST_TS of a topic that was left because its instrument had ended."""
 
+EMPTY = struct.pack(f"{ROOM + 1}q", *[0] * ROOM, STEP).ljust(STEP * RECORD, b"\0")
+"""What a ledger begins with: a header that says for how many records there is room, and these."""
+
 _WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE)
 """Those that make an Entry, in its order."""
 
@@ -70,11 +75,13 @@ class Ledger:
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self._path = path
-        is_new = self._open(os.O_TRUNC if fresh else 0, STEP)
-        if is_new:
-            self.cells[ROOM] = STEP
-        if is_new and not fresh:
-            log.error("%s is gone: nothing is known of earlier lives, and what was lost since then is not told", path)
+        if fresh:
+            path.unlink(missing_ok=True)
+        if not self._find():
+            self._make(EMPTY)
+            if not fresh:
+                lost = "nothing is known of earlier lives, and what was lost since then is not told"
+                log.error("%s is gone: %s", path, lost)
         self._records = 0
         self._is_full = False
         self._free: list[int] = []
@@ -83,30 +90,48 @@ class Ledger:
         self._had = frozenset(self._slots)
         self.earlier = [entry for entry in entries.values() if entry.last_ts]
 
-    def _open(self, how: int, room: int) -> bool:
-        """Map the file, made with room for so many records unless it is there already; return whether it was made."""
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | how, 0o600)
+    def _find(self) -> bool:
+        """Map the file if it is there; return whether it is."""
         try:
-            is_new = os.fstat(file).st_size != SIZE
-            if is_new:
-                for start in range(0, room, STEP):
-                    _make_room(file, start)
-                os.ftruncate(file, SIZE)
-            mapped = mmap.mmap(file, SIZE)
+            file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        if is_whole := os.fstat(file).st_size == SIZE:
+            self._map_file(file)
+        else:
+            os.close(file)
+        return is_whole
+
+    def _make(self, content: bytes) -> None:
+        """Make the file, with records that are in use. Raises OSError.
+
+        It is made beside its place, and put there once it is whole: a later life may need it at any moment. Whatever
+        lay there stays as it is for who has it mapped still: the worker of a supervisor that was killed.
+        """
+        draft = self._path.with_name(f"{self._path.name}.new")
+        draft.unlink(missing_ok=True)
+        file = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            _write(file, 0, content)
+            os.ftruncate(file, SIZE)
+            draft.rename(self._path)
         except OSError as error:
             os.close(file)
+            draft.unlink(missing_ok=True)
             raise OSError(error.errno, f"no room for the ledger: {error.strerror}", str(self._path)) from None
+        self._map_file(file)
+
+    def _map_file(self, file: int) -> None:
+        mapped = mmap.mmap(file, SIZE)
         self._file, self._map, self.cells = file, mapped, memoryview(mapped).cast("q")
-        return is_new
 
     def restore(self) -> None:
         """Write the file again if somebody removed it: a later life would know nothing. Raises OSError."""
-        if self._path.exists():
-            return
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                return
         file, mapped, cells = self._file, self._map, self.cells
-        size = cells[ROOM] * RECORD
-        self._open(os.O_TRUNC, cells[ROOM])
-        self._map[:size] = mapped[:size]
+        self._make(mapped[: cells[ROOM] * RECORD])
         _close(file, mapped, cells)
         log.warning("%s was removed: written again", self._path)
 
@@ -171,7 +196,7 @@ class Ledger:
         if number < self.cells[ROOM]:
             return True
         try:
-            _make_room(self._file, number)
+            _write(self._file, number * RECORD, bytes(STEP * RECORD))
         except OSError as error:
             if not self._is_full:
                 log.error("no room for more topics in the ledger; a restart will tell no gaps on them: %s", error)
@@ -203,12 +228,11 @@ class Ledger:
         _close(self._file, self._map, self.cells)
 
 
-def _make_room(file: int, start: int) -> None:
-    """Fill the next STEP records from number `start` on with zeroes. Raises OSError."""
-    place, left = start * RECORD, STEP * RECORD
-    while left:  # what is nearly full takes a part at first
-        done = os.pwrite(file, bytes(left), place)
-        place, left = place + done, left - done
+def _write(file: int, place: int, data: bytes) -> None:
+    """Write bytes at a place of a file: all of them. Raises OSError."""
+    while data:  # what is nearly full takes a part at first
+        done = os.pwrite(file, data, place)
+        place, data = place + done, data[done:]
 
 
 def _close(file: int, mapped: mmap.mmap, cells: memoryview) -> None:
