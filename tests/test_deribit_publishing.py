@@ -244,6 +244,45 @@ async def test_each_status_is_said_again_within_a_minute(practice: str) -> None:
 
 
 @in_loop
+async def test_the_connections_own_status_is_said_again_within_a_minute(practice: str) -> None:
+    async with collecting(practice, "", QUOTE) as run:
+        topic = "deribit.status.w.connection"
+        await run.hearer.hear_of(topic, state="live")
+        said = len(run.hearer.find(topic))
+        for part in range(60):
+            run.worker.statuses.repeat_others(part)
+        assert (await run.hearer.hear_of(topic, said + 1))[-1]["state"] == "live"
+        check_all(run.hearer)
+
+
+@in_loop
+async def test_that_a_topic_was_closed_is_said_twice_more_unless_it_is_taken_up_again(practice: str) -> None:
+    def pass_a_minute() -> None:
+        for part in range(60):
+            run.worker.statuses.repeat_others(part)
+
+    async with collecting(practice, "", QUOTE, BOOK) as run:
+        for prefix in ("deribit.quote.", "deribit.book."):
+            await run.hearer.hear_of(prefix, 2, type=prefix.split(".")[1])
+        await run.ask("unsubscribe", channels=[QUOTE, BOOK])
+        await run.hearer.hear_of("deribit.quote.", state="closed")
+        pass_a_minute()
+        for prefix in ("deribit.quote.", "deribit.book."):
+            await run.hearer.hear_of(prefix, 2, state="closed")
+        await run.ask("subscribe", channels=[BOOK])
+        pass_a_minute()
+        pass_a_minute()
+        await run.hearer.hear_of("deribit.quote.", 3, state="closed")
+        run.worker.statuses.tell_connection("live", "behind whatever was said before")
+        await run.hearer.hear_of("deribit.status.", reason="behind whatever was said before")
+        assert len(run.hearer.find("deribit.quote.", state="closed")) == 3
+        epochs = [body["epoch"] for body in run.hearer.find("deribit.book.")]
+        assert epochs == sorted(epochs)
+        assert epochs[-1] > run.worker.epoch
+        check_all(run.hearer)
+
+
+@in_loop
 async def test_a_topic_that_is_left_and_taken_up_again_begins_a_new_epoch(practice: str) -> None:
     async with collecting(practice, "", QUOTE, BOOK) as run:
         topic = "deribit.quote.BTC-PERPETUAL.raw"

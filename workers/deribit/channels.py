@@ -77,6 +77,7 @@ class Channels:
             if stream not in held:  # given up while no worker was there to say so
                 self._topics.go_back(stream)
                 self._statuses.end(stream)
+                self._statuses.note_left(stream)
                 self._topics.leave(stream, time.time_ns())
 
     def take_up(self, names: list[str]) -> None:
@@ -110,6 +111,7 @@ class Channels:
         self.say_last(feed, state, reason)
         is_over = (state, reason) == OVER
         for stream in feed.streams.values():
+            self._statuses.note_left(stream)
             self._topics.leave(stream, time.time_ns(), is_over=is_over)
         ledger = self._topics.ledger  # where a channel of trades has a place of its own
         if is_over:

@@ -166,6 +166,7 @@ class Topics:
         stream.slot, left.slot = left.slot, 0
         self.ledger.clear(stream.slot)
         self._left.pop(left, None)
+        left.is_left = False
         return stream
 
     def restore(self) -> list[Stream]:

@@ -97,6 +97,7 @@ class Patrol:
             if self._client.machine.state == "live":
                 self._judge_lag(time.time_ns())
                 self._judge_whole(time.time_ns())
+            self._statuses.repeat_others(second % REPEAT)
             await self._look_at_all(second % REPEAT)
 
     async def _look_at_all(self, part: int) -> None:

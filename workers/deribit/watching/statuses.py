@@ -12,6 +12,9 @@ from workers.deribit.publishing.streams import Stream, Topics
 REPEAT = 60
 """Seconds in which each topic's status is said again: its seq shows a subscriber that it missed the last ones."""
 
+FAREWELLS = 2
+"""How often the last status of a topic that was left is said again: a subscriber may have missed it too."""
+
 LAST_TRADES = 60 * 1_000_000_000
 """Time from the end of an instrument (ns) after which no trade of it comes late any more."""
 
@@ -31,6 +34,7 @@ class Statuses:
         self._name = name
         self._read_clock = read_clock
         self._connection = topics.find("status", name, "connection")
+        self._left: dict[Stream, tuple[Status, int]] = {}
 
     def tell_connection(self, state: str, reason: str) -> None:
         """The connection went into another state."""
@@ -53,6 +57,11 @@ class Statuses:
         is_over = not stream.last_ts or stream.has_expired(self._read_clock())
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
+    def note_left(self, stream: Stream) -> None:
+        """A topic is about to be left: its last status is said again FAREWELLS times."""
+        if stream.status is not None:
+            self._left[stream] = stream.status, FAREWELLS
+
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
         """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
 
@@ -61,8 +70,19 @@ class Statuses:
         """
         for feed in feeds:
             for stream in feed.streams.values():
-                if hash(stream.topic) % REPEAT == part or (stream.seq and stream.status is None):
+                if _is_due(stream, part) or (stream.seq and stream.status is None):
                     self._tell_topic(feed, stream)
+
+    def repeat_others(self, part: int) -> None:
+        """The same for what no feed has: the connection's own state, and topics that were left and not taken up."""
+        if self._connection.status is not None and _is_due(self._connection, part):
+            self.tell_connection(self._connection.status.state, self._connection.status.reason)
+        for stream in [stream for stream in self._left if _is_due(stream, part) or not stream.is_left]:
+            status, times = self._left.pop(stream)
+            if stream.is_left:
+                self._publisher.say(stream, self._build(stream, status.state, status.reason))
+                if times > 1:
+                    self._left[stream] = status, times - 1
 
     def _tell_topic(self, feed: Feed, stream: Stream) -> None:
         """The channel's state; but of trades of many instruments each has its own end."""
@@ -73,6 +93,14 @@ class Statuses:
             self._say(stream, *feed.condition)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
-        now = self._read_clock()
-        stream.status = Status(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, state, reason, self._name)
+        stream.status = self._build(stream, state, reason)
         self._publisher.say(stream, stream.status)
+
+    def _build(self, stream: Stream, state: str, reason: str) -> Status:
+        now = self._read_clock()
+        return Status(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, state, reason, self._name)
+
+
+def _is_due(stream: Stream, part: int) -> bool:
+    """Whether a topic's status is said again in this part of REPEAT."""
+    return hash(stream.topic) % REPEAT == part
