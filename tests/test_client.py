@@ -243,6 +243,27 @@ def test_reported_losses_stand_in_the_stream(publisher: Any) -> None:
     assert shown == expected
 
 
+def test_what_is_lost_of_heartbeats_is_not_asked_for(context: Any) -> None:
+    """Nobody answers: it would be asked for again with each that comes, and the worker would look up all topics."""
+    publisher = context.socket(zmq.XPUB)
+    publisher.setsockopt(zmq.XPUB_VERBOSE, 1)
+    publisher.bind("tcp://127.0.0.1:*")
+    topic = "deribit.heartbeat.w.1s"
+    beat: dict[str, Any] = {"type": "heartbeat", "instrument": "w", "wire": 1, "connection": "w", "state": "live"}
+    with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
+        wait_subscribed(publisher)
+        for seq in (1, 3, 4):
+            _, payload = index_message(seq, published=seq, lag=None, **beat)
+            publisher.send_multipart([topic.encode(), payload])
+        for seq in (1, 3):
+            publisher.send_multipart(index_message(seq))
+        items = [subscriber.receive(10) for _ in range(7)]
+        lost = [item.topic and item.topic.type for item in items if isinstance(item, Loss)]
+        assert lost == ["heartbeat", "index"]
+        assert publisher.poll(10_000)
+        assert publisher.recv() == b"\x01" + TOPIC.encode()
+
+
 def test_the_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any) -> None:
     closed: dict[str, Any] = {"type": "status", "state": "closed", "reason": "unsubscribed", "connection": "b"}
     with Subscriber([endpoint_of(publisher)]) as subscriber:

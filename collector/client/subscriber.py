@@ -120,7 +120,7 @@ class Subscriber(OwnSocket):
         is_lost = loss is not None and loss.reason == "sequence"
         if message.is_join:
             self._asked.pop(message.topic, None)
-        elif is_lost or message.topic in self._asked:
+        elif (is_lost or message.topic in self._asked) and message.topic.type != "heartbeat":  # those have no answer
             self._ask_again(message.topic)
         if loss is None:
             return message
