@@ -1,5 +1,6 @@
 """The PUB socket: what ZeroMQ's own subscribers see of it, and what becomes of those that are slow, wrong or gone."""
 
+import errno
 import logging
 import os
 import resource
@@ -500,3 +501,22 @@ def test_the_socket_file_of_a_dead_one_is_replaced_and_no_other_file(tmp_path: P
         with pytest.raises(OSError, match="in use"):
             PubSocket(0).bind(f"ipc://{path}")
         assert path.read_text() == "precious"
+
+
+def test_the_socket_file_of_one_that_is_alive_but_does_not_accept_is_left_alone() -> None:
+    """A listener that is stopped, with as many waiting as may wait; and a socket that is of another type."""
+    with short_directory() as directory, socket.socket(socket.AF_UNIX) as stopped:
+        stopped.bind(f"{directory}/stopped")
+        stopped.listen(0)
+        waiting = [socket.socket(socket.AF_UNIX) for _ in range(3)]
+        for each in waiting:
+            each.setblocking(False)
+        assert errno.EAGAIN in [each.connect_ex(f"{directory}/stopped") for each in waiting]
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+            other.bind(f"{directory}/other")
+            for name in ("stopped", "other"):
+                with pytest.raises(OSError, match="in use"):
+                    PubSocket(0).bind(f"ipc://{directory}/{name}")
+                assert (directory / name).is_socket()
+        for each in waiting:
+            each.close()
