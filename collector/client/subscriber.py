@@ -85,7 +85,7 @@ class Subscriber(OwnSocket):
                 ) from None
             self.endpoints.add(endpoint)
 
-    def _find(self, states: dict[str, Any]) -> None:
+    def _find(self, states: Any) -> None:
         self.found = find_endpoints(states)
         self._connect(self.found.values())
 
@@ -183,8 +183,10 @@ def _expect_two(frames: list[bytes]) -> list[bytes]:
     return frames
 
 
-def find_endpoints(states: dict[str, Any]) -> dict[str, str]:
-    """Where each connection publishes, by name, from what get_state returns for all of them."""
+def find_endpoints(states: Any) -> dict[str, str]:
+    """Where each connection publishes, by name, from what get_state returns for all of them. Raises ValueError."""
+    if not isinstance(states, dict):
+        raise ValueError(f"the connections are a {type(states).__name__}, not a map: this is no collector")
     found = {name: state.get("publish") for name, state in states.items() if isinstance(state, dict)}
     # A port that the system chooses is `*` until the worker has bound it.
     return {name: end for name, end in found.items() if isinstance(end, str) and end and not end.endswith(":*")}
