@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +12,13 @@ import zmq
 
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
 from tests.frames_checker import check_numbering
+from tests.pipeline import short_directory
+from tests.support import wait_until
+from workers.deribit.publishing.joins import MAX_PREFIXES, Joins
+from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.payloads import Status
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.publishing.streams import Topics
 
 CURRENT = {
     "deribit.quote.BTC-PERPETUAL.raw": QUOTE,
@@ -269,3 +277,50 @@ async def test_garbage_from_upstream_is_ignored(practice: str, garbage: bytes) -
         finally:
             context.destroy(linger=0)
         assert check_numbering(run.hearer.heard) == []
+
+
+@contextmanager
+def joining(directory: Path, topics: int) -> Iterator[tuple[Joins, Publisher]]:
+    """The answers of a publisher with so many topics, on each of which a status was said."""
+    ledger = Ledger(directory / "ledger", fresh=True)
+    all_topics = Topics(1, ledger)
+    publisher = Publisher(f"ipc://{directory}/pub", 0, ledger)
+    for number in range(topics):
+        stream = all_topics.find("quote", f"X-{number}", "raw")
+        stream.status = Status("deribit", stream.instrument, 1, 0, 0, 1, "live", "", "w")
+        publisher.say(stream, stream.status)
+    publisher.bind()
+    joins = Joins(publisher, all_topics)
+    joins.watch()
+    yield joins, publisher
+    joins.end()
+    publisher.close()
+    ledger.close()
+
+
+@in_loop
+async def test_topics_are_answered_while_many_prefixes_are_still_to_be_looked_up() -> None:
+    with short_directory() as directory, joining(directory, 20_000) as (joins, publisher):
+        hearer = Hearer(publisher.endpoint, prefixes=[f"deribit.quote.X-{number}." for number in range(900)])
+        await hearer.hear(lambda: hearer.joins, "the first answer")
+        assert len(joins._prefixes) > 100
+        hearer.close()
+
+
+@in_loop
+async def test_more_prefixes_than_are_kept_mean_all_topics() -> None:
+    prefixes = [f"deribit.quote.Y-{number}" for number in range(MAX_PREFIXES + 200)]
+    with short_directory() as directory, joining(directory, 10) as (joins, publisher):
+        half = len(prefixes) // 2  # libzmq drops what is beyond 1,000 at once
+        hearers = [Hearer(publisher.endpoint, prefixes=each) for each in (prefixes[:half], prefixes[half:])]
+        hearers.append(Hearer(publisher.endpoint, prefixes=["deribit.quote.X-7."]))
+
+        def look() -> bool:
+            joins.notice()
+            return publisher.subscriptions > len(prefixes)
+
+        wait_until(look, "all subscriptions")  # the loop does not come to look them up meanwhile
+        assert len(joins._prefixes) < MAX_PREFIXES
+        await hearers[-1].hear(lambda: hearers[-1].joins, "what was asked for")
+        for hearer in hearers:
+            hearer.close()
