@@ -457,6 +457,15 @@ def test_who_never_says_what_it_is_goes_when_another_comes() -> None:
             assert len(pub._peers) == 1
 
 
+def test_and_when_nobody_comes_it_goes_too() -> None:
+    """Where no more descriptors are left nobody can come as long as it stays."""
+    with publishing(patience=0.0) as (pub, endpoint), socket.socket(socket.AF_UNIX) as silent:
+        silent.connect(endpoint[6:])
+        serve(pub, lambda: pub._peers, "the silent one")
+        pub.restore()
+        assert not pub._peers
+
+
 def test_where_no_more_fit_one_that_leaves_makes_room(caplog: pytest.LogCaptureFixture) -> None:
     with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as next_one:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

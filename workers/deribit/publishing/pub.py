@@ -78,7 +78,10 @@ class PubSocket:
         return endpoint
 
     def restore(self) -> None:
-        """Listen anew if somebody removed the file of an ipc endpoint: who comes would find nobody. Raises OSError."""
+        """Make room for who comes where others do not greet, and listen anew if somebody removed the file of an ipc
+        endpoint: they would find nobody. Raises OSError.
+        """
+        self._leave_silent()
         scheme, _, path = self._endpoint.partition("://")
         if self._listener is None or scheme != "ipc" or os.path.lexists(path):
             return
@@ -118,10 +121,7 @@ class PubSocket:
 
     def _accept(self) -> None:
         assert self._listener is not None
-        now = time.monotonic()
-        for peer in list(self._peers):
-            if not peer.conversation.is_ready and now - peer.since > self._patience:
-                self._leave(peer, "it did not say what it is")
+        self._leave_silent()
         try:
             end, _ = self._listener.accept()
         except OSError as error:
@@ -134,10 +134,17 @@ class PubSocket:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             if end.family == socket.AF_INET:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = Peer(end, self._queue, now)
+        peer = Peer(end, self._queue, time.monotonic())
         self._peers.append(peer)
         self._selector.register(end, READ, peer)
         self._let(peer, peer.write, GREETING, 0)
+
+    def _leave_silent(self) -> None:
+        """Let those go that take up room and do not say what they are."""
+        now = time.monotonic()
+        for peer in list(self._peers):
+            if not peer.conversation.is_ready and now - peer.since > self._patience:
+                self._leave(peer, "it did not say what it is")
 
     def _let(self, peer: Peer, act: Callable[..., T], *arguments: Any) -> T | None:
         """Let a peer do something. One that is gone, or no subscriber, leaves; one that is behind is watched."""
