@@ -9,6 +9,7 @@ import socket
 import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
-from workers.deribit.publishing.peer import MAX_PREFIXES, STEP, Peer
+from workers.deribit.publishing.peer import MAX_LENGTH, MAX_PREFIXES, STEP, Peer
 from workers.deribit.publishing.pub import PubSocket, Route
 from workers.deribit.publishing.zmtp import (
     GREETING,
@@ -439,6 +440,22 @@ def test_who_subscribes_without_end_is_let_go(caplog: pytest.LogCaptureFixture) 
         serve(pub, lambda: not pub._peers, "it to be let go")
         assert f"it has subscribed to {MAX_PREFIXES} prefixes" in caplog.text
         assert pub.subscriptions == 0
+
+
+def test_a_prefix_that_is_longer_than_any_topic_is_passed_over() -> None:
+    topic = b"a" * MAX_LENGTH
+    with publishing() as (pub, endpoint):
+        with reading(pub, endpoint, topic, kind=zmq.XSUB) as reader:
+            (peer,) = pub._peers
+            for said in (b"\1" + topic + b"b", b"\1c"):
+                reader.send(said)
+            serve(pub, lambda: pub.subscriptions > 1, "the one behind it")
+            assert peer.prefixes == {topic, b"c"}
+            for said in (b"\0" + topic + b"b", b"\0c"):
+                reader.send(said)
+            serve(pub, lambda: pub.subscriptions == 1, "one that is given up")
+        serve(pub, lambda: not pub._peers, "its end")
+        assert (peer.prefixes, peer.lengths) == (set(), Counter())  # a topic's route may hold it still
 
 
 def test_a_socket_of_another_type_is_let_go_and_the_log_says_why(caplog: pytest.LogCaptureFixture) -> None:

@@ -12,6 +12,9 @@ STEP = 1 << 20
 MAX_PREFIXES = 100_000
 """Prefixes of one subscriber."""
 
+MAX_LENGTH = 512
+"""Bytes of a prefix; no topic is as long, so a longer one is passed over. For each length topics are looked up once."""
+
 log = logging.getLogger("deribit")
 
 
@@ -66,7 +69,7 @@ class Peer:
 
     def _take_wish(self, wish: Wish) -> None:
         """A prefix is wanted or not: libzmq tells of each subscription to it, but of the last unsubscription only."""
-        if (wish.prefix in self.prefixes) == wish.is_wanted:
+        if (wish.prefix in self.prefixes) == wish.is_wanted or len(wish.prefix) > MAX_LENGTH:
             return
         if wish.is_wanted and len(self.prefixes) >= MAX_PREFIXES:
             raise Refused(f"it has subscribed to {MAX_PREFIXES} prefixes")
@@ -111,7 +114,8 @@ class Peer:
             self.dropped = 0
 
     def forget(self) -> None:
-        """It is gone: what waits for it is waste."""
+        """It is gone: what waits for it is waste, and what it wants too."""
+        self.prefixes, self.lengths = set(), Counter()
         self.unsent, self.batch, self.waiting = bytearray(), [], 0
         self.marks.clear()
 
