@@ -11,6 +11,7 @@ import pytest
 import zmq
 
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
 from tests.support import wait_until
@@ -277,6 +278,25 @@ async def test_garbage_from_upstream_is_ignored(practice: str, garbage: bytes) -
         finally:
             context.destroy(linger=0)
         assert check_numbering(run.hearer.heard) == []
+
+
+@in_loop
+async def test_who_comes_after_the_end_of_an_instrument_is_told_of_it_and_gets_its_last_value() -> None:
+    with exchange("--faults", "expiry:0.3", "--options", "60") as (url, _):
+        rows = get(url, "public/get_instruments", kind="option")[1]["result"]
+        quotes = [f"quote.{row['instrument_name']}" for row in rows]
+        async with collecting(url, "", "instrument.state.option.any", *quotes) as run:
+
+            def find_ended() -> str | None:
+                ended = [body["instrument"] for body in run.hearer.find("deribit.quote.", state="expired")]
+                topics = [f"deribit.quote.{name}.raw" for name in ended]
+                return next((topic for topic in topics if run.hearer.find(topic, type="quote")), None)
+
+            topic = await run.hearer.hear(find_ended, "the end of one that has spoken")
+            last = run.hearer.find(topic, type="quote")[-1]
+            with joined(run, topic) as late:
+                assert (await wait_join(late, topic, type="quote"))["exchange_ts"] == last["exchange_ts"]
+                assert list_joins(late, topic)[0]["state"] == "expired"
 
 
 @contextmanager
