@@ -88,22 +88,20 @@ class Credits:
             self.is_spent = True
 
 
-def measure_call(channels: Sequence[str], method: str, reserve: int = 0) -> int:
-    """Bytes of the JSON frame that asks for these channels, at most; `reserve` for further params."""
-    return _ENVELOPE + len(method) + reserve + sum(len(channel.encode()) + 4 for channel in channels)
+def measure_call(channels: Sequence[str], method: str) -> int:
+    """Bytes of the JSON frame that asks for these channels, at most."""
+    return _ENVELOPE + len(method) + sum(len(channel.encode()) + 4 for channel in channels)
 
 
-def chunk_channels(
-    channels: Sequence[str], method: str, reserve: int = 0, max_count: int = MAX_CHANNELS, max_bytes: int = MAX_FRAME
-) -> list[list[str]]:
-    """Cut channels, in order, into calls of at most `max_count` channels and `max_bytes` of JSON."""
+def chunk_channels(channels: Sequence[str], method: str) -> list[list[str]]:
+    """Cut channels, in order, into calls of at most MAX_CHANNELS channels and MAX_FRAME bytes of JSON."""
     chunks: list[list[str]] = []
-    size = max_bytes
+    size = MAX_FRAME
     for channel in channels:
         added = len(channel.encode()) + 4
-        if not chunks or len(chunks[-1]) >= max_count or size + added > max_bytes:
+        if not chunks or len(chunks[-1]) >= MAX_CHANNELS or size + added > MAX_FRAME:
             chunks.append([])
-            size = measure_call((), method, reserve)
+            size = measure_call((), method)
         chunks[-1].append(channel)
         size += added
     return chunks

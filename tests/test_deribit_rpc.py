@@ -12,7 +12,7 @@ from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
 from workers.deribit.connection.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import REACTIONS, ExchangeError, Reaction, find_reaction
-from workers.deribit.watching.spread import Spread
+from workers.deribit.watching.samples import Samples
 
 # -- requests and frames ----------------------------------------------------------------------------------------------
 
@@ -187,9 +187,9 @@ def test_a_machine_goes_only_where_its_table_says(table: Table) -> None:
 
 
 def test_a_spread_tells_median_and_tail_of_the_last_samples() -> None:
-    spread = Spread()
-    assert (spread.describe(), spread.newest) == ({}, 0)
+    samples = Samples()
+    assert (samples.describe(), samples.newest) == ({}, 0)
     for sample in range(2000):
-        spread.add(sample * 1_000_000)
-    assert spread.describe() == {"p50": 1.5, "p99": 1.99}
-    assert spread.newest == 1_999_000_000
+        samples.add(sample * 1_000_000)
+    assert samples.describe() == {"p50": 1.5, "p99": 1.99}
+    assert samples.newest == 1_999_000_000

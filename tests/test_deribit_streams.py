@@ -19,7 +19,7 @@ from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.publishing.ledger import LAST_TS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
-from workers.deribit.watching.spread import Spread
+from workers.deribit.watching.samples import Samples
 from workers.deribit.worker import Worker, create_worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -308,10 +308,10 @@ def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
         now = time.time_ns()
         book = {"bids": [], "asks": [], "change_id": 1, "timestamp": now // 1_000_000 - 3_600_000}
         worker.take_frames([make_frame(BOOK, book | {"type": "snapshot"})], now)
-        assert worker.patrol.lag.describe() == Spread().describe()
+        assert worker.patrol.lag.describe() == Samples().describe()
         change = {"type": "change", "change_id": 2, "prev_change_id": 1, "timestamp": now // 1_000_000}
         worker.take_frames([make_frame(BOOK, book | change)], now + 30_000_000)
-        assert worker.patrol.lag.describe() != Spread().describe()
+        assert worker.patrol.lag.describe() != Samples().describe()
 
 
 def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> None:

@@ -20,6 +20,14 @@ from workers.deribit.rpc.codec import encode_request
 RAW = ["book.BTC-PERPETUAL.raw", "trades.ETH-PERPETUAL.raw"]
 OWN = ["user.portfolio.btc", "user.orders.BTC-PERPETUAL.raw"]
 
+
+def are_equal(subscriptions: Subscriptions) -> bool:
+    """Whether asked-for and confirmed are equal, but for what was refused, and no call is needed or under way."""
+    wanted = {name for name in subscriptions.asked if name not in subscriptions.refused}
+    is_quiet = not (subscriptions._in_flight or subscriptions._dropped)
+    return is_quiet and subscriptions.confirmed == wanted
+
+
 # -- pure: which calls are made, and what their answers mean ----------------------------------------------------------
 
 
@@ -47,12 +55,12 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
         assert gained == ([QUOTE] if attempt == 1 else [])
         assert refused == ([BOOK] if attempt == TRIES else [])
     assert (subscriptions.plan_calls(False), subscriptions.refused) == ([], {BOOK: LEFT_OUT})
-    assert subscriptions.is_settled
+    assert are_equal(subscriptions)
     subscriptions.ask([BOOK])
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (BOOK,))]
     subscriptions.forget()
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE, BOOK))]
-    assert not subscriptions.is_settled
+    assert not are_equal(subscriptions)
 
 
 def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> None:
@@ -62,14 +70,14 @@ def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> 
     subscriptions.take_answer(call, [QUOTE, BOOK])
     subscriptions.drop([BOOK])
     subscriptions.ask([BOOK])
-    assert not subscriptions.is_settled
+    assert not are_equal(subscriptions)
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
     subscriptions.take_answer(call, [BOOK])
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/subscribe", (BOOK,))
     assert subscriptions.take_answer(call, [BOOK]) == ([BOOK], [])
-    assert subscriptions.is_settled
+    assert are_equal(subscriptions)
 
 
 def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
@@ -81,7 +89,7 @@ def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> No
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
     subscriptions.take_answer(call, [BOOK])
-    assert (subscriptions.refused, subscriptions.is_settled) == ({BOOK: EXPIRED}, True)
+    assert (subscriptions.refused, are_equal(subscriptions)) == ({BOOK: EXPIRED}, True)
     subscriptions.forget()
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE,))]
     subscriptions.ask([BOOK])
@@ -98,7 +106,7 @@ def test_what_is_unwanted_is_unsubscribed() -> None:
     for call in calls:
         subscriptions.take_answer(call, list(call.channels))
     assert subscriptions.confirmed == {OWN[1]}
-    assert subscriptions.is_settled
+    assert are_equal(subscriptions)
 
 
 def test_a_wish_dropped_while_on_its_way_is_taken_back() -> None:
@@ -146,7 +154,7 @@ def test_whatever_happens_a_well_exchange_makes_them_equal_in_the_end(steps: lis
     while calls := subscriptions.plan_calls(True):
         for call in calls:
             answer(subscriptions, call, held)
-    assert subscriptions.is_settled
+    assert are_equal(subscriptions)
     assert held == subscriptions.confirmed == set(subscriptions.asked) - set(subscriptions.refused)
 
 
@@ -411,7 +419,7 @@ async def test_many_wishes_side_by_side(practice: str) -> None:
         names = [f"chart.trades.BTC-PERPETUAL.{minutes}" for minutes in (1, 3, 5, 10, 15, 30)]
         await asyncio.gather(*(client.subscribe([name]) for name in names))
         await asyncio.gather(*(client.unsubscribe([name]) for name in names[::2]), client.subscribe([names[0], BOOK]))
-        await wait_for(lambda: client.reconciler.subscriptions.is_settled, "both equal")
+        await wait_for(lambda: are_equal(client.reconciler.subscriptions), "both equal")
         assert client.reconnects == 0
         assert {*names[1::2], BOOK} <= client.reconciler.subscriptions.confirmed
 

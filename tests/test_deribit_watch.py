@@ -1,5 +1,6 @@
 """When silence, lag and broken books are judged to be more than chance; and when reading rests. Pure."""
 
+from workers.deribit.connection.pace import Pace
 from workers.deribit.watching.watch import (
     LAGGING,
     LASTING,
@@ -7,7 +8,6 @@ from workers.deribit.watching.watch import (
     SAMPLES,
     SECOND,
     LagWatch,
-    Pace,
     Rhythm,
 )
 

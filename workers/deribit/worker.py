@@ -29,7 +29,7 @@ from workers.deribit.publishing.streams import Published, Topics
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
 from workers.deribit.watching.patrol import Patrol
-from workers.deribit.watching.spread import Spread
+from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import OVER, STOPPED, UNSUBSCRIBED, Statuses
 
 log = logging.getLogger("deribit")
@@ -103,7 +103,7 @@ class Worker(Listener):
         self.topics = Topics(self.epoch, self.ledger)
         self.malformed = 0
         self.unknown = 0
-        self.latency = Spread()
+        self.latency = Samples()
         self._sampled = 0
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()

@@ -19,6 +19,7 @@ from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.credits import Pool
 from workers.deribit.connection.listener import Listener
+from workers.deribit.connection.pace import Pace
 from workers.deribit.connection.reconcile import Reconciler
 from workers.deribit.connection.session import Session
 from workers.deribit.connection.socket import Socket
@@ -34,7 +35,6 @@ from workers.deribit.rpc.errors import (
     find_reaction,
 )
 from workers.deribit.rpc.requests import Requests
-from workers.deribit.watching.watch import Pace
 
 log = logging.getLogger("deribit")
 
@@ -51,7 +51,7 @@ SECOND_CHANCE = 600.0
 class Client:
     """One connection, with the six connection settings; times in seconds.
 
-    `read_pause` is rested between reads while frames come fast, one by one (see watching.watch.Pace).
+    `read_pause` is rested between reads while frames come fast, one by one (see pace.py).
     `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
     So does whatever the listener raises; each later call but get_state raises it again.
     """

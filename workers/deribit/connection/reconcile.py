@@ -68,7 +68,7 @@ class Reconciler:
         while calls := self.subscriptions.plan_calls(session.logged_in, session.awaits_login):
             await do_together(*(self._place(call) for call in calls))
 
-    async def leave(self, channel: str) -> None:
+    async def unsubscribe_once(self, channel: str) -> None:
         """Unsubscribe from a channel that is still wanted, and wait for the answer. Raises Lost.
 
         To `reconcile` after it is the one way to a new snapshot.
@@ -103,7 +103,7 @@ class Reconciler:
             names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
             gained, refused = self.subscriptions.take_answer(call, names)
             self._confirm(gained)
-            self._give_up(refused, LEFT_OUT)
+            self._tell_refused(refused, LEFT_OUT)
         finally:
             self._wake()
 
@@ -147,9 +147,9 @@ class Reconciler:
             self._count_refusal(list(call.channels), error)
 
     def _count_refusal(self, names: list[str], error: ExchangeError, tries: int = 1) -> None:
-        self._give_up(self.subscriptions.refuse(names, str(error), tries), str(error))
+        self._tell_refused(self.subscriptions.refuse(names, str(error), tries), str(error))
 
-    def _give_up(self, names: list[str], reason: str) -> None:
+    def _tell_refused(self, names: list[str], reason: str) -> None:
         """Tell of refusals; that of an instrument whose day has passed is its end."""
         now = self._session.read_exchange_clock()
         expired = [name for name in names if has_expired(self.subscriptions.asked[name].instrument, now)]

@@ -151,9 +151,3 @@ class Subscriptions:
     def is_any_in_flight(self, names: list[str]) -> bool:
         """Whether a call that is on its way will tell of one of these."""
         return not self._in_flight.isdisjoint(names)
-
-    @property
-    def is_settled(self) -> bool:
-        """Whether asked-for and confirmed are equal, but for what was refused."""
-        is_quiet = not (self._in_flight or self._dropped)
-        return is_quiet and self.confirmed == {n for n in self.asked if n not in self.refused}

@@ -17,7 +17,7 @@ from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
-from workers.deribit.watching.spread import Spread
+from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, SECOND, LagWatch, Rhythm
 
@@ -68,7 +68,7 @@ class Patrol:
         self._was_lagging = False
         self._is_asking = False
         self._trouble = ""
-        self.lag = Spread()
+        self.lag = Samples()
         self.last_ts = 0
         self.rate = 0.0
         self.resyncs = 0
@@ -290,7 +290,7 @@ class Patrol:
             return  # a snapshot has come unasked, or the channel was taken up anew: to leave now would lose changes
         self.resyncs += 1
         with suppress(Lost, NotConnected):
-            await self._client.reconciler.leave(feed.channel.name)
+            await self._client.reconciler.unsubscribe_once(feed.channel.name)
         if feed.is_complete and self._feeds.get(feed.channel.name.encode()) is feed:
             # One came unasked before the exchange let go of the channel: what changes from then on is lost.
             feed.lose("sequence", time.time_ns())

@@ -87,37 +87,3 @@ class LagWatch:
         self.is_lagging = lasting > LAGGING
         self._least_far = min(self._least_far, lasting) if lasting > TOO_FAR_BEHIND else NEVER
         return least > self._least_far + RISEN
-
-
-class Pace:
-    """When to rest between reads, as network cards do it: at a high rate, frames that come one by one cost more in
-    waking than in work, so a short rest lets several come together.
-
-    Off while it is quiet (no latency is added), and off at full speed (frames come together anyhow).
-    """
-
-    RATE = 8000
-    """Frames a second from which on it rests."""
-
-    WINDOW = SECOND // 100
-    """Time over which the rate is taken."""
-
-    FULL = 32
-    """Frames read together that need no rest."""
-
-    def __init__(self, pause: float) -> None:
-        self.pause = pause
-        self._is_fast = False
-        self._since = 0
-        self._count = 0
-        self._seen = 0
-
-    def should_pause(self, frames: int, now: int) -> bool:
-        """Whether to rest after a burst that ends with frame number `frames`, read at `now`."""
-        if not self.pause:
-            return False
-        burst, self._seen = frames - self._seen, frames
-        if (elapsed := now - self._since) >= self.WINDOW:
-            self._is_fast = (frames - self._count) * SECOND > self.RATE * elapsed
-            self._since, self._count = now, frames
-        return self._is_fast and burst < self.FULL

@@ -3,7 +3,7 @@
 from collections import deque
 
 
-class Spread:
+class Samples:
     """The last 1,000 samples of one quantity, in ns."""
 
     def __init__(self) -> None:
