@@ -37,7 +37,7 @@ CONNECTION_FAULTS = (
     Fault("429", "", "", "the upgrade is refused as if 32 connections were open"),
     Fault("slow_open", "SECONDS", "10", "the upgrade is answered so late"),
     Fault("delay", "MS", "50", "each frame is held for so long, each way; the upgrade for both ways"),
-    Fault("close", "CODE@SECONDS", "1001@5", "a close frame with this code (0: without one), so long after opening"),
+    Fault("close", "CODE@SECONDS", "1001@5", "a close frame with this code (0: without one), SECONDS after opening"),
     Fault("reset", "SECONDS", "5", "the TCP connection is reset"),
     Fault("drop", "SECONDS", "5", "the TCP connection is closed without a close frame"),
     Fault("half_open", "SECONDS", "5", "from then on nothing is sent, not even pongs and answers; the socket stays"),
@@ -45,24 +45,30 @@ CONNECTION_FAULTS = (
         "mute", "CHANNEL@SECONDS", "*@5", "from then on no data of the channel (* all); heartbeats and answers go on"
     ),
     Fault(
-        "lag", "SECONDS@START", "8@5", "from START on data come so late, in order; heartbeats and answers are in time"
+        "lag",
+        "SECONDS@START",
+        "8@5",
+        "from START on data come SECONDS late, in order; heartbeats and answers are in time",
     ),
     Fault("backlog", "SHARE@START", "0.1@5", "from START on data run at this share of the true speed: later and later"),
     Fault(
         "maintenance", "SECONDS", "5", "platform_state says so, requests get 11051, and a second later the socket drops"
     ),
-    Fault("garbage", "SECONDS", "1", "so often a text frame that is no JSON and a binary frame"),
-    Fault("bad_json", "SECONDS", "1", "so often a notification that breaks off in the middle"),
-    Fault("deep_json", "SECONDS", "1", "so often a frame of 100,000 nested arrays"),
+    Fault("garbage", "SECONDS", "1", "every SECONDS a text frame that is no JSON and a binary frame"),
+    Fault("bad_json", "SECONDS", "1", "every SECONDS a notification that breaks off in the middle"),
+    Fault("deep_json", "SECONDS", "1", "every SECONDS a frame of 100,000 nested arrays"),
     Fault(
-        "odd_json", "SECONDS", "1", "so often frames of valid JSON that are no messages (null, a list, wrong members)"
+        "odd_json",
+        "SECONDS",
+        "1",
+        "every SECONDS frames of valid JSON that are no messages (null, a list, wrong members)",
     ),
     Fault("oversized", "BYTES@SECONDS", "17000000@2", "one frame of so many bytes"),
     Fault("fragments", "SECONDS", "1", "from then on each frame comes in two fragments, a ping between them"),
     Fault("wrong_id", "METHOD@TIMES", None, "answers to the method bear an id that nobody asked with"),
     Fault("no_reply", "METHOD@TIMES", None, "the method is never answered (nor carried out)"),
     Fault("error", "METHOD=CODE@TIMES", None, "the method is answered with this error (10028 also cuts)"),
-    Fault("slow", "METHOD=SECONDS@TIMES", None, "the method is answered so late; what comes behind it waits"),
+    Fault("slow", "METHOD=SECONDS@TIMES", None, "the method is answered SECONDS late; what comes behind it waits"),
     Fault(
         "heartbeat_floor",
         "SECONDS",
@@ -71,7 +77,7 @@ CONNECTION_FAULTS = (
     ),
     Fault("no_heartbeat", "", "", "set_heartbeat is answered but no heartbeat and no test_request is ever sent"),
     Fault("deaf", "", "", "answers to test_request do not count: closed with 4000 although answered"),
-    Fault("idle", "SECONDS", None, "idle sockets are cut after so long instead of 60.5 s"),
+    Fault("idle", "SECONDS", None, "idle sockets are cut after SECONDS instead of 60.5"),
     Fault("no_snapshot", "N", "1", "the first N book snapshots are not sent"),
     Fault("gap", "RATE@TIMES", "50", "book changes are lost, the chain goes on"),
     Fault("duplicate", "RATE@TIMES", "50", "data frames are sent twice"),
@@ -97,8 +103,8 @@ CONNECTION_FAULTS = (
 )
 
 EXCHANGE_FAULTS = (
-    Fault("listing", "SECONDS", "10", "so often a new option is listed"),
-    Fault("expiry", "SECONDS", "10", "so often an option expires"),
+    Fault("listing", "SECONDS", "10", "every SECONDS a new option is listed"),
+    Fault("expiry", "SECONDS", "10", "every SECONDS an option expires"),
     Fault("retention", "SECONDS", "86400", "requests for trades of an older start find nothing (Deribit: 24 hours)"),
     Fault("connections", "N", "32", "so many connections at most, the next gets HTTP 429 (0: no limit)"),
 )

@@ -125,7 +125,7 @@ def read_envelope(topic: bytes, payload: bytes) -> Message:
 
 
 def describe_malformed(topic: bytes, error: ValueError) -> Loss:
-    """The loss that a message which read_message refuses is."""
+    """The loss of a message that read_message refused."""
     try:
         parsed = read_topic(topic)
     except ValueError:

@@ -14,7 +14,7 @@ TEXT, BINARY = 0x81, 0x82
 """First bytes of whole data frames."""
 
 LIMITS = {TEXT: MAX_FRAME, BINARY: MAX_FRAME, 0x89: 125, 0x8A: 125}
-"""Longest payload by first byte: data, pings, pongs. From any other frame on nothing is for us: a close is the end."""
+"""Longest payload by first byte: data, pings, pongs. From any other frame on, everything is left to aiohttp."""
 
 TEXT_16 = TEXT << 8 | 126
 """The first two bytes of a text frame whose length, 126 to 65,535 bytes, stands in the next two."""

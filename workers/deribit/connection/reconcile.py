@@ -17,8 +17,8 @@ RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
 
 LOGIN_IS_NEW = 60.0
-"""Seconds after a login in which an exchange that wants one means the channel; later the login itself has died (a key
-that was reset, too many sessions of one key), and a new connection logs in anew."""
+"""Seconds after a login. So soon, "login needed" is said of the channel; later it means that the login has died (the
+key was reset, or has too many sessions), and a new connection logs in anew."""
 
 
 class Reconciler:

@@ -12,12 +12,13 @@ from workers.deribit.watching.watch import Rhythm
 class Feed(ABC):
     """One channel: takes its frames, gives messages.
 
-    `is_complete` is false while a channel waits for its first full state; `changed` is set when that changes.
-    `condition` is the (state, reason) last said on its topics. `dropped`, `crossed`, `emptied` and
-    `duplicates` count oddities. `last_ts` is when data came last (ns), `doubted_at` what it was when its silence was
-    last told. `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `waits` how often
-    that came to nothing, `asked_at` when it was asked for anew last. `is_ended` is set when nobody asks for the channel
-    any more.
+    - `is_complete` is false while the channel waits for its first full state; `changed` is set when that changes.
+    - `is_ended` is set when nobody asks for the channel any more.
+    - `condition` is the (state, reason) last said on its topics.
+    - `last_ts` is when data came last (ns), `doubted_at` what that was when its silence was last told.
+    - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `asked_at` when that was last
+      asked for anew, `waits` how often it came to nothing.
+    - `dropped`, `crossed`, `emptied` and `duplicates` count oddities.
     """
 
     is_complete = True

@@ -23,8 +23,8 @@ SLACK_MS = 5000
 """A fetch by time begins this much before the loss: clocks differ, and repeats are known by their trade_seq."""
 
 KEPT_MS = 86_400_000 - 60_000
-"""How far back the exchange answers a fetch by time: a day (a minute less, for clocks and the request's own way). To an
-earlier start it says without an error that there is nothing, not even of the time since (documented for requests by
+"""How far back the exchange answers a fetch by time: a day (a minute less, for clocks and the request's own way). Asked
+for an earlier start it returns nothing, without an error, not even what it still has (documented for requests by
 currency)."""
 
 UNNOTICED_MS = 120_000

@@ -31,16 +31,20 @@ SIZE = RECORD * (TOPICS + 1)
 STEP = 256
 """Records for which room is made at a time: 128 KiB."""
 
-LAST_TS, LAST_ID, LENGTH, UNHEALED, FIRST, NEWEST, KNOWN_ID, KNOWN_TIME, BEGUN, BEFORE = range(10)
-"""The words of a record: receive_ts (ns) of the last data; its change_id or trade_seq; length of the name in bytes, -1
-where the place is free; first trade_seq of what is being healed (of a channel: since when, ns, it may lack trades);
-first trade_seq that was ever said (of a channel: since when, ns, it came); the exchange's time (ms) of the newest
-trade. LAST_ID and NEWEST before a loss, as long as the exchange may have begun to count anew in it. The trade_seq that
-was reached when a gap told that it had, and NEWEST before that. 0 stands for none."""
+# The words of a record; 0 stands for none.
+LAST_TS = 0  # receive_ts (ns) of the topic's last data
+LAST_ID = 1  # its change_id or trade_seq
+LENGTH = 2  # of the name, in bytes; -1 where the place is free
+UNHEALED = 3  # topic: first trade_seq that is being healed; channel: since when (ns) it may lack trades
+FIRST = 4  # topic: first trade_seq that was ever said; channel: since when (ns) it came
+NEWEST = 5  # the exchange's time (ms) of the newest trade
+KNOWN_ID, KNOWN_TIME = 6, 7  # LAST_ID and NEWEST before a loss, while the exchange may have begun to count anew in it
+BEGUN, BEFORE = 8, 9  # the trade_seq at which a gap told that it had, and NEWEST before that
 
-SUBSCRIPTIONS, ROOM, HEARD = 10, 11, 12
-"""Further words of the header: subscriptions of the latest life, records for which there is room, and when (ns) its
-connection stood last."""
+# Further words of the header.
+SUBSCRIPTIONS = 10  # of the latest life
+ROOM = 11  # records for which there is room
+HEARD = 12  # when (ns) the latest life's connection stood last
 
 HAS_ENDED = -1
 """LAST_TS of a topic that was left because its instrument had ended."""

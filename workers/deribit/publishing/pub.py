@@ -1,8 +1,8 @@
 """A PUB socket that sends from the loop's own thread, where ZeroMQ's would hand each message to a thread of its own.
 
-The waking of that thread was what kept a worker from the cost of a mere relay (measured, see docs/performance.md: 55
-against 50 us a message at 5,000/s, 5.2 against 4.5 at full speed), and its queue was out of sight: here it is known,
-and said, when a subscriber is too slow. On the wire it is ZeroMQ's own XPUB (see zmtp), for this host only.
+Waking that thread was what a worker cost beyond a mere relay (measured, see docs/performance.md: 55 against 50 us a
+message at 5,000/s, 5.2 against 4.5 at full speed), and its queue was out of sight: here it is known, and said, when a
+subscriber is too slow. On the wire it is ZeroMQ's own XPUB (see zmtp), for this host only.
 """
 
 import errno

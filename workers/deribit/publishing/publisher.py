@@ -22,7 +22,7 @@ MAX_HELD = 50_000
 """Messages that may wait for the subscribers of an earlier life."""
 
 NO_DATA = frozenset({Gap, Repair, Status, ConnectionHeartbeat})
-"""Payloads that a later life has not to go on from."""
+"""Payloads from which a later life need not go on."""
 
 
 class Publisher:
@@ -61,7 +61,7 @@ class Publisher:
     def publish(self, published: Published, receive_ts: int, is_fetched: bool = False) -> None:
         """Send data, each message after the gap that is due before it.
 
-        What `is_fetched` does not count as the last that came: the next loss began when the stream itself last spoke.
+        What `is_fetched` does not count as the last data: the next loss began when the stream itself last spoke.
         """
         waiting = self._waiting
         for said in published:

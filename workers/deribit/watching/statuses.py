@@ -63,7 +63,7 @@ class Statuses:
             self._left[stream] = stream.status, FAREWELLS
 
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
-        """Say again one part in REPEAT of all; called each second with the next part, that is all in REPEAT seconds.
+        """Say again one part in REPEAT of all topics; called each second with the next part, it covers all in a minute.
 
         A topic's part is its own, whatever comes and goes beside it. Topics that have come up since, on channels that
         feed many, are told theirs at once; those of which nothing has come at all are told that they are waited for.

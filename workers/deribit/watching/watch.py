@@ -9,7 +9,8 @@ QUIET = 15 * SECOND
 """No channel is stale before this, whatever its rhythm."""
 
 MEANS, LONGESTS, SAMPLES = 20, 3, 20
-"""Silence is out of the rhythm past so many mean intervals and so many times the longest; before so many, never."""
+"""Silence is out of the rhythm once it is longer than MEANS mean intervals and LONGESTS times the longest one; of less
+than SAMPLES intervals there is no rhythm."""
 
 LAGGING, TOO_FAR_BEHIND = 5 * SECOND, 30 * SECOND
 """Lag that is announced once it has lasted LASTING, and lag at which the connection is given up while it rises."""
