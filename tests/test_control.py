@@ -324,6 +324,80 @@ def test_a_wish_while_there_is_no_worker_is_kept() -> None:
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == wanted, "both channels")
 
 
+MANY = [f"other.channel.{number}" for number in range(2000)]
+"""Channels enough for the start of their worker to take a moment."""
+
+
+def hold_next(run: Collected, name: str) -> psutil.Process:
+    """Kill a worker, and stop the next one as soon as there is one."""
+    before = run.wait_state(name)["pid"]
+    psutil.Process(before).kill()
+    pid = wait_until(lambda: (pid := run.get_state(name)["pid"]) != before and pid, "the next worker")
+    worker = psutil.Process(pid)
+    worker.suspend()
+    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, "its stop")
+    return worker
+
+
+@contextmanager
+def held_at_start(run: Collected, name: str) -> Iterator[None]:
+    """Kill a worker, and hold the next one up before it is ready."""
+    worker = hold_next(run, name)
+    while run.get_state(name)["state"] != "starting":  # it was too fast
+        worker.resume()
+        worker = hold_next(run, name)
+    yield
+    assert run.get_state(name)["state"] == "starting"
+    worker.resume()
+    assert run.wait_state(name)["pid"] == worker.pid
+
+
+def test_what_is_wished_while_the_worker_starts_is_carried_out_by_it() -> None:
+    with collected({"a": {**QUICK, "channels": [*QUICK["channels"], *MANY]}}) as run:
+        with held_at_start(run, "a"):
+            answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])["channels"]
+            assert answer["quote.ETH-PERPETUAL"]["code"] == "not_connected"
+            answer = run.ask("unsubscribe", connection="a", channels=["quote.BTC-PERPETUAL"])["channels"]
+            assert answer == {"quote.BTC-PERPETUAL": True}
+
+        def find_quotes() -> list[str]:
+            return [name for name in run.get_state("a")["channels"]["confirmed"] if name.startswith("quote.")]
+
+        wait_until(lambda: "quote.ETH-PERPETUAL" in find_quotes(), "the channel that was asked for")
+        assert find_quotes() == ["quote.ETH-PERPETUAL"]
+
+
+def test_a_wish_that_a_worker_cannot_be_asked_since_it_owes_answers_is_kept() -> None:
+    request = encode({"op": "send", "connection": "a", "method": "public/test"})
+    with collected() as run, connected(run) as client:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        worker.suspend()
+        for _ in range(80):
+            client.send_multipart([b"", request])
+        assert [read_code(client.recv_multipart()[-1]) for _ in range(16)] == ["not_connected"] * 16
+        answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])["channels"]
+        assert "kept" in answer["quote.ETH-PERPETUAL"]["message"]
+        worker.resume()  # within its four seconds
+        wait_until(lambda: "quote.ETH-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the channel")
+        assert run.get_state("a")["pid"] == worker.pid
+
+
+@pytest.mark.parametrize(
+    ("op", "confirmed"), [("subscribe", ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]), ("unsubscribe", [])]
+)
+def test_a_wish_that_a_stopped_worker_sees_too_late_is_kept(op: str, confirmed: list[str]) -> None:
+    with collected() as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        worker.suspend()
+        channel = "quote.ETH-PERPETUAL" if op == "subscribe" else "quote.BTC-PERPETUAL"
+        deadline = time.time_ns() + 300_000_000
+        assert run.refuse(op, connection="a", channels=[channel], deadline=deadline).code == "timeout"
+        worker.resume()  # within its four seconds
+        run.program.wait_line("a: a late answer: expired")
+        wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == confirmed, "what was wished")
+        assert run.get_state("a")["pid"] == worker.pid
+
+
 # subscribe
 
 

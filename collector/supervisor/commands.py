@@ -183,22 +183,21 @@ class Commands:
         unwanted = [name for name in names if name not in results]
         for name in unwanted:
             entry.channels.pop(name, None)
-        if entry.keeper.machine.state == "running":
-            results |= await self._pass_on(entry, request, unwanted)
-        else:
+        is_running = entry.keeper.machine.state == "running"
+        results |= await self._pass_on(entry, request, unwanted)
+        if not is_running:
             results |= dict.fromkeys(unwanted, True)  # nothing is subscribed now, and will not be
         self._supervisor.tell_freed()
         return {"channels": {name: results[name] for name in names}}
 
     async def _pass_on(self, entry: Entry, request: Request, names: list[str]) -> dict[str, Any]:
-        """Have the worker (un)subscribe; while there is none the wish stands, for its next life."""
+        """Have the worker (un)subscribe; while it cannot hear, the wish stands."""
         if not names:
             return {}
         try:
-            answer = await entry.keeper.ask(request.op, {"channels": names}, request.deadline)
-            channels = dict(answer["channels"])
+            channels = await entry.wishes.ask(request.op, names, request.deadline)
         except ControlError as error:
-            if error.code != "not_connected":
+            if error.code not in ("not_connected", "expired"):
                 raise
             channels = {}
         kept = {"code": "not_connected", "message": "kept, and carried out when the connection is live"}

@@ -18,7 +18,6 @@ from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
 from collector.config.patterns import Instrument, expand, hint_capitals, is_instrument, read_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
-from collector.messages import ControlError
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.shards import assign, find_unit, spread, weigh
 from collector.supervisor.places import Places
@@ -35,8 +34,8 @@ MARKS = (5.0, 65.0, 150.0)
 RECHECK = 5.0
 """Seconds between two looks at least, whatever happens."""
 
-PATIENCE = 30
-"""Seconds that a worker has to carry out what follows from one look."""
+AGAIN = 30.0
+"""Seconds from a look that failed to the next one."""
 
 MAX_SINGLE = 5
 """Unknown instruments that are asked for one by one; for more, the whole list is."""
@@ -69,7 +68,6 @@ class Follower:
         self._ours: dict[str, int] = {}
         self._left: set[str] = set()
         self._missing: set[str] = set()
-        self._untold: dict[str, int] = {}
         self._rows: list[dict[str, Any]] = []
         self._woken = asyncio.Event()
         self._stale = self._failed = False
@@ -176,7 +174,7 @@ class Follower:
             if time.monotonic() >= due:
                 self._failed = not await self._check()
                 checked = time.monotonic()
-                due = checked + (PATIENCE if self._failed else count_to_check(time.time()))
+                due = checked + (AGAIN if self._failed else count_to_check(time.time()))
             await self._adjust(again)
 
     async def _check(self) -> bool:
@@ -222,7 +220,6 @@ class Follower:
 
     async def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments."""
-        await self._tell_ends()
         now = read_clock()
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._listed, now).values():
@@ -280,32 +277,15 @@ class Follower:
         places = {name: self._ours.pop(name) for name in names}
         for name, place in places.items():
             self._shards[place].channels.pop(name, None)
-        unheard = await self._ask("unsubscribe", places, reason=reason)
+        await self._ask("unsubscribe", places, reason)
         self._supervisor.tell_freed()
-        self._untold |= unheard if reason else {}
 
-    async def _tell_ends(self) -> None:
-        """Have it said on their topics of those, too, whose worker was away when they expired."""
-        untold, self._untold = self._untold, {}
-        self._untold = await self._ask("unsubscribe", untold, reason="expired")
-
-    async def _ask(self, op: str, places: Mapping[str, int], **more: str) -> dict[str, int]:
-        """Have each worker carry out its part; where none runs, the wish stands for its next life. Return that part."""
+    async def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
+        """Have each worker carry out its part; one that does not hear it now is told later (see wishes)."""
         groups: dict[int, list[str]] = defaultdict(list)
         for name, place in places.items():
             groups[place].append(name)
-        heard = await asyncio.gather(*(self._ask_one(place, op, group, more) for place, group in groups.items()))
-        away = {place for place, was_heard in zip(groups, heard, strict=True) if not was_heard}
-        return {name: place for name, place in places.items() if place in away}
-
-    async def _ask_one(self, place: int, op: str, names: list[str], more: Mapping[str, str]) -> bool:
-        keeper = self._shards[place].keeper
-        try:
-            await keeper.ask(op, {"channels": names, **more}, time.time_ns() + PATIENCE * 1_000_000_000)
-        except ControlError as error:
-            log.debug("%s: %s: %s", keeper.name, op, error)
-            return error.code != "not_connected" or keeper.is_over
-        return True
+        await asyncio.gather(*(self._shards[place].wishes.tell(op, group, reason) for place, group in groups.items()))
 
 
 def read_clock() -> int:

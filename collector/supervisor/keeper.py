@@ -68,6 +68,7 @@ class Keeper:
         self.exit_code: int | None = None
         self.was_live = False
         self.take_event: Callable[[dict[str, Any]], None] | None = None
+        self.take_sign: Callable[[], None] = lambda: None  # called with each sign of life of one that can be asked
         self._changed = asyncio.Event()
         self._first_delay = first_delay
         self._spawner = spawner
@@ -285,6 +286,7 @@ class Keeper:
                 log.info("%s: ready, pid %s, %s", self.name, self.pid, _write_endpoints(endpoints))
                 self._allow(BEATS_MISSED)
                 self._apply("ready")
+                self.take_sign()
             case {"kind": "ready"} if self.machine.state == "stopping":
                 pass
             case {"kind": "event"} if self.take_event is not None:
@@ -306,6 +308,7 @@ class Keeper:
                 self._child.pause()  # its next beat is read by `watch`, with those of others: what costs is the waking
         if self.state != before:
             self._note_state(before)
+        self.take_sign()
 
     async def ask(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Have the worker carry out a request; return its result. Raises ControlError, at once if it is not running."""

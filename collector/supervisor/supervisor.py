@@ -15,6 +15,7 @@ from collector.sockets import remove_socket
 from collector.supervisor.follower import Follower
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
+from collector.supervisor.wishes import Wishes
 
 EXCHANGE_NAME = "exchange"
 
@@ -37,6 +38,11 @@ class Entry:
     from_file: bool
     follower: Follower | None = None
     keeping: asyncio.Task[None] = field(init=False)
+    wishes: Wishes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.wishes = Wishes(self.keeper)
+        self.keeper.take_sign = self.wishes.catch_up
 
     @property
     def bound(self) -> str:

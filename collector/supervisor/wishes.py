@@ -1,0 +1,95 @@
+"""What a connection's worker is asked to subscribe and to give up: said again until it has heard it."""
+
+import asyncio
+import logging
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from collector.messages import ControlError
+from collector.supervisor.keeper import Keeper
+
+PATIENCE = 30
+"""Seconds that a worker has to carry out what nobody waits for."""
+
+UNHEARD = ("not_connected", "expired", "timeout")
+"""Codes after which it is not sure that the worker knows of a wish. To hear it twice does no harm."""
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class Wish:
+    """One op on some channels. `is_under_way`: it was sent, and the answer is still to come."""
+
+    op: str
+    reason: str
+    is_under_way: bool = True
+
+
+class Wishes:
+    """The last wish for each channel of which the worker of `keeper` may not know yet.
+
+    A worker that starts, is stopped for a moment, or owes too many answers hears nothing: it is told with the next sign
+    of life. A next life is told too, though its spec has the channels: it must still say of some that they expired.
+    """
+
+    def __init__(self, keeper: Keeper) -> None:
+        self._keeper = keeper
+        self._unheard: dict[str, Wish] = {}
+        self._telling: set[asyncio.Task[None]] = set()
+
+    async def ask(self, op: str, names: list[str], deadline: int) -> dict[str, Any]:
+        """Have the worker (un)subscribe until `deadline` (ns); return what came of each channel.
+
+        Raises ControlError; after one of UNHEARD the wish stands.
+        """
+        return await self._pass_on(self._note(op, names, ""), names, deadline)
+
+    async def tell(self, op: str, names: list[str], reason: str = "") -> None:
+        """The same, for one who needs no answer. `reason`: why the channels are given up, if not because of a wish."""
+        await self._tell(self._note(op, names, reason), names)
+
+    def _note(self, op: str, names: list[str], reason: str) -> Wish:
+        wish = Wish(op, reason)
+        self._unheard |= dict.fromkeys(names, wish)
+        return wish
+
+    async def _pass_on(self, wish: Wish, names: list[str], deadline: int) -> dict[str, Any]:
+        arguments = {"channels": names} | ({"reason": wish.reason} if wish.reason else {})
+        was_heard = False
+        try:
+            answer = await self._keeper.ask(wish.op, arguments, deadline)
+            was_heard = True
+            return dict(answer["channels"])
+        except ControlError as error:
+            was_heard = error.code not in UNHEARD
+            raise
+        finally:
+            wish.is_under_way = False
+            if was_heard:
+                self._forget(wish, names)
+
+    async def _tell(self, wish: Wish, names: list[str]) -> None:
+        try:
+            await self._pass_on(wish, names, time.time_ns() + PATIENCE * 1_000_000_000)
+        except ControlError as error:
+            log.debug("%s: %s: %s", self._keeper.name, wish.op, error)
+
+    def _forget(self, wish: Wish, names: list[str]) -> None:
+        for name in names:
+            if self._unheard.get(name) is wish:  # else another one has come since
+                del self._unheard[name]
+
+    def catch_up(self) -> None:
+        """The worker gives a sign of life: tell it what it has not heard."""
+        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+        for name, wish in self._unheard.items():
+            if not wish.is_under_way:
+                groups[wish.op, wish.reason].append(name)
+        for (op, reason), names in sorted(groups.items(), reverse=True):  # first it gives up what may stand in the way
+            log.debug("%s: told now, since it did not hear: %s of %d channels", self._keeper.name, op, len(names))
+            task = asyncio.create_task(self._tell(self._note(op, names, reason), names))
+            self._telling.add(task)
+            task.add_done_callback(self._telling.discard)
