@@ -1,16 +1,31 @@
 """The files of ipc sockets, which outlive whoever listened there and was killed."""
 
 import os
+import socket
 import stat
 
 
 def remove_socket(endpoint: str) -> None:
-    """Remove what a killed process left of an ipc endpoint. Only for one who knows that nobody listens there."""
+    """Remove what a killed process left of an ipc endpoint; the file of one that is served stays."""
     scheme, _, path = endpoint.partition("://")
     if scheme != "ipc":
         return
     try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
+        if stat.S_ISSOCK(os.lstat(path).st_mode) and _is_left(path):
             os.unlink(path)
     except OSError:
         return  # it is gone, or not ours to remove
+
+
+def _is_left(path: str) -> bool:
+    """Whether nobody listens at a socket's file; only a refusal says so for sure. Raises OSError if it cannot be asked.
+
+    A server that is too busy to be asked (EAGAIN), or of another kind (EPROTOTYPE), is there.
+    """
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return True
+    return False

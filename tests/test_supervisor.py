@@ -8,7 +8,8 @@ import socket
 import stat
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,39 @@ def test_a_control_endpoint_that_is_bound_already_ends_it_at_once() -> None:
         with running(*collector("run", str(config))) as program:
             assert program.wait_exit() == 1
             assert f"control {endpoint} cannot be bound" in program.err[-1]
+
+
+@contextmanager
+def served(path: Path, kind: socket.SocketKind) -> Iterator[None]:
+    """The Unix socket of another program. It must still be there, and served, at the end."""
+    with socket.socket(socket.AF_UNIX, kind) as other:
+        other.bind(str(path))
+        if kind == socket.SOCK_STREAM:
+            other.listen()
+        yield
+        with socket.socket(socket.AF_UNIX, kind) as client:
+            client.connect(str(path))
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+@pytest.mark.parametrize("key", ["publish", "control"])
+def test_the_socket_of_another_program_is_left_to_it(key: str, kind: socket.SocketKind) -> None:
+    with short_directory() as directory, served(directory / "other", kind):
+        endpoint = f"ipc://{directory}/other"
+        config = write_config(directory, {"a": DEAD | ({"publish": endpoint} if key == "publish" else {})})
+        if key == "control":
+            config.write_text(config.read_text().replace("[collector]", f'[collector]\ncontrol = "{endpoint}"'))
+        with running(*collector("run", str(config))) as program:
+            assert program.wait_exit() == 1
+            program.wait_line(rf"(a: cannot start|control {endpoint} cannot be bound): .*in use", stream="err")
+
+
+def test_the_socket_of_another_program_is_left_to_it_at_run_time_too() -> None:
+    with collected() as run, served(run.directory / "other", socket.SOCK_STREAM):
+        run.wait_state("a")
+        table = {**QUICK, "name": "b", "channels": [], "publish": f"ipc://{run.directory}/other"}
+        refused = run.refuse("connect", connection=table, deadline=time.time_ns() + 20_000_000_000)
+        assert (refused.code, "in use" in refused.message) == ("bad_request", True)
 
 
 def test_a_wrong_configuration_ends_with_2() -> None:

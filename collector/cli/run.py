@@ -66,8 +66,6 @@ def _refuse(code: int, error: object) -> None:
 async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_view: bool) -> int:
     supervisor = Supervisor(config, log_level)
     stopping = Stopping(supervisor)
-    for endpoint in (config.control, *(connection.publish for connection in config.connections)):
-        remove_socket(endpoint)
     commands = Commands(supervisor)
     control = ControlServer(config.control, commands.answer)
     serving, guarding = asyncio.create_task(control.serve()), asyncio.create_task(_guard_files(directory, control))

@@ -1,6 +1,7 @@
 """The control socket: takes requests from plain REQ clients, answers each on its own, survives whatever comes."""
 
 import asyncio
+import errno
 import logging
 import os
 import time
@@ -12,6 +13,7 @@ import zmq
 import zmq.asyncio
 
 from collector.messages import ControlError, Request, decode_request, encode_reply
+from collector.sockets import remove_socket
 
 MAX_REQUEST = 64 << 20
 """Bytes of a frame up to which an answer is given (bad_request beyond messages.MAX_CONTROL); then the peer is cut."""
@@ -43,6 +45,10 @@ class ControlServer:
         self.endpoint: str = self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rstrip("\0")
 
     def _bind(self, endpoint: str) -> None:
+        remove_socket(endpoint)
+        scheme, _, path = endpoint.partition("://")
+        if scheme == "ipc" and os.path.lexists(path):  # ZeroMQ would remove it, whoever listens there
+            raise zmq.ZMQError(errno.EADDRINUSE)
         mask = os.umask(0o177)  # an ipc socket is for its owner alone, wherever it lies
         try:
             self._socket.bind(endpoint)

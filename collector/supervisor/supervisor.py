@@ -225,8 +225,7 @@ class Supervisor:
         """
         keeper = entry.keeper
         self._epochs[keeper.name] = keeper.epoch
-        remove_socket(entry.connection.publish)  # these two are what a killed worker leaves
-        (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
+        self._remove_left(keeper)
         if keeper.machine.state == "stopped" and self.entries.get(keeper.name) is entry:
             del self.entries[keeper.name]
         if entry.follower is not None:
@@ -242,6 +241,11 @@ class Supervisor:
         if self._lost is not None and all(other.keeper.is_over for other in others):
             log.error("no connection is left")
             self.end(max(self._lost, code))
+
+    def _remove_left(self, keeper: Keeper) -> None:
+        """Remove what a killed worker leaves: the file of the socket that it bound, and its ledger."""
+        remove_socket(str(keeper.endpoints.get("publish", "")))
+        (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
 
     def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, Exit | None] | None) -> asyncio.Task[None]:
         task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
