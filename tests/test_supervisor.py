@@ -362,6 +362,19 @@ def test_a_runtime_directory_that_cannot_be_made_is_a_wrong_configuration() -> N
             assert len(program.err) == 1
 
 
+def test_what_cannot_be_removed_holds_up_neither_the_start_nor_the_end() -> None:
+    with short_directory() as directory:
+        for name in ("a.ledger", "credits-1"):
+            (directory / "run" / name).mkdir(mode=0o700, parents=True)
+        (directory / "run").chmod(0o700)
+        with running(*collector("run", str(write_config(directory, {"a": DEAD})))) as program:
+            assert program.wait_exit() == 1, program.text()
+            for name in ("a.ledger", "credits-1"):
+                program.wait_line(rf"{directory}/run/{name} cannot be removed: Is a directory", stream="err")
+            program.wait_line("no connection is left", stream="err")
+            assert "Traceback" not in program.text()
+
+
 def test_a_runtime_directory_that_takes_no_data_is_refused() -> None:
     with short_directory() as directory:
         command = collector("run", str(write_config(directory, {"a": DEAD})))

@@ -6,6 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Coroutine
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -196,7 +197,7 @@ class Supervisor:
 
     def _remove_pools(self) -> None:
         for path in self.config.runtime_dir.glob("credits-*"):
-            path.unlink(missing_ok=True)
+            _remove(path)
 
     def _build_spec(self, keeper: Keeper) -> dict[str, Any]:
         return {
@@ -245,7 +246,7 @@ class Supervisor:
     def _remove_left(self, keeper: Keeper) -> None:
         """Remove what a killed worker leaves: the file of the socket that it bound, and its ledger."""
         remove_socket(str(keeper.endpoints.get("publish", "")))
-        (self.config.runtime_dir / f"{keeper.name}.ledger").unlink(missing_ok=True)
+        _remove(self.config.runtime_dir / f"{keeper.name}.ledger")
 
     def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, Exit | None] | None) -> asyncio.Task[None]:
         task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
@@ -288,3 +289,11 @@ class Supervisor:
     async def _wait_ended(self, tasks: list[asyncio.Task[None]]) -> None:
         if tasks:
             await asyncio.wait(tasks)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file; what cannot be removed is said, and holds up nothing."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        log.error("%s cannot be removed: %s", path, error.strerror)
