@@ -201,6 +201,41 @@ def test_nobody_there_is_said_at_once(tmp_path: Path, command: str) -> None:
     assert done.stderr.startswith(words)
 
 
+@pytest.mark.parametrize("command", ["state", "connect a --url practice", "subscribe a b", "unsubscribe a b",
+                                     "send a public/test", "close a"])  # fmt: skip
+def test_what_is_interrupted_while_it_asks_does_not_end_as_if_done(tmp_path: Path, command: str) -> None:
+    context = zmq.Context()
+    with context.socket(zmq.ROUTER) as silent:
+        silent.bind(f"ipc://{tmp_path}/control")
+        with running(*collector(*command.split(), "--control", f"ipc://{tmp_path}/control")) as program:
+            assert silent.poll(20_000), "it has asked"
+            program.process.send_signal(signal.SIGINT)
+            assert program.wait_exit() == 130
+            assert program.text() == ""
+    context.term()
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_what_is_interrupted_before_it_has_begun_does_not_end_as_if_done(tmp_path: Path, command: str) -> None:
+    os.mkfifo(tmp_path / "collector.toml")
+    with (
+        running(*collector(command, str(tmp_path / "collector.toml"))) as program,
+        open(tmp_path / "collector.toml", "w"),  # returns when it reads the file
+    ):
+        program.process.send_signal(signal.SIGINT)
+        assert program.wait_exit() == 130
+        assert program.text() == ""
+
+
+@pytest.mark.parametrize("command", ["plan", "plan --json"])
+def test_a_plan_that_nobody_reads_to_its_end_is_no_failure(command: str) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(collector(*command.split(), "configs/demo.toml"), stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_connections_come_and_go(control: str, tmp_path: Path) -> None:
     url = json.loads(get_output(control, "state", "futures", "--json"))["url"]
     added = get_output(

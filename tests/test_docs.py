@@ -281,7 +281,7 @@ def run_until_end(arguments: tuple[str, ...], **variables: str) -> int:
 
 def test_exit_codes_are_as_told(demo: tuple[str, dict[str, Any]]) -> None:
     told = [row[0] for row in read_table(README, "code", "when")]
-    assert told == ["0", "1", "2", "3", "130", "143"]
+    assert told == ["0", "1", "2", "3", "129", "130", "143"]
     control, states = demo
     runtime_dir = control.removeprefix("ipc://").removesuffix("/control")
     table = f'[[connection]]\nname = "a"\nurl = "{states["futures"]["url"]}"\n'

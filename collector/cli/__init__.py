@@ -3,7 +3,9 @@
 Commands other than `run` and `exchange` import neither aiohttp nor the workers: they start in about 0.15 s.
 """
 
+import sys
 from importlib import import_module
+from typing import Any
 
 import click
 
@@ -40,7 +42,17 @@ SUMMARIES = {
 """What `collector --help` says of each: it need not import them all to say so."""
 
 
+INTERRUPTED = 130
+"""The exit code after Ctrl-C of what was not done: as a shell says it of a program that SIGINT has ended."""
+
+
 class _Lazy(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            sys.exit(INTERRUPTED)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 

@@ -1,6 +1,7 @@
 """Options and exits that the reading commands share."""
 
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any, NoReturn
 
 import click
 
+from collector.cli import INTERRUPTED
 from collector.messages import ControlError
 
 ADVICE = {
@@ -69,21 +71,30 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 @contextmanager
-def exit_on_error(**advice: str) -> Iterator[None]:
-    """End with exit code 1 and what to do, if the collector refuses or does not answer; quietly if nobody reads on.
-
-    `advice`: what to do about errors of these codes, where a command knows more than ADVICE.
-    """
+def exit_unread() -> Iterator[None]:
+    """End with 0, and quietly, if the reader of our output has gone, as `| head` does: there is nobody left to tell."""
     try:
         yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written would fail once more at the end
+        sys.exit(0)
+
+
+@contextmanager
+def exit_on_error(interrupted: int = INTERRUPTED, **advice: str) -> Iterator[None]:
+    """End with exit code 1 and what to do, if the collector refuses or does not answer; quietly if nobody reads on.
+
+    `interrupted`: the exit code after Ctrl-C. `advice`: what to do about errors of these codes, where a command knows
+    more than ADVICE.
+    """
+    try:
+        with exit_unread():
+            yield
     except ControlError as error:
         raw = f" {json.dumps(error.data, default=str)}" if error.data is not None else ""
         cure = (ADVICE | advice).get(error.code)
         fail(f"{error}{raw}" + (f" ({cure})" if cure else ""))
     except ValueError as error:
         fail(str(error), 2)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone, as `| head` does; there is nobody left to tell
-        sys.exit(0)
     except KeyboardInterrupt:
-        sys.exit(0)
+        sys.exit(interrupted)

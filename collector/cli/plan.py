@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import click
 
+from collector.cli.options import exit_unread
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
@@ -29,7 +30,8 @@ def plan(file: str, as_json: bool) -> None:
     except ConfigError as error:
         click.echo(f"collector: {error}", err=True)
         sys.exit(2)
-    click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
+    with exit_unread():
+        click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
     for failure in dict.fromkeys(listing.failures.values()):
         click.echo(f"collector: patterns stay unexpanded: {failure}", err=True)
     sys.exit(1 if listing.failures else 0)

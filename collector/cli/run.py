@@ -40,7 +40,7 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
     """Run the collector on FILE until it is asked to stop (Ctrl-C, SIGTERM).
 
     Exit codes: 0 asked to stop, 1 something failed for good, 2 wrong configuration, 3 the exchange refused the
-    credentials, 130 or 143 if a second signal forced the end.
+    credentials, 129, 130 or 143 if a second signal forced the end (SIGHUP, SIGINT, SIGTERM).
     """
     start_log("supervisor", ctx.obj["log_level"])
     try:

@@ -49,7 +49,10 @@ def tail(
     collector tail deribit.trade. deribit.book.BTC-PERPETUAL.
     collector tail --for 2s deribit.ticker.BTC-PERPETUAL. | jq '.last_price // empty'
     """
-    with exit_on_error(), Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber:
+    with (
+        exit_on_error(interrupted=0),
+        Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber,
+    ):
         silence = Silence(subscriber, prefixes)
         items = read(subscriber, count, duration)
         if as_json or not sys.stdout.isatty():
