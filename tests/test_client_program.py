@@ -177,6 +177,11 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
         ),
         (("connect", "x", "--set", "nonsense"), 2, "write KEY=VALUE"),
         (("connect", "x", "--from", "configs/deribit.toml"), 2, "there is no [[connection]] 'x'; there are "),
+        (("connect", "x", "--url", "practice", "--set", "timeout=2026-01-01"), 2, "cannot be sent: can not serialize"),
+        (("connect", "x", "--url", "practice", "--set", f"timeout={10**20}"), 2, "cannot be sent: "),
+        (("connect", "x", "--url", "practice", "--set", f"timeout={'[' * 9999}"), 1, "timeout must be a number"),
+        (("send", "futures", "public/test", f'{{"a": {10**20}}}'), 2, "cannot be sent: "),
+        (("send", "futures", "public/test", f'{{"a": {"[" * 9999}'), 2, "Invalid value for PARAMS: not JSON"),
         (("connect", "x", "quote.ETH-PERPETUAL", "--url", "nonsense"), 1, "collector: bad_request: "),
         (("subscribe", "futures"), 2, "Missing argument 'CHANNEL...'"),
         (("tail", "--for", "soon"), 2, "write for example 60s"),
@@ -189,6 +194,23 @@ def test_errors_say_what_and_what_to_do(control: str, arguments: tuple[str, ...]
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[[connection]]\nname = "\xe4"', "byte 23 is not UTF-8"),
+        (f"a = {'[' * 9999}", "not TOML: "),
+        ("connection = 5", "connections are [[connection]] tables, each with a name"),
+        ("[[connection]]\nname = 5\n[[connection]]\nname = 'b'", "there is no [[connection]] 'x'; there are 5, b"),
+        ("", "there is no [[connection]] 'x'; there are none"),
+    ],
+)
+def test_a_file_without_the_table_is_refused_in_one_line(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "file.toml").write_text(text, encoding="latin-1")
+    done = call(f"ipc://{tmp_path}/none", "connect", "x", "--from", str(tmp_path / "file.toml"))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(rf"collector: {tmp_path}/file.toml: .*{re.escape(said)}.*\n", done.stderr)
 
 
 @pytest.mark.parametrize("command", ["state", "tail", "verify"])

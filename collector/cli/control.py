@@ -119,7 +119,7 @@ def send(name: str, method: str, params: str | None, control: str | None, timeou
     """
     try:
         arguments = json.loads(params) if params else None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"not JSON ({error})", param_hint="PARAMS") from None
     if not isinstance(arguments, dict | None):
         raise click.BadParameter('a JSON object is needed, like {"currency": "BTC"}', param_hint="PARAMS")
@@ -138,18 +138,18 @@ def close(name: str, control: str | None, timeout: float, as_json: bool) -> None
 
 def read_table(file: Path, name: str) -> dict[str, Any]:
     """The [[connection]] table of that name in a configuration file. Raises ValueError."""
-    import tomllib
+    from collector.config import ConfigError  # only here: the other commands must start fast
+    from collector.config.reader import read_toml
 
     try:
-        tables = tomllib.loads(file.read_text()).get("connection", [])
-        names = [table["name"] for table in tables]
-        return dict(tables[names.index(name)])
-    except (tomllib.TOMLDecodeError, OSError) as error:
-        raise ValueError(f"{file}: {error}") from None
-    except (KeyError, TypeError, AttributeError):
+        tables = {str(table["name"]): dict(table) for table in read_toml(file, str(file)).get("connection", [])}
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    except (KeyError, TypeError, ValueError):
         raise ValueError(f"{file}: connections are [[connection]] tables, each with a name") from None
-    except ValueError:
-        raise ValueError(f"{file}: there is no [[connection]] {name!r}; there are {', '.join(names)}") from None
+    if name not in tables:
+        raise ValueError(f"{file}: there is no [[connection]] {name!r}; there are {', '.join(tables) or 'none'}")
+    return tables[name]
 
 
 def read_setting(text: str) -> tuple[str, Any]:
@@ -161,7 +161,7 @@ def read_setting(text: str) -> tuple[str, Any]:
         raise ValueError(f"--set {text!r}: write KEY=VALUE, for example --set timeout=3")
     try:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (tomllib.TOMLDecodeError, RecursionError):
         return key.strip(), value.strip()
 
 

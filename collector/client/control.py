@@ -111,11 +111,18 @@ class Control(OwnSocket):
         return result
 
     def send_request(self, op: str, **arguments: Any) -> None:
-        """Send a request without waiting; it replaces one that is still unanswered."""
+        """Send a request without waiting; it replaces one that is still unanswered.
+
+        Raises ValueError for arguments that MessagePack cannot hold: dates, integers of more than 64 bits.
+        """
         given = {key: value for key, value in arguments.items() if value is not None}
         deadline = time.time_ns() + int(self.timeout * 1e9)
         try:
-            self.socket.send(encode({"op": op, **given, "deadline": deadline}), zmq.NOBLOCK)
+            request = encode({"op": op, **given, "deadline": deadline})
+        except (TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{op}: this cannot be sent: {error}") from None
+        try:
+            self.socket.send(request, zmq.NOBLOCK)
         except zmq.Again:
             raise NobodyAnswers(self._explain_silence()) from None
 

@@ -112,10 +112,11 @@ def load_config(path: str | os.PathLike[str], environ: MutableMapping[str, str])
     """Read and check a file. Takes the secrets out of `environ`. Raises ConfigError."""
     secrets = take_secrets(environ)
     where = str(path) if str(path).isprintable() else repr(str(path))
-    return build_config(_read_toml(path, where), Path(path), where, environ, secrets)
+    return build_config(read_toml(path, where), Path(path), where, environ, secrets)
 
 
-def _read_toml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
+def read_toml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
+    """The tables of a TOML file. `where` begins each error. Raises ConfigError."""
     import tomllib  # only `run` and `plan` read files; the other commands must start fast
 
     try:
