@@ -7,10 +7,12 @@ BIN    := $(VENV)/bin
 run: $(VENV)/.ready            ## the demo: the practice exchange, two connections, messages on the terminal
 	$(BIN)/collector run configs/demo.toml --watch
 
-test: $(VENV)/.test            ## everything that needs no network
+test: lint                     ## everything that needs no network
+	$(BIN)/pytest -n 4
+
+lint: $(VENV)/.test            ## what needs no running
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n 4
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

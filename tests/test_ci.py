@@ -1,0 +1,41 @@
+"""The script that decides whether a change is good, with programs in the place of the tools that only pass or fail."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support import REPOSITORY
+
+FAILS_ONCE = """#!/bin/sh
+printf '%s\\n' "$*" >> calls
+test -e failed || { touch failed; exit 1; }
+"""
+
+
+@pytest.mark.parametrize(
+    ("failing", "is_good", "calls"),
+    [
+        ("", True, ["-n 4", "--last-failed --last-failed-no-failures none"]),
+        ("ruff", False, []),
+        ("mypy", False, []),
+    ],
+    ids=["tests", "ruff", "mypy"],
+)
+def test_only_failed_tests_get_another_chance(tmp_path: Path, failing: str, is_good: bool, calls: list[str]) -> None:
+    (tmp_path / ".ci").mkdir()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("Makefile", ".ci/run"):
+        shutil.copy(REPOSITORY / name, tmp_path / name)
+    for name in ("pyproject.toml", ".venv/.ready", ".venv/.test"):  # in this order: nothing is to be installed
+        (tmp_path / name).touch()
+    for name in ("ruff", "mypy"):
+        (tmp_path / ".venv" / "bin" / name).symlink_to(str(shutil.which("false" if name == failing else "true")))
+    runner = tmp_path / ".venv" / "bin" / "pytest"
+    runner.write_text(FAILS_ONCE)
+    runner.chmod(0o755)
+    done = subprocess.run([".ci/run"], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode == 0) == is_good, done
+    made = tmp_path / "calls"
+    assert (made.read_text().splitlines() if made.exists() else []) == calls
