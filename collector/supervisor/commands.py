@@ -139,7 +139,7 @@ class Commands:
     def _describe(self, entry: Entry, theirs: dict[str, Any]) -> dict[str, Any]:
         """The supervisor's part of the state map first, then the worker's: just now, or what it said last."""
         keeper = entry.keeper
-        keeper.report |= theirs
+        keeper.add_report(theirs)
         ours = keeper.describe() | {
             "url": hide_secrets(self._supervisor.resolve_url(entry.connection)),
             "publish": entry.bound,

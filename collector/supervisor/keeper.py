@@ -310,6 +310,10 @@ class Keeper:
             self._note_state(before)
         self.take_sign()
 
+    def add_report(self, facts: dict[str, Any]) -> None:
+        """Keep what it told in answer to a question. Its state only beats tell: who waits for one is woken by those."""
+        self.report |= {key: value for key, value in facts.items() if key != "state"}
+
     async def ask(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Have the worker carry out a request; return its result. Raises ControlError, at once if it is not running."""
         if self.machine.state != "running" or self._child is None:

@@ -1,0 +1,25 @@
+"""What a keeper makes of what its worker says, message by message."""
+
+import asyncio
+
+from collector.supervisor.keeper import Keeper
+from collector.supervisor.process import Spawner
+
+
+def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_the_beat() -> None:
+    async def check() -> None:
+        keeper = Keeper("a", "deribit", 1.0, Spawner(), lambda _: {})
+        keeper.machine.apply("start")
+        keeper._receive({"kind": "ready", "endpoints": {}})
+        keeper._receive({"kind": "beat", "report": {"state": "connecting"}})
+        waiting = asyncio.create_task(keeper.wait_settled())
+        await asyncio.sleep(0)
+        assert keeper.state == "connecting"
+        keeper.add_report({"state": "live", "gaps": 0})
+        assert keeper.report["gaps"] == 0
+        assert not keeper.is_live
+        keeper._receive({"kind": "beat", "report": {"state": "live"}})
+        await asyncio.wait_for(waiting, 20)
+        assert keeper.is_live
+
+    asyncio.run(check())
