@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -97,6 +98,26 @@ def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
         before = find_asked(run)
         wait_until(lambda: find_asked(run) - before, "a listing")
         assert run.get_state("a")["reconnects"] == faults.count("reset")
+
+
+def test_what_happens_during_a_look_is_looked_at_again() -> None:
+    table = {**OPTIONS, "url": f"practice?faults={MUTE}"}
+    with collected({"a": table}, exchange={"faults": "listing:1,slow:public/get_instruments=4"}) as run:
+        port = urlsplit(run.wait_state("a")["url"]).port
+        supervisor = psutil.Process(run.program.pid)
+
+        def is_looking() -> bool:
+            return any(each.raddr and each.raddr.port == port for each in supervisor.net_connections("tcp"))
+
+        wait_until(is_looking, "the look after the start")
+        psutil.Process(run.get_state("a")["pid"]).kill()
+        run.wait_state("a", restarts=1)  # it listens anew: what was listed meanwhile, it cannot have heard
+        wait_until(lambda: LISTINGS[0] in run.get_state("a")["channels"]["confirmed"], "the listening")
+        assert is_looking()
+        at_start = find_asked(run)
+        wait_until(lambda: find_asked(run) - at_start, "what that look has found")
+        before = find_asked(run)
+        wait_until(lambda: find_asked(run) - before, "what has been listed since")
 
 
 def test_what_expires_while_the_worker_is_away_is_told_when_it_is_back() -> None:

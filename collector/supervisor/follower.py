@@ -179,6 +179,7 @@ class Follower:
 
     async def _check(self) -> bool:
         """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
+        self._stale = False  # what happens from now on, this look may be too early for
         try:
             fresh = await self._catalogue.fetch()
         except Unreachable as error:
@@ -188,7 +189,7 @@ class Follower:
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
-        self._stale = bool(kept)
+        self._stale |= bool(kept)
         self._listed = {name: self._listed[name] for name in kept} | fresh
         return True
 
