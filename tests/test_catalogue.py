@@ -7,12 +7,13 @@ from contextlib import contextmanager
 
 import pytest
 
+from collector import __version__
 from collector.planning.catalogue import Catalogue, Unreachable
 from tests.pipeline import exchange, find_port
-from tests.support import running
+from tests.support import Program, running
 
 RUDE = """
-import socket, sys
+import socket, sys, time
 kind, port = sys.argv[1], int(sys.argv[2])
 answers = {
     "silence": b"", "garbage": b"\\x00\\xff" * 500, "html": b"HTTP/1.1 200 OK\\r\\nContent-Length: 6\\r\\n\\r\\n<html>",
@@ -23,15 +24,23 @@ answers = {
     "short": b'HTTP/1.1 200 OK\\r\\nContent-Length: 5000\\r\\n\\r\\n{"result": [',
     "moved": b"HTTP/1.0 301 Moved\\r\\nLocation: http://elsewhere/\\r\\n\\r\\n",
     "banned": b'HTTP/1.0 403 No\\r\\n\\r\\n{"error": {"code": 12005, "message": "ip_banned"}}',
-    "endless": b'HTTP/1.0 200 OK\\r\\n\\r\\n' + b" " * (65 << 20),
+    "endless": b'HTTP/1.0 200 OK\\r\\n\\r\\n' + b" " * (65 << 20), "trickle": b'HTTP/1.0 200 OK\\r\\n\\r\\n',
 }
+def trickle(peer):
+    for _ in range(600):
+        peer.sendall(b" ")
+        time.sleep(0.05)
+    print("all was taken", flush=True)
+
 server = socket.create_server(("127.0.0.1", port))
 print("listening", flush=True)
 while True:
     peer, _ = server.accept()
-    peer.recv(65536)
+    print(peer.recv(65536).decode(), flush=True)
     try:
         peer.sendall(answers[kind])
+        if kind == "trickle":
+            trickle(peer)
     except OSError:
         pass
     if kind != "silence":
@@ -41,11 +50,11 @@ while True:
 
 
 @contextmanager
-def rude(kind: str) -> Iterator[Catalogue]:
+def rude(kind: str, **headers: str) -> Iterator[tuple[Catalogue, Program]]:
     port = find_port()
     with running(sys.executable, "-c", RUDE, kind, str(port)) as program:
         program.wait_line("listening")
-        yield Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2", {}, 0.5)
+        yield Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2", headers, 0.5), program
 
 
 ANSWERS = {
@@ -62,12 +71,15 @@ ANSWERS = {
     "moved": "answered with HTTP 301 and no list",
     "banned": "answered 12005 ip_banned",
     "endless": "cannot be reached (the answer had no end after",
+    "trickle": "cannot be reached (the answer had no end after",
 }
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
-def test_a_bad_answer_is_one_line_that_names_the_host(kind: str) -> None:
-    with rude(kind) as catalogue:
+def test_a_bad_answer_is_one_line_that_names_the_host(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if kind == "trickle":
+        monkeypatch.setattr("collector.planning.catalogue.MAX_SECONDS", 0.5)  # the server goes on for 30 s
+    with rude(kind) as (catalogue, program):
         with pytest.raises(Unreachable) as caught:
             catalogue.read_all()
         line = str(caught.value)
@@ -75,6 +87,18 @@ def test_a_bad_answer_is_one_line_that_names_the_host(kind: str) -> None:
         assert ANSWERS[kind] in line
         assert line.isprintable()
         assert len(line) < 300
+        assert "all was taken" not in program.out
+
+
+@pytest.mark.parametrize(
+    ("headers", "said"), [({}, f"User-Agent: deribit-collector/{__version__}"), ({"user-agent": "x"}, "user-agent: x")]
+)
+def test_it_says_who_asks(headers: dict[str, str], said: str) -> None:
+    with rude("null", **headers) as (catalogue, program):
+        with pytest.raises(Unreachable):
+            catalogue.read_all()
+        program.wait_line("Accept: application/json", stream="out")
+        assert [line for line in program.out if "agent" in line.lower()] == [said]
 
 
 def test_the_list_and_one_of_it() -> None:

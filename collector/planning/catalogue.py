@@ -14,6 +14,7 @@ from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
+from collector import __version__
 from collector.config.patterns import Instrument, read_instrument
 
 MAX_ANSWER = 64 << 20
@@ -21,6 +22,9 @@ MAX_ANSWER = 64 << 20
 
 MAX_SECONDS = 30.0
 """How long one answer may take as a whole."""
+
+HEADERS = {"Accept": "application/json", "User-Agent": f"deribit-collector/{__version__}"}
+"""Sent unless the configuration has its own: some hosts refuse what Python would call itself."""
 
 NOT_THERE = (-32602, 10020, 13019, 13020)
 """Error codes that mean: no such instrument."""
@@ -42,7 +46,8 @@ class Catalogue:
         parts = urlsplit(url)
         self.host = parts.netloc.rpartition("@")[2]
         self._secure = parts.scheme == "wss"
-        self._headers = dict(headers)
+        given = {name.lower() for name in headers}
+        self._headers = {name: text for name, text in HEADERS.items() if name.lower() not in given} | dict(headers)
         self._timeout = timeout
 
     async def fetch(self) -> dict[str, Instrument]:
@@ -89,11 +94,11 @@ class Catalogue:
         end = time.monotonic() + MAX_SECONDS
         connection = (HTTPSConnection if self._secure else HTTPConnection)(self.host, timeout=self._timeout)
         try:
-            connection.request("GET", path, headers={"Accept": "application/json", **self._headers})
+            connection.request("GET", path, headers=self._headers)
             response = connection.getresponse()
             chunks: list[bytes] = []
             size = 0
-            while chunk := response.read(1 << 16):
+            while chunk := response.read1(1 << 16):  # what is there: a full 64 KiB might be waited for without end
                 chunks.append(chunk)
                 size += len(chunk)
                 if size > MAX_ANSWER or time.monotonic() > end:
