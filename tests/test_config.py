@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from collector.channels import parse_channel
+from collector.channels import KINDS, parse_channel, share_topic
 from collector.config import (
     Config,
     ConfigError,
@@ -23,6 +23,7 @@ from collector.config import (
     read_connection,
     take_secrets,
 )
+from collector.config.clashes import Rivals
 from collector.config.keys import KEYS
 from collector.defaults import default_control, default_runtime_dir
 from tests.support import REPOSITORY
@@ -674,7 +675,31 @@ def test_many_channels_are_compared_quickly() -> None:
     """It ends within the time that a test may take: comparing each with each would not."""
     narrow = tuple(f"trades.BTC-{strike}-C.100ms" for strike in range(20_000))
     wide = tuple(f"trades.option.C{number}.100ms" for number in range(20_000))
-    check_together([Connection("a", URL, narrow, "ipc:///tmp/a"), Connection("b", URL, wide, "ipc:///tmp/b")])
+    platform = tuple(f"platform_state.{number}" for number in range(20_000))
+    check_together([
+        Connection("a", URL, narrow, "ipc:///tmp/a"), Connection("b", URL, wide, "ipc:///tmp/b"),
+        Connection("c", URL, platform, "ipc:///tmp/c"),
+    ])  # fmt: skip
+
+
+CLASHING = st.builds(
+    "{}.{}".format,
+    st.sampled_from(["trades", "instrument.state", "instrument.creation"]),
+    st.builds("{}.{}.raw".format, st.sampled_from(KINDS), st.sampled_from(["BTC", "ETH", "any"])),
+).map(lambda name: name.removesuffix(".raw") if name.startswith("instrument") else name) | st.sampled_from(
+    ["trades.BTC-PERPETUAL.raw", "trades.BTC_USDC.raw", "trades.ETH-1JAN27-5-C.raw", "trades.ETH-PERPETUAL.100ms",
+     "platform_state", "platform_state.x", "quote.BTC-PERPETUAL"]
+)  # fmt: skip
+
+
+@given(st.lists(CLASHING, unique=True), CLASHING)
+def test_rivals_are_those_that_comparing_each_pair_finds(names: list[str], name: str) -> None:
+    rivals = Rivals()
+    placed = [(f"owner of {each}", parse_channel(each)) for each in names]
+    for each in placed:
+        rivals.add(each)
+    channel = parse_channel(name)
+    assert sorted(rivals.find(channel)) == sorted(each for each in placed if share_topic(each[1], channel))
 
 
 def test_keys_are_described() -> None:

@@ -466,6 +466,19 @@ def test_connect_checks_the_table_as_the_file_is_checked(shared: Collected, chan
     assert list(shared.ask("get_state")) == ["a", "slow"]
 
 
+def test_requests_with_very_many_channels_are_answered(shared: Collected) -> None:
+    """Each within the ten seconds that a client of these tests waits: comparing each pair takes minutes."""
+    many = [f"platform_state.{number}" for number in range(20_001)]
+    table = {**QUICK, "name": "c", "url": "ws://127.0.0.1:9/", "retry_count": 1000}
+    error = shared.refuse("connect", connection={**table, "channels": many})
+    assert (error.code, error.message) == ("bad_request", "c: 20001 channels; ask for at most 20000")
+    deadline = time.time_ns() + 1_000_000_000
+    assert shared.refuse("connect", connection={**table, "channels": many[1:]}, deadline=deadline).code == "timeout"
+    answer = shared.ask("subscribe", connection="a", channels=many)["channels"]
+    assert {value["message"] for value in answer.values()} == {f"{many[-1]} of c feeds the same topics"}
+    assert shared.ask("close", connection="c")["state"] == "closed"
+
+
 def test_connect_checks_the_publish_endpoint_against_those_that_run(shared: Collected) -> None:
     table = {"name": "c", "url": "practice", "channels": [], "publish": shared.get_state("a")["publish"]}
     assert shared.refuse("connect", connection=table).code == "bad_request"

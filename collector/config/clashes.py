@@ -1,8 +1,8 @@
 """What cannot stand side by side: connections of one name, sockets on one endpoint, channels that feed one topic."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 from collector.channels import Channel, guess_currencies, parse_channel, share_topic
 from collector.config.endpoints import Endpoint, parse_endpoint
@@ -81,26 +81,60 @@ def _check_patterns(connections: Sequence["Connection"], prefix: str) -> None:
 
 
 def _check_topics(placed: list[Placed], prefix: str) -> None:
-    """Narrow channels of different names feed different topics; only the few wide ones are compared, by currency."""
-    wide: dict[tuple[str, str, str], list[Placed]] = defaultdict(list)
+    rivals = Rivals()
     names: dict[str, str] = {}
-    for owner, channel in placed:
+    for here in placed:
+        owner, channel = here
         if channel.name in names:
             _refuse_repeat(channel.name, names[channel.name], owner, prefix)
         names[channel.name] = owner
-        if channel.topic is None:
-            for currency in _list_currencies(channel):
-                wide[channel.type, channel.interval, currency].append((owner, channel))
-    for here in placed:
-        for other in _find_wide(here[1], wide):
-            if other[1] is not here[1] and share_topic(other[1], here[1]) and not may_share(other, here):
-                first, second = sorted((other, here), key=placed.index)
-                _refuse_pair(first, second, prefix)
+        for other in rivals.find(channel):
+            if not may_share(other, here):
+                _refuse_pair(other, here, prefix)
+        rivals.add(here)
 
 
-def _find_wide(channel: Channel, wide: dict[tuple[str, str, str], list[Placed]]) -> Iterator[Placed]:
-    for currency in _list_currencies(channel) | {"any"}:
-        yield from wide.get((channel.type, channel.interval, currency), ())
+class Rivals:
+    """Channels in such order that those which feed a topic of another one are found without comparing each pair.
+
+    Narrow ones feed one topic; wide ones those of a currency, or of any. There are few wide ones of one currency.
+    """
+
+    def __init__(self) -> None:
+        self._topics: dict[str, Placed] = {}
+        self._narrow: dict[_Key, dict[Any, Placed]] = defaultdict(dict)
+        self._wide: dict[_Key, dict[Any, Placed]] = defaultdict(dict)
+
+    def add(self, placed: Placed) -> None:
+        """Add a channel of a connection."""
+        owner, channel = placed
+        if channel.topic is not None:
+            self._topics[channel.topic] = placed
+        index = self._wide if channel.topic is None else self._narrow
+        # Those of the platform clash with all of another connection, and with none of their own: one stands for all.
+        which = owner if channel.type == "platform" else placed
+        for currency in (*_list_currencies(channel), _EACH):
+            index[channel.type, channel.interval, currency][which] = placed
+
+    def find(self, channel: Channel) -> list[Placed]:
+        """Those that feed a topic of the channel too."""
+        near: list[Placed] = []
+        if channel.topic is not None:
+            near += filter(None, [self._topics.get(channel.topic)])
+        is_any = channel.currency == "any"
+        for currency in [_EACH] if is_any else [*_list_currencies(channel), "any"]:
+            key = channel.type, channel.interval, currency
+            near += self._wide[key].values() if key in self._wide else ()
+            if channel.topic is None:
+                near += self._narrow[key].values() if key in self._narrow else ()
+        return [other for other in near if share_topic(other[1], channel)]
+
+
+_Key = tuple[str, str, str]
+"""Type, interval and currency."""
+
+_EACH = "*"
+"""Stands for each currency, where all channels of a type and interval are wanted."""
 
 
 def _list_currencies(channel: Channel) -> frozenset[str]:

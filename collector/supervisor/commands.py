@@ -98,6 +98,10 @@ class Commands:
         config = self._supervisor.config
         try:
             connection = read_connection(table, "connection", config.runtime_dir, config.secrets)
+            if len(connection.channels) > MAX_ON_ONE:
+                raise ConfigError(
+                    f"{connection.name}: {len(connection.channels)} channels; ask for at most {MAX_ON_ONE}"
+                )
             known = self._entries.get(connection.name)
             if known is not None and not known.keeper.is_over:
                 raise ControlError("exists", f"{connection.name} runs already; close it first, or choose another name")

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from collector.channels import Channel, parse_channel, share_topic
-from collector.config.clashes import may_share
+from collector.channels import Channel, parse_channel
+from collector.config.clashes import Rivals, may_share
 
 if TYPE_CHECKING:
     from collector.supervisor.supervisor import Entry
@@ -17,30 +17,16 @@ class Places:
     """
 
     def __init__(self, entries: "Iterable[Entry]") -> None:
-        self._narrow: dict[str, tuple[str, Channel]] = {}
-        self._wide: list[tuple[str, Channel]] = []
+        self._rivals = Rivals()
         for entry in entries:
             for name in () if entry.keeper.is_over else entry.channels:
-                self._add(entry.keeper.name, parse_channel(name))
-
-    def _add(self, owner: str, channel: Channel) -> None:
-        if channel.topic is None:
-            self._wide.append((owner, channel))
-        else:
-            self._narrow[channel.topic] = (owner, channel)
+                self._rivals.add((entry.keeper.name, parse_channel(name)))
 
     def place(self, owner: str, channel: Channel) -> None:
         """Add a channel of a connection. Raises ValueError if another one would feed a topic of it too."""
-        for other in self._find_rivals(channel):
+        for other in self._rivals.find(channel):
             if (owner, channel) == other:
                 return
             if not may_share(other, (owner, channel)):
                 raise ValueError(f"{other[1].name} of {other[0]} feeds the same topics")
-        self._add(owner, channel)
-
-    def _find_rivals(self, channel: Channel) -> list[tuple[str, Channel]]:
-        if channel.topic is None:
-            near = [*self._wide, *self._narrow.values()]
-        else:
-            near = [*self._wide, *filter(None, [self._narrow.get(channel.topic)])]
-        return [other for other in near if share_topic(other[1], channel)]
+        self._rivals.add((owner, channel))
