@@ -20,7 +20,7 @@ from collector import Control
 from collector.cli.run import ONE_WISH
 from collector.messages import ControlError
 from collector.supervisor.runtime import FILES, FILES_EACH, RuntimeDir
-from tests.collected import QUICK, collected, is_alive
+from tests.collected import QUICK, Collected, collected, is_alive
 from tests.pipeline import find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
 
@@ -161,6 +161,37 @@ def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one()
         psutil.Process(before["pid"]).kill()
         run.wait_state("a", restarts=1)
         run.program.wait_line(r"a: ended for an unknown reason \(the forkserver was gone\)", stream="err")
+
+
+def stop_forkserver(run: Collected) -> psutil.Process:
+    """Stop the forkserver, and kill a worker: the next one cannot be started."""
+    worker = run.find_process("a")
+    forkserver = worker.parent()
+    assert forkserver is not None
+    forkserver.suspend()
+    wait_until(lambda: forkserver.status() == psutil.STATUS_STOPPED, "its stop")
+    worker.kill()
+    run.wait_state("a", "starting", pid=None)
+    return forkserver
+
+
+def test_a_forkserver_that_hangs_does_not_keep_the_collector_from_stopping() -> None:
+    with collected() as run:
+        run.wait_state("a")
+        forkserver = stop_forkserver(run)
+        assert run.stop(signal.SIGTERM) == 0, run.program.text()
+        run.program.wait_line(r"a: was not started in [\d.]+ s: the forkserver does not answer, and is killed")
+        assert not is_alive(forkserver)
+        run.wait_gone()
+
+
+def test_a_forkserver_that_hangs_is_replaced() -> None:
+    with collected(first="from collector.supervisor import keeper; keeper.SPAWN_TIMEOUT = 6.0") as run:
+        run.wait_state("a")
+        forkserver = stop_forkserver(run)
+        run.program.wait_line("a: was not started in 6 s: the forkserver does not answer, and is killed")
+        run.wait_state("a")
+        assert not is_alive(forkserver)
 
 
 def test_a_restarted_exchange_keeps_its_port() -> None:

@@ -27,6 +27,9 @@ from collector.supervisor.process import UNKNOWN_EXIT, Child, Spawner, describe_
 MAX_ASKED = 64
 """Requests that one worker may owe answers to."""
 
+SPAWN_TIMEOUT = 60.0
+"""Seconds that a worker's process may take to exist: the forkserver may have to start first, on a busy machine."""
+
 log = logging.getLogger(__name__)
 
 BEAT_READ = BEAT_INTERVAL + 0.05
@@ -170,7 +173,7 @@ class Keeper:
         self._live_since = None
         self._heard_at = 0.0
         self._overdue = ""
-        self._allow(READY_TIMEOUT)
+        self._allow(SPAWN_TIMEOUT)
         try:
             self._child = await start_child(self._spawner, self.kind, self._receive)
         except (OSError, EOFError) as error:
@@ -178,6 +181,8 @@ class Keeper:
             return self._end_life(UNKNOWN_EXIT)
         if self._stopping.is_set():
             self._child.kill()
+        else:
+            self._allow(READY_TIMEOUT)
         self._child.send({"kind": "spec", "spec": self._build_spec(self)})
         return self._end_life(await self._child.wait())
 
@@ -243,6 +248,8 @@ class Keeper:
         """Take its beats; kill it if it is overdue, not counting a `pause` in which the supervisor itself was away."""
         self._due += pause
         if self._child is None:
+            if self.machine.state in ("starting", "stopping") and now >= self._due:
+                self._end_spawn()
             return
         if now >= self._heard_at + BEAT_READ:
             self._child.read()
@@ -252,6 +259,11 @@ class Keeper:
         log.error("%s: pid %s %s", self.name, self.pid, self._overdue)
         self._child.kill()
         self._allow(self._limit)
+
+    def _end_spawn(self) -> None:
+        if self._spawner.kill_stuck(self._limit):  # else another child is being started, and ours has to wait
+            self._overdue = f"was not started in {self._limit:g} s"
+            log.error("%s: %s: the forkserver does not answer, and is killed", self.name, self._overdue)
 
     def _allow(self, seconds: float) -> None:
         self._limit = seconds

@@ -12,12 +12,14 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
+from multiprocessing.forkserver import _forkserver
 from types import ModuleType
 from typing import Any
 
@@ -54,12 +56,20 @@ class Spawner:
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
         self._thread = ThreadPoolExecutor(1, "spawner")
+        self._spawning_since: float | None = None
 
     async def spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
         """Start a child of that kind at one end of a link. Raises OSError or EOFError if the forkserver fails."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._spawn, kind, end)
 
     def _spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
+        self._spawning_since = time.monotonic()
+        try:
+            return self._start(kind, end)
+        finally:
+            self._spawning_since = None
+
+    def _start(self, kind: str, end: socket.socket) -> ForkServerProcess:
         # Ctrl-C reaches the whole group. Children inherit the mask of this thread, so not even one that is just
         # starting can be struck. The resource tracker is started before, since that clears the mask again.
         resource_tracker.ensure_running()
@@ -68,6 +78,15 @@ class Spawner:
         with end, _hidden_main():
             child.start()
         return child
+
+    def kill_stuck(self, seconds: float) -> bool:
+        """Kill a forkserver that has owed a child for so long: who waits for that gets an error. False if none has."""
+        since, pid = self._spawning_since, getattr(_forkserver, "_forkserver_pid", None)
+        if since is None or pid is None or time.monotonic() - since < seconds:
+            return False
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)  # our child: the number is no other's before it was waited for
+        return True
 
     def close(self) -> None:
         """Let the thread go; the forkserver ends with this process."""
