@@ -15,7 +15,7 @@ from collector.messages import EXCHANGE, Topic
 INTERVALS = ("raw", "100ms", "agg2")
 KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo", "any")
 RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720", "1D")
-GROUPS = re.compile(r"none|\d+(d\d+)?\Z")
+GROUPS = re.compile(r"(none|\d+(d\d+)?)\Z")
 DEPTHS = ("1", "10", "20")
 
 ENDED = frozenset({"delivered", "archivized", "closed", "terminated"})

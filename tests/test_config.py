@@ -671,6 +671,17 @@ def test_shipped_configurations_are_accepted(name: str) -> None:
     assert (config.exchange is not None) == (name == "demo")
 
 
+@pytest.mark.parametrize("group", ["none", "1", "250", "0d5"])
+def test_a_book_may_be_grouped(group: str) -> None:
+    assert parse_channel(f"book.BTC-PERPETUAL.{group}.10.100ms").grouped
+
+
+@pytest.mark.parametrize("group", ["nonesuch", "none1", "d5", "5d", "all"])
+def test_a_group_that_is_not_offered_is_refused(group: str) -> None:
+    with pytest.raises(ValueError, match=f"group '{group}' is not offered"):
+        parse_channel(f"book.BTC-PERPETUAL.{group}.10.100ms")
+
+
 def test_many_channels_are_compared_quickly() -> None:
     """It ends within the time that a test may take: comparing each with each would not."""
     narrow = tuple(f"trades.BTC-{strike}-C.100ms" for strike in range(20_000))
