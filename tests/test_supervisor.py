@@ -137,6 +137,24 @@ def test_a_killed_supervisor_leaves_no_orphan() -> None:
             assert next_one.wait_exit() == 0
 
 
+def test_an_endpoint_that_an_orphan_still_holds_is_waited_for() -> None:
+    with collected({"a": {**QUICK, "publish": f"tcp://127.0.0.1:{find_port()}"}}) as run:
+        orphan = psutil.Process(run.wait_state("a")["pid"])
+        run.find_processes()
+        orphan.suspend()  # else it would be gone before the next one comes
+        wait_until(lambda: orphan.status() == psutil.STATUS_STOPPED, "its stop")
+        run.program.process.kill()
+        run.program.process.wait()  # its output goes on: the orphan has it too
+        with running(*collector("run", str(run.config))) as next_one:
+            next_one.wait_line(r"a: .*in use.*; tried for [\d.]+ s")
+            orphan.resume()
+            next_one.wait_line("a: live")
+            assert "started again" not in next_one.text()
+            next_one.process.send_signal(signal.SIGINT)
+            assert next_one.wait_exit() == 0
+        run.wait_gone()
+
+
 def test_a_worker_that_was_stopped_while_its_supervisor_died_ends_when_it_goes_on() -> None:
     with collected() as run:
         worker = psutil.Process(run.wait_state("a")["pid"])
@@ -269,7 +287,7 @@ def test_it_ends_when_one_added_at_run_time_fails_after_those_of_the_file(change
         run.wait_gone()
 
 
-def test_an_endpoint_that_is_bound_already_ends_it_at_once() -> None:
+def test_an_endpoint_that_is_bound_already_ends_it() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -279,7 +297,7 @@ def test_an_endpoint_that_is_bound_already_ends_it_at_once() -> None:
             run.program.wait_line(rf"a: cannot start: .*in use.*{endpoint}.*; write another endpoint", stream="err")
             assert "cannot run as configured: not started again" in run.program.text()
         with short_directory() as directory:
-            config = write_config(directory, {"a": DEAD}, exchange={"port": taken.getsockname()[1]})
+            config = write_config(directory, {"a": QUICK}, exchange={"port": taken.getsockname()[1]})
             with running(*collector("run", str(config))) as program:
                 assert program.wait_exit() == 1
                 program.wait_line("the practice exchange cannot run: .*in use", stream="err")

@@ -35,6 +35,9 @@ try:
 except ImportError:  # it is not built for every platform; asyncio's own loop does the same more slowly
     from asyncio import new_event_loop
 
+TAKEN_BY_ORPHAN = ORPHAN_GRACE + 0.5
+"""Seconds after which what listens on an endpoint is no worker that a killed supervisor has left."""
+
 log = logging.getLogger("actor")
 
 
@@ -121,10 +124,9 @@ class Actor:
     async def _start(self, spec: dict[str, Any]) -> Exit:
         try:
             worker: Worker = import_module(f"workers.{self._kind}.worker").create_worker(spec)
-            endpoints = await worker.start()
+            endpoints = await self._bind(worker)
         except (OSError, ValueError) as error:
-            is_taken = getattr(error, "errno", 0) == errno.EADDRINUSE
-            hint = "; write another endpoint, or stop what listens there" if is_taken else ""
+            hint = "; write another endpoint, or stop what listens there" if is_taken(error) else ""
             return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
         except Exception as error:
             return self._crash(error)
@@ -138,6 +140,21 @@ class Actor:
             return self._crash(error)
         finally:
             self._worker = None  # the end of the link would have it stopped once more
+
+    async def _bind(self, worker: Worker) -> dict[str, Any]:
+        """Start it; what is in use is waited for as long as the orphan of a killed supervisor may hold it."""
+        end = time.monotonic() + TAKEN_BY_ORPHAN
+        is_told = False
+        while True:
+            try:
+                return await worker.start()
+            except OSError as error:
+                if not is_taken(error) or time.monotonic() > end or self._stopping:
+                    raise
+                if not is_told:
+                    log.warning("%s; tried for %g s", error, TAKEN_BY_ORPHAN)
+                is_told = True
+            await asyncio.sleep(0.1)
 
     async def _run(self, worker: Worker) -> Exit:
         beats = asyncio.create_task(self._send_beats(worker))
@@ -242,6 +259,11 @@ class Actor:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"
             ) from None
+
+
+def is_taken(error: Exception) -> bool:
+    """Whether somebody else listens where a worker wants to."""
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 class Usage:
