@@ -18,6 +18,7 @@ import pytest
 
 from collector import Control
 from collector.cli.run import ONE_WISH
+from collector.config import ConfigError
 from collector.messages import ControlError
 from collector.supervisor.runtime import FILES, FILES_EACH, RuntimeDir
 from tests.collected import QUICK, Collected, collected, is_alive
@@ -398,6 +399,27 @@ def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_li
             assert program.wait_exit() == 2
             assert program.err[-1].startswith(f"collector: {config}: [collector]: runtime_dir {directory}/run {words}")
             assert "write another directory, for example" in program.err[-1]
+
+
+@pytest.mark.parametrize(
+    ("mode", "names", "is_ours"),
+    [
+        (0o755, (), True),
+        (0o755, ("lock", "control", "a.pub", "a.ledger", "credits-1.calls"), True),
+        (0o755, ("lock", "systemd"), False),
+        (0o1777, (), False),
+    ],
+    ids=["empty", "a collector's", "as /run", "as /tmp"],
+)
+def test_a_directory_that_others_use_is_not_to_be_closed_to_them(
+    tmp_path: Path, mode: int, names: tuple[str, ...], is_ours: bool
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    tmp_path.chmod(mode)
+    with pytest.raises(ConfigError, match=rf"is open to others \(mode {mode:o}\); .*write another directory") as caught:
+        RuntimeDir(tmp_path, "here")
+    assert ("chmod" in str(caught.value)) == is_ours
 
 
 def test_a_runtime_directory_that_cannot_be_made_is_a_wrong_configuration() -> None:

@@ -3,6 +3,7 @@
 import fcntl
 import logging
 import os
+import re
 import resource
 import stat
 from contextlib import suppress
@@ -108,8 +109,17 @@ def _open_private(path: Path, where: str) -> int:
     if facts.st_uid != os.getuid():
         fault = f"belongs to user {facts.st_uid}; remove it, or {_ANOTHER}"
     elif facts.st_mode & 0o077:
-        fault = f"is open to others (mode {stat.S_IMODE(facts.st_mode):o}); chmod 700 it, or {_ANOTHER}"
+        cure = f"chmod 700 it, or {_ANOTHER}" if _is_for_us(directory, facts.st_mode) else _ANOTHER
+        fault = f"is open to others (mode {stat.S_IMODE(facts.st_mode):o}); {cure}"
     if fault:
         os.close(directory)
         raise ConfigError(f"{where} {fault}")
     return directory
+
+
+_OURS = re.compile(r"lock|control|credits-.*|.*\.(pub|ledger)")
+
+
+def _is_for_us(directory: int, mode: int) -> bool:
+    """Whether nobody else uses it: to close /tmp or /run to all others, as root can, would be a disaster."""
+    return not mode & stat.S_ISVTX and all(map(_OURS.fullmatch, os.listdir(directory)))
