@@ -161,6 +161,18 @@ def test_an_expired_instrument_is_gone_once_it_has_settled() -> None:
         assert replace(LISTED["BTC-PERPETUAL"], state=word).is_listed(NOW)
 
 
+def test_the_daily_settlement_gives_up_no_channel() -> None:
+    settling = replace(LISTED["BTC-PERPETUAL"], state="settlement")
+
+    def finds(state: str, instrument: Instrument) -> bool:
+        return any(expand([f"quote.{{state={state}}}"], {instrument.name: instrument}, NOW).values())
+
+    assert finds("open", settling)
+    assert finds("settlement", settling)
+    assert not finds("settlement", LISTED["BTC-PERPETUAL"])
+    assert not finds("open", replace(settling, state="halted"))
+
+
 REFUSED = {
     "book.*.*": "'book.*.*': one part may be a pattern, the instrument; write for example book.BTC-*.100ms",
     "book.{kind=option}.{x}": "one part may be a pattern",

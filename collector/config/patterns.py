@@ -46,7 +46,7 @@ CONDITIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "quote": (_EQUAL, "quote=USDC", "the quote currency"),
     "settlement": (_EQUAL, "settlement=USDC", "the settlement currency"),
     "option_type": (_EQUAL, "option_type=call", "call or put"),
-    "state": (_EQUAL, "state=open", "the state as the exchange writes it"),
+    "state": (_EQUAL, "state=open", "the state as the exchange writes it; what is in settlement is open too"),
     "expiry": (_ORDERED, "expiry<45d", "time to expiry in d or h, or a date: expiry<2026-12-25 (08:00 UTC)"),
     "strike": (_ORDERED, "strike>=80000", "an option's strike"),
 }
@@ -260,6 +260,8 @@ def _list_words(key: str, instrument: Instrument) -> Sequence[str]:
     if key == "currency":
         spot = instrument.kind == "spot" or not instrument.settlement
         return (instrument.base, instrument.quote) if spot else (instrument.settlement,)
+    if key == "state" and instrument.state == "settlement":  # it passes each day, soon after 08:00 UTC
+        return (instrument.state, "open")
     word: str = getattr(instrument, key)
     return (word,)
 
