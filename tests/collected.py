@@ -16,6 +16,9 @@ from tests.support import Program, collector, wait_until
 QUICK: dict[str, Any] = {"url": "practice", "retry_delay": 0.05, "channels": ["quote.BTC-PERPETUAL"]}
 """A connection that is soon live, and soon back."""
 
+MANY = [f"other.channel.{number}" for number in range(2000)]
+"""Channels enough for the start of their worker to take a moment."""
+
 
 class Collected:
     """A `collector run` of some connections; its runtime directory is `directory`/run.
@@ -114,3 +117,27 @@ def collected(connections: dict[str, dict[str, Any]] | None = None, *options: st
             for process in running.seen.values():
                 if is_alive(process):
                     process.kill()
+
+
+def hold_next(run: Collected, name: str) -> psutil.Process:
+    """Kill a worker, and stop the next one as soon as there is one."""
+    before = run.wait_state(name)["pid"]
+    psutil.Process(before).kill()
+    pid = wait_until(lambda: (pid := run.get_state(name)["pid"]) != before and pid, "the next worker")
+    worker = psutil.Process(pid)
+    worker.suspend()
+    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, "its stop")
+    return worker
+
+
+@contextmanager
+def held_at_start(run: Collected, name: str) -> Iterator[None]:
+    """Kill a worker, and hold the next one up before it is ready."""
+    worker = hold_next(run, name)
+    while run.get_state(name)["state"] != "starting":  # it was too fast
+        worker.resume()
+        worker = hold_next(run, name)
+    yield
+    assert run.get_state(name)["state"] == "starting"
+    worker.resume()
+    assert run.wait_state(name)["pid"] == worker.pid

@@ -17,7 +17,7 @@ import zmq
 
 from collector.messages import ControlError, decode_reply, encode
 from collector.supervisor.commands import explain_forbidden, is_sendable
-from tests.collected import QUICK, Collected, collected
+from tests.collected import MANY, QUICK, Collected, collected, held_at_start
 from tests.support import wait_until
 
 SLOW = {**QUICK, "url": "practice?faults=slow:public/get_currencies=3", "channels": []}
@@ -322,34 +322,6 @@ def test_a_wish_while_there_is_no_worker_is_kept() -> None:
         run.wait_state("a", restarts=1)
         wanted = ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == wanted, "both channels")
-
-
-MANY = [f"other.channel.{number}" for number in range(2000)]
-"""Channels enough for the start of their worker to take a moment."""
-
-
-def hold_next(run: Collected, name: str) -> psutil.Process:
-    """Kill a worker, and stop the next one as soon as there is one."""
-    before = run.wait_state(name)["pid"]
-    psutil.Process(before).kill()
-    pid = wait_until(lambda: (pid := run.get_state(name)["pid"]) != before and pid, "the next worker")
-    worker = psutil.Process(pid)
-    worker.suspend()
-    wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, "its stop")
-    return worker
-
-
-@contextmanager
-def held_at_start(run: Collected, name: str) -> Iterator[None]:
-    """Kill a worker, and hold the next one up before it is ready."""
-    worker = hold_next(run, name)
-    while run.get_state(name)["state"] != "starting":  # it was too fast
-        worker.resume()
-        worker = hold_next(run, name)
-    yield
-    assert run.get_state(name)["state"] == "starting"
-    worker.resume()
-    assert run.wait_state(name)["pid"] == worker.pid
 
 
 def test_what_is_wished_while_the_worker_starts_is_carried_out_by_it() -> None:

@@ -15,7 +15,7 @@ import pytest
 from collector.channels import LISTINGS
 from collector.planning.catalogue import Catalogue
 from collector.supervisor.follower import CHECK, MARKS, count_to_check
-from tests.collected import QUICK, Collected, collected
+from tests.collected import MANY, QUICK, Collected, collected, held_at_start
 from tests.pipeline import Subscriber, exchange, find_port, subscribed
 from tests.support import collector, wait_until
 
@@ -118,6 +118,24 @@ def test_what_happens_during_a_look_is_looked_at_again() -> None:
         wait_until(lambda: find_asked(run) - at_start, "what that look has found")
         before = find_asked(run)
         wait_until(lambda: find_asked(run) - before, "what has been listed since")
+
+
+def test_what_is_listed_and_expires_while_the_worker_starts_reaches_it() -> None:
+    table = {**OPTIONS, "channels": [*OPTIONS["channels"], *MANY[:300]]}  # one connection carries no more
+    first = "from collector.supervisor import follower; follower.CHECK = 1.0"  # no worker tells of it
+    with collected({"a": table}, exchange=BUSY, first=first) as run:
+        catalogue = Catalogue(run.wait_state("a")["url"], {}, 5.0)
+        with held_at_start(run, "a"):
+            before = find_asked(run)
+            new = wait_until(lambda: find_asked(run) - before, "a listing")
+            gone = wait_until(lambda: before - find_asked(run), "an expiry")
+
+        def is_told() -> bool:
+            still = new & {f"quote.{name}" for name in catalogue.read_all()}
+            channels = run.get_state("a")["channels"]
+            return bool(still <= set(channels["confirmed"]) and gone.isdisjoint(channels["asked"]))
+
+        wait_until(is_told, f"{new} and not {gone}")
 
 
 def test_what_expires_while_the_worker_is_away_is_told_when_it_is_back() -> None:
