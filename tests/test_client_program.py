@@ -223,8 +223,17 @@ def test_nobody_there_is_said_at_once(tmp_path: Path, command: str) -> None:
     assert done.stderr.startswith(words)
 
 
-@pytest.mark.parametrize("command", ["state", "connect a --url practice", "subscribe a b", "unsubscribe a b",
-                                     "send a public/test", "close a"])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        "state",
+        "connect a --url practice --timeout 5s",  # a signal just before it waits is heeded when it has waited
+        "subscribe a b",
+        "unsubscribe a b",
+        "send a public/test",
+        "close a",
+    ],
+)
 def test_what_is_interrupted_while_it_asks_does_not_end_as_if_done(tmp_path: Path, command: str) -> None:
     context = zmq.Context()
     with context.socket(zmq.ROUTER) as silent:
