@@ -127,7 +127,7 @@ class Rivals:
             near += self._wide[key].values() if key in self._wide else ()
             if channel.topic is None:
                 near += self._narrow[key].values() if key in self._narrow else ()
-        return [other for other in near if share_topic(other[1], channel)]
+        return [other for other in dict.fromkeys(near) if share_topic(other[1], channel)]  # some stand in two places
 
 
 _Key = tuple[str, str, str]

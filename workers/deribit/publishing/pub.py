@@ -228,10 +228,7 @@ def listen_tcp(place: str) -> socket.socket:
 
 def listen_ipc(path: str) -> socket.socket:
     """Listen at a path; the file of one that listens no more is replaced. Raises OSError if somebody listens there."""
-    with socket.socket(socket.AF_UNIX) as probe:
-        probe.setblocking(False)  # one that is stopped, and has no room for us, listens all the same
-        if probe.connect_ex(path) == errno.ECONNREFUSED:
-            remove_socket(f"ipc://{path}")
+    remove_socket(f"ipc://{path}")
     return _listen(socket.socket(socket.AF_UNIX), path)
 
 
