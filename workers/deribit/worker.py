@@ -365,6 +365,7 @@ class Worker(Listener):
             ended, feed.ended = feed.ended, set()
             self._spawn(self._leave_ended(ended))
         elif feed.is_complete:
+            feed.waits = 0
             self.statuses.tell(feed, "live", "")
         else:
             self.statuses.tell(feed, "recovering", "sequence")

@@ -2,9 +2,9 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from math import inf
 
 from collector.channels import Channel, share_topic
+from collector.limits import Credits
 from workers.deribit.publishing.streams import Published, Stream, Topics
 from workers.deribit.watching.watch import Rhythm
 
@@ -16,8 +16,8 @@ class Feed(ABC):
     - `is_ended` is set when nobody asks for the channel any more.
     - `condition` is the (state, reason) last said on its topics.
     - `last_ts` is when data came last (ns), `doubted_at` what that was when its silence was last told.
-    - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `asked_at` when that was last
-      asked for anew, `waits` how often it came to nothing.
+    - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `waits` how often that came
+      to nothing, `allowance` how often it may still be asked for anew (None: it never was).
     - `dropped`, `crossed`, `emptied` and `duplicates` count oddities.
     """
 
@@ -36,7 +36,7 @@ class Feed(ABC):
         self.rhythm = Rhythm()
         self.last_ts = 0
         self.waiting_since = 0.0
-        self.asked_at = -inf
+        self.allowance: Credits | None = None
         self.waits = 0
         self.doubted_at = 0
         self.streams: dict[str, Stream] = {}

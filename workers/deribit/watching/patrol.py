@@ -11,7 +11,6 @@ from random import random
 from collector.limits import Credits
 from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
-from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
@@ -26,12 +25,11 @@ log = logging.getLogger("deribit")
 SNAPSHOT_WAIT = 5.0
 """Seconds after which a book that is subscribed to and has no snapshot is asked for anew."""
 
-STEADY, AT_ONCE = 60.0, 3
-"""A book that breaks within so many seconds of its last resync is sick: so often it is asked for anew at once all the
-same, then ever later. The others on its connection must not suffer from it."""
-
 RESYNCS, REFILL = 20.0, 1 / 3
 """Books that may be asked for anew before it is cheaper, and kinder, to reconnect; and how many more each second."""
+
+OWN_RESYNCS, OWN_REFILL = 10.0, 1 / 5
+"""The same of one book. Once they are used up it has to wait: its neighbours shall not pay for it with a reconnect."""
 
 HOUR = 3600
 """Seconds between looks for topics that can be forgotten."""
@@ -263,23 +261,16 @@ class Patrol:
     def resync(self, feed: Feed) -> None:
         """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if too many break."""
         now = time.monotonic()
-        feed.waits = feed.waits + 1 if now - feed.asked_at < STEADY else 0
-        if feed.waits > AT_ONCE:
+        feed.allowance = feed.allowance or Credits(OWN_RESYNCS, OWN_REFILL, now)
+        if feed.allowance.take(1, now):
             feed.waiting_since = now
-            if self._are_all_sick():
-                self._reconnect(time.time_ns(), "all books are out of step again and again")
         elif not self._ask_anew(feed):
             self._restore_budget()
             self._client.cut("too many books out of step")
 
-    def _are_all_sick(self) -> bool:
-        """Whether each of several books breaks again and again: then it is the connection."""
-        books = [feed for feed in self._feeds.values() if isinstance(feed, BookFeed)]
-        return len(books) > 1 and all(book.waits > AT_ONCE for book in books)
-
     def _ask_anew(self, feed: Feed) -> bool:
-        feed.waiting_since = feed.asked_at = time.monotonic()
-        if self._budget.take(1, feed.asked_at):
+        feed.waiting_since = time.monotonic()
+        if self._budget.take(1, feed.waiting_since):
             return False
         self._client.spawn(self._resubscribe(feed))
         return True
