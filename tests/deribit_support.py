@@ -166,7 +166,7 @@ class Collecting:
 
     async def ask(self, op: str, timeout: float = 10.0, **arguments: Any) -> Any:
         """What the supervisor would ask of it."""
-        return await self.worker.answer(op, arguments, time.time_ns() + int(timeout * 1e9))
+        return await asyncio.wait_for(self.worker.answer(op, arguments), timeout)
 
     async def get_state(self) -> dict[str, Any]:
         """The worker's part of the state map."""

@@ -31,7 +31,7 @@ class Failing:
     def report(self) -> dict[str, Any]:
         return {}
 
-    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+    async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
         self._failing.set()
 
     def take_events(self) -> list[dict[str, Any]]:

@@ -147,7 +147,7 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
     with living(tmp_path, TRADES) as worker:
         assert worker.topics.gaps == 1
     with living(tmp_path) as worker:
-        asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}, time.time_ns() + LONG))
+        asyncio.run(worker.answer("subscribe", {"channels": [TRADES]}))
         worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 50}])], 7)
         assert (worker.topics.gaps, worker.publisher.published) == (0, 3)  # closed, asked for again, the trade
 
@@ -176,7 +176,7 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
 
 
 def ask(worker: Worker, op: str, channel: str, **more: str) -> None:
-    asyncio.run(worker.answer(op, {"channels": [channel], **more}, time.time_ns() + LONG))
+    asyncio.run(worker.answer(op, {"channels": [channel], **more}))
 
 
 def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_once() -> None:

@@ -55,8 +55,8 @@ class Worker(Protocol):
     def report(self) -> dict[str, Any]:
         """The small map that goes with each beat."""
 
-    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
-        """Carry out one request before `deadline` (ns since 1970). Raises ControlError to refuse it."""
+    async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
+        """Carry out one request; cancelled at its deadline. Raises ControlError to refuse it."""
 
     def take_events(self) -> list[dict[str, Any]]:
         """What happened since the last beat that the supervisor must know: maps with an `event`."""
@@ -254,7 +254,7 @@ class Actor:
             raise ControlError("not_connected", "the worker is still starting")
         try:
             async with asyncio.timeout(left):
-                return await self._worker.answer(op, arguments, deadline)
+                return await self._worker.answer(op, arguments)
         except TimeoutError:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"

@@ -42,7 +42,7 @@ class ExchangeWorker:
         """Tell the supervisor of nothing."""
         return []
 
-    async def answer(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
+    async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
         """Answer get_state; the exchange has no other ops."""
         if op == "get_state":
             return self.report()
