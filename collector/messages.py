@@ -14,13 +14,6 @@ WIRE = 1
 
 EXCHANGE = "deribit"
 
-TYPES = (
-    "trade", "book", "ticker", "quote", "index", "volatility", "expiration_price", "mark_prices",
-    "funding", "candle", "instrument", "platform", "other", "gap", "repair", "status", "heartbeat",
-)  # fmt: skip
-
-OPS = ("connect", "subscribe", "unsubscribe", "send", "close", "get_state")
-
 CODES = {
     "bad_request": "the request is not a map of the right shape; correct it",
     "unknown_op": "there is no such op",
@@ -117,8 +110,13 @@ _ARGUMENTS: dict[str, dict[str, type]] = {
     "get_state": {},
 }
 
+OPS = tuple(_ARGUMENTS)
 
-def decode_request(data: bytes, now: int, default_timeout: int = 5_000_000_000) -> Request:
+DEFAULT_TIMEOUT = 5_000_000_000
+"""Ns from its arrival that a request without a deadline has."""
+
+
+def decode_request(data: bytes, now: int) -> Request:
     """Decode and check one control request that arrived at `now` (ns). Raises ControlError with the code to answer."""
     try:
         body = decode(data)
@@ -139,7 +137,7 @@ def decode_request(data: bytes, now: int, default_timeout: int = 5_000_000_000) 
         _require("connection", connection, str)
     deadline = body.pop("deadline", None)
     if deadline is None:
-        deadline = now + default_timeout
+        deadline = now + DEFAULT_TIMEOUT
     if type(deadline) is not int or not 0 <= deadline < 1 << 63:
         raise ControlError("bad_request", "deadline must be an int, ns since 1970")
     for key, kind in _ARGUMENTS[op].items():

@@ -72,13 +72,6 @@ class Connection:
         del table["patterns"]
         return table
 
-    @classmethod
-    def from_map(cls, table: Mapping[str, Any]) -> "Connection":
-        """Build it again from `to_map()`."""
-        channels, patterns = split_channels(table["channels"])
-        lists = {"channels": channels, "patterns": patterns, "send_allow": tuple(table["send_allow"])}
-        return cls(**{**table, **lists})
-
     @property
     def is_practice(self) -> bool:
         """Whether it goes to the practice exchange of [exchange]."""

@@ -82,7 +82,7 @@ class Commands:
         keeper = entry.keeper
         log.info("%s: connected by a control request", connection.name)
         try:
-            async with asyncio.timeout(_left(request.deadline)):
+            async with asyncio.timeout(_count_left(request.deadline)):
                 await keeper.wait_settled()
         except TimeoutError:
             text = f"{connection.name} is not live yet ({keeper.state}), still being tried (see get_state)"
@@ -115,7 +115,7 @@ class Commands:
         log.info("%s: closed by a control request", entry.keeper.name)
         entry.keeper.stop()
         try:
-            async with asyncio.timeout(_left(request.deadline)):
+            async with asyncio.timeout(_count_left(request.deadline)):
                 await asyncio.shield(entry.keeping)
         except TimeoutError:
             raise ControlError("timeout", f"{entry.keeper.name} is still closing; it will be killed soon") from None
@@ -274,23 +274,23 @@ def hide_secrets(url: str) -> str:
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
 
 
-def _left(deadline: int) -> float:
+def _count_left(deadline: int) -> float:
     return (deadline - time.time_ns()) / 1e9
 
 
-_KINDS = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
+_CODES = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
 
 
 def _explain_failure(keeper: Keeper) -> ControlError:
     """Say why a new connection came to nothing."""
     if keeper.machine.state != "failed" or keeper.exit_code is None:
         return ControlError("not_connected", f"{keeper.name} was closed before it was live")
-    kind = next((kind for code, kind in _KINDS.items() if code == keeper.exit_code), "not_connected")
-    return _blame(kind, f"{keeper.name}: {describe_exit(keeper.exit_code)}", keeper.last_error)
+    code = next((code for exit, code in _CODES.items() if exit == keeper.exit_code), "not_connected")
+    return _blame(code, f"{keeper.name}: {describe_exit(keeper.exit_code)}", keeper.last_error)
 
 
-def _blame(kind: str, message: str, error: Any) -> ControlError:
+def _blame(code: str, message: str, error: Any) -> ControlError:
     """A refusal with what went wrong last: as `data` if it is the exchange's own error, else in our words."""
     if isinstance(error, dict) and "code" not in error:
-        return ControlError(kind, f"{message}: {error.get('message', '')}")
-    return ControlError(kind, message, error)
+        return ControlError(code, f"{message}: {error.get('message', '')}")
+    return ControlError(code, message, error)

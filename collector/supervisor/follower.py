@@ -84,7 +84,9 @@ class Follower:
         failure = ""
         for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
             try:
-                async with self._supervisor.listing[self._catalogue.host]:  # in turn: where two meet, the first stays
+                async with self._supervisor.listing_locks[
+                    self._catalogue.host
+                ]:  # in turn: where two meet, the first stays
                     self._listed = await self._catalogue.fetch()
                     return self._put_in_place()
             except Unreachable as error:
@@ -97,7 +99,7 @@ class Follower:
 
     def _put_in_place(self) -> Exit | None:
         try:
-            now = read_clock()
+            now = read_ms()
             found, shards = spread(self._connection, self._listed, now)
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
@@ -185,7 +187,7 @@ class Follower:
         except Unreachable as error:
             log.warning("%s: the list of instruments is not checked: %s", self._name, error)
             return False
-        now = read_clock()
+        now = read_ms()
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
@@ -221,7 +223,7 @@ class Follower:
 
     async def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments."""
-        now = read_clock()
+        now = read_ms()
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._listed, now).values():
             wanted |= channels
@@ -289,7 +291,7 @@ class Follower:
         await asyncio.gather(*(self._shards[place].wishes.tell(op, group, reason) for place, group in groups.items()))
 
 
-def read_clock() -> int:
+def read_ms() -> int:
     """Ms since 1970."""
     return time.time_ns() // 1_000_000
 

@@ -66,7 +66,9 @@ class Supervisor:
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
         self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
-        self.listing: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)  # by host: its list is being fetched
+        self.listing_locks: defaultdict[str, asyncio.Lock] = defaultdict(
+            asyncio.Lock
+        )  # by host: its list is being fetched
 
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
@@ -202,7 +204,6 @@ class Supervisor:
     def _build_spec(self, keeper: Keeper) -> dict[str, Any]:
         return {
             "name": keeper.name,
-            "kind": keeper.kind,
             "epoch": keeper.epoch,
             "fresh": not keeper.endpoints,  # no earlier life came so far as to say anything
             "runtime_dir": str(self.config.runtime_dir),
