@@ -1,12 +1,13 @@
 """The whole way as separate programs: an exchange, a running collector, and a subscriber on a real socket."""
 
 import json
+import secrets
 import shutil
 import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +29,16 @@ def short_directory() -> Iterator[Path]:
 
 
 def find_port() -> int:
-    """A TCP port of this machine that is free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A TCP port of this machine that is free just now, as are the next three: those that shards would take.
+
+    It lies below those that the system gives to connections, which come and go.
+    """
+    while True:
+        port = secrets.choice(range(12_000, 32_000))
+        with suppress(OSError), ExitStack() as probes:
+            for each in range(port, port + 4):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", each))
+            return port
 
 
 def write_config(directory: Path, connections: dict[str, dict[str, Any]], **sections: dict[str, Any]) -> Path:
