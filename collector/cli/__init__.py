@@ -32,7 +32,7 @@ SUMMARIES = {
     "state": "Show how all connections are, or one in full",
     "connect": "Add a connection to a running collector",
     "subscribe": "Subscribe a connection to further channels",
-    "unsubscribe": "Give channels of a connection up",
+    "unsubscribe": "Give up channels of a connection",
     "send": "Send one request to the exchange, print its result",
     "close": "End a connection for good; the others go on",
     "tail": "Show the messages, live",

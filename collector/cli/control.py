@@ -92,7 +92,7 @@ def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout
 
 @channel_command
 def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
-    """Give channels of a connection up.
+    """Give up channels of a connection.
 
     Ends with 1 if one was not asked for, or may not be given up.
     """

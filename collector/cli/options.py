@@ -38,7 +38,7 @@ control_option = click.option(
 )
 endpoint_option = click.option(
     "--endpoint", "endpoints", metavar="ENDPOINT", multiple=True,
-    help="Where to read; repeatable [default: what the collector says where it publishes].",
+    help="Where to read; repeatable [default: the endpoints that the collector reports].",
 )  # fmt: skip
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for programs.")
 

@@ -81,7 +81,7 @@ class Control(OwnSocket):
         return self._ask_map("subscribe", connection=name, channels=list(channels))
 
     def unsubscribe(self, name: str, channels: Iterable[str]) -> dict[str, Any]:
-        """Give channels up. Returns the same as subscribe."""
+        """Give up channels. Returns the same as subscribe."""
         return self._ask_map("unsubscribe", connection=name, channels=list(channels))
 
     def send(self, name: str, method: str, params: dict[str, Any] | None = None) -> Any:
