@@ -88,16 +88,13 @@ def test_a_fresh_one_leaves_the_old_one_alone_for_who_has_it_still(tmp_path: Pat
     old.close()
 
 
-def test_what_is_removed_or_replaced_is_written_again(tmp_path: Path) -> None:
+def test_what_is_removed_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "a.ledger"
     ledger = Ledger(path, fresh=True)
     fill(ledger, range(1, 2 * STEP))
     path.unlink()
     ledger.restore()
     assert len(list(tmp_path.iterdir())) == 1
-    path.unlink()
-    path.write_bytes(b"half of it")
-    ledger.restore()
     place = path.stat().st_ino
     ledger.restore()
     assert path.stat().st_ino == place
@@ -105,6 +102,20 @@ def test_what_is_removed_or_replaced_is_written_again(tmp_path: Path) -> None:
     ledger.close()
     again = Ledger(path, fresh=False)
     assert [entry.last_ts for entry in again.earlier] == list(range(1, 2 * STEP + 5))
+    again.close()
+
+
+def test_the_ledger_of_a_new_collector_is_left_alone_by_an_orphan_of_the_one_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.ledger"
+    orphan = Ledger(path, fresh=True)
+    fill(orphan, range(1, 3))
+    new = Ledger(path, fresh=True)
+    fill(new, range(1, 5))
+    orphan.restore()
+    for ledger in (orphan, new):
+        ledger.close()
+    again = Ledger(path, fresh=False)
+    assert [entry.last_ts for entry in again.earlier] == [1, 2, 3, 4]
     again.close()
 
 

@@ -182,7 +182,8 @@ async def test_a_silent_connection_without_data_has_no_gap(practice: str) -> Non
 
 # -- books ------------------------------------------------------------------------------------------------------------
 
-OTHER = "book.ETH-PERPETUAL.100ms"
+OTHER, THIRD = "book.ETH-PERPETUAL.100ms", "book.SOL_USDC-PERPETUAL.100ms"
+BROKEN = {"type": "change", "change_id": 1 << 52, "prev_change_id": 1, "bids": [], "asks": [], "timestamp": 1}
 
 
 @pytest.mark.parametrize("fault", ["gap:6@1", "prev0:6@1", "duplicate:6@1", "reorder:6@1"])
@@ -244,6 +245,26 @@ async def test_a_book_that_breaks_again_and_again_does_not_cost_the_others_their
         assert state["reconnects"] == 0
         assert OWN_RESYNCS <= state["resyncs"] < RESYNCS
         check_stream(run.hearer.messages)
+
+
+@in_loop
+async def test_two_books_that_break_again_and_again_do_not_cost_the_third_its_connection(practice: str) -> None:
+    """Their frames are damaged on the way in: what the exchange sends of the third is well."""
+    async with collecting(practice, "", BOOK, OTHER, THIRD) as run:
+        sick = [run.worker.feeds[name.encode()] for name in (BOOK, OTHER)]
+        patrol, end = run.worker.patrol, time.monotonic() + 90
+        while not all(feed.waiting_since and time.monotonic() - feed.waiting_since > 7 for feed in sick):
+            assert time.monotonic() < end
+            assert run.worker.client.reconnects == 0
+            for feed in sick:
+                if feed.is_complete:
+                    run.worker.take_frames([encode_data(feed.channel.name, BROKEN)], time.time_ns())
+            await asyncio.sleep(0.05)
+        resyncs = patrol.resyncs
+        assert resyncs >= 2 * OWN_RESYNCS
+        await hear_more(run, ["deribit.book.SOL_USDC-PERPETUAL.100ms"], 30)
+        assert (run.worker.client.reconnects, patrol.resyncs - resyncs < 3) == (0, True)
+        assert run.hearer.find("deribit.book.SOL_USDC-PERPETUAL.100ms", type="gap") == []
 
 
 @in_loop

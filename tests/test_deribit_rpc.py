@@ -1,5 +1,6 @@
 """The pure parts of the protocol: requests and frames, the bootstrap's steps, the table of errors."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -9,9 +10,11 @@ from hypothesis import strategies as st
 
 from collector import __version__
 from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
+from workers.deribit import Client
 from workers.deribit.connection.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
+from workers.deribit.connection.session import Session
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
-from workers.deribit.rpc.errors import REACTIONS, ExchangeError, Reaction, find_reaction
+from workers.deribit.rpc.errors import PAUSES, REACTIONS, ExchangeError, Reaction, find_reaction
 from workers.deribit.watching.samples import Samples
 
 # -- requests and frames ----------------------------------------------------------------------------------------------
@@ -146,6 +149,36 @@ def test_the_rounds_hold_what_applies() -> None:
     assert plan_round(2, make_moment()) == [("private/enable_cancel_on_disconnect", {"scope": "connection"})]
     assert plan_round(2, make_moment(cancel_on_disconnect=False)) == plan_round(2, make_moment(None)) == []
     assert {step.round for step in STEPS} == {1, 2}
+
+
+def test_the_longest_pause_that_is_asked_for_is_made() -> None:
+    """Answers that are read together may ask for different ones."""
+
+    async def take_errors() -> float:
+        client = Client("ws://127.0.0.1:9")
+        for code in (12998, 11051):
+            client._take_reply(Reply(None, None, ExchangeError({"code": code, "message": ""})), b"{}")
+        return client._pause
+
+    assert asyncio.run(take_errors()) == PAUSES[Reaction.LOCK_OUT]
+
+
+def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed() -> None:
+    async def lose_twice() -> Session:
+        session = Session(answer_nothing, None, 30.0, False)
+        for offset in (-3600, 0):  # it was an hour ahead, and set right
+            session.clock_offset, session.clock_error = offset, 1
+            session.end()
+        return session
+
+    async def answer_nothing(method: str, params: dict[str, Any] | None) -> Any:
+        return None
+
+    session = asyncio.run(lose_twice())
+    assert session.earlier_offset == -3600
+    session._sync_at = 0.0
+    asyncio.run(session.keep_up(1.0))
+    assert session.earlier_offset is None
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
 from workers.deribit.publishing.ledger import LAST_TS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
@@ -24,6 +25,8 @@ from workers.deribit.worker import Worker, create_worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""
+
+START = EXPIRY - 10 * DAY
 
 
 def test_the_name_of_an_instrument_tells_its_expiry() -> None:
@@ -76,6 +79,20 @@ def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(tmp_pa
     topics.forget_left(250 + LONG)
     topics.begin_epoch(300)
     assert topics.find("trade", "BTC-PERPETUAL", "raw").epoch == 300
+
+
+def test_a_forgotten_topic_is_forgotten_by_its_channel_too(tmp_path: Path) -> None:
+    """Else each later loss would be told of it, and healed."""
+    channel = "trades.option.any.100ms"
+    trade = {"trade_seq": 5, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with living(tmp_path, channel, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        names = ["BTC-6NOV20-1-C", "BTC-6NOV99-1-C"]
+        worker.take_frames([make_frame(channel, [trade | {"instrument_name": name} for name in names])], START)
+        assert list(feed.tapes) == list(feed.streams) == names
+        worker.patrol._forget_expired()
+        assert list(feed.tapes) == list(feed.streams) == names[1:]
 
 
 def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(tmp_path: Path) -> None:
@@ -158,21 +175,36 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
     with short_directory() as directory:
         with living(directory, QUOTE, fresh=True) as worker:
             worker.take_frames([make_frame(QUOTE, quote)], 5)
+            epoch = worker.epoch
             worker.ledger.subscriptions = 1  # it waits for its subscriber to come back
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             closed = subscriber.wait_for("deribit.quote.")
             assert (closed["type"], closed["seq"], closed["state"]) == ("status", 1, "closed")
-            assert closed["epoch"] == 5  # another connection may feed it since then
+            assert closed["epoch"] == epoch + 1  # another connection may feed it since then
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             # The life before may have been killed before that was out.
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             worker.publisher.release()
             again = subscriber.wait_for("deribit.quote.")
-            assert (again["seq"], again["state"], again["epoch"]) == (1, "closed", 6)
+            assert (again["seq"], again["state"], again["epoch"]) == (1, "closed", epoch + 2)
             worker.topics.forget_left(time.time_ns() + LONG)
         with living(directory) as worker:
             assert worker.publisher.published == 0
+
+
+def test_what_is_said_of_a_topic_of_an_earlier_life_is_older_than_what_another_connection_says() -> None:
+    """It had taken the topic up while this one was still leaving it."""
+    frame = make_frame(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
+    with short_directory() as one, short_directory() as other:
+        with living(one, QUOTE, fresh=True) as first, living(other, fresh=True) as second:
+            first.take_frames([frame], time.time_ns())
+            ask(second, "subscribe", QUOTE)
+            taken_up = second.feeds[QUOTE.encode()].stream.epoch
+            first.take_frames([frame], time.time_ns())
+        with living(one) as successor:
+            (said,) = successor.statuses._left
+            assert first.epoch < said.epoch < taken_up
 
 
 def ask(worker: Worker, op: str, channel: str, **more: str) -> None:
@@ -247,6 +279,7 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(is_healed: bool) -> None:
         feed.lose("disconnect", 200)
         if is_healed:
             feed.losses.end()
+            feed.losses.is_checked = True
         ask(worker, "unsubscribe", TRADES)
         subscriber.wait_for(topic, state="closed")
         *_, before_last, last = said = subscriber.find(topic)
@@ -256,6 +289,74 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(is_healed: bool) -> None:
             gap = before_last
             assert (gap["reason"], gap["from_ts"], gap["missing_from"]) == ("disconnect", 100, 6)
             assert ("missing_to" in gap, gap["healing"]) == (False, False)
+
+
+@pytest.mark.parametrize("channel", [TRADES, "trades.future.BTC.100ms"])
+def test_a_loss_whose_healing_was_refused_is_said_at_the_end(channel: str) -> None:
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        feed.losses.confirm(50)
+        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 100)
+        feed.lose("disconnect", 200)
+        asked = [step for step in heal_feed(feed, 300, 0) if isinstance(step, Ask)]  # each is answered with a no
+        assert asked
+        ask(worker, "unsubscribe", channel)
+        subscriber.wait_for("deribit.trade.", state="closed")
+        (gap,) = subscriber.find("deribit.trade.", type="gap")
+        assert (gap["reason"], gap["missing_from"], gap["healing"]) == ("disconnect", 6, False)
+
+
+def test_first_trades_while_a_channel_was_refused_are_fetched_or_told(tmp_path: Path) -> None:
+    """It was lost, and healed while the exchange would not send it; then it does again."""
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    with living(tmp_path, channel, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        feed.losses.confirm(START)
+        feed.lose("disconnect", START + second)
+        answer = Page([], False)
+        assert run_healing(heal_feed(feed, START + 10 * second, 0), answer)
+        assert feed.losses.lost_from is None
+        feed.losses.confirm(START + 600 * second)
+        asked = run_healing(heal_feed(feed, START + 600 * second, 0), answer)
+        assert min(ask.params["start_timestamp"] for ask in asked) <= (START + 10 * second) // 1_000_000
+        assert feed.losses.lost_from is None
+        assert run_healing(heal_feed(feed, START + 700 * second, 0), answer) == []
+
+
+def run_healing(healing: Healing, answer: Page) -> list[Ask]:
+    """Answer all that it asks so; return that."""
+    asked: list[Ask] = []
+    page = None
+    with suppress(StopIteration):
+        while True:
+            step = healing.send(page)
+            page = answer if isinstance(step, Ask) else None
+            asked += [step] if isinstance(step, Ask) else []
+    return asked
+
+
+def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_path: Path) -> None:
+    """The exchange has not yet answered that it sends the old one no more; the supervisor counts it as given up."""
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    wide = "trades.future.BTC.100ms"
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 100)
+        worker.client.reconciler.subscriptions.drop([TRADES])  # as unsubscribe does before it waits
+        ask(worker, "subscribe", wide)
+        worker.take_frames([make_frame(wide, [trade | {"trade_seq": 6}])], 200)
+        worker.channels.leave([TRADES], "closed", "unsubscribed")  # as it does after that
+        (feed,) = worker.feeds.values()
+        (stream,) = feed.streams.values()
+        assert (feed.channel.name, stream.is_left, stream.last_id) == (wide, False, 6)
+        assert stream.epoch > worker.epoch
 
 
 def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from collector.channels import LISTINGS
+from collector.channels import LISTINGS, parse_channel, share_topic
 from workers.deribit.connection.subscriptions import OWN, Subscriptions, is_same
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
@@ -85,9 +85,10 @@ class Channels:
 
         What was said to be `closed` on a topic must not be followed by data before it is said to be asked for.
         """
-        for name in names:
-            if name not in self._subscriptions.asked:  # its unsubscribe may be under way still: what was ends here
-                self._give_up(name, *UNSUBSCRIBED)
+        channels = [parse_channel(name) for name in names]
+        for feed in self._list_leaving():  # its unsubscribe is under way still: what was ends here
+            if any(share_topic(feed.channel, channel) for channel in channels):
+                self._give_up(feed.channel.name, *UNSUBSCRIBED)
         self._topics.begin_epoch(time.time_ns())
         for feed in self.add(names):
             feed.adopt(self._topics.match(b""))
@@ -95,6 +96,9 @@ class Channels:
         for name in names:
             if isinstance(feed := self.feeds[name.encode()], ListingFeed):
                 feed.is_asked = True
+
+    def _list_leaving(self) -> list[Feed]:
+        return [feed for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
 
     # -- given up -----------------------------------------------------------------------------------------------------
 

@@ -363,7 +363,7 @@ class Client:
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
         if reply.error is not None:  # heeded here, where no cut that follows can come before it
-            self._pause = PAUSES.get(find_reaction(reply.error.code), self._pause)
+            self._pause = max(self._pause, PAUSES.get(find_reaction(reply.error.code), 0.0))
             if reply.error.code == TOO_MANY_REQUESTS:
                 self._find_pool(self.requests.methods.get(reply.number, "")).shrink(time.monotonic())
         if self.requests.take_reply(reply):

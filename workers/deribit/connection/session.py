@@ -37,7 +37,8 @@ class Session:
     """The settings of the bootstrap, and what came of it on the connection that is up now.
 
     `clock_offset` is the exchange's clock less ours and `clock_error` how far off that may be, in ns; `earlier_offset`
-    is what it was on the connection before (our clock may have been set since), None if there was none.
+    is the least that it was on the connections before, so long as what they lost may still be healed (our clock may
+    have been set since); None if there is none.
     """
 
     def __init__(self, send: Send, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool) -> None:
@@ -66,7 +67,8 @@ class Session:
 
     def end(self) -> None:
         """The connection is gone, and the login with it."""
-        self.earlier_offset = self.clock_offset
+        if self.clock_error:
+            self.earlier_offset = min(self.clock_offset, self.earlier_offset or self.clock_offset)
         self.logged_in_at = 0.0
         self._refresh_at = self._sync_at = NEVER
 
@@ -90,6 +92,7 @@ class Session:
         if now >= self._refresh_at:
             await self._take_step("public/auth", build_refresh(self._refresh_token))
         if now >= self._sync_at:
+            self.earlier_offset = None
             await self._take_step("public/get_time", {})
 
     async def _take_step(self, method: str, params: dict[str, Any]) -> None:

@@ -62,6 +62,11 @@ class Feed(ABC):
             if share_topic(channel, Channel("", stream.type, stream.instrument, stream.interval)):
                 self.find_stream(stream.instrument)
 
+    def forget(self, stream: Stream) -> None:
+        """Its instrument expired long ago: whoever speaks of it once more begins a new one."""
+        if self.streams.get(stream.instrument) is stream:
+            del self.streams[stream.instrument]
+
     @abstractmethod
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """What a frame of this channel says. Raises Malformed if it is not one."""

@@ -79,8 +79,8 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
     losses, is_single = feed.losses, bool(feed.channel.instrument)
     since = losses.lost_from if is_single and all(tape.is_numbered for tape in feed.tapes.values()) else None
     if since is not None:
-        losses.end()
-    tails = not (yield from _fetch_loss(feed, theirs, shift))
+        losses.end(now)
+    tails = not (yield from _fetch_loss(feed, now, theirs, shift))
     for pause in PAUSES:
         wait = pause
         for tape in [each for each in feed.tapes.values() if each.holes or each.find_missing(tails)]:
@@ -100,19 +100,19 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
                 yield Healed(tape, [hole for hole in ripe if hole in tried])
 
 
-def _fetch_loss(feed: TradeFeed, now: int, shift: int) -> Fetch:
+def _fetch_loss(feed: TradeFeed, now: int, theirs: int, shift: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered.
 
-    `now` is the exchange's; our own times are that by `shift`.
+    `theirs` is the exchange's time now; earlier times of ours are that by `shift`.
     """
     losses, count = feed.losses, feed.losses.count
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
-    answered = yield from _fetch_since(feed, losses.lost_from + shift, now)
+    answered = yield from _fetch_since(feed, losses.lost_from + shift, theirs)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
-    answered &= losses.away_from is None or losses.away_from + shift > now - (KEPT_MS - UNNOTICED_MS) * MS
+    answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
     if losses.count == count:  # else the connection was lost once more in the meantime
-        losses.end(is_whole=answered)  # what was refused so often will not be had later either
+        losses.end(now, is_whole=answered)  # what was refused so often will not be had later either
         if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
             losses.is_checked = answered
     return answered

@@ -108,10 +108,12 @@ class Healer:
 
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
-        is_unfinished = feed.losses.lost_from is not None or feed in self._calling | self._healing | self._interrupted
+        losses = feed.losses
+        is_open = losses.lost_from is not None or not losses.is_checked
+        is_unfinished = is_open or feed in self._calling | self._healing | self._interrupted
         self._interrupted.discard(feed)
         feed.is_ended = True
-        feed.losses.end()
+        losses.end()
         for tape in feed.tapes.values():
             if is_unfinished and (gap := tape.take_last(self._client.read_clock())) is not None:
                 self._publisher.say(tape.stream, gap)

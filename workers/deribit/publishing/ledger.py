@@ -13,13 +13,12 @@ import mmap
 import os
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 RECORD = 512
 WORDS = RECORD // 8
-TEXT = 80
+TEXT = 88
 """Where a record's name begins, in bytes."""
 
 TOPICS = 131_071
@@ -40,11 +39,12 @@ FIRST = 4  # topic: first trade_seq that was ever said; channel: since when (ns)
 NEWEST = 5  # the exchange's time (ms) of the newest trade
 KNOWN_ID, KNOWN_TIME = 6, 7  # LAST_ID and NEWEST before a loss, while the exchange may have begun to count anew in it
 BEGUN, BEFORE = 8, 9  # the trade_seq at which a gap told that it had, and NEWEST before that
+EPOCH = 10  # the topic's
 
 # Further words of the header.
-SUBSCRIPTIONS = 10  # of the latest life
-ROOM = 11  # records for which there is room
-HEARD = 12  # when (ns) the latest life's connection stood last
+SUBSCRIPTIONS = 11  # of the latest life
+ROOM = 12  # records for which there is room
+HEARD = 13  # when (ns) the latest life's connection stood last
 
 HAS_ENDED = -1
 """LAST_TS of a topic that was left because its instrument had ended."""
@@ -52,7 +52,7 @@ HAS_ENDED = -1
 EMPTY = struct.pack(f"{ROOM + 1}q", *[0] * ROOM, STEP).ljust(STEP * RECORD, b"\0")
 """What a ledger begins with: a header that says for how many records there is room, and these."""
 
-_WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE)
+_WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE, EPOCH)
 """Those that make an Entry, in its order."""
 
 log = logging.getLogger("deribit")
@@ -68,6 +68,7 @@ class Entry(NamedTuple):
     first_id: int
     begun: int
     before: int
+    epoch: int
 
 
 class Ledger:
@@ -130,10 +131,12 @@ class Ledger:
         self._file, self._map, self.cells = file, mapped, memoryview(mapped).cast("q")
 
     def restore(self) -> None:
-        """Write the file again if somebody removed it: a later life would know nothing. Raises OSError."""
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
-                return
+        """Write the file again if somebody removed it: a later life would know nothing. Raises OSError.
+
+        Another file in its place is that of a new collector, whose killed predecessor we belong to.
+        """
+        if self._path.exists():
+            return
         file, mapped, cells = self._file, self._map, self.cells
         self._make(mapped[: cells[ROOM] * RECORD])
         _close(file, mapped, cells)

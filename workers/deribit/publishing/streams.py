@@ -5,7 +5,7 @@ from typing import Any
 
 from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
-from workers.deribit.publishing.ledger import HAS_ENDED, LAST_TS, NEWEST, TOPICS, Entry, Ledger
+from workers.deribit.publishing.ledger import EPOCH, HAS_ENDED, LAST_TS, NEWEST, TOPICS, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
 from workers.deribit.publishing.pub import Route
 
@@ -141,6 +141,7 @@ class Topics:
         self._latest = epoch
         self._streams: dict[tuple[str, str, str], Stream] = {}
         self._left: dict[Stream, int] = {}
+        self._earlier: dict[Stream, int] = {}
 
     def begin_epoch(self, now: int) -> None:
         """What is made from now on (ns) is newer than all that anybody has said on its topic."""
@@ -155,6 +156,7 @@ class Topics:
                 raise Malformed(f"more than {MAX_TOPICS} topics on one connection")
             stream = self._streams[key] = Stream(kind, instrument, interval, self._latest)
             stream.slot = self.ledger.find_slot(stream.topic.decode())
+            self.ledger.cells[stream.slot + EPOCH] = stream.epoch
         elif stream.is_left:
             stream = self._streams[key] = self._succeed(stream)
         return stream
@@ -165,6 +167,7 @@ class Topics:
         stream.left_at = left.left_at
         stream.slot, left.slot = left.slot, 0
         self.ledger.clear(stream.slot)
+        self.ledger.cells[stream.slot + EPOCH] = stream.epoch
         self._left.pop(left, None)
         left.is_left = False
         return stream
@@ -179,6 +182,7 @@ class Topics:
                 continue
             stream = self.find(topic.type, topic.instrument, topic.interval)
             restored.append(stream)
+            self._earlier[stream] = entry.epoch
             if entry.last_ts == HAS_ENDED:
                 continue
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
@@ -222,9 +226,7 @@ class Topics:
 
     def go_back(self, stream: Stream) -> None:
         """What is said of a topic of an earlier life that nobody asks for is older than what others may say by now."""
-        if stream.last_ts:
-            stream.epoch = stream.last_ts
-            self.ledger.cells[stream.slot + LAST_TS] += 1  # a later life that must say it once more is newer than this
+        stream.epoch = self.ledger.cells[stream.slot + EPOCH] = self._earlier[stream] + 1
 
     def forget_left(self, now: int) -> None:
         """Let a later life know nothing of the topics whose last word is surely out."""

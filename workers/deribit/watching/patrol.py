@@ -11,6 +11,7 @@ from random import random
 from collector.limits import Credits
 from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
+from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
@@ -28,7 +29,7 @@ SNAPSHOT_WAIT = 5.0
 RESYNCS, REFILL = 20.0, 1 / 3
 """Books that may be asked for anew before it is cheaper, and kinder, to reconnect; and how many more each second."""
 
-OWN_RESYNCS, OWN_REFILL = 10.0, 1 / 5
+OWN_RESYNCS, OWN_REFILL = 10.0, 1 / 20
 """The same of one book. Once they are used up it has to wait: its neighbours shall not pay for it with a reconnect."""
 
 HOUR = 3600
@@ -118,8 +119,7 @@ class Patrol:
         gone = self._topics.forget_expired(time.time_ns(), kept)
         for feed in self._feeds.values():
             for stream in gone:
-                if feed.streams.get(stream.instrument) is stream:
-                    del feed.streams[stream.instrument]
+                feed.forget(stream)
 
     def _end_expired(self) -> None:
         """Leave what has been silent for an hour since the day of its instrument."""
@@ -254,19 +254,25 @@ class Patrol:
             feed.waiting_since = 0.0
         elif not feed.waiting_since:
             feed.waiting_since = now
-        elif now - feed.waiting_since > SNAPSHOT_WAIT * 2 ** min(feed.waits, 6):
+        elif now - feed.waiting_since > SNAPSHOT_WAIT * 2 ** min(feed.waits, 6) and self._may_ask(feed):
             feed.waits += 1
             self._ask_anew(feed)
 
     def resync(self, feed: Feed) -> None:
         """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if too many break."""
+        feed.waiting_since = time.monotonic()
+        if not self._may_ask(feed) or self._ask_anew(feed):
+            return
+        # Where many have broken once, or all of them again and again, it is the connection.
+        books = [each for each in self._feeds.values() if isinstance(each, BookFeed)]
+        if not _is_sick(feed) or (len(books) > 1 and all(map(_is_sick, books))):
+            self._restore_budget()
+            self._reconnect(time.time_ns(), "too many books out of step")
+
+    def _may_ask(self, feed: Feed) -> bool:
         now = time.monotonic()
         feed.allowance = feed.allowance or Credits(OWN_RESYNCS, OWN_REFILL, now)
-        if feed.allowance.take(1, now):
-            feed.waiting_since = now
-        elif not self._ask_anew(feed):
-            self._restore_budget()
-            self._client.cut("too many books out of step")
+        return not feed.allowance.take(1, now)
 
     def _ask_anew(self, feed: Feed) -> bool:
         feed.waiting_since = time.monotonic()
@@ -288,3 +294,8 @@ class Patrol:
             self._statuses.tell(feed, "recovering", "sequence")
         with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
             await self._client.reconciler.reconcile()
+
+
+def _is_sick(feed: Feed) -> bool:
+    """Whether it has broken again and again of late."""
+    return feed.allowance is not None and feed.allowance.level < OWN_RESYNCS / 2

@@ -51,6 +51,12 @@ class TradeFeed(Feed):
             tape = self.tapes[instrument] = Tape(stream, self.topics, self.losses, self._call_healer)
         return tape
 
+    def forget(self, stream: Stream) -> None:
+        """Its instrument expired long ago, and what is missing of it stays so."""
+        super().forget(stream)
+        if (tape := self.tapes.get(stream.instrument)) is not None and tape.stream is stream:
+            del self.tapes[stream.instrument]
+
     # -- as they come -------------------------------------------------------------------------------------------------
 
     def take(self, frame: bytes, receive_ts: int) -> Published:

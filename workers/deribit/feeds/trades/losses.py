@@ -11,6 +11,9 @@ class Losses:
         self._ledger = ledger
         self.confirmed_at = 0
         """Since when the exchange sends the channel; 0: not yet."""
+        self.is_sent = False
+        """Whether it does so on this connection."""
+        self._healed_to = 0
         self.lost_from: int | None = None
         """Since when every instrument may lack trades; None: none does."""
         self.unsure_from: int | None = None
@@ -23,8 +26,15 @@ class Losses:
         """Unset while the exchange may have begun to count anew in the last of them."""
 
     def confirm(self, now: int) -> None:
-        """The exchange sends this channel, since `now` unless it did before."""
-        self.confirmed_at = self.confirmed_at or now
+        """The exchange sends this channel, since `now` unless it did before.
+
+        What was healed before is whole only up to then: a channel may be refused for a while.
+        """
+        if not self.is_sent:
+            self.count += 1
+            if self._healed_to:
+                self._doubt_from(self._healed_to)
+        self.confirmed_at, self.is_sent, self._healed_to = self.confirmed_at or now, True, 0
         self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
 
     def recall(self) -> None:
@@ -38,7 +48,7 @@ class Losses:
     def add(self, now: int, last_ts: int, newest: int) -> None:
         """All after the last trade is lost: that was read at `last_ts`, and `newest` was its own time (0: none)."""
         self.count += 1
-        self.is_checked = False
+        self.is_checked = self.is_sent = False
         if self.confirmed_at:
             self.away_from = min(self.away_from or now, now)
             last_ts = last_ts or self.confirmed_at
@@ -54,10 +64,15 @@ class Losses:
         self._ledger.lower(self._ledger.find_slot(self._channel), UNHEALED, since)
         self.lost_from = min(self.lost_from or since, since)
 
-    def end(self, is_whole: bool = True) -> None:
-        """All that can be had by time has come; unless `is_whole`, some may be missing, and a later life asks again."""
+    def end(self, now: int = 0, is_whole: bool = True) -> None:
+        """All that can be had by time up to `now` has come.
+
+        Unless `is_whole`, some may be missing, and a later life asks again.
+        """
         if self.lost_from is None:
             return
+        if not self.is_sent:
+            self._healed_to = now
         if not is_whole:
             self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
         self.lost_from = self.away_from = None
