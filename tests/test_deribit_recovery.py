@@ -448,6 +448,16 @@ async def test_who_must_be_patient_does_not_hold_up_the_healing_of_others(practi
 
 
 @in_loop
+async def test_a_healing_that_has_to_wait_is_told(practice: str, caplog: pytest.LogCaptureFixture) -> None:
+    faults = "lost_trades:4@1,error:public/get_last_trades_by_instrument=13888"
+    async with collecting(practice, faults, TRADES) as run:
+        await run.hearer.hear_of(TRADED, type="gap")
+        assert (await run.get_state())["healing"] == 1
+        await wait_for(lambda: "cannot be fetched yet: 13888" in caplog.text, "a word in the log")
+        assert (await run.get_state())["healing"] == 1
+
+
+@in_loop
 async def test_what_a_repair_leaves_to_be_done_is_not_done_after_the_end(practice: str) -> None:
     """Its notes in the ledger are due some seconds later; by then the worker has given up, and closed the ledger."""
     loop, failures = asyncio.get_running_loop(), list[dict[str, Any]]()

@@ -265,6 +265,24 @@ def test_secrets_are_in_no_process_but_those_that_need_them() -> None:
         assert "hunter2" not in str(run.ask("get_state"))
 
 
+def test_a_key_that_is_corrected_in_its_file_is_taken_without_a_new_start(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("an old one\n")
+    secrets = {"KEY_CLIENT_ID": "practice", "KEY_CLIENT_SECRET_FILE": str(secret)}
+    table = QUICK | {"credentials": "KEY", "channels": ["quote.ETH-PERPETUAL"]}
+    with collected({"a": QUICK, "b": table}, env=secrets) as run:
+        run.wait_state("b", "failed")
+        table = table | {"name": "b"}
+        secret.unlink()
+        assert "KEY_CLIENT_SECRET_FILE names a file" in run.refuse("connect", connection=table).message
+        secret.write_text("practice\n")
+        assert run.ask("connect", connection=table)["authenticated"] is True
+        secret.unlink()  # the key of before is used
+        os.kill(run.get_state("b")["pid"], signal.SIGKILL)
+        run.program.wait_line("b: KEY_CLIENT_SECRET_FILE names a file that cannot be read")
+        wait_until(lambda: run.get_state("b")["restarts"] == 1, "another life")
+
+
 def test_one_that_was_never_live_is_given_up_after_five_restarts() -> None:
     with collected({"a": DEAD}, exchange=None) as run:
         assert run.program.wait_exit() == 1

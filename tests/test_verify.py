@@ -282,7 +282,9 @@ def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
     wire.trade(3)
     assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == []
     assert wire.gap(TRADE, 1, healing=False, join=True, **stamps) == ["join"]
+    assert wire.verifier.count_missing() == (1, 0)
     wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 2]])
+    assert wire.verifier.count_missing() == (0, 1)
     assert wire.gap(TRADE, 1, healing=False, join=True, **stamps) == []
     assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == ["join"]
 

@@ -29,6 +29,7 @@ def verify(
 ) -> None:
     """Check every message of the topics that begin with a PREFIX (all, if none is given) against the wire's rules.
 
+    They ask whether losses are announced, not whether there are none.
     Ends with 1 if a rule is broken, or if nothing came for one of the PREFIXes. A rule for which no message came is not
     checked, and said to be so: that alone is no fault.
     """
@@ -101,6 +102,8 @@ class Verdict:
             "topics": len(self.verifier.topics),
             "rules": {rule: {"checked": checked[rule], "broken": self.verifier.wrong[rule]} for rule in RULES},
             "unchecked": self.unchecked,
+            "healing": self.verifier.count_missing()[0],
+            "missing": self.verifier.count_missing()[1],
             "silent": self.silent,
             "findings": [finding._asdict() for findings in self.examples.values() for finding in findings],
         }
@@ -121,6 +124,11 @@ class Verdict:
             f"{self.verifier.messages:,} messages in {self.seconds:.1f} s on {len(self.verifier.topics)} topics"
             + (f" ({topics})" if topics else "")
         )
+        healing, missing = self.verifier.count_missing()
+        if healing or missing:
+            click.echo(
+                f"Announced, so no fault: {missing:,} trades stay missing; {healing:,} gaps wait for their repair."
+            )
         if self.is_good and self.unchecked:
             click.secho(f"Every rule that could be checked holds. Nothing came for: {', '.join(self.unchecked)}.")
         elif self.is_good:
@@ -130,4 +138,5 @@ class Verdict:
             advice = "is the prefix right?" if prefix else "does a collector publish at these endpoints?"
             click.echo(f"collector: nothing came{where}; {advice}", err=True)
         if wrong:
-            click.echo(f"collector: {len(wrong)} rules broken, {sum(wrong.values()):,} times", err=True)
+            rules = "1 rule" if len(wrong) == 1 else f"{len(wrong)} rules"
+            click.echo(f"collector: {rules} broken, {sum(wrong.values()):,} times", err=True)

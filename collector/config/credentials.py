@@ -1,9 +1,12 @@
-"""API keys: taken out of the environment once, at the start, so that no child process inherits them."""
+"""API keys: taken out of the environment once, at the start, so that no child process inherits them.
+
+Those that lie in files are read again for each life of a worker, so that a key can be changed while others run.
+"""
 
 import os
 import re
 import stat
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 
 _VARIABLE = re.compile(r"(?P<prefix>.+)_CLIENT_(?P<part>ID|SECRET)(?P<file>_FILE)?\Z", re.DOTALL)
@@ -17,6 +20,12 @@ class Credentials:
     client_id: str
     client_secret: str = field(repr=False)
     fault: str = ""
+    prefix: str = field(default="", compare=False)
+    parts: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
+
+    def read_again(self) -> "Credentials":
+        """The key as its files hold it now; the same where it came from the environment itself."""
+        return _build(self.prefix, self.parts)
 
 
 def take_secrets(environ: MutableMapping[str, str]) -> dict[str, Credentials]:
@@ -33,14 +42,14 @@ def take_secrets(environ: MutableMapping[str, str]) -> dict[str, Credentials]:
     return {prefix: _build(prefix, parts) for prefix, parts in taken.items()}
 
 
-def _build(prefix: str, parts: dict[str, str]) -> Credentials:
+def _build(prefix: str, parts: Mapping[str, str]) -> Credentials:
     try:
-        return Credentials(_find_part(prefix, "ID", parts), _find_part(prefix, "SECRET", parts))
+        return Credentials(_find_part(prefix, "ID", parts), _find_part(prefix, "SECRET", parts), "", prefix, parts)
     except ValueError as error:
-        return Credentials("", "", str(error))
+        return Credentials("", "", str(error), prefix, parts)
 
 
-def _find_part(prefix: str, part: str, parts: dict[str, str]) -> str:
+def _find_part(prefix: str, part: str, parts: Mapping[str, str]) -> str:
     variable = f"{prefix}_CLIENT_{part}"
     value, path = parts.get(part, ""), parts.get(f"{part}_FILE", "")
     if value and path:

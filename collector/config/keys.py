@@ -67,7 +67,9 @@ KEYS: dict[str, dict[str, Key]] = {
         "headers": Key("table of strings", {}, '{ "User-Agent" = "desk-7" }', "sent with the upgrade"),
         "timeout": Key("seconds", 5.0, "5.0", "bound of one connection attempt and of one request", 0.05, 120),
         "retry_count": Key("integer", 3, "3", "attempts in a row before the worker gives up", 1, 1_000_000),
-        "retry_delay": Key("seconds", 1.0, "1.0", "first backoff; doubles, at most 60 s, with jitter", 0.01, 60),
+        "retry_delay": Key(
+            "seconds", 1.0, "1.0", "pause after a first failed attempt; doubles, at most 60 s, with jitter", 0.01, 60
+        ),
         "heartbeat_interval": Key("seconds", 30.0, "30.0", "Deribit's heartbeat; its floor is 10", 10, 600),
         "credentials": Key("string", "", '"DERIBIT"', "prefix of the environment variables that hold the key", 1, 32),
         "cancel_on_disconnect": Key("boolean", False, "false", "cancel orders on a lost connection"),

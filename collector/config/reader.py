@@ -272,8 +272,8 @@ def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Cre
         )
     if prefix not in secrets:
         raise ConfigError(f"{where} = {prefix}: set {prefix}_CLIENT_ID and {prefix}_CLIENT_SECRET in the environment")
-    if secrets[prefix].fault:
-        raise ConfigError(f"{where} = {prefix}: {secrets[prefix].fault}")
+    if fault := secrets[prefix].read_again().fault:
+        raise ConfigError(f"{where} = {prefix}: {fault}")
     return prefix
 
 

@@ -84,9 +84,8 @@ class Follower:
         failure = ""
         for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
             try:
-                async with self._supervisor.listing_locks[
-                    self._catalogue.host
-                ]:  # in turn: where two meet, the first stays
+                # In turn: where two meet, the first stays.
+                async with self._supervisor.listing_locks[self._catalogue.host]:
                     self._listed = await self._catalogue.fetch()
                     return self._put_in_place()
             except Unreachable as error:

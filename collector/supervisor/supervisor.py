@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from collector.config import Config, Connection, check_together
+from collector.config import Config, Connection, Credentials, check_together
 from collector.lifecycle import Exit
 from collector.sockets import remove_socket
 from collector.supervisor.follower import Follower
@@ -182,7 +182,7 @@ class Supervisor:
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
         connection = entry.connection
-        login = self.config.secrets[connection.credentials] if connection.credentials else None
+        login = self._read_login(connection)
         return self._build_spec(keeper) | {
             "connection": connection.to_map() | {"url": self.resolve_url(connection)},
             "channels": list(entry.channels),
@@ -190,6 +190,16 @@ class Supervisor:
             "pool": self._find_pool(connection),
             "credentials": {"client_id": login.client_id, "client_secret": login.client_secret} if login else None,
         }
+
+    def _read_login(self, connection: Connection) -> Credentials | None:
+        """Its key, as the files hold it now; as they held it at the start if they cannot be read any more."""
+        if not connection.credentials:
+            return None
+        known = self.config.secrets[connection.credentials]
+        login = known.read_again()
+        if login.fault:
+            log.error("%s: %s; the key of before is used", connection.name, login.fault)
+        return known if login.fault else login
 
     def _find_pool(self, connection: Connection) -> str:
         """Where the credits lie that a connection shares with all that use the same key (or none) at the same host."""

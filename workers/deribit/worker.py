@@ -222,6 +222,7 @@ class Worker(Listener):
                 "duplicates": sum(feed.duplicates for feed in feeds),
                 "repaired": self.healer.repaired,
                 "missing": self.healer.missing,
+                "healing": sum(feed.count_healing() for feed in feeds if isinstance(feed, TradeFeed)),
                 "dropped": sum(feed.dropped for feed in feeds),
                 "crossed": sum(feed.crossed for feed in feeds),
                 "emptied": sum(feed.emptied for feed in feeds),

@@ -83,6 +83,12 @@ class Trades(Check):
         self._final = Ranges()
         self._holes: dict[tuple[int, int], Hole] = {}
         self._newest: int | None = None
+        self.missing = 0
+
+    @property
+    def healing(self) -> int:
+        """How many gaps have their repair still to come."""
+        return sum(hole.is_healing and not hole.repaired for hole in self._holes.values())
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.epoch != self._epoch:
@@ -183,6 +189,7 @@ class Trades(Check):
             if not (hole.holds(first) and hole.holds(last)):
                 yield "repair", f"trades {first} to {last} are not of gap {message['gap']}"
             named.add(first, last)
+            self.missing += last - first + 1
             self._final.add(first, last)
             if not self._may_repeat() and self._seen.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"

@@ -31,6 +31,9 @@ log = logging.getLogger("deribit")
 PATIENCE = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 30.0)
 """Seconds before each further try of a request that the exchange asks us to send again."""
 
+WORTH_SAYING = PATIENCE[3]
+"""The pause before which the log says that a request is tried again and again."""
+
 SLICE = 50
 """Instruments whose healing ends in one go: some 1 ms."""
 
@@ -140,7 +143,7 @@ class Healer:
         """Send one request and publish what it brings; None if the exchange refuses. Raises Lost and its kin."""
         await asyncio.sleep(ask.pause)
         try:
-            page = read_page(await self._send_patiently(ask))
+            page = read_page(await self._send_patiently(ask, feed.channel.name))
         except (ExchangeError, ValueError) as error:
             if isinstance(error, ExchangeError) and error.code == NOT_SERVED:
                 return Page([], False)
@@ -151,7 +154,7 @@ class Healer:
             self._publisher.publish(feed.backfill(page.trades, now), now, is_fetched=True)
         return page
 
-    async def _send_patiently(self, ask: Ask) -> Any:
+    async def _send_patiently(self, ask: Ask, channel: str) -> Any:
         """Settlement or maintenance may last: while the exchange asks for patience it gets it."""
         for patience in (*PATIENCE, None):
             await pay(self._client.session.credits, CALL_COST, reserve=CALL_BURST / 2)  # bootstraps come first
@@ -160,6 +163,8 @@ class Healer:
             except ExchangeError as error:
                 if patience is None or find_reaction(error.code) not in (Reaction.RETRY, Reaction.BACK_OFF):
                     raise
+                if patience == WORTH_SAYING:
+                    log.warning("trades of %s cannot be fetched yet: %s; tried again", channel, error)
                 await asyncio.sleep(patience)
 
 

@@ -131,6 +131,10 @@ class TradeFeed(Feed):
         last_ts = max((stream.last_ts for stream in streams), default=0)
         self.losses.add(now, last_ts, max((cells[stream.slot + NEWEST] for stream in streams), default=0) * MS)
 
+    def count_healing(self) -> int:
+        """How many gaps have their repair still to come."""
+        return sum(hole.gap is not None for tape in self.tapes.values() for hole in tape.holes)
+
     # -- fetched ------------------------------------------------------------------------------------------------------
 
     def backfill(self, trades: Iterable[TradeData], now: int) -> Published:
