@@ -152,6 +152,22 @@ def test_get_state_tells_what_the_design_lists(shared: Collected) -> None:
     assert state["memory"] > 1 << 20
 
 
+def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
+    """Else two workers would feed one topic."""
+    channel = "quote.BTC-PERPETUAL"
+    with collected({"a": QUICK, "b": QUICK | {"channels": []}}) as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        run.wait_state("b")
+        worker.suspend()
+        soon = time.time_ns() + 300_000_000
+        assert run.refuse("unsubscribe", connection="a", channels=[channel], deadline=soon).code == "timeout"
+        (told,) = run.ask("subscribe", connection="b", channels=[channel])["channels"].values()
+        assert "of a feeds the same topics" in told["message"]
+        worker.resume()
+        wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == [], "the end of it")
+        assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
+
+
 def test_send_returns_the_exchanges_result_raw(shared: Collected) -> None:
     assert abs(shared.ask("send", connection="a", method="public/get_time") / 1000 - time.time()) < 60
     currencies = shared.ask("send", connection="a", method="public/get_instruments", params={"currency": "any"})

@@ -131,6 +131,11 @@ def test_log_lines_are_those_of_the_code() -> None:
         assert not missing, f"{line}: no log line has {missing}"
 
 
+@pytest.mark.parametrize("name", TEXTS)
+def test_each_part_taken_from_the_code_has_one_end(name: str) -> None:
+    assert TEXTS[name].count("<!-- end -->") == TEXTS[name].count("<!-- generated: ")
+
+
 def test_size_of_a_ledger_is_as_told(tmp_path: Path) -> None:
     told = re.search(
         r"`ls -l` shows (\d+) MB,.*? takes (\d+) KiB at first, and\nthen (\d+) bytes", TEXTS["docs/operating.md"], re.S

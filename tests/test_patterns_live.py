@@ -4,6 +4,7 @@ import json
 import re
 import socket
 import subprocess
+import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any
@@ -244,7 +245,7 @@ def test_a_shard_that_has_ended_for_good_gets_no_new_listing(end: str) -> None:
     with_exchange(act, "--options", "200", "--faults", "listing:0.5")
 
 
-@pytest.mark.parametrize("how", ["unsubscribe", "close"])
+@pytest.mark.parametrize("how", ["unsubscribe", "unsubscribe unheard", "close"])
 def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(how: str) -> None:
     def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
         listed = {name for name in catalogue.read_all() if name.startswith("BTC-") and name.endswith("-C")}
@@ -258,6 +259,12 @@ def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(h
             assert left not in find_asked(run)
             if how == "close":
                 run.ask("close", connection="b")
+            elif how == "unsubscribe unheard":
+                worker = psutil.Process(run.get_state("b")["pid"])
+                worker.suspend()
+                soon = time.time_ns() + 300_000_000
+                assert run.refuse("unsubscribe", connection="b", channels=[left], deadline=soon).code == "timeout"
+                worker.resume()
             else:
                 run.ask("unsubscribe", connection="b", channels=[left])
             wait_until(lambda: left in run.get_state("a")["channels"]["confirmed"], f"{left} on a")

@@ -126,6 +126,8 @@ class Actor:
             worker: Worker = import_module(f"workers.{self._kind}.worker").create_worker(spec)
             endpoints = await self._bind(worker)
         except (OSError, ValueError) as error:
+            if self._stopping:
+                return Exit.STOPPED
             hint = "; write another endpoint, or stop what listens there" if is_taken(error) else ""
             return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
         except Exception as error:

@@ -66,6 +66,9 @@ def connect(
             print_state(asked.connect(table), as_json)
 
 
+KEPT = "the wish is kept; collector state NAME shows what comes of it"
+
+
 def channel_command(act: Callable[..., None]) -> click.Command:
     """A command that changes the channels of one connection."""
     channels = click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
@@ -79,7 +82,7 @@ def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout
     Ends with 1 if one is refused. What the exchange refuses stays asked for, and is tried again on the next connection,
     until it is given up with unsubscribe.
     """
-    with exit_on_error(), Control(control, timeout) as asked:
+    with exit_on_error(timeout=KEPT), Control(control, timeout) as asked:
         result = asked.subscribe(name, channels)
         # What the exchange refuses it may give another time, so the wish stands.
         notes = {
@@ -96,7 +99,7 @@ def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeo
 
     Ends with 1 if one was not asked for, or may not be given up.
     """
-    with exit_on_error(), Control(control, timeout) as asked:
+    with exit_on_error(timeout=KEPT), Control(control, timeout) as asked:
         # To give up what nobody asked for is no error to the collector: only the names say whether it was meant.
         known = asked.get_state(name).get("channels") or {"asked": channels}
         unasked = f"was not asked for; what is, says: collector state {name}"

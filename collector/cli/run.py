@@ -54,7 +54,8 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
     try:
         code = asyncio.run(_collect(config, directory, ctx.obj["log_level"], live_view))
     except zmq.ZMQError as error:
-        _refuse(1, f"control {config.control} cannot be bound: {error}")
+        cure = "stop what listens there, or write another endpoint"
+        _refuse(1, f"{config.path}: [collector] control {config.control} cannot be bound: {error}; {cure}")
     sys.exit(code)
 
 

@@ -34,7 +34,7 @@ def verify(
     checked, and said to be so: that alone is no fault.
     """
     wanted = (*prefixes, *ALWAYS) if prefixes else ("",)
-    with exit_on_error(interrupted=0), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
+    with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
         verdict = Verdict(prefixes or ("",))
         verdict.read(subscriber, duration)
         if as_json:

@@ -177,7 +177,8 @@ class Keeper:
         try:
             self._child = await start_child(self._spawner, self.kind, self._receive)
         except (OSError, EOFError) as error:
-            log.error("%s: cannot be started: %s", self.name, error or type(error).__name__)
+            level = logging.INFO if self._stopping.is_set() else logging.ERROR
+            log.log(level, "%s: cannot be started: %s", self.name, error or type(error).__name__)
             return self._end_life(UNKNOWN_EXIT)
         if self._stopping.is_set():
             self._child.kill()
@@ -263,7 +264,8 @@ class Keeper:
     def _end_spawn(self) -> None:
         if self._spawner.kill_stuck(self._limit):  # else another child is being started, and ours has to wait
             self._overdue = f"was not started in {self._limit:g} s"
-            log.error("%s: %s: the forkserver does not answer, and is killed", self.name, self._overdue)
+            level = logging.INFO if self._stopping.is_set() else logging.ERROR  # it may just not be loaded yet
+            log.log(level, "%s: %s: the forkserver does not answer, and is killed", self.name, self._overdue)
 
     def _allow(self, seconds: float) -> None:
         self._limit = seconds

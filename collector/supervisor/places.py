@@ -19,7 +19,7 @@ class Places:
     def __init__(self, entries: "Iterable[Entry]") -> None:
         self._rivals = Rivals()
         for entry in entries:
-            for name in () if entry.keeper.is_over else entry.channels:
+            for name in () if entry.keeper.is_over else entry.list_taken():
                 self._rivals.add((entry.keeper.name, parse_channel(name)))
 
     def place(self, owner: str, channel: Channel) -> None:

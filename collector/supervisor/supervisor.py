@@ -45,6 +45,11 @@ class Entry:
         self.wishes = Wishes(self.keeper)
         self.keeper.take_sign = self.wishes.catch_up
 
+    def list_taken(self) -> list[str]:
+        """The channels that it feeds: those asked for, and those of which its worker may not know that they are not."""
+        leaving = self.wishes.list_leaving() if self.keeper.pid is not None else []
+        return [*self.channels, *(name for name in leaving if name not in self.channels)]
+
     @property
     def bound(self) -> str:
         """Where it publishes: as bound once it is, else as configured."""
@@ -141,6 +146,7 @@ class Supervisor:
         entry = Entry(connection, dict.fromkeys(connection.channels), keeper, from_file, follower)
         if connection.patterns:
             entry.follower = Follower(self, entry)
+        entry.wishes.tell_freed = self.tell_freed
         if entry.follower is not None:
             keeper.take_event = entry.follower.take_event
         self.entries[name] = entry
@@ -172,7 +178,7 @@ class Supervisor:
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
         others = [
-            replace(entry.connection, channels=tuple(entry.channels), publish=entry.bound)
+            replace(entry.connection, channels=tuple(entry.list_taken()), publish=entry.bound)
             for entry in self.entries.values()
             if entry is not known and not entry.keeper.is_over
         ]

@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,7 @@ class Wishes:
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
+        self.tell_freed: Callable[[], None] = lambda: None  # called when it has heard that channels are given up
         self._unheard: dict[str, Wish] = {}
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -71,7 +73,14 @@ class Wishes:
             if was_heard:
                 self._forget(wish, names)
 
+    def list_leaving(self) -> list[str]:
+        """Channels that are given up, and of which a worker may not know that yet."""
+        return [name for name, wish in self._unheard.items() if wish.op == "unsubscribe"]
+
     async def _tell(self, wish: Wish, names: list[str]) -> None:
+        names = [name for name in names if self._unheard.get(name) is wish]  # else the opposite was wanted meanwhile
+        if not names:
+            return
         try:
             await self._pass_on(wish, names, time.time_ns() + PATIENCE * 1_000_000_000)
         except ControlError as error:
@@ -81,6 +90,8 @@ class Wishes:
         for name in names:
             if self._unheard.get(name) is wish:  # else another one has come since
                 del self._unheard[name]
+        if wish.op == "unsubscribe":
+            self.tell_freed()
 
     def catch_up(self) -> None:
         """The worker gives a sign of life: tell it what it has not heard."""
