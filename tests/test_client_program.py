@@ -232,6 +232,7 @@ def test_nobody_there_is_said_at_once(tmp_path: Path, command: str) -> None:
         "unsubscribe a b",
         "send a public/test",
         "close a",
+        "verify",
     ],
 )
 def test_what_is_interrupted_while_it_asks_does_not_end_as_if_done(tmp_path: Path, command: str) -> None:
