@@ -271,7 +271,7 @@ def test_a_key_that_is_corrected_in_its_file_is_taken_without_a_new_start(tmp_pa
     secrets = {"KEY_CLIENT_ID": "practice", "KEY_CLIENT_SECRET_FILE": str(secret)}
     table = QUICK | {"credentials": "KEY", "channels": ["quote.ETH-PERPETUAL"]}
     with collected({"a": QUICK, "b": table}, env=secrets) as run:
-        run.wait_state("b", "failed")
+        run.program.wait_line("b: the exchange refused the credentials: not started again")
         table = table | {"name": "b"}
         secret.unlink()
         assert "KEY_CLIENT_SECRET_FILE names a file" in run.refuse("connect", connection=table).message
