@@ -62,7 +62,7 @@ class Patrol:
         self._counted = 0
         self._whole = Rhythm()
         self._late = LagWatch()
-        self._restore_budget()
+        self._budget = Credits(RESYNCS, REFILL, time.monotonic())
         self._reconnected = 0
         self._was_lagging = False
         self._is_asking = False
@@ -151,10 +151,6 @@ class Patrol:
                 log.error("%s", trouble)
         self._trouble = trouble
 
-    def _restore_budget(self) -> None:
-        """A new connection brings all books anew."""
-        self._budget = Credits(RESYNCS, REFILL, time.monotonic())
-
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
         self._whole.restart(time.time_ns())
@@ -184,6 +180,7 @@ class Patrol:
     def _reconnect(self, now: int, reason: str) -> None:
         if now - self._reconnected > RECONNECT_ONCE_IN:
             self._reconnected = now
+            self._budget = Credits(RESYNCS, REFILL, time.monotonic())  # a new connection brings all books anew
             self._client.cut(reason)
 
     # -- silence ------------------------------------------------------------------------------------------------------
@@ -266,7 +263,6 @@ class Patrol:
         # Where many have broken once, or all of them again and again, it is the connection.
         books = [each for each in self._feeds.values() if isinstance(each, BookFeed)]
         if not _is_sick(feed) or (len(books) > 1 and all(map(_is_sick, books))):
-            self._restore_budget()
             self._reconnect(time.time_ns(), "too many books out of step")
 
     def _may_ask(self, feed: Feed) -> bool:
