@@ -66,6 +66,11 @@ def build_refresh(refresh_token: str) -> dict[str, Any]:
     return {"grant_type": "refresh_token", "refresh_token": refresh_token}
 
 
+def simplify(seconds: float) -> float:
+    """A number of seconds as Deribit documents them: without a fraction where it has none."""
+    return int(seconds) if seconds == int(seconds) else seconds
+
+
 class Step(NamedTuple):
     """One request: in which round it is sent, when it applies, and its params."""
 
@@ -81,7 +86,7 @@ STEPS = (
     # Raw and private channels are refused (13778, 13009) before it; later requests of the socket see the login.
     Step("public/auth", 1, lambda m: m.login is not None, build_auth),
     # Without it an idle socket is cut after 60 s, and a dead one is never noticed; its floor is 10 s.
-    Step("public/set_heartbeat", 1, lambda m: True, lambda m: {"interval": m.heartbeat_interval}),
+    Step("public/set_heartbeat", 1, lambda m: True, lambda m: {"interval": simplify(m.heartbeat_interval)}),
     # Lag is measured against the exchange's clock: offset and its error, as NTP does it.
     Step("public/get_time", 1, lambda m: True, lambda m: {}),
     # Needs the login. Only of use to who places orders on this connection.
