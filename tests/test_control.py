@@ -168,6 +168,35 @@ def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
         assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
 
 
+def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_same_connection() -> None:
+    """The worker is told both in order."""
+    narrow, wide = "trades.BTC-PERPETUAL.100ms", "trades.future.BTC.100ms"
+    with collected({"a": QUICK | {"channels": [narrow]}}) as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        worker.suspend()
+        soon = time.time_ns() + 300_000_000
+        assert run.refuse("unsubscribe", connection="a", channels=[narrow], deadline=soon).code == "timeout"
+        assert run.refuse("subscribe", connection="a", channels=[wide], deadline=soon + 300_000_000).code == "timeout"
+        worker.resume()
+        wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == [wide], "the other channel")
+
+
+def test_what_was_given_up_before_a_worker_started_is_free_while_it_starts() -> None:
+    channel = "quote.BTC-PERPETUAL"
+    with collected(
+        {"a": {**QUICK, "channels": [channel, *MANY], "retry_delay": 3}, "b": QUICK | {"channels": []}}
+    ) as run:
+        pid = run.wait_state("a")["pid"]
+        run.wait_state("b")
+        os.kill(pid, signal.SIGKILL)
+        run.program.wait_line("a: .*started again in")
+        assert run.ask("unsubscribe", connection="a", channels=[channel])["channels"] == {channel: True}
+        assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
+        wait_until(lambda: run.get_state("a")["pid"] not in (None, pid), "the next life")
+        table = QUICK | {"name": "c", "channels": ["quote.ETH-PERPETUAL"]}
+        assert run.ask("connect", connection=table)["state"] == "live"
+
+
 def test_send_returns_the_exchanges_result_raw(shared: Collected) -> None:
     assert abs(shared.ask("send", connection="a", method="public/get_time") / 1000 - time.time()) < 60
     currencies = shared.ask("send", connection="a", method="public/get_instruments", params={"currency": "any"})

@@ -313,6 +313,40 @@ def test_a_loss_whose_healing_was_refused_is_said_at_the_end(channel: str) -> No
         assert (gap["reason"], gap["missing_from"], gap["healing"]) == ("disconnect", 6, False)
 
 
+def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    with living(tmp_path, channel, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        feed.losses.confirm(START)
+        feed.skip(b"no frame", START + second)
+        assert run_healing(heal_feed(feed, START + 2 * second, 0), Page([], False))
+        later = START + DAY // 2
+        trade = {"instrument_name": "BTC-6NOV26-1-C", "trade_seq": 5, "trade_id": "1", "price": 1.0, "amount": 1.0}
+        later_ms = later // 1_000_000
+        worker.take_frames([make_frame(channel, [trade | {"direction": "buy", "timestamp": later_ms}])], later)
+        feed.lose("disconnect", later + second)
+        feed.losses.confirm(later + 2 * second)
+        asked = run_healing(heal_feed(feed, later + 3 * second, 0), Page([], False))
+        assert min(ask.params["start_timestamp"] for ask in asked) > later_ms - 60_000
+
+
+def test_what_was_first_traded_while_a_channel_was_refused_for_days_is_told(tmp_path: Path) -> None:
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    trade = {"instrument_name": "BTC-6NOV26-1-C", "trade_seq": 50, "trade_id": "1", "price": 1.0, "amount": 1.0}
+    with living(tmp_path, channel, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        feed.losses.confirm(START)
+        feed.lose("disconnect", START + second)
+        run_healing(heal_feed(feed, START + 10 * second, 0), Page([], False))
+        later = START + 2 * DAY
+        feed.losses.confirm(later)
+        run_healing(heal_feed(feed, later, 0), Page([], False))
+        worker.take_frames([make_frame(channel, [trade | {"direction": "buy"}])], later + second)
+        assert worker.topics.gaps == 1
+
+
 def test_first_trades_while_a_channel_was_refused_are_fetched_or_told(tmp_path: Path) -> None:
     """It was lost, and healed while the exchange would not send it; then it does again."""
     channel, second = "trades.option.any.100ms", 1_000_000_000

@@ -280,7 +280,7 @@ def test_a_key_that_is_corrected_in_its_file_is_taken_without_a_new_start(tmp_pa
         secret.unlink()  # the key of before is used
         os.kill(run.get_state("b")["pid"], signal.SIGKILL)
         run.program.wait_line("b: KEY_CLIENT_SECRET_FILE names a file that cannot be read")
-        wait_until(lambda: run.get_state("b")["restarts"] == 1, "another life")
+        run.wait_state("b", restarts=1, authenticated=True)
 
 
 def test_one_that_was_never_live_is_given_up_after_five_restarts() -> None:

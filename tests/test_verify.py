@@ -289,6 +289,13 @@ def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
     assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == ["join"]
 
 
+def test_what_is_announced_as_missing_for_good_is_counted(wire: Wire) -> None:
+    wire.trade(1)
+    wire.gap(TRADE, 1, healing=False, missing_from=2, missing_to=4)
+    wire.trade(5)
+    assert wire.verifier.count_missing() == (0, 3)
+
+
 def break_envelope(wire: Wire) -> dict[str, list[str]]:
     wire.trade(1)
     good = {

@@ -45,10 +45,10 @@ class Entry:
         self.wishes = Wishes(self.keeper)
         self.keeper.take_sign = self.wishes.catch_up
 
-    def list_taken(self) -> list[str]:
-        """The channels that it feeds: those asked for, and those of which its worker may not know that they are not."""
+    def list_leaving(self) -> list[str]:
+        """The channels that are given up, and that it may still feed: its worker may not know of that yet."""
         leaving = self.wishes.list_leaving() if self.keeper.pid is not None else []
-        return [*self.channels, *(name for name in leaving if name not in self.channels)]
+        return [name for name in leaving if name not in self.channels]
 
     @property
     def bound(self) -> str:
@@ -71,6 +71,7 @@ class Supervisor:
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
         self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
+        self._logins: dict[str, Credentials] = {}
         self.listing_locks: defaultdict[str, asyncio.Lock] = defaultdict(
             asyncio.Lock
         )  # by host: its list is being fetched
@@ -178,7 +179,7 @@ class Supervisor:
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
         others = [
-            replace(entry.connection, channels=tuple(entry.list_taken()), publish=entry.bound)
+            replace(entry.connection, channels=(*entry.channels, *entry.list_leaving()), publish=entry.bound)
             for entry in self.entries.values()
             if entry is not known and not entry.keeper.is_over
         ]
@@ -189,6 +190,7 @@ class Supervisor:
         entry = self.entries[keeper.name]
         connection = entry.connection
         login = self._read_login(connection)
+        entry.wishes.note_spec()
         return self._build_spec(keeper) | {
             "connection": connection.to_map() | {"url": self.resolve_url(connection)},
             "channels": list(entry.channels),
@@ -198,14 +200,16 @@ class Supervisor:
         }
 
     def _read_login(self, connection: Connection) -> Credentials | None:
-        """Its key, as the files hold it now; as they held it at the start if they cannot be read any more."""
+        """Its key, as the files hold it now; as it was before if they cannot be read any more."""
         if not connection.credentials:
             return None
-        known = self.config.secrets[connection.credentials]
+        known = self._logins.get(connection.credentials, self.config.secrets[connection.credentials])
         login = known.read_again()
         if login.fault:
             log.error("%s: %s; the key of before is used", connection.name, login.fault)
-        return known if login.fault else login
+            return known
+        self._logins[connection.credentials] = login
+        return login
 
     def _find_pool(self, connection: Connection) -> str:
         """Where the credits lie that a connection shares with all that use the same key (or none) at the same host."""

@@ -22,10 +22,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Wish:
-    """One op on some channels. `is_under_way`: it was sent, and the answer is still to come."""
+    """One op on some channels.
+
+    `is_under_way`: it was sent, and the answer is still to come. `is_known`: the worker's spec heeds it already.
+    """
 
     op: str
     reason: str
+    is_known: bool = False
     is_under_way: bool = True
 
 
@@ -53,8 +57,8 @@ class Wishes:
         """The same, for one who needs no answer. `reason`: why the channels are given up, if not because of a wish."""
         await self._tell(self._note(op, names, reason), names)
 
-    def _note(self, op: str, names: list[str], reason: str) -> Wish:
-        wish = Wish(op, reason)
+    def _note(self, op: str, names: list[str], reason: str, is_known: bool = False) -> Wish:
+        wish = Wish(op, reason, is_known)
         self._unheard |= dict.fromkeys(names, wish)
         return wish
 
@@ -75,7 +79,12 @@ class Wishes:
 
     def list_leaving(self) -> list[str]:
         """Channels that are given up, and of which a worker may not know that yet."""
-        return [name for name, wish in self._unheard.items() if wish.op == "unsubscribe"]
+        return [name for name, wish in self._unheard.items() if wish.op == "unsubscribe" and not wish.is_known]
+
+    def note_spec(self) -> None:
+        """A new life is told now what the channels are: it has none that were given up before."""
+        for wish in self._unheard.values():
+            wish.is_known = True
 
     async def _tell(self, wish: Wish, names: list[str]) -> None:
         names = [name for name in names if self._unheard.get(name) is wish]  # else the opposite was wanted meanwhile
@@ -95,12 +104,14 @@ class Wishes:
 
     def catch_up(self) -> None:
         """The worker gives a sign of life: tell it what it has not heard."""
-        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+        groups: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
         for name, wish in self._unheard.items():
             if not wish.is_under_way:
-                groups[wish.op, wish.reason].append(name)
-        for (op, reason), names in sorted(groups.items(), reverse=True):  # first it gives up what may stand in the way
+                groups[wish.op, wish.reason, wish.is_known].append(name)
+        for (op, reason, is_known), names in sorted(
+            groups.items(), reverse=True
+        ):  # first it gives up what may stand in the way
             log.debug("%s: told now, since it did not hear: %s of %d channels", self._keeper.name, op, len(names))
-            task = asyncio.create_task(self._tell(self._note(op, names, reason), names))
+            task = asyncio.create_task(self._tell(self._note(op, names, reason, is_known), names))
             self._telling.add(task)
             task.add_done_callback(self._telling.discard)

@@ -79,6 +79,7 @@ class Channels:
                 self._statuses.end(stream)
                 self._statuses.note_left(stream)
                 self._topics.leave(stream, time.time_ns())
+        self._topics.end_restoring()
 
     def take_up(self, names: list[str]) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.

@@ -88,7 +88,8 @@ class Trades(Check):
     @property
     def healing(self) -> int:
         """How many gaps have their repair still to come."""
-        return sum(hole.is_healing and not hole.repaired for hole in self._holes.values())
+        holes = (hole for hole in self._holes.values() if hole.epoch == self._epoch)  # of an earlier one none comes
+        return sum(hole.is_healing and not hole.repaired for hole in holes)
 
     def check(self, message: Message, now: int) -> Iterator[Fault]:
         if message.epoch != self._epoch:
@@ -119,6 +120,8 @@ class Trades(Check):
         if (message.epoch, message["id"]) in self._holes:
             return
         hole = Hole(message, self._find_highest())
+        if not (message.is_join or hole.is_healing) and "missing_from" in message and hole.last is not None:
+            self.missing += hole.last - message["missing_from"] + 1
         for earlier in self._holes.values():
             if earlier.last is None and hole.first is not None and hole.first >= (earlier.first or 0):
                 earlier.last = hole.first - 1  # what it lacks ends where the next gap begins

@@ -226,7 +226,11 @@ class Topics:
 
     def go_back(self, stream: Stream) -> None:
         """What is said of a topic of an earlier life that nobody asks for is older than what others may say by now."""
-        stream.epoch = self.ledger.cells[stream.slot + EPOCH] = self._earlier[stream] + 1
+        stream.epoch = self.ledger.cells[stream.slot + EPOCH] = self._earlier.pop(stream) + 1
+
+    def end_restoring(self) -> None:
+        """All that an earlier life had is taken over, or said to be closed."""
+        self._earlier.clear()
 
     def forget_left(self, now: int) -> None:
         """Let a later life know nothing of the topics whose last word is surely out."""

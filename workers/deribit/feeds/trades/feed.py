@@ -115,6 +115,7 @@ class TradeFeed(Feed):
             if reason == "restart":
                 take_doubt_over(tape)
             tape.lose(reason, now)
+        self.losses.is_sent = False
         self._note_loss(now)
 
     def skip(self, frame: bytes, now: int) -> None:

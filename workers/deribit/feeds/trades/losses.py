@@ -33,6 +33,7 @@ class Losses:
         if not self.is_sent:
             self.count += 1
             if self._healed_to:
+                self.away_from = min(self.away_from or self._healed_to, self._healed_to)
                 self._doubt_from(self._healed_to)
         self.confirmed_at, self.is_sent, self._healed_to = self.confirmed_at or now, True, 0
         self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
@@ -48,7 +49,7 @@ class Losses:
     def add(self, now: int, last_ts: int, newest: int) -> None:
         """All after the last trade is lost: that was read at `last_ts`, and `newest` was its own time (0: none)."""
         self.count += 1
-        self.is_checked = self.is_sent = False
+        self.is_checked = False
         if self.confirmed_at:
             self.away_from = min(self.away_from or now, now)
             last_ts = last_ts or self.confirmed_at
