@@ -30,7 +30,6 @@ from tests.deribit_support import (
 from tests.exchange_client import exchange
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.socket import Socket
-from workers.deribit.rpc.errors import PAUSES, Reaction
 
 RAW, OWN = "book.BTC-PERPETUAL.raw", "user.portfolio.btc"
 
@@ -116,14 +115,6 @@ async def test_with_a_login_data_come_where_nothing_is_public(practice: str) -> 
     async with connected(practice, "login_only", login=LOGIN, channels=[QUOTE, RAW]) as (client, ear):
         await ear.wait_frames([QUOTE, RAW])
         assert (client.attempts, client.reconnects) == (1, 0)
-
-
-@in_loop
-async def test_too_many_logins_are_not_repeated_soon(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(PAUSES, Reaction.LOCK_OUT, 0.7)
-    async with connected(practice, "error:public/auth=12003,first:1", login=LOGIN) as (_, ear):
-        pause = float(ear.find("connecting")[1].split()[-2])
-        assert pause == 0.7
 
 
 @in_loop

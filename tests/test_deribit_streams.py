@@ -261,38 +261,10 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
         assert (feed.losses.confirmed_at, feed.losses.lost_from) == (0, None)
 
 
-@pytest.mark.parametrize("is_healed", [False, True])
-def test_a_loss_is_said_also_where_no_trade_follows_it(is_healed: bool) -> None:
-    """The channel is given up before what was lost could be fetched; if it was, there is nothing to say."""
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    topic = "deribit.trade.BTC-PERPETUAL."
-    with (
-        short_directory() as directory,
-        living(directory, TRADES, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
-        feed.losses.confirm(50)
-        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 100)
-        feed.lose("disconnect", 200)
-        if is_healed:
-            feed.losses.end()
-            feed.losses.is_checked = True
-        ask(worker, "unsubscribe", TRADES)
-        subscriber.wait_for(topic, state="closed")
-        *_, before_last, last = said = subscriber.find(topic)
-        assert last["type"] == "status"
-        assert [body["type"] for body in said if body["type"] != "status"] == ["trade", *([] if is_healed else ["gap"])]
-        if not is_healed:
-            gap = before_last
-            assert (gap["reason"], gap["from_ts"], gap["missing_from"]) == ("disconnect", 100, 6)
-            assert ("missing_to" in gap, gap["healing"]) == (False, False)
-
-
 @pytest.mark.parametrize("channel", [TRADES, "trades.future.BTC.100ms"])
-def test_a_loss_whose_healing_was_refused_is_said_at_the_end(channel: str) -> None:
+@pytest.mark.parametrize("healing", ["not yet", "refused", "whole"])
+def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: str) -> None:
+    """The channel is given up before what was lost could be fetched; if it was, there is nothing to say."""
     trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     with (
         short_directory() as directory,
@@ -305,12 +277,21 @@ def test_a_loss_whose_healing_was_refused_is_said_at_the_end(channel: str) -> No
         feed.losses.confirm(50)
         worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 100)
         feed.lose("disconnect", 200)
-        asked = [step for step in heal_feed(feed, 300, 0) if isinstance(step, Ask)]  # each is answered with a no
-        assert asked
+        if healing == "refused":  # each request is answered with a no
+            assert [step for step in heal_feed(feed, 300, 0) if isinstance(step, Ask)]
+        elif healing == "whole":
+            feed.losses.end()
+            feed.losses.is_checked = True
         ask(worker, "unsubscribe", channel)
         subscriber.wait_for("deribit.trade.", state="closed")
-        (gap,) = subscriber.find("deribit.trade.", type="gap")
-        assert (gap["reason"], gap["missing_from"], gap["healing"]) == ("disconnect", 6, False)
+        *_, before_last, last = said = subscriber.find("deribit.trade.")
+        assert last["type"] == "status"
+        kinds = [body["type"] for body in said if body["type"] != "status"]
+        assert kinds == (["trade"] if healing == "whole" else ["trade", "gap"])
+        if healing != "whole":
+            gap = before_last
+            assert (gap["reason"], gap["from_ts"], gap["missing_from"]) == ("disconnect", 100, 6)
+            assert ("missing_to" in gap, gap["healing"]) == (False, False)
 
 
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:

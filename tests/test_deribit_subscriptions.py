@@ -306,11 +306,10 @@ async def test_data_before_their_ack_are_taken(practice: str) -> None:
 
 
 @in_loop
-async def test_what_was_refused_gets_another_chance_after_a_while(
-    practice: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("workers.deribit.connection.client.SECOND_CHANCE", 0.1)
+async def test_what_was_refused_gets_another_chance_after_a_while(practice: str) -> None:
     async with connected(practice, f"drop_subscribe:{QUOTE}@2", channels=[QUOTE, BOOK]) as (client, ear):
+        assert QUOTE in client.reconciler.subscriptions.refused
+        client._chance_at = 0.0  # the while is over
         await wait_for(lambda: QUOTE in client.reconciler.subscriptions.confirmed, "the channel")
         assert (list(ear.refused), client.reconnects) == ([QUOTE], 0)
 

@@ -20,9 +20,6 @@ from collector.config.patterns import Instrument, read_instrument
 MAX_ANSWER = 64 << 20
 """Bytes of an answer that are taken; all of Deribit's instruments were measured at 5.1 MB."""
 
-MAX_SECONDS = 30.0
-"""How long one answer may take as a whole."""
-
 HEADERS = {"Accept": "application/json", "User-Agent": f"deribit-collector/{__version__}"}
 """Sent unless the configuration has its own: some hosts refuse what Python would call itself."""
 
@@ -40,7 +37,12 @@ class Unreachable(Exception):
 
 
 class Catalogue:
-    """What one exchange lists. `url` is the WebSocket's; REST is http(s)://<same host>/api/v2. `timeout` in seconds."""
+    """What one exchange lists. `url` is the WebSocket's; REST is http(s)://<same host>/api/v2.
+
+    `timeout` is how long it may be silent, `max_seconds` how long one answer may take as a whole; in seconds.
+    """
+
+    max_seconds = 30.0
 
     def __init__(self, url: str, headers: Mapping[str, str], timeout: float) -> None:
         parts = urlsplit(url)
@@ -91,7 +93,7 @@ class Catalogue:
         raise Unreachable(f"{self.host} answered with HTTP {status} and no list")
 
     def _get(self, path: str) -> tuple[int, bytes]:
-        end = time.monotonic() + MAX_SECONDS
+        end = time.monotonic() + self.max_seconds
         connection = (HTTPSConnection if self._secure else HTTPConnection)(self.host, timeout=self._timeout)
         try:
             connection.request("GET", path, headers=self._headers)

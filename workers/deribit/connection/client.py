@@ -63,6 +63,7 @@ class Client:
     frames = 0
     malformed = 0
     last_error: Any = None
+    _chance_at = 0.0
     _reason = ""
     _pause = 0.0
     _stamp = 0
@@ -293,7 +294,8 @@ class Client:
         await do_together(self.session.take_round(2), reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
-        live_since = chance_since = heard = time.monotonic()
+        live_since = heard = time.monotonic()
+        self._chance_at = live_since + SECOND_CHANCE
         frames = self.frames
         while True:
             await asyncio.sleep(UPKEEP)
@@ -304,8 +306,8 @@ class Client:
                 frames, heard = self.frames, now
             if now - heard > 1.5 * self.heartbeat_interval:
                 await self._prove_life(heard)
-            if now - chance_since > SECOND_CHANCE:
-                chance_since = now
+            if now > self._chance_at:
+                self._chance_at = now + SECOND_CHANCE
                 self.reconciler.subscriptions.give_another_chance()
             await self.session.keep_up(now)
             await reconcile()
