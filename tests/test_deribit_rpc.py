@@ -164,9 +164,9 @@ def test_the_longest_pause_that_is_asked_for_is_made() -> None:
 
 
 def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed() -> None:
-    async def lose_twice() -> Session:
+    async def lose_twice(*offsets: int) -> Session:
         session = Session(answer_nothing, None, 30.0, False)
-        for offset in (-3600, 0):  # it was an hour ahead, and set right
+        for offset in offsets:
             session.clock_offset, session.clock_error = offset, 1
             session.end()
         return session
@@ -174,7 +174,8 @@ def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed(
     async def answer_nothing(method: str, params: dict[str, Any] | None) -> Any:
         return None
 
-    session = asyncio.run(lose_twice())
+    assert asyncio.run(lose_twice(0, 3600)).earlier_offset == 0  # it was right, and set back by an hour
+    session = asyncio.run(lose_twice(-3600, 0))  # it was an hour ahead, and set right
     assert session.earlier_offset == -3600
     session._sync_at = 0.0
     asyncio.run(session.keep_up(1.0))

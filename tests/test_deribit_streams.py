@@ -86,8 +86,7 @@ def test_a_forgotten_topic_is_forgotten_by_its_channel_too(tmp_path: Path) -> No
     channel = "trades.option.any.100ms"
     trade = {"trade_seq": 5, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     with living(tmp_path, channel, fresh=True) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         names = ["BTC-6NOV20-1-C", "BTC-6NOV99-1-C"]
         worker.take_frames([make_frame(channel, [trade | {"instrument_name": name} for name in names])], START)
         assert list(feed.tapes) == list(feed.streams) == names
@@ -207,6 +206,13 @@ def test_what_is_said_of_a_topic_of_an_earlier_life_is_older_than_what_another_c
             assert first.epoch < said.epoch < taken_up
 
 
+def find_trades(worker: Worker) -> TradeFeed:
+    """The feed of a worker whose one channel is one of trades."""
+    (feed,) = worker.feeds.values()
+    assert isinstance(feed, TradeFeed)
+    return feed
+
+
 def ask(worker: Worker, op: str, channel: str, **more: str) -> None:
     asyncio.run(worker.answer(op, {"channels": [channel], **more}))
 
@@ -237,16 +243,14 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
 
     def confirm(worker: Worker) -> int:
         worker.confirm_channels([TRADES])
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         return feed.losses.confirmed_at
 
     with living(tmp_path, TRADES, fresh=True) as worker:
         first = confirm(worker)
         assert confirm(worker) == first > 0
     with living(tmp_path, TRADES) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         assert (feed.losses.confirmed_at, feed.losses.lost_from) == (first, first)
         ask(worker, "unsubscribe", TRADES)
         ask(worker, "subscribe", TRADES)
@@ -256,8 +260,7 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
         assert confirm(worker) == again
         ask(worker, "unsubscribe", TRADES)
     with living(tmp_path, TRADES) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         assert (feed.losses.confirmed_at, feed.losses.lost_from) == (0, None)
 
 
@@ -272,8 +275,7 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: st
         subscribed(worker.publisher.bind()) as subscriber,
     ):
         wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         feed.losses.confirm(50)
         worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 100)
         feed.lose("disconnect", 200)
@@ -297,8 +299,7 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: st
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:
     channel, second = "trades.option.any.100ms", 1_000_000_000
     with living(tmp_path, channel, fresh=True) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         feed.losses.confirm(START)
         feed.skip(b"no frame", START + second)
         assert run_healing(heal_feed(feed, START + 2 * second, 0), Page([], False))
@@ -316,8 +317,7 @@ def test_what_was_first_traded_while_a_channel_was_refused_for_days_is_told(tmp_
     channel, second = "trades.option.any.100ms", 1_000_000_000
     trade = {"instrument_name": "BTC-6NOV26-1-C", "trade_seq": 50, "trade_id": "1", "price": 1.0, "amount": 1.0}
     with living(tmp_path, channel, fresh=True) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         feed.losses.confirm(START)
         feed.lose("disconnect", START + second)
         run_healing(heal_feed(feed, START + 10 * second, 0), Page([], False))
@@ -332,8 +332,7 @@ def test_first_trades_while_a_channel_was_refused_are_fetched_or_told(tmp_path: 
     """It was lost, and healed while the exchange would not send it; then it does again."""
     channel, second = "trades.option.any.100ms", 1_000_000_000
     with living(tmp_path, channel, fresh=True) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         feed.losses.confirm(START)
         feed.lose("disconnect", START + second)
         answer = Page([], False)
@@ -447,8 +446,7 @@ def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:
     """What was fetched came later than trades that may be lost: it does not count, in this life or the next."""
     trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     with living(tmp_path, TRADES, fresh=True) as worker:
-        (feed,) = worker.feeds.values()
-        assert isinstance(feed, TradeFeed)
+        feed = find_trades(worker)
         worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": seq}]) for seq in (5, 7)], 100)
         fetched = msgspec.convert([trade | {"trade_seq": 6}], list[TradeData])
         worker.publisher.publish(feed.backfill(fetched, 900), 900, is_fetched=True)

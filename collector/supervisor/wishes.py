@@ -108,9 +108,8 @@ class Wishes:
         for name, wish in self._unheard.items():
             if not wish.is_under_way:
                 groups[wish.op, wish.reason, wish.is_known].append(name)
-        for (op, reason, is_known), names in sorted(
-            groups.items(), reverse=True
-        ):  # first it gives up what may stand in the way
+        # Backwards: first it gives up what may stand in the way.
+        for (op, reason, is_known), names in sorted(groups.items(), reverse=True):
             log.debug("%s: told now, since it did not hear: %s of %d channels", self._keeper.name, op, len(names))
             task = asyncio.create_task(self._tell(self._note(op, names, reason, is_known), names))
             self._telling.add(task)

@@ -68,7 +68,8 @@ class Session:
     def end(self) -> None:
         """The connection is gone, and the login with it."""
         if self.clock_error:
-            self.earlier_offset = min(self.clock_offset, self.earlier_offset or self.clock_offset)
+            earlier = self.clock_offset if self.earlier_offset is None else self.earlier_offset
+            self.earlier_offset = min(self.clock_offset, earlier)
         self.logged_in_at = 0.0
         self._refresh_at = self._sync_at = NEVER
 
