@@ -117,7 +117,7 @@ def _open_private(path: Path, where: str) -> int:
     return directory
 
 
-_OURS = re.compile(r"lock|control|credits-.*|.*\.(pub|ledger)")
+_OURS = re.compile(r"lock|control|credits-.*|.*\.(pub|ledger|ledger\.new)")
 
 
 def _is_for_us(directory: int, mode: int) -> bool:
