@@ -134,7 +134,8 @@ def hold_next(run: Collected, name: str) -> psutil.Process:
 def held_at_start(run: Collected, name: str) -> Iterator[None]:
     """Kill a worker, and hold the next one up before it is ready."""
     worker = hold_next(run, name)
-    while run.get_state(name)["state"] != "starting":  # it was too fast
+    # Its state does not show whether it has said already that it is ready: it has not before its endpoint is bound.
+    while any(each.laddr for each in worker.net_connections("all")):
         worker.resume()
         worker = hold_next(run, name)
     yield
