@@ -25,6 +25,7 @@ from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, short_directory, subscribed
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
+from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
@@ -33,7 +34,6 @@ from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.rpc.errors import ExchangeError
 from workers.deribit.watching.patrol import OWN_RESYNCS, RESYNCS
-from workers.deribit.watching.watch import SECOND
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,

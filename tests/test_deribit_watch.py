@@ -1,15 +1,8 @@
-"""When silence, lag and broken books are judged to be more than chance; and when reading rests. Pure."""
+"""When silence and lag are judged to be more than chance; and when reading rests. Pure."""
 
 from workers.deribit.connection.pace import Pace
-from workers.deribit.watching.watch import (
-    LAGGING,
-    LASTING,
-    QUIET,
-    SAMPLES,
-    SECOND,
-    LagWatch,
-    Rhythm,
-)
+from workers.deribit.feeds.rhythm import QUIET, SAMPLES, SECOND, Rhythm
+from workers.deribit.watching.watch import LAGGING, LASTING, LagWatch
 
 
 def beat(rhythm: Rhythm, start: int, interval: int, count: int) -> int:

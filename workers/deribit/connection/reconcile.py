@@ -39,11 +39,11 @@ class Reconciler:
         self.credits: Pool = Credits(since=time.monotonic())
         self._turn = asyncio.Lock()
         self._answered = asyncio.Event()
-        self._lives = 0
+        self._ended = 0
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
-        self._lives += 1
+        self._ended += 1
         self.subscriptions.forget()
         self._wake()
 
@@ -54,11 +54,11 @@ class Reconciler:
 
     async def settle(self, names: list[str]) -> None:
         """Reconcile until these are confirmed or refused, also where others have asked for them. Raises Lost."""
-        life = self._lives
+        ended = self._ended
         await self.reconcile()
         while self.subscriptions.is_any_in_flight(names):
             await self._answered.wait()
-            if life != self._lives:
+            if ended != self._ended:
                 raise Lost("the connection ended before the answer came")
             await self.reconcile()
 
@@ -108,11 +108,11 @@ class Reconciler:
             self._wake()
 
     async def _wait_for_credits(self) -> None:
-        life = self._lives
+        ended = self._ended
         async with self._turn:  # calls keep their order
-            if life == self._lives:
+            if ended == self._ended:
                 await pay(self.credits, SUBSCRIBE_COST)
-        if life != self._lives:  # the next life asks for everything by itself, and in its own order
+        if ended != self._ended:  # the next connection asks for everything by itself, and in its own order
             raise Lost("the connection ended before the turn of the call came")
 
     async def _take_error(self, call: Call, error: ExchangeError) -> None:

@@ -11,7 +11,7 @@ from collector.limits import CALL_BURST, CALL_COST, CALL_REFILL, Credits
 from workers.deribit.connection.bootstrap import PLAIN, Login, Moment, build_auth, build_refresh, plan_round
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
-from workers.deribit.publishing.payloads import MAX_MS
+from workers.deribit.rpc.codec import MAX_MS
 from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 
 log = logging.getLogger("deribit")

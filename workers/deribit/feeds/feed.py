@@ -5,8 +5,8 @@ from collections.abc import Iterable
 
 from collector.channels import Channel, share_topic
 from collector.limits import Credits
+from workers.deribit.feeds.rhythm import Rhythm
 from workers.deribit.publishing.streams import Published, Stream, Topics
-from workers.deribit.watching.watch import Rhythm
 
 
 class Feed(ABC):
@@ -15,7 +15,7 @@ class Feed(ABC):
     - `is_complete` is false while the channel waits for its first full state; `changed` is set when that changes.
     - `is_ended` is set when nobody asks for the channel any more.
     - `condition` is the (state, reason) last said on its topics.
-    - `last_ts` is when data came last (ns), `doubted_at` what that was when its silence was last told.
+    - `last_ts` is when data came last (ns), `mute_since` what that was when its silence was last told.
     - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `waits` how often that came
       to nothing, `allowance` how often it may still be asked for anew (None: it never was).
     - `dropped`, `crossed`, `emptied` and `duplicates` count oddities.
@@ -38,7 +38,7 @@ class Feed(ABC):
         self.waiting_since = 0.0
         self.allowance: Credits | None = None
         self.waits = 0
-        self.doubted_at = 0
+        self.mute_since = 0
         self.streams: dict[str, Stream] = {}
         if channel.instrument:
             self.stream = self.find_stream(channel.instrument)

@@ -10,8 +10,9 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from workers.deribit.publishing.payloads import MAX_MS, Number, Ticker, Time
+from workers.deribit.publishing.payloads import Number, Ticker, Time
 from workers.deribit.publishing.streams import Malformed
+from workers.deribit.rpc.codec import MAX_MS
 
 T = TypeVar("T")
 MS = 1_000_000

@@ -76,10 +76,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
     """
     tried: set[Hole] = set()
     theirs, shift = now + offset, offset if earlier_offset is None else min(offset, earlier_offset)
-    losses, is_single = feed.losses, bool(feed.channel.instrument)
-    since = losses.lost_from if is_single and all(tape.is_numbered for tape in feed.tapes.values()) else None
-    if since is not None:
-        losses.end(now)
+    losses, since = feed.losses, _leave_to_numbers(feed, now)
     tails = not (yield from _fetch_loss(feed, now, theirs, shift))
     for pause in PAUSES:
         wait = pause
@@ -98,6 +95,16 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
                 yield Healed(tape, ripe)
             elif pause == PAUSES[-1]:
                 yield Healed(tape, [hole for hole in ripe if hole in tried])
+
+
+def _leave_to_numbers(feed: TradeFeed, now: int) -> int | None:
+    """End the loss of a single instrument whose trades are numbered: these show what is missing; say since when."""
+    losses = feed.losses
+    if losses.lost_from is None or not (feed.channel.instrument and all(t.is_numbered for t in feed.tapes.values())):
+        return None
+    since = losses.lost_from
+    losses.end(now)
+    return since
 
 
 def _fetch_loss(feed: TradeFeed, now: int, theirs: int, shift: int) -> Fetch:

@@ -1,4 +1,4 @@
-"""The payloads that are built for each message of the busy channels, as typed records; see the README's wire tables.
+"""The payloads that are built for each message of the busy channels, as typed records; see docs/wire.md.
 
 Fields left at UNSET are absent on the wire. The keys of the envelope come first in each.
 """
@@ -8,8 +8,7 @@ from typing import Annotated
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-MAX_MS = 9_000_000_000_000
-"""The year 2255: as ns it still fits what MessagePack and others take for an int."""
+from workers.deribit.rpc.codec import MAX_MS
 
 Number = float | None | UnsetType
 Time = Annotated[int, Meta(ge=0, le=MAX_MS)]

@@ -10,6 +10,10 @@ DATA_PREFIX = b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"'
 """How Deribit begins each data frame; the channel's name follows. Frames in another key order are data as well."""
 
 
+MAX_MS = 9_000_000_000_000
+"""The year 2255, the latest time that is taken: as ns it still fits what MessagePack and others take for an int."""
+
+
 def encode_request(number: int, method: str, params: dict[str, Any]) -> str:
     """The text of one request."""
     body = {"jsonrpc": "2.0", "id": number, "method": method, "params": params}

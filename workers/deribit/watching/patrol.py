@@ -13,13 +13,14 @@ from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.rhythm import SECOND, Rhythm
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import REPEAT, Statuses
-from workers.deribit.watching.watch import RECONNECT_ONCE_IN, SECOND, LagWatch, Rhythm
+from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
 
 log = logging.getLogger("deribit")
 
@@ -85,7 +86,7 @@ class Patrol:
             await asyncio.sleep(due - time.monotonic())
             published = self._publisher.published
             self.rate, self._counted = float(published - self._counted), published
-            self._beat()
+            self._say_heartbeat()
             self._restore_files()
             if self._client.is_live:
                 self._topics.ledger.heard_at = time.time_ns()
@@ -111,7 +112,8 @@ class Patrol:
                     mute += self._judge_feeds(feeds, time.time_ns())
             await asyncio.sleep(0)
         if mute and not self._is_asking:
-            self._client.spawn(self._doubt(mute))  # aside: the answer may be long in coming, and beats may not wait
+            # Aside: the answer may be long in coming, and heartbeats may not wait.
+            self._client.spawn(self._tell_mute(mute))
 
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
@@ -129,7 +131,7 @@ class Patrol:
             if feed.channel.instrument and feed.last_ts < now and feed.stream.has_expired(now)
         ])  # fmt: skip
 
-    def _beat(self) -> None:
+    def _say_heartbeat(self) -> None:
         self._publisher.say(
             self._heartbeat,
             ConnectionHeartbeat(
@@ -188,9 +190,9 @@ class Patrol:
     def _judge_whole(self, now: int) -> None:
         self._whole.look(self.last_ts)
         if self._whole.is_broken(now) and not self._is_asking and now - self._reconnected > RECONNECT_ONCE_IN:
-            self._client.spawn(self._doubt_whole())
+            self._client.spawn(self._reconnect_if_silent())
 
-    async def _doubt_whole(self) -> None:
+    async def _reconnect_if_silent(self) -> None:
         """No data at all: a new connection may bring them, if the exchange is open. Where it does not, none was due."""
         proven = await self._ask_for_life()
         self._whole.look(self.last_ts)
@@ -206,13 +208,13 @@ class Patrol:
             feed.rhythm.look(feed.last_ts)
             if not feed.is_complete:
                 self._judge_waiting(feed)
-            elif feed.condition == ("stale", "mute") and feed.last_ts > feed.doubted_at:
+            elif feed.condition == ("stale", "mute") and feed.last_ts > feed.mute_since:
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
                 mute.append(feed)
         return mute
 
-    async def _doubt(self, mute: list[Feed]) -> None:
+    async def _tell_mute(self, mute: list[Feed]) -> None:
         proven = await self._ask_for_life()
         for feed in mute:
             feed.rhythm.look(feed.last_ts)  # it may have spoken meanwhile
@@ -220,7 +222,7 @@ class Patrol:
                 if feed.channel.instrument and feed.stream.has_expired(self._client.session.read_exchange_clock()):
                     self._client.reconciler.expire([feed.channel.name])
                     continue
-                feed.doubted_at = feed.last_ts
+                feed.mute_since = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
                 self._statuses.tell(feed, "stale", "mute")
 

@@ -1,16 +1,6 @@
-"""When silence, lag or broken books are more than chance: judged on what was seen before. No I/O, no clock.
+"""When lag is more than chance: judged on what was seen before. No I/O, no clock; times are ns."""
 
-Silence is normal on Deribit (a still book sends nothing), so each channel is held to its own rhythm. All times are ns.
-"""
-
-SECOND = 1_000_000_000
-
-QUIET = 15 * SECOND
-"""No channel is stale before this, whatever its rhythm."""
-
-MEANS, LONGESTS, SAMPLES = 20, 3, 20
-"""Silence is out of the rhythm once it is longer than MEANS mean intervals and LONGESTS times the longest one; of less
-than SAMPLES intervals there is no rhythm."""
+from workers.deribit.feeds.rhythm import SECOND
 
 LAGGING, TOO_FAR_BEHIND = 5 * SECOND, 30 * SECOND
 """Lag that is announced once it has lasted LASTING, and lag at which the connection is given up while it rises."""
@@ -25,43 +15,6 @@ NEVER = 1 << 63
 
 RECONNECT_ONCE_IN = 60 * SECOND
 """Time between reconnections that nothing but our own judgement asks for."""
-
-
-class Rhythm:
-    """How often something comes, by looks at the time it came last; looks are some seconds apart at most."""
-
-    def __init__(self) -> None:
-        self._since = 0
-        self._is_own = False
-        self._mean = 0.0
-        self._longest = 0
-        self._samples = 0
-
-    def look(self, last_ts: int) -> None:
-        """Take note of when it came last (0: never)."""
-        if last_ts <= self._since:
-            return
-        if self._is_own:
-            interval = last_ts - self._since
-            self._samples += 1
-            # A mean that forgets slowly: the rhythm of the last hundred counts, not that of yesterday.
-            self._mean += (interval - self._mean) / min(self._samples, 100)
-            self._longest = max(interval, self._longest - self._longest // 100)
-        self._since, self._is_own = last_ts, True
-
-    def restart(self, now: int) -> None:
-        """It has just been asked for: silence counts from now on, and the first interval is none of its own."""
-        self._since, self._is_own = now, False
-
-    def admit(self, now: int) -> None:
-        """A silence up to `now` that led to nothing belongs to the rhythm: only a longer one is out of it again."""
-        self._longest = max(self._longest, now - self._since)
-
-    def is_broken(self, now: int) -> bool:
-        """Whether the silence up to `now` is out of the rhythm."""
-        if self._samples < SAMPLES:
-            return False
-        return now - self._since > max(QUIET, MEANS * self._mean, LONGESTS * self._longest)
 
 
 class LagWatch:

@@ -33,10 +33,9 @@ class TradeFeed(Feed):
     def __init__(self, channel: Channel, topics: Topics) -> None:
         self.losses = Losses(channel.name, topics.ledger)
         self.tapes: dict[str, Tape] = {}
-        self._call_healer = self._note_change
         super().__init__(channel, topics)
 
-    def _note_change(self) -> None:
+    def _call_healer(self) -> None:
         self.changed = True
 
     def find_stream(self, instrument: str) -> Stream:

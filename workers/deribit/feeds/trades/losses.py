@@ -34,7 +34,7 @@ class Losses:
             self.count += 1
             if self._healed_to:
                 self.away_from = min(self.away_from or self._healed_to, self._healed_to)
-                self._doubt_from(self._healed_to)
+                self._lower_lost_from(self._healed_to)
         self.confirmed_at, self.is_sent, self._healed_to = self.confirmed_at or now, True, 0
         self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
 
@@ -53,14 +53,14 @@ class Losses:
         if self.confirmed_at:
             self.away_from = min(self.away_from or now, now)
             last_ts = last_ts or self.confirmed_at
-            self._doubt_from(min(last_ts, newest or last_ts))  # the earlier: what came may have come late
+            self._lower_lost_from(min(last_ts, newest or last_ts))  # the earlier: what came may have come late
 
     def add_since(self, since: int) -> None:
         """Trades may be missing from then on, though the connection stood."""
         self.count += 1
-        self._doubt_from(since)
+        self._lower_lost_from(since)
 
-    def _doubt_from(self, since: int) -> None:
+    def _lower_lost_from(self, since: int) -> None:
         """All that was traded since then must be fetched; by a later life, if this one is killed before."""
         self._ledger.lower(self._ledger.find_slot(self._channel), UNHEALED, since)
         self.lost_from = min(self.lost_from or since, since)
