@@ -49,7 +49,7 @@ def write_help() -> str:
 def write_commands() -> str:
     """Every command with the first sentence of its help."""
     rows = []
-    for name, module in COMMANDS.items():
+    for name, (module, _) in COMMANDS.items():
         command: click.Command = getattr(import_module(f"collector.cli.{module}"), name)
         words = " ".join((command.help or "").split("\n\n")[0].split())
         wanted = [each for each in command.params if isinstance(each, click.Argument)]

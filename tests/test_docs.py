@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 
 from collector import __version__
-from collector.cli import COMMANDS, SUMMARIES
-from collector.client.rules.common import CHANNEL_STATES, CONNECTION_STATES
+from collector.client.rules.everywhere import CHANNEL_STATES, CONNECTION_STATES
 from collector.config import describe_keys, load_config
 from collector.config.keys import KEYS
 from collector.messages import CODES, OPS
@@ -328,7 +327,3 @@ def test_source_distribution_holds_license_and_documents(built: Path) -> None:
         names = {name.partition("/")[2] for name in source.getnames()}
     assert names >= {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "configs/demo.toml", "docs/wire.md"}
     assert not [name for name in names if name.startswith((".venv", "build/", ".git/"))]
-
-
-def test_the_overview_tells_every_command() -> None:
-    assert list(SUMMARIES) == list(COMMANDS)

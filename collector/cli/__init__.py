@@ -1,6 +1,6 @@
 """The command line: one small module a group of commands, imported only when one of its commands is used.
 
-Commands other than `run` and `exchange` import neither aiohttp nor the workers: they start in about 0.15 s.
+Only `exchange` imports aiohttp and workers: a command should answer at once.
 """
 
 import sys
@@ -12,35 +12,20 @@ import click
 from collector import __version__
 
 COMMANDS = {
-    "run": "run",
-    "plan": "plan",
-    "state": "control",
-    "connect": "control",
-    "subscribe": "control",
-    "unsubscribe": "control",
-    "send": "control",
-    "close": "control",
-    "tail": "tail",
-    "verify": "verify",
-    "exchange": "exchange",
+    "run": ("run", "Run the collector on FILE until it is asked to stop"),
+    "plan": ("plan", "Say what FILE would do, and whether Deribit's limits allow it"),
+    "state": ("control", "Show how all connections are, or one in full"),
+    "connect": ("control", "Add a connection to a running collector"),
+    "subscribe": ("control", "Subscribe a connection to further channels"),
+    "unsubscribe": ("control", "Give up channels of a connection"),
+    "send": ("control", "Send one request to the exchange, print its result"),
+    "close": ("control", "End a connection for good; the others go on"),
+    "tail": ("tail", "Show the messages, live"),
+    "verify": ("verify", "Check every rule of the wire, print a verdict"),
+    "exchange": ("exchange", "Run the practice exchange: Deribit's protocol, no network"),
 }
-"""Each command and the module beside this one that holds it, as a click command of the same name."""
-
-SUMMARIES = {
-    "run": "Run the collector on FILE until it is asked to stop",
-    "plan": "Say what FILE would do, and whether Deribit's limits allow it",
-    "state": "Show how all connections are, or one in full",
-    "connect": "Add a connection to a running collector",
-    "subscribe": "Subscribe a connection to further channels",
-    "unsubscribe": "Give up channels of a connection",
-    "send": "Send one request to the exchange, print its result",
-    "close": "End a connection for good; the others go on",
-    "tail": "Show the messages, live",
-    "verify": "Check every rule of the wire, print a verdict",
-    "exchange": "Run the practice exchange: Deribit's protocol, no network",
-}
-"""What `collector --help` says of each: it need not import them all to say so."""
-
+"""Each command: the module beside this one that holds it, as a click command of the same name, and what
+`collector --help` says of it, which need not import them all to say so."""
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C of what was not done: as a shell says it of a program that SIGINT has ended."""
@@ -59,13 +44,13 @@ class _Lazy(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module = import_module(f"collector.cli.{COMMANDS[cmd_name]}")
+        module = import_module(f"collector.cli.{COMMANDS[cmd_name][0]}")
         command: click.Command = getattr(module, cmd_name)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(SUMMARIES.items()))
+            formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,6 +11,7 @@ from rich.text import Text
 from collector.cli.render import describe, printable, show_clock, show_level
 from collector.client.orderbook import OrderBook
 from collector.client.stream import Loss, Message
+from collector.messages import Topic
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
 EVENTS = frozenset({"gap", "repair", "status"})
@@ -20,10 +21,10 @@ STYLES = {"live": "green", "recovering": "yellow", "stale": "yellow", "buy": "gr
 class Row:
     """One topic: its last data, how many messages came, and how many a second."""
 
-    def __init__(self, topic: tuple[str, ...]) -> None:
+    def __init__(self, topic: Topic) -> None:
         self.topic = topic
         self.message: Message | None = None
-        self.book = OrderBook() if topic[1] == "book" else None
+        self.book = OrderBook() if topic.type == "book" else None
         self.state = ""
         self.count = 0
         self.rate = 0.0
@@ -64,7 +65,7 @@ class Board:
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
-        self.rows: dict[tuple[str, ...], Row] = {}
+        self.rows: dict[Topic, Row] = {}
         self.connections: dict[str, Message] = {}
         self.endpoints: dict[str, str] = {}
         self.count = 0
@@ -134,14 +135,14 @@ class Board:
         return [self._draw_connection(name, max(map(len, names))) for name in names]
 
     def _draw_connection(self, name: str, width: int) -> Text:
-        beat = self.connections.get(name)
-        state = beat["state"] if beat is not None else "no heartbeat yet"
-        silent = beat is not None and time.time_ns() - beat.receive_ts > 3_000_000_000
+        heartbeat = self.connections.get(name)
+        state = heartbeat["state"] if heartbeat is not None else "no heartbeat yet"
+        silent = heartbeat is not None and time.time_ns() - heartbeat.receive_ts > 3_000_000_000
         line = Text.assemble(f"  {printable(name).ljust(width)}  ", (state, STYLES.get(state, "yellow")))
-        if beat is not None and silent:
-            line.append(f"  silent for {(time.time_ns() - beat.receive_ts) / 1e9:.0f} s", "red")
-        elif beat is not None:
-            line.append(f"  lag {(beat['lag'] or 0.0) * 1e3:,.0f} ms")
+        if heartbeat is not None and silent:
+            line.append(f"  silent for {(time.time_ns() - heartbeat.receive_ts) / 1e9:.0f} s", "red")
+        elif heartbeat is not None:
+            line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
         return line.append(f"  publishes at {self.endpoints[name]}" if name in self.endpoints else "")
 
     def _draw_topics(self, room: int) -> Table:
@@ -164,14 +165,14 @@ class Board:
         if len(rows) > room:
             rows = sorted(rows, key=lambda row: -row.count)[: max(1, room - 1)]
         places = {name: place for place, name in enumerate(ORDER)}
-        return sorted(rows, key=lambda row: (places.get(row.topic[1], len(ORDER)), row.topic))
+        return sorted(rows, key=lambda row: (places.get(row.topic.type, len(ORDER)), row.topic))
 
     def _draw_row(self, row: Row) -> tuple[RenderableType, ...]:
         age = f"{time.monotonic() - row.came:.1f} s" if row.came else "-"
         last = Text(row.describe())
         if row.state not in ("", "live"):
             last = Text.assemble((f"{row.state}  ", STYLES.get(row.state, "red")), last)
-        return row.topic[1], row.topic[2], row.topic[3], last, f"{row.rate:,.1f}", age
+        return row.topic.type, row.topic.instrument, row.topic.interval, last, f"{row.rate:,.1f}", age
 
     def _draw_recent(self, room: int) -> Table:
         table = Table(box=box.SIMPLE_HEAD, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import click
 
-from collector.cli.options import exit_unread
+from collector.cli.options import exit_unread, fail
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
@@ -28,8 +28,7 @@ def plan(file: str, as_json: bool) -> None:
         listing = _list_instruments(config)
         made = make_plan(config, listing)
     except ConfigError as error:
-        click.echo(f"collector: {error}", err=True)
-        sys.exit(2)
+        fail(str(error), 2)
     with exit_unread():
         click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
     for failure in dict.fromkeys(listing.failures.values()):

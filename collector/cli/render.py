@@ -71,11 +71,9 @@ def _ticker(m: Mapping[str, Any]) -> str:
 
 
 def _gap(m: Mapping[str, Any]) -> str:
-    text = (
-        f"GAP {m['id']}: {m['reason']}, {(m['to_ts'] - m['from_ts']) / 1e9:.3f} s"
-        if m["from_ts"]
-        else (f"GAP {m['id']}: {m['reason']}")
-    )
+    text = f"GAP {m['id']}: {m['reason']}"
+    if m["from_ts"]:
+        text += f", {(m['to_ts'] - m['from_ts']) / 1e9:.3f} s"
     if "missing_from" in m:
         text += f", trades from {m['missing_from']} to {m.get('missing_to', '?')}"
     if "last_change_id" in m:

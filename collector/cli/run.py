@@ -14,11 +14,13 @@ import click
 import zmq
 
 from collector import __version__
+from collector.cli.options import fail
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
+from collector.config.urls import hide_secrets
 from collector.log import start_log
 from collector.sockets import remove_socket
-from collector.supervisor.commands import Commands, hide_secrets
+from collector.supervisor.commands import Commands
 from collector.supervisor.control import ControlServer
 from collector.supervisor.runtime import RuntimeDir, Unavailable, allow_files
 from collector.supervisor.supervisor import Supervisor
@@ -48,19 +50,14 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
         allow_files(len(config.connections) + (config.exchange is not None))
         directory = RuntimeDir(config.runtime_dir, f"{config.path}: [collector]")
     except ConfigError as error:
-        _refuse(2, error)
+        fail(str(error), 2)
     except Unavailable as error:
-        _refuse(1, error)
+        fail(str(error))
     try:
         code = asyncio.run(_collect(config, directory, ctx.obj["log_level"], live_view))
     except zmq.ZMQError as error:
         cure = "stop what listens there, or write another endpoint"
-        _refuse(1, f"{config.path}: [collector] control {config.control} cannot be bound: {error}; {cure}")
-    sys.exit(code)
-
-
-def _refuse(code: int, error: object) -> None:
-    click.echo(f"collector: {error}", err=True)
+        fail(f"{config.path}: [collector] control {config.control} cannot be bound: {error}; {cure}")
     sys.exit(code)
 
 

@@ -12,16 +12,12 @@ from collector.cli.options import control_option, endpoint_option, exit_on_error
 from collector.cli.render import format_line
 from collector.client.stream import Loss, Message
 from collector.client.subscriber import Subscriber
-from collector.messages import ControlError
 
 Items = Iterator[Message | Loss | None]
 """Messages as they come; None where none came for a moment."""
 
 LINES = 10
 """Lines a second at most where nobody asked for every message."""
-
-NOTES = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
-"""What stands above the view of `run --watch`."""
 
 SILENT = 3.0
 """Seconds without any message after which a reader may wonder whether the prefix is right."""
@@ -128,12 +124,8 @@ def write_json(items: Items) -> None:
     out.flush()
 
 
-View = Callable[[Subscriber, Items, list[str]], None]
-"""Shows what a subscriber receives, with notes above, until there is no more."""
-
-
-def choose_view() -> View:
-    """The live view where standard output is a terminal that can draw it, else lines."""
+def choose_view() -> Callable[[Subscriber, Items, list[str]], None]:
+    """What shows messages, with notes above them: the live view on a terminal that can draw it, else lines."""
     can_draw = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
     return draw_live if can_draw else write_lines
 
@@ -179,15 +171,3 @@ def write_lines(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
             shown[topic] = time.monotonic()
             due = shown[topic] + 1 / LINES
             waiting.clear()
-
-
-def watch(control: str, stop: threading.Event) -> None:
-    """Show what the collector at `control` publishes, once it is up, until `stop` is set (see watch.View)."""
-    while not stop.is_set():
-        try:
-            with Subscriber(control=control, on_loss="report", timeout=1.0) as subscriber:
-                choose_view()(subscriber, read(subscriber, stop=stop), NOTES)
-        except ControlError:
-            stop.wait(0.05)  # not up yet
-        except OSError:
-            return  # nobody reads our output any more

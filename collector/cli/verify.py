@@ -8,7 +8,7 @@ from collections import Counter
 import click
 
 from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
-from collector.cli.render import printable
+from collector.cli.render import printable, say_count
 from collector.client.subscriber import Subscriber
 from collector.client.verify import RULES, Finding, Verifier
 
@@ -138,5 +138,4 @@ class Verdict:
             advice = "is the prefix right?" if prefix else "does a collector publish at these endpoints?"
             click.echo(f"collector: nothing came{where}; {advice}", err=True)
         if wrong:
-            rules = "1 rule" if len(wrong) == 1 else f"{len(wrong)} rules"
-            click.echo(f"collector: {rules} broken, {sum(wrong.values()):,} times", err=True)
+            click.echo(f"collector: {say_count(len(wrong), 'rule')} broken, {sum(wrong.values()):,} times", err=True)

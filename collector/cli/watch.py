@@ -6,7 +6,15 @@ import threading
 from collections import deque
 from typing import TextIO
 
-from collector.cli.tail import choose_view, draw_live, watch
+from collector.cli.tail import choose_view, draw_live, read
+from collector.client.subscriber import Subscriber
+from collector.messages import ControlError
+
+NOTES = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
+"""What stands above the view."""
+
+MAX_HELD = 500
+"""Lines of the log that are kept while the view has the terminal: the last ones."""
 
 
 class View:
@@ -26,11 +34,23 @@ class View:
             self._log.release()
 
 
+def watch(control: str, stop: threading.Event) -> None:
+    """Show what the collector at `control` publishes, once it is up, until `stop` is set (see View)."""
+    while not stop.is_set():
+        try:
+            with Subscriber(control=control, on_loss="report", timeout=1.0) as subscriber:
+                choose_view()(subscriber, read(subscriber, stop=stop), NOTES)
+        except ControlError:
+            stop.wait(0.05)  # not up yet
+        except OSError:
+            return  # nobody reads our output any more
+
+
 class HeldLog:
     """Takes what this process, and those that it starts from now on, write to stderr; keeps the last lines."""
 
-    def __init__(self, lines: int = 500) -> None:
-        self._lines: deque[str] = deque(maxlen=lines)
+    def __init__(self) -> None:
+        self._lines: deque[str] = deque(maxlen=MAX_HELD)
         self._terminal = os.dup(2)
         reading, writing = os.pipe()
         os.dup2(writing, 2)

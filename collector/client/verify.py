@@ -77,19 +77,15 @@ class Verifier:
     def finish(self, now_ns: int) -> list[Finding]:
         """Say at the end what should have come and has not."""
         heard = {topic.instrument for topic in self.topics if topic.type == "heartbeat"}
-        return [
-            finding
-            for name, since in self._expected.items()
-            if name not in heard and now_ns - since > SILENCE
-            for finding in self._count(
-                f"{EXCHANGE}.heartbeat.{name}.1s", [("heartbeat", f"none in {(now_ns - since) / 1e9:.1f} s")]
-            )
-        ] + [
-            finding
-            for topic, checks in self._checks.items()
-            for check in checks
-            for finding in self._count(str(topic), check.finish(now_ns))
-        ]
+        findings: list[Finding] = []
+        for name, since in self._expected.items():
+            if name not in heard and now_ns - since > SILENCE:
+                fault = ("heartbeat", f"none in {(now_ns - since) / 1e9:.1f} s")
+                findings += self._count(f"{EXCHANGE}.heartbeat.{name}.1s", [fault])
+        for topic, checks in self._checks.items():
+            for check in checks:
+                findings += self._count(str(topic), check.finish(now_ns))
+        return findings
 
     def count_checks(self) -> Counter[str]:
         """How often each rule was put to the test."""

@@ -115,7 +115,7 @@ def write_literal(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return f'"{value}"'
-    return {(): "[]"}.get(value, str(value)) if isinstance(value, tuple) else str(value)
+    return "[]" if value == () else str(value)
 
 
 def sounds_secret(name: str) -> bool:

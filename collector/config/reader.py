@@ -93,7 +93,6 @@ class Config:
     path: Path
     runtime_dir: Path
     control: str
-    http: str
     scheduling: str
     read_pause: float
     exchange: Exchange | None
@@ -149,7 +148,7 @@ def build_config(
     )
     check_together(connections, where, control, exchange.port if exchange else None)
     return Config(
-        path, runtime_dir, control, "", collector["scheduling"], collector["read_pause"], exchange, connections, secrets
+        path, runtime_dir, control, collector["scheduling"], collector["read_pause"], exchange, connections, secrets
     )
 
 

@@ -69,6 +69,15 @@ def _check_parts(url: str, login: bool, where: str) -> None:
         raise ConfigError(f"{where} has no path; write {parts.scheme}://{host}/ws/api/v2")
 
 
+def hide_secrets(url: str) -> str:
+    """A URL as it may be shown: without user, password, or query (but for the practice exchange's faults)."""
+    from urllib.parse import urlsplit, urlunsplit  # as above
+
+    parts = urlsplit(url)
+    query = parts.query if parts.query.startswith("faults=") and "&" not in parts.query else ""
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
+
+
 def check_headers(headers: Mapping[Any, Any], where: str) -> None:
     """Refuse headers that are not text, would break the upgrade, or hold a secret. Values are never shown."""
     for name, value in headers.items():

@@ -7,12 +7,12 @@ import re
 import time
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 from collector.channels import LISTINGS, Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
 from collector.config.patterns import is_pattern
 from collector.config.reader import check_family
+from collector.config.urls import hide_secrets
 from collector.lifecycle import Exit
 from collector.limits import MAX_FRAME
 from collector.messages import ControlError, Request
@@ -29,8 +29,7 @@ MAX_ON_ONE = 20_000
 
 NO_PATTERNS = "patterns stand in the file, or in the table of connect; here channels are named one by one"
 
-_METHOD = re.compile(r"(public|private)/[a-z0-9_]+\Z")
-_READING = re.compile(r"public/|private/get_")
+_SENDABLE = re.compile(r"(public/[a-z0-9_]+|private/get_[a-z0-9_]*)\Z")
 
 UNSENDABLE = frozenset(
     {
@@ -249,9 +248,7 @@ def _read_channel(name: str) -> Channel:
 
 def is_sendable(method: str, allowed: Iterable[str]) -> bool:
     """Whether a method may be sent through control; `allowed` are the table's own exceptions."""
-    if method in allowed:
-        return True
-    return bool(_METHOD.match(method) and _READING.match(method)) and method not in UNSENDABLE
+    return method in allowed or (bool(_SENDABLE.match(method)) and method not in UNSENDABLE)
 
 
 def explain_forbidden(method: str, allowed: Iterable[str]) -> str:
@@ -265,13 +262,6 @@ def explain_forbidden(method: str, allowed: Iterable[str]) -> str:
         return f"{shown} would change what the collector keeps itself; send_allow in its table can allow it"
     listed = ", ".join(["public/*", "private/get_*", *allowed])
     return f"{shown} is none of {listed}; send_allow in the connection's table names further methods"
-
-
-def hide_secrets(url: str) -> str:
-    """A URL as it may be shown: without user, password, or query (but for the practice exchange's faults)."""
-    parts = urlsplit(url)
-    query = parts.query if parts.query.startswith("faults=") and "&" not in parts.query else ""
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2], query=query))
 
 
 def _count_left(deadline: int) -> float:

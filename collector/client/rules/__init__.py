@@ -2,7 +2,7 @@
 
 from collector.client.rules.books import Chain
 from collector.client.rules.check import Check
-from collector.client.rules.common import Gaps, Joins, States, Times
+from collector.client.rules.everywhere import Gaps, Joins, States, Times
 from collector.client.rules.heartbeats import Heartbeats
 from collector.client.rules.trades import Trades
 
