@@ -18,7 +18,6 @@ CONNECTION: Table = {
     ("live", "lost"): "backoff",
     ("backoff", "retry"): "connecting",
     # refused: the exchange said no for good. exhausted: retry_count attempts in a row came to nothing.
-    ("connecting", "refused"): "failed",
     ("bootstrapping", "refused"): "failed",
     ("live", "refused"): "failed",
     ("backoff", "exhausted"): "failed",
@@ -34,10 +33,7 @@ CONNECTION: Table = {
     ("bootstrapping", "close"): "closing",
     ("live", "close"): "closing",
     ("backoff", "close"): "closing",
-    ("closing", "lost"): "closing",
     ("closing", "ended"): "closed",
-    ("failed", "close"): "failed",
-    ("closed", "close"): "closed",
 }
 """One WebSocket connection, as its worker sees it. A new one is `closed`."""
 
@@ -59,13 +55,11 @@ PROCESS: Table = {
 BOOK: Table = {
     ("awaiting", "snapshot"): "synced",
     ("synced", "snapshot"): "synced",
-    ("synced", "delta"): "synced",
     ("synced", "broken"): "awaiting",
-    ("awaiting", "delta"): "awaiting",
     ("awaiting", "lost"): "awaiting",
     ("synced", "lost"): "awaiting",
 }
-"""The book of one channel: a delta is applied only while synced."""
+"""The book of one channel: deltas are taken only while synced."""
 
 
 class Machine:

@@ -1,6 +1,6 @@
 """The practice exchange: a market that moves by itself and speaks Deribit's protocol, with faults on request.
 
 Read in this order: `market` (instruments, books and trades), `channels` (what each channel says of them), `protocol`
-(requests, logins, limits, and the table of faults), then exchange (what all connections share), server (sockets and
-clock) and worker.
+(requests, logins, limits, faults; their table is collector/faults.py), then exchange (what all connections share),
+server (sockets and clock) and worker.
 """

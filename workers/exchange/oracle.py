@@ -2,7 +2,7 @@
 
 Events: `trade` (every trade of the market), `listed`, `expired`, `opened` and `ended` (connections, with the
 reason), `fault` (each frame that a fault kept back, changed or added, with its channel and ids; each request that
-`no_reply` or `error` kept from its answer, with its method).
+`no_reply` or `error` kept from its answer, with its method), `silent` (a connection that hears no more).
 """
 
 from pathlib import Path

@@ -60,7 +60,7 @@ class Distortion:
         return texts
 
     def skew(self, result: Any) -> Any:
-        """The result of a request with members that nobody knows, if that is a fault."""
+        """A result, or data, with members that nobody knows, if that is a fault."""
         if "unknown_fields" in self._faults and isinstance(result, dict):
             return {**result, "never_seen_before": {"nested": [1, "two", None]}}
         return result
@@ -123,8 +123,7 @@ class Distortion:
         if not frame.recorded:
             if self._hits("wrong_types", frame):
                 data = self._mistype(deepcopy(data))
-            if "unknown_fields" in self._faults and isinstance(data, dict):
-                data = {**data, "never_seen_before": {"nested": [1, "two", None]}}
+            data = self.skew(data)
             if "clock" in self._faults:
                 data = shift_times(data, int(self._faults.number("clock")))
         return frame if data is frame.data else Frame(frame.channel, data, frame.feed)

@@ -93,10 +93,9 @@ def get_expirations(market: Market, params: Params) -> Data:
     currency = _read_choice(params, "currency", (*CURRENCIES, "grouped"), None)
     kind = _read_choice(params, "kind", ("future", "option", "any"), None)
     kinds = ("option", "future") if kind == "any" else (kind,)
-    wanted = "any" if currency == "grouped" else currency
     if currency == "any":
         return {k: _list_dates(market, k, "any") for k in kinds}
-    coins = ("BTC", "ETH", "USDC") if currency == "grouped" else (wanted,)
+    coins = ("BTC", "ETH", "USDC") if currency == "grouped" else (currency,)
     return {coin.lower(): {k: _list_dates(market, k, coin) for k in kinds} for coin in coins}
 
 

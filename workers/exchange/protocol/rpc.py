@@ -35,14 +35,13 @@ NO_ID = msgspec.UNSET
 
 
 class RpcError(Exception):
-    """An answer that is an error. `data` is left out of it if None; `cut`: the socket is closed after it."""
+    """An answer that is an error. `data` is left out of it if None."""
 
-    def __init__(self, code: int, data: Any = None, message: str = "", cut: bool = False) -> None:
+    def __init__(self, code: int, data: Any = None, message: str = "") -> None:
         super().__init__(code)
         self.code = code
         self.data = data
         self.message = message or MESSAGES.get(code, "error")
-        self.cut = cut
 
     def to_map(self) -> dict[str, Any]:
         """The error object; its key order is code, data, message."""

@@ -129,10 +129,14 @@ def unsubscribe(call: Context) -> Reply:
 
 
 def unsubscribe_all(call: Context) -> Reply:
-    for channel in call.session.subscriptions:
-        call.exchange.hub.unsubscribe(channel, call.subscriber)
-    call.session.subscriptions.clear()
+    _leave_all(call.exchange, call.session, call.subscriber)
     return Reply("ok")
+
+
+def _leave_all(exchange: Exchange, session: Session, subscriber: Subscriber) -> None:
+    for channel in session.subscriptions:
+        exchange.hub.unsubscribe(channel, subscriber)
+    session.subscriptions.clear()
 
 
 def _set_cancelling(call: Context, enabled: bool) -> Reply:
@@ -227,9 +231,7 @@ def _publish(exchange: Exchange, events: list[Event]) -> None:
 
 def end_session(exchange: Exchange, session: Session, subscriber: Subscriber) -> None:
     """Forget a connection: its subscriptions, and its orders if it wanted that."""
-    for channel in session.subscriptions:
-        exchange.hub.unsubscribe(channel, subscriber)
-    session.subscriptions.clear()
+    _leave_all(exchange, session, subscriber)
     if session.cancel_on_disconnect:
         _publish(exchange, exchange.account.cancel_all(session.number, "cancel_on_disconnect"))
 
