@@ -1,8 +1,8 @@
 """The private link between the supervisor and one life of one worker: a socket pair that nobody else can reach.
 
-The spec goes down it first (secrets never stand in argv or the environment), then commands; ready, beats and
-replies come up. Its end of file is the lifeline: either side that sees it knows that the other is gone. Each life
-has its own pair, so nothing meant for an earlier life can reach the next one.
+The spec goes down it first (secrets never stand in argv or the environment), then commands; ready, beats,
+replies and events come up. Its end of file is the lifeline: either side that sees it knows that the other is gone. Each
+life has its own pair, so nothing meant for an earlier life can reach the next one.
 """
 
 import asyncio
@@ -70,11 +70,11 @@ class Link(asyncio.Protocol):
         return True
 
     def pause(self) -> None:
-        """Leave what comes from now on unread, until `read`: nothing wakes this process then."""
+        """Leave what comes from now on unread, until `resume`: nothing wakes this process then."""
         if self._transport is not None:
             self._transport.pause_reading()
 
-    def read(self) -> None:
+    def resume(self) -> None:
         """Read what has come, and what will."""
         if self._transport is not None:
             self._transport.resume_reading()

@@ -31,7 +31,7 @@ from workers.deribit.publishing.zmtp import (
     READY,
     SIGNATURE,
     Conversation,
-    Refused,
+    NoSubscriber,
     Wish,
     encode_command,
     encode_property,
@@ -105,16 +105,16 @@ def test_a_heartbeat_is_answered_with_what_it_brings() -> None:
     ],
 )
 def test_who_is_no_subscriber_is_refused(said: bytes, reason: str) -> None:
-    with pytest.raises(Refused, match=reason):
+    with pytest.raises(NoSubscriber, match=reason):
         Conversation().hear(said)
 
 
 @given(st.binary(max_size=400))
-def test_nothing_but_refused_is_raised(noise: bytes) -> None:
+def test_nothing_but_no_subscriber_is_raised(noise: bytes) -> None:
     for said in (noise, GREETING + noise, GREETING + SUB_READY + noise, GREETING + encode_command(b"READY", noise)):
         try:
             Conversation().hear(said)
-        except Refused:
+        except NoSubscriber:
             continue
 
 

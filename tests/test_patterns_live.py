@@ -15,7 +15,7 @@ import pytest
 
 from collector.channels import LISTINGS
 from collector.planning.catalogue import Catalogue
-from collector.supervisor.follower import CHECK, MARKS, count_to_check
+from collector.supervisor.follower import CHECK, MARKS, find_next_check
 from tests.collected import MANY, QUICK, Collected, collected, held_at_start
 from tests.pipeline import Subscriber, exchange, find_port, subscribed
 from tests.support import collector, wait_until
@@ -374,4 +374,4 @@ def at(hour: int, minute: int, second: float = 0.0) -> float:
     ],
 )
 def test_the_list_is_looked_at_after_eight(now: float, seconds: float) -> None:
-    assert count_to_check(now) == pytest.approx(seconds)
+    assert find_next_check(now) == pytest.approx(seconds)

@@ -127,10 +127,9 @@ def assign(weights: Mapping[str, Weight], count: int, held: Mapping[str, int]) -
     most_channels = SLACK * sum(weight.channels for weight in weights.values()) / count
     for name in sorted(weights.keys() - held.keys(), key=lambda name: (-weights[name].rate, name)):
         rate, number = weights[name]
-        put(name, next(
-            (p for p in prefer(name, count) if rates[p] + rate <= most_rate and channels[p] + number <= most_channels),
-            min(range(count), key=lambda place: (rates[place], place)),
-        ))  # fmt: skip
+        roomy = [p for p in range(count) if rates[p] + rate <= most_rate and channels[p] + number <= most_channels]
+        emptiest = min(range(count), key=lambda place: (rates[place], place))
+        put(name, next((place for place in prefer(name, count) if place in roomy), emptiest))
     return places
 
 

@@ -48,7 +48,7 @@ _DAY, _EIGHT = 86_400.0, 8 * 3_600.0
 log = logging.getLogger(__name__)
 
 
-def count_to_check(now: float) -> float:
+def find_next_check(now: float) -> float:
     """Seconds from `now` (s since 1970) to the next regular look at the whole list."""
     since = (now - _EIGHT) % _DAY
     return min(CHECK, *(mark - since for mark in MARKS if mark > since), _DAY + MARKS[0] - since)
@@ -66,11 +66,11 @@ class Follower:
         self._listed: dict[str, Instrument] = {}
         self._shards: list[Entry] = []
         self._ours: dict[str, int] = {}
-        self._left: set[str] = set()
+        self._held_elsewhere: set[str] = set()
         self._missing: set[str] = set()
         self._rows: list[dict[str, Any]] = []
         self._woken = asyncio.Event()
-        self._stale = self._failed = False
+        self._is_outdated = self._failed = False
 
     # before the start
 
@@ -136,17 +136,17 @@ class Follower:
         match event:
             case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
                 self._rows.append(row)
-                self._stale |= len(self._rows) > MAX_ROWS
+                self._is_outdated |= len(self._rows) > MAX_ROWS
                 del self._rows[MAX_ROWS:]
             case {"event": "listening"}:  # what happened before, it cannot have heard
-                self._stale = True
+                self._is_outdated = True
         self._woken.set()
 
     # what happens to others
 
     def take_freed(self) -> None:
         """Some channels were given up: what was left to another connection may be asked for now."""
-        if self._left:
+        if self._held_elsewhere:
             self._woken.set()
 
     def lose(self, ended: "Entry") -> None:
@@ -162,7 +162,7 @@ class Follower:
     # from then on
 
     async def _follow(self) -> None:
-        due = time.monotonic() + count_to_check(time.time())
+        due = time.monotonic() + find_next_check(time.time())
         checked = time.monotonic()
         while not all(shard.keeper.is_over for shard in self._shards):
             with suppress(TimeoutError):
@@ -170,17 +170,17 @@ class Follower:
             self._woken.clear()
             rows, self._rows = self._rows, []
             again = await self._take_rows(rows)
-            if self._stale and not self._failed:
+            if self._is_outdated and not self._failed:
                 due = min(due, checked + RECHECK)
             if time.monotonic() >= due:
                 self._failed = not await self._check()
                 checked = time.monotonic()
-                due = checked + (AGAIN if self._failed else count_to_check(time.time()))
+                due = checked + (AGAIN if self._failed else find_next_check(time.time()))
             await self._adjust(again)
 
     async def _check(self) -> bool:
         """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
-        self._stale = False  # what happens from now on, this look may be too early for
+        self._is_outdated = False  # what happens from now on, this look may be too early for
         try:
             fresh = await self._catalogue.fetch()
         except Unreachable as error:
@@ -190,7 +190,7 @@ class Follower:
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
-        self._stale |= bool(kept)
+        self._is_outdated |= bool(kept)
         self._listed = {name: self._listed[name] for name in kept} | fresh
         return True
 
@@ -206,7 +206,7 @@ class Follower:
             else:
                 unknown.add(name)
         if len(unknown) > MAX_SINGLE:
-            self._stale = True
+            self._is_outdated = True
         else:
             await self._ask_for(unknown)
         return {row["instrument_name"] for row in rows if row.get("state") == "open"}
@@ -246,7 +246,7 @@ class Follower:
         """Give new channels their shards; those that would feed another connection's topics get none for now."""
         living = [place for place, shard in enumerate(self._shards) if not shard.keeper.is_over]
         if not new or not living:
-            self._left.clear()
+            self._held_elsewhere.clear()
             return {}
         ours = [name for name, place in self._ours.items() if place in living]
         held = {find_unit(name): living.index(self._ours[name]) for name in ours}
@@ -264,13 +264,13 @@ class Follower:
                 continue
             shard.channels[name] = None
             placed[name] = self._ours[name] = place
-        self._leave(left)
+        self._note_held_elsewhere(left)
         return placed
 
-    def _leave(self, left: Mapping[str, ValueError]) -> None:
-        for name in left.keys() - self._left:
+    def _note_held_elsewhere(self, left: Mapping[str, ValueError]) -> None:
+        for name in left.keys() - self._held_elsewhere:
             log.warning("%s: %s is not asked for now: %s", self._name, name, left[name])
-        self._left = set(left)
+        self._held_elsewhere = set(left)
 
     async def _let_go(self, names: list[str], reason: str) -> None:
         if not names:

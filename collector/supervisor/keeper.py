@@ -53,13 +53,9 @@ class Keeper:
     """One worker over its lives. `build_spec(keeper)` makes the spec of each, for its epoch."""
 
     def __init__(
-        self,
-        name: str,
-        kind: str,
-        first_delay: float,
-        spawner: Spawner,
+        self, name: str, kind: str, first_delay: float, spawner: Spawner,
         build_spec: Callable[["Keeper"], dict[str, Any]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.name = name
         self.kind = kind
         self.machine = Machine(PROCESS, "stopped", self._log_change)
@@ -237,7 +233,7 @@ class Keeper:
         else:
             self._note_state(before)  # it is still being prepared, and that was all
         if self._child is not None:
-            self._child.read()
+            self._child.resume()
             self._child.send({"kind": "stop"})
 
     def kill(self) -> None:
@@ -253,7 +249,7 @@ class Keeper:
                 self._end_spawn()
             return
         if now >= self._heard_at + BEAT_READ:
-            self._child.read()
+            self._child.resume()
         if now < self._due:
             return
         self._overdue = f"{_OVERDUE[self.machine.state]} in {self._limit:g} s: killed"
@@ -338,7 +334,7 @@ class Keeper:
         number = self._number
         answer = self._asked[number] = asyncio.get_running_loop().create_future()
         request = {"kind": "request", "id": number, "op": op, "deadline": deadline, "arguments": arguments}
-        self._child.read()
+        self._child.resume()
         try:
             if not self._child.send(request):
                 raise self._refuse("does not read its link; this request was not carried out")

@@ -1,7 +1,7 @@
 """One child process over one life: start it, talk with it, kill it, know when it is really gone and why.
 
 Children come from a forkserver: a helper process that has the workers' modules loaded, so that a new worker
-starts in some 20 ms and shares that memory. It has no secrets (they were taken out of the environment before)
+starts in some 10 ms and shares that memory. It has no secrets (they were taken out of the environment before)
 and knows nothing of the command line.
 """
 
@@ -125,12 +125,12 @@ class Child:
         return self._link.send(message)
 
     def pause(self) -> None:
-        """Leave what it says unread until `read`."""
+        """Leave what it says unread until `resume`."""
         self._link.pause()
 
-    def read(self) -> None:
+    def resume(self) -> None:
         """Receive what it has said, and what it will."""
-        self._link.read()
+        self._link.resume()
 
     def kill(self) -> None:
         """Kill it, whatever it does. By pidfd: a number that went to another process is never hit."""
@@ -149,7 +149,7 @@ class Child:
         The forkserver's word is not enough: if it dies, it says 255 of children that are alive and well.
         """
         await _readable(self._pidfd)
-        self._link.read()
+        self._link.resume()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CODE_WAIT):
                 await self._unlinked.wait()

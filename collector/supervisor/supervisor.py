@@ -72,9 +72,8 @@ class Supervisor:
         self._following: set[asyncio.Task[None]] = set()
         self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
         self._logins: dict[str, Credentials] = {}
-        self.listing_locks: defaultdict[str, asyncio.Lock] = defaultdict(
-            asyncio.Lock
-        )  # by host: its list is being fetched
+        # By host: its list is being fetched.
+        self.listing_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""

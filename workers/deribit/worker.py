@@ -292,10 +292,8 @@ class Worker(Listener):
         if self._newest:
             message = self._newest[-1][1]
             exchange_ts = message["exchange_ts"] if isinstance(message, dict) else message.exchange_ts
-            is_old = isinstance(message, Book) and message.reason in (
-                "subscribe",
-                "resync",
-            )  # its last change was any time
+            # A snapshot that was asked for bears the time of the book's last change, which may be any.
+            is_old = isinstance(message, Book) and message.reason in ("subscribe", "resync")
             if exchange_ts and not is_old:
                 self.patrol.take_lag(receive_ts + self.client.session.clock_offset - exchange_ts)
             self._newest = []

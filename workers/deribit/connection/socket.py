@@ -67,7 +67,7 @@ class Tap:
 
     def shut(self) -> None:
         """Let frames fall from now on."""
-        self._take = len  # type: ignore[assignment]
+        self._take = _let_fall
 
     def _hand_over(self, frames: list[bytes]) -> None:
         try:
@@ -76,6 +76,10 @@ class Tap:
             self.failure = error  # for the one who waits for the end, which comes now: the loop closes the transport
             self.shut()
             raise
+
+
+def _let_fall(frames: list[bytes]) -> None:
+    """Take frames that nobody wants any more."""
 
 
 class Response(aiohttp.ClientWebSocketResponse[Any]):

@@ -4,7 +4,7 @@ import logging
 import socket
 from collections import Counter, deque
 
-from workers.deribit.publishing.zmtp import Conversation, Refused, Wish
+from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
 
 STEP = 1 << 20
 """Bytes that are sent at once to a subscriber that is behind: the loop must not be held up."""
@@ -53,7 +53,7 @@ class Peer:
         return any(topic[:length] in self.prefixes for length in self.lengths)
 
     def hear(self) -> list[Wish]:
-        """Read what it says, and answer. Raises Refused if it can be no subscriber."""
+        """Read what it says, and answer. Raises NoSubscriber if it can be no subscriber."""
         try:
             data = self.socket.recv(1 << 16)
         except BlockingIOError:
@@ -72,7 +72,7 @@ class Peer:
         if (wish.prefix in self.prefixes) == wish.is_wanted or len(wish.prefix) > MAX_LENGTH:
             return
         if wish.is_wanted and len(self.prefixes) >= MAX_PREFIXES:
-            raise Refused(f"it has subscribed to {MAX_PREFIXES} prefixes")
+            raise NoSubscriber(f"it has subscribed to {MAX_PREFIXES} prefixes")
         length = len(wish.prefix)
         if wish.is_wanted:
             self.prefixes.add(wish.prefix)

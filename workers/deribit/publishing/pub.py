@@ -1,7 +1,7 @@
 """A PUB socket that sends from the loop's own thread, where ZeroMQ's would hand each message to a thread of its own.
 
 Waking that thread was what a worker cost beyond a mere relay (measured, see docs/performance.md: 55 against 50 us a
-message at 5,000/s, 5.2 against 4.5 at full speed), and its queue was out of sight: here it is known, and said, when a
+message at 5,000/s, 5.2 against 4.6 at full speed), and its queue was out of sight: here it is known, and said, when a
 subscriber is too slow. On the wire it is ZeroMQ's own XPUB (see zmtp), for this host only.
 """
 
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from collector.sockets import remove_socket
 from workers.deribit.publishing.peer import Peer
-from workers.deribit.publishing.zmtp import GREETING, Refused, Wish, encode_size, encode_topic
+from workers.deribit.publishing.zmtp import GREETING, NoSubscriber, Wish, encode_size, encode_topic
 
 SEND_BUFFER = 4 << 20
 """Bytes that the system may take ahead of a subscriber, where it allows as many."""
@@ -150,7 +150,7 @@ class PubSocket:
         """Let a peer do something. One that is gone, or no subscriber, leaves; one that is behind is watched."""
         try:
             done = act(*arguments)
-        except Refused as error:
+        except NoSubscriber as error:
             self._leave(peer, str(error))
         except OSError:
             self._leave(peer)

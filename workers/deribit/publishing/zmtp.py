@@ -25,7 +25,7 @@ _pack_long = struct.Struct(">BQ").pack
 _SHORT = [bytes((0, size)) for size in range(256)]
 
 
-class Refused(ValueError):
+class NoSubscriber(ValueError):
     """This peer can not be a subscriber; why."""
 
 
@@ -71,7 +71,7 @@ class Conversation:
         self._held = b""
 
     def hear(self, data: bytes) -> tuple[list[Wish], bytes]:
-        """Take what was received. Returns what is wished for, and what to answer. Raises Refused."""
+        """Take what was received. Returns what is wished for, and what to answer. Raises NoSubscriber."""
         self._held += data
         wishes: list[Wish] = []
         answer = b""
@@ -86,7 +86,7 @@ class Conversation:
             if flags & COMMAND:
                 answer += self._take_command(body, wishes)
             elif not self.is_ready:
-                raise Refused("a message came before READY")
+                raise NoSubscriber("a message came before READY")
             elif body[:1] in (b"\0", b"\1"):  # anything else is no subscription, and is let pass as libzmq does
                 wishes.append(Wish(body[1:], body[0] == 1))
         self._held = held[at:]
@@ -96,14 +96,14 @@ class Conversation:
         """Whether it is there whole. What can not be one is refused at its first byte that is wrong."""
         held = self._held
         if held[:1] not in (b"", b"\xff") or (len(held) > 9 and not held[9] & 1):
-            raise Refused("it speaks no ZMTP")
+            raise NoSubscriber("it speaks no ZMTP")
         if len(held) > 10 and held[10] < 3:
-            raise Refused("it speaks an older ZMTP than 3; ZeroMQ 4.0 or later is needed")
+            raise NoSubscriber("it speaks an older ZMTP than 3; ZeroMQ 4.0 or later is needed")
         if len(held) < GREETING_SIZE:
             return False
         mechanism = held[12:32].rstrip(b"\0")
         if mechanism != b"NULL":
-            raise Refused(f"it wants the mechanism {mechanism!r}; there is NULL only")
+            raise NoSubscriber(f"it wants the mechanism {mechanism!r}; there is NULL only")
         self._held, self.is_greeted = held[GREETING_SIZE:], True
         return True
 
@@ -115,7 +115,7 @@ class Conversation:
             self._check_kind(body)
             self.is_ready = True
         elif name == b"ERROR":
-            raise Refused(f"it said {body[1:]!r}")
+            raise NoSubscriber(f"it said {body[1:]!r}")
         elif name == b"PING":
             return encode_command(b"PONG", body[2:18])  # after two bytes of its patience, what is to come back
         elif self.is_ready and name in (b"SUBSCRIBE", b"CANCEL"):
@@ -125,30 +125,33 @@ class Conversation:
     def _check_kind(self, body: bytes) -> None:
         kind = read_properties(body).get(b"socket-type", b"")
         if kind not in SUBSCRIBERS:
-            raise Refused(
+            raise NoSubscriber(
                 f"it is a {kind.decode('ascii', 'replace') or 'socket of no type'}; this is read by SUB sockets"
             )
 
 
 def find_frame(data: bytes, at: int) -> tuple[int, int, int] | None:
-    """Flags of the frame at a place, where its content begins and ends; None if it is not all there. Raises Refused."""
+    """Flags of the frame at a place, where its content begins and ends; None if it is not all there.
+
+    Raises NoSubscriber for one that is too long.
+    """
     start = at + (9 if data[at : at + 1] and data[at] & LONG else 2)
     if len(data) < start:
         return None
     size = int.from_bytes(data[at + 1 : start], "big")
     if size > MAX_FRAME:
-        raise Refused(f"a frame of {size} bytes; {MAX_FRAME} are taken")
+        raise NoSubscriber(f"a frame of {size} bytes; {MAX_FRAME} are taken")
     return (data[at], start, start + size) if len(data) >= start + size else None
 
 
 def read_properties(body: bytes) -> dict[bytes, bytes]:
-    """The properties of READY, names in lower case. Raises Refused if they are none."""
+    """The properties of READY, names in lower case. Raises NoSubscriber if they are none."""
     properties = {}
     while body:
         size = body[0]
         name, rest = body[1 : 1 + size], body[1 + size :]
         length = int.from_bytes(rest[:4], "big")
         if len(name) < size or len(rest) < 4 + length:
-            raise Refused("READY breaks off")
+            raise NoSubscriber("READY breaks off")
         properties[name.lower()], body = rest[4 : 4 + length], rest[4 + length :]
     return properties
