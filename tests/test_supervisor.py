@@ -213,6 +213,20 @@ def test_a_forkserver_that_hangs_is_replaced() -> None:
         assert not is_alive(forkserver)
 
 
+@pytest.mark.parametrize("lost", ["pymp-*", "pymp-*/*"])
+def test_a_forkserver_whose_socket_was_removed_is_replaced(lost: str) -> None:
+    with collected() as run:
+        run.wait_state("a")
+        forkserver = run.find_process("a").parent()
+        assert forkserver is not None
+        for path in run.directory.glob(lost):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        run.find_process("a").kill()
+        run.program.wait_line("a: cannot be started: the socket of the forkserver was removed")
+        run.wait_state("a")
+        assert not is_alive(forkserver)
+
+
 def test_a_restarted_exchange_keeps_its_port() -> None:
     with collected({"a": {**QUICK, "retry_count": 1000}}) as run:
         before = run.wait_state("a")

@@ -75,22 +75,36 @@ class Spawner:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = self._context.Process(target=enter, args=(kind, end), daemon=True)
-        with end, _hidden_main():
-            child.start()
+        try:
+            with end, _hidden_main():
+                child.start()
+        except (FileNotFoundError, ConnectionRefusedError):
+            if not _kill_forkserver():
+                raise
+            # Programs that clear out /tmp have removed its socket, and the directory of that: nobody can reach it.
+            multiprocessing.current_process()._config["tempdir"] = None  # type: ignore[attr-defined]
+            raise OSError("the socket of the forkserver was removed; the next start has a new one") from None
         return child
 
     def kill_stuck(self, seconds: float) -> bool:
         """Kill a forkserver that has owed a child for so long: who waits for that gets an error. False if none has."""
-        since, pid = self._spawning_since, getattr(_forkserver, "_forkserver_pid", None)
-        if since is None or pid is None or time.monotonic() - since < seconds:
+        since = self._spawning_since
+        if since is None or time.monotonic() - since < seconds:
             return False
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)  # our child: the number is no other's before it was waited for
-        return True
+        return _kill_forkserver()
 
     def close(self) -> None:
         """Let the thread go; the forkserver ends with this process."""
         self._thread.shutdown(wait=False)
+
+
+def _kill_forkserver() -> bool:
+    """Kill the forkserver: the next start makes a new one. False if there is none."""
+    if (pid := getattr(_forkserver, "_forkserver_pid", None)) is None:
+        return False
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)  # our child: the number is no other's before it was waited for
+    return True
 
 
 @contextmanager
