@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
-from workers.deribit.publishing.peer import MAX_LENGTH, MAX_PREFIXES, STEP, Peer
+from workers.deribit.publishing.peer import MAX_LENGTH, MAX_PREFIXES, MAX_UNSENT, STEP, Peer
 from workers.deribit.publishing.pub import PubSocket, Route
 from workers.deribit.publishing.zmtp import (
     GREETING,
@@ -339,6 +339,16 @@ def test_each_time_that_a_subscriber_is_too_slow_is_told_by_itself(caplog: pytes
                 "a subscriber is too slow, 1 messages wait for it: it will miss some",
                 f"the slow subscriber is up to date again; it missed {missed} messages",
             ]
+
+
+def test_large_messages_do_not_pile_up_for_one_that_reads_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    large = bytes(MAX_UNSENT // 4)
+    with one_peer(queue=1000) as (peer, _), caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            peer.write(large, 1)
+        assert peer.dropped == 1  # some of the first lies in the system's buffer, so that five are held
+        assert len(peer.unsent) < MAX_UNSENT + len(large)
+        assert "a subscriber is too slow, 5 messages wait for it: it will miss some" in caplog.messages
 
 
 def test_a_subscriber_that_is_too_slow_misses_what_is_beyond_its_queue_and_no_other_does(

@@ -9,6 +9,10 @@ from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
 STEP = 1 << 20
 """Bytes that are sent at once to a subscriber that is behind: the loop must not be held up."""
 
+MAX_UNSENT = 256 << 20
+"""Bytes that may wait for one subscriber, however few messages they are: one that was stopped must not eat the memory.
+"""
+
 MAX_PREFIXES = 100_000
 """Prefixes of one subscriber."""
 
@@ -19,7 +23,7 @@ log = logging.getLogger("deribit")
 
 
 class Peer:
-    """One subscriber. `queue` messages may wait for it (0: any number); what is more it misses.
+    """One subscriber. `queue` messages may wait for it (0: any number), and MAX_UNSENT bytes; what is more it misses.
 
     `batch` (what is to be written) and `is_behind` (whether room is waited for) belong to the one who holds it.
     `unsent` is what the system has not yet taken, `marks` where messages end in that. Each method that reads or sends
@@ -90,7 +94,7 @@ class Peer:
         sent = 0 if self.unsent else self._send(data)
         if sent == len(data):
             return
-        if count and self.waiting >= self.queue > 0:
+        if count and (self.waiting >= self.queue > 0 or len(self.unsent) >= MAX_UNSENT):
             if not self.dropped:
                 log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", self.waiting)
             self.dropped += count
