@@ -503,12 +503,29 @@ def test_where_no_more_fit_one_that_leaves_makes_room(caplog: pytest.LogCaptureF
             resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
             try:
                 next_one.connect(endpoint[6:])
-                serve(pub, lambda: "no more subscribers until one leaves" in caplog.text, "the log to say so")
+                serve(pub, lambda: "no more subscribers until there is room" in caplog.text, "the log to say so")
                 assert pub.poll(0.01) == []  # and it is not asked again and again
                 assert caplog.text.count("no more subscribers") == 1
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         serve(pub, lambda: pub._peers and pub._peers != old, "the next one")
+
+
+def test_where_there_is_room_again_the_next_one_is_let_in_though_nobody_left(caplog: pytest.LogCaptureFixture) -> None:
+    with publishing() as (pub, endpoint), reading(pub, endpoint, b""), socket.socket(socket.AF_UNIX) as next_one:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, hard))
+        try:
+            next_one.connect(endpoint[6:])
+            serve(pub, lambda: "no more subscribers until there is room" in caplog.text, "the log to say so")
+            pub.restore()  # once a second
+            pub.poll(0.01)
+            assert caplog.text.count("no more subscribers") == 1
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        pub.restore()
+        serve(pub, lambda: len(pub._peers) == 2, "the next one")
 
 
 # -- where it listens -------------------------------------------------------------------------------------------------

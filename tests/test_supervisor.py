@@ -552,6 +552,20 @@ def test_a_runtime_directory_that_another_collector_has_taken_is_left_to_it() ->
         assert run.wait_state("a")["pid"] == before["pid"]
 
 
+def test_that_the_directory_of_an_endpoint_is_gone_is_told_and_the_ledger_is_kept_all_the_same() -> None:
+    with collected() as run:
+        elsewhere = run.directory / "elsewhere"
+        elsewhere.mkdir()
+        table = {**QUICK, "name": "b", "channels": [], "publish": f"ipc://{elsewhere}/b.pub"}
+        run.ask("connect", connection=table, deadline=time.time_ns() + 20_000_000_000)
+        shutil.rmtree(elsewhere)
+        (run.runtime_dir / "b.ledger").unlink()
+        run.program.wait_line(r"b\.ledger was removed: written again", stream="err")
+        run.program.wait_line("a file was removed and cannot be made again: .*No such file", stream="err")
+        elsewhere.mkdir()
+        run.program.wait_line(r"b\.pub was removed: listens there again", stream="err")
+
+
 def test_what_lies_in_the_runtime_directory_does_not_grow_old(tmp_path: Path) -> None:
     directory = RuntimeDir(tmp_path / "run", "here")
     files = [tmp_path / "run" / name for name in ("lock", "a.ledger")]

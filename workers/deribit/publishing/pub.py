@@ -63,6 +63,7 @@ class PubSocket:
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
         self._endpoint = ""
+        self._is_full = False
 
     def bind(self, endpoint: str) -> str:
         """Listen; return the endpoint really bound. Raises OSError if it is taken."""
@@ -78,10 +79,11 @@ class PubSocket:
         return endpoint
 
     def restore(self) -> None:
-        """Make room for who comes where others do not greet, and listen anew if somebody removed the file of an ipc
-        endpoint: they would find nobody. Raises OSError.
+        """Make room for who comes where others do not greet, let them in if there is room again, and listen anew if
+        somebody removed the file of an ipc endpoint: they would find nobody. Raises OSError.
         """
         self._leave_silent()
+        self._attend()
         scheme, _, path = self._endpoint.partition("://")
         if self._listener is None or scheme != "ipc" or os.path.lexists(path):
             return
@@ -126,9 +128,12 @@ class PubSocket:
             end, _ = self._listener.accept()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # it would be asked for again at once
-                log.error("no more subscribers until one leaves: %s", error)
+                if not self._is_full:
+                    log.error("no more subscribers until there is room: %s", error)
+                self._is_full = True
                 self._selector.unregister(self._listener)
             return
+        self._is_full = False
         end.setblocking(False)
         with suppress(OSError):  # it may be gone already
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
@@ -171,6 +176,10 @@ class PubSocket:
         peer.socket.close()
         peer.forget()  # routes that are not looked for again hold it still
         self._begin_round()
+        self._attend()
+
+    def _attend(self) -> None:
+        """Let in who comes, also after a time without room."""
         if self._listener is not None and self._listener not in self._selector.get_map():
             self._selector.register(self._listener, READ)
 

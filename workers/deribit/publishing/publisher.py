@@ -51,8 +51,10 @@ class Publisher:
 
     def restore(self) -> None:
         """Make anew what somebody has removed of the files: the endpoint's and the ledger's. Raises OSError."""
-        self._socket.restore()
-        self._ledger.restore()
+        try:
+            self._socket.restore()
+        finally:
+            self._ledger.restore()
 
     def fileno(self) -> int:
         """Can be read when there is something to do for `take_subscriptions`."""

@@ -42,6 +42,9 @@ SLICE = 500
 JITTER = 0.2
 """Seconds over which resyncs are spread: books often break together."""
 
+PATIENCE = 5
+"""Seconds after which files that cannot be made again are told: the supervisor may be making their directory."""
+
 RHYTHMIC = ("book", "ticker", "quote", "trade", "index", "volatility", "mark_prices", "funding", "expiration_price")
 """Types whose silence can mean something; the others speak only when something happens."""
 
@@ -67,7 +70,7 @@ class Patrol:
         self._reconnected = 0
         self._was_lagging = False
         self._is_asking = False
-        self._trouble = ""
+        self._unrestored = 0
         self.lag = Samples()
         self.last_ts = 0
         self.rate = 0.0
@@ -142,16 +145,14 @@ class Patrol:
 
     def _restore_files(self) -> None:
         """Make anew what somebody has removed from the runtime directory; the directory itself is the supervisor's."""
-        trouble = ""
         try:
             self._publisher.restore()
-        except FileNotFoundError:
-            return  # it will be there the next time
         except OSError as error:
-            trouble = f"a file was removed and cannot be made again: {error}"
-            if trouble != self._trouble:
-                log.error("%s", trouble)
-        self._trouble = trouble
+            self._unrestored += 1
+            if self._unrestored == PATIENCE:
+                log.error("a file was removed and cannot be made again: %s", error)
+        else:
+            self._unrestored = 0
 
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
