@@ -51,23 +51,25 @@ class WindowData(msgspec.Struct, gc=False):
     timestamp: Time = 0
 
 
-class TradeData(msgspec.Struct, gc=False):
-    instrument_name: str
-    trade_seq: Count
-    trade_id: str | int
+class TradeData(msgspec.Struct, gc=False, kw_only=True):
+    """One trade, its members in Deribit's own order (see payloads.Ticker)."""
+
+    timestamp: Time = 0
     price: float
     amount: float
     direction: Literal["buy", "sell"]
-    timestamp: Time = 0
-    mark_price: Number = UNSET
     index_price: Number = UNSET
+    instrument_name: str
+    trade_seq: Count
+    mark_price: Number = UNSET
     tick_direction: Count | UnsetType = UNSET
+    contracts: Number = UNSET
+    combo_trade_id: str | int | UnsetType = UNSET
+    trade_id: str | int
     iv: Number = UNSET
     liquidation: str | UnsetType = UNSET
     block_trade_id: str | int | UnsetType = UNSET
     combo_id: str | UnsetType = UNSET
-    combo_trade_id: str | int | UnsetType = UNSET
-    contracts: Number = UNSET
 
 
 class QuoteData(msgspec.Struct, gc=False):

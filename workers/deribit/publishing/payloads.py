@@ -62,8 +62,8 @@ class Stats(msgspec.Struct, gc=False, forbid_unknown_fields=True):
 
     high: Number = UNSET
     low: Number = UNSET
-    volume: Number = UNSET
     price_change: Number = UNSET
+    volume: Number = UNSET
     volume_usd: Number = UNSET
     volume_notional: Number = UNSET
 
@@ -81,7 +81,9 @@ class Greeks(msgspec.Struct, gc=False, forbid_unknown_fields=True):
 class Ticker(Payload, tag="ticker", gc=False, forbid_unknown_fields=True, kw_only=True):
     """A ticker of which all members are known: the exchange's JSON is decoded straight into what is published.
 
-    The last fields are the exchange's alone; they are emptied on the way (see feeds.normalise), and so absent.
+    Members stand in the order in which Deribit sends them (recorded in 2025; an option's own ones as they seem to
+    follow): each is looked for from where the last one was found. What is the exchange's alone is emptied on the way
+    (see feeds.normalise), and so absent.
     """
 
     exchange: str = ""
@@ -90,32 +92,36 @@ class Ticker(Payload, tag="ticker", gc=False, forbid_unknown_fields=True, kw_onl
     seq: int = 0
     exchange_ts: int = 0
     receive_ts: int = 0
+    timestamp: Time | UnsetType = 0
     state: str
-    best_bid_price: float | None
-    best_bid_amount: float | None
-    best_ask_price: float | None
-    best_ask_amount: float | None
-    last_price: float | None
-    mark_price: float | None
+    stats: Stats | UnsetType = UNSET
     index_price: float | None
-    open_interest: Number = UNSET
+    instrument_name: str | UnsetType = UNSET
+    last_price: float | None
+    settlement_price: Number = UNSET
     min_price: Number = UNSET
     max_price: Number = UNSET
-    settlement_price: Number = UNSET
-    delivery_price: Number = UNSET
+    open_interest: Number = UNSET
+    mark_price: float | None
+    interest_value: Number = UNSET
+    best_ask_price: float | None
+    best_bid_price: float | None
     estimated_delivery_price: Number = UNSET
+    best_ask_amount: float | None
+    best_bid_amount: float | None
     current_funding: Number = UNSET
     funding_8h: Number = UNSET
-    interest_value: Number = UNSET
     mark_iv: Number = UNSET
     bid_iv: Number = UNSET
     ask_iv: Number = UNSET
     underlying_price: Number = UNSET
     underlying_index: str | UnsetType = UNSET
     interest_rate: Number = UNSET
+    greeks: Greeks | UnsetType = UNSET
     implied_bid: Number = UNSET
     implied_ask: Number = UNSET
     combo_state: str | UnsetType = UNSET
+    delivery_price: Number = UNSET
     delta: Number = UNSET
     gamma: Number = UNSET
     vega: Number = UNSET
@@ -128,10 +134,6 @@ class Ticker(Payload, tag="ticker", gc=False, forbid_unknown_fields=True, kw_onl
     volume_usd: Number = UNSET
     volume_notional: Number = UNSET
     join: bool | UnsetType = UNSET
-    timestamp: Time | UnsetType = 0
-    instrument_name: str | UnsetType = UNSET
-    stats: Stats | UnsetType = UNSET
-    greeks: Greeks | UnsetType = UNSET
 
 
 class Quote(Payload, tag="quote", gc=False):
