@@ -129,11 +129,15 @@ class Subscriber(OwnSocket):
         return self._report(loss)
 
     def _ask_again(self, topic: Topic) -> None:
-        """Subscribe once more: whoever publishes answers each subscription with what a late one needs."""
+        """Subscribe once more: whoever publishes answers each subscription with what a late one needs.
+
+        And unsubscribe at once: it is answered all the same, and a worker lets go who piles up prefixes.
+        """
         now = time.monotonic()
         if now >= self._asked.get(topic, 0.0) + ASK_AGAIN:
             self._asked[topic] = now
-            self.socket.setsockopt(zmq.SUBSCRIBE, str(topic).encode())
+            for option in (zmq.SUBSCRIBE, zmq.UNSUBSCRIBE):
+                self.socket.setsockopt(option, str(topic).encode())
 
     def _report(self, loss: Loss) -> Loss:
         if self._raises:
