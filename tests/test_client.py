@@ -13,8 +13,8 @@ import pytest
 import zmq
 
 from collector import Control, ControlError, Subscriber
-from collector.client.stream import Loss, LossError, Message
-from collector.messages import decode, encode
+from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
+from collector.messages import Topic, decode, encode
 
 START = 1_790_000_000_000_000_000
 TOPIC = "deribit.index.btc_usd.raw"
@@ -263,6 +263,23 @@ def test_what_is_lost_of_heartbeats_is_not_asked_for(context: Any) -> None:
         for wish in (b"\x01", b"\x00"):  # it keeps no prefix: after months there would be more than a worker takes
             assert publisher.poll(10_000)
             assert publisher.recv() == wish + TOPIC.encode()
+
+
+def test_topics_of_years_are_forgotten_for_new_ones_but_not_those_that_speak() -> None:
+    sequence = SequenceCheck()
+
+    def follow(instrument: str, seq: int) -> Loss | None:
+        envelope = {"type": "index", "epoch": START, "seq": seq, "exchange_ts": START, "receive_ts": START}
+        return sequence.follow(Message(Topic("deribit", "index", instrument, "raw"), envelope))
+
+    for number in range(MAX_TOPICS):
+        assert follow(f"old-{number}", 1) is None
+    assert follow("old-0", 2) is None
+    assert follow("new", 7) is None
+    assert follow("new", 8) is None
+    assert follow("old-1", 7) is None  # it is a new one too
+    assert (lost := follow("old-0", 4)) is not None
+    assert (lost.reason, lost.first, lost.last) == ("sequence", 3, 3)
 
 
 def test_the_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any) -> None:

@@ -4,6 +4,7 @@ What comes in is hostile until `read_message` has taken it: bounded in size, of 
 payload saying the same.
 """
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ MAX_PAYLOAD = 32 << 20
 """Bytes of one payload; a larger one is malformed."""
 
 MAX_TOPICS = 200_000
-"""Topics that one reader follows."""
+"""Topics that one reader follows: with one more, the one that spoke longest ago is forgotten."""
 
 ON_DATA_TOPICS = frozenset({"gap", "repair", "status"})
 """Types that also stand on the topics of other types, in order with the data."""
@@ -149,13 +150,15 @@ class SequenceCheck:
     """Follows the numbers of each topic. In a greater epoch they start again with 1."""
 
     def __init__(self) -> None:
-        self._last: dict[Topic, tuple[int, int]] = {}
+        self._last: OrderedDict[Topic, tuple[int, int]] = OrderedDict()  # who spoke longest ago comes first
 
     def follow(self, message: Message) -> Loss | None:
         """Take the next message of a topic; return what is wrong with its number, if anything."""
         topic, epoch, seq = message.topic, message.epoch, message.seq
         if topic not in self._last:
-            return self._start(topic, epoch, seq)
+            self._start(topic, epoch, seq)
+            return None
+        self._last.move_to_end(topic)
         last_epoch, last = self._last[topic]
         if epoch < last_epoch:
             return Loss(topic, "epoch", epoch, detail=f"epoch {epoch} after {last_epoch}")
@@ -172,8 +175,7 @@ class SequenceCheck:
         last = self._last.get(message.topic)
         return last is not None and message.type == "status" and message.epoch < last[0]
 
-    def _start(self, topic: Topic, epoch: int, seq: int) -> Loss | None:
+    def _start(self, topic: Topic, epoch: int, seq: int) -> None:
         if len(self._last) >= MAX_TOPICS:
-            return Loss(topic, "malformed", epoch, detail=f"more than {MAX_TOPICS} topics")
+            self._last.popitem(last=False)
         self._last[topic] = (epoch, seq)
-        return None

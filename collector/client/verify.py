@@ -142,4 +142,4 @@ class Verifier:
         return findings
 
 
-_RULE_OF_LOSS = {"sequence": "sequence", "repeated": "sequence", "epoch": "epoch", "malformed": "envelope"}
+_RULE_OF_LOSS = {"sequence": "sequence", "repeated": "sequence", "epoch": "epoch"}
