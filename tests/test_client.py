@@ -14,7 +14,9 @@ import zmq
 
 from collector import Control, ControlError, Subscriber
 from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
+from collector.client.subscriber import UNNAMED
 from collector.messages import Topic, decode, encode
+from tests.support import wait_until
 
 START = 1_790_000_000_000_000_000
 TOPIC = "deribit.index.btc_usd.raw"
@@ -334,3 +336,32 @@ def test_endpoints_are_found_by_the_control_channel_also_later_ones(context: Any
         second.send_multipart(index_message(1))
         assert received().seq == 1
         assert subscriber.endpoints == {endpoint_of(publisher), endpoint_of(second)}
+
+
+def test_an_endpoint_that_is_named_no_more_is_left_once_all_of_it_is_read(peer: Any, publisher: Any) -> None:
+    """Where the system chooses the port, a restarted collector has another, and a stranger may bind the one before."""
+    one = {"one": {"publish": endpoint_of(publisher)}}
+
+    def answer(states: Any) -> None:
+        envelope, _ = take_request(peer)
+        peer.send_multipart([*envelope, encode({"ok": True, "result": states})])
+
+    def answer_next(states: Any) -> None:
+        wait_until(lambda: subscriber._find_more() or peer.poll(0), "the next question")
+        answer(states)
+
+    started = in_thread(lambda: Subscriber(control=endpoint_of(peer)))
+    answer(one)
+    with started() as subscriber:
+        wait_subscribed(publisher)
+        publisher.send_multipart(index_message(1))
+        assert subscriber.socket.poll(10_000)
+        for _ in range(UNNAMED + 2):
+            answer_next({})
+        assert subscriber.receive(10).seq == 1
+        answer_next({})
+        answer_next(one)
+        assert publisher.poll(10_000)
+        assert publisher.recv() == b"\x00"
+        wait_until(lambda: subscriber._find_more() or publisher.poll(0), "its return")
+        wait_subscribed(publisher)

@@ -25,6 +25,9 @@ FIND_EVERY = 2.0
 LOOK_EVERY = 0.1
 """Seconds between two looks for the answer; also between two questions while no connection is known."""
 
+UNNAMED = 5
+"""Answers in a row that do not name an endpoint, after which it is left: some 10 s. One that is soon back is kept."""
+
 ASK_AGAIN = 1.0
 """Seconds that a publisher has to say the current value of a topic of which messages were lost."""
 
@@ -56,6 +59,7 @@ class Subscriber(OwnSocket):
         super().__init__(zmq.SUB)
         self.endpoints: set[str] = set()
         self.found: dict[str, str] = {}
+        self._unnamed: dict[str, int] = {}
         self._raises = on_loss == "raise"
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
@@ -88,6 +92,16 @@ class Subscriber(OwnSocket):
     def _find(self, states: Any) -> None:
         self.found = find_endpoints(states)
         self._connect(self.found.values())
+        gone = self.endpoints.difference(self.found.values())
+        self._unnamed = {endpoint: self._unnamed.get(endpoint, 0) + 1 for endpoint in gone}
+        if not self.socket.poll(0):  # what waits of it would be lost, and libzmq aborts amid a message
+            self._leave([endpoint for endpoint, answers in self._unnamed.items() if answers >= UNNAMED])
+
+    def _leave(self, endpoints: Iterable[str]) -> None:
+        """Who publishes there has moved, or ended: whoever binds such a port next is a stranger."""
+        for endpoint in endpoints:
+            self.socket.disconnect(endpoint)
+            self.endpoints.remove(endpoint)
 
     def __iter__(self) -> Iterator[Message | Loss]:
         while True:
