@@ -166,7 +166,7 @@ class Collecting:
 
     async def ask(self, op: str, timeout: float = 10.0, **arguments: Any) -> Any:
         """What the supervisor would ask of it."""
-        return await asyncio.wait_for(self.worker.answer(op, arguments), timeout)
+        return await asyncio.wait_for(self.worker.answer(op, {"epoch": time.time_ns(), **arguments}), timeout)
 
     async def get_state(self) -> dict[str, Any]:
         """The worker's part of the state map."""

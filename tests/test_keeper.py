@@ -1,6 +1,7 @@
 """What a keeper makes of what its worker says, message by message."""
 
 import asyncio
+import time
 
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
@@ -8,7 +9,7 @@ from collector.supervisor.process import Spawner
 
 def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_the_beat() -> None:
     async def check() -> None:
-        keeper = Keeper("a", "deribit", 1.0, Spawner(), lambda _: {})
+        keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
         keeper.machine.apply("start")
         keeper._receive({"kind": "ready", "endpoints": {}})
         keeper._receive({"kind": "beat", "report": {"state": "connecting"}})

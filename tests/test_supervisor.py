@@ -20,7 +20,7 @@ from collector import Control
 from collector.cli.run import ONE_WISH
 from collector.config import ConfigError
 from collector.messages import ControlError
-from collector.supervisor.runtime import FILES, FILES_EACH, RuntimeDir
+from collector.supervisor.runtime import EPOCH_AT, FILES, FILES_EACH, RuntimeDir
 from tests.collected import QUICK, Collected, collected, is_alive
 from tests.pipeline import find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
@@ -564,6 +564,37 @@ def test_that_the_directory_of_an_endpoint_is_gone_is_told_and_the_ledger_is_kep
         run.program.wait_line("a file was removed and cannot be made again: .*No such file", stream="err")
         elsewhere.mkdir()
         run.program.wait_line(r"b\.pub was removed: listens there again", stream="err")
+
+
+def test_what_it_says_is_newer_than_what_was_said_before_the_clock_was_set_back() -> None:
+    """Else readers that lived on would pass it over."""
+    with collected() as run:
+        run.wait_state("a")
+        assert run.stop() == 0
+        ahead = time.time_ns() + 3600_000_000_000
+        with (run.runtime_dir / "lock").open("r+") as lock:  # as it was left when the clock was an hour ahead
+            lock.seek(EPOCH_AT)
+            lock.write(f"{ahead}\n")
+        with running(*collector("run", str(run.config))) as next_one:
+            next_one.wait_line("a: live")
+            before = run.get_state("a")
+            assert before["epoch"] > ahead
+            with subscribed(before["publish"]) as reader:
+                run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])
+                taken_up = reader.wait_for("deribit.quote.ETH-PERPETUAL.")
+                assert taken_up["epoch"] > before["epoch"]
+            psutil.Process(before["pid"]).kill()
+            assert run.wait_state("a", restarts=1)["epoch"] > taken_up["epoch"]
+            next_one.process.send_signal(signal.SIGINT)
+            assert next_one.wait_exit() == 0
+
+
+def test_the_newest_epoch_is_noted_in_a_lock_that_is_made_again(tmp_path: Path) -> None:
+    directory = RuntimeDir(tmp_path / "run", "here")
+    epoch = directory.begin_epoch()
+    shutil.rmtree(tmp_path / "run")
+    directory.restore()
+    assert (tmp_path / "run" / "lock").read_text().split() == [str(os.getpid()), str(epoch)]
 
 
 def test_what_lies_in_the_runtime_directory_does_not_grow_old(tmp_path: Path) -> None:

@@ -62,7 +62,7 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
 
 
 async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_view: bool) -> int:
-    supervisor = Supervisor(config, log_level)
+    supervisor = Supervisor(config, log_level, directory.begin_epoch)
     stopping = Stopping(supervisor)
     commands = Commands(supervisor)
     control = ControlServer(config.control, commands.answer)

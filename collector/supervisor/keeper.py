@@ -54,7 +54,7 @@ class Keeper:
 
     def __init__(
         self, name: str, kind: str, first_delay: float, spawner: Spawner,
-        build_spec: Callable[["Keeper"], dict[str, Any]],
+        begin_epoch: Callable[[], int], build_spec: Callable[["Keeper"], dict[str, Any]],
     ) -> None:  # fmt: skip
         self.name = name
         self.kind = kind
@@ -66,6 +66,7 @@ class Keeper:
         self.report: dict[str, Any] = {}
         self.exit_code: int | None = None
         self.was_live = False
+        self.begin_epoch = begin_epoch
         self.take_event: Callable[[dict[str, Any]], None] | None = None
         self.take_sign: Callable[[], None] = lambda: None  # called with each sign of life of one that can be asked
         self._changed = asyncio.Event()
@@ -165,7 +166,7 @@ class Keeper:
 
     async def _live(self) -> int:
         self._apply("start")
-        self.epoch = max(time.time_ns(), self.epoch + 1)
+        self.epoch = self.begin_epoch()
         self._live_since = None
         self._heard_at = 0.0
         self._overdue = ""

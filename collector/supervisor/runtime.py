@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import stat
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,13 @@ MAX_FILES = 65_536
 
 FILES, FILES_EACH = 32, 4
 """Open files of a supervisor (some 20, and a few clients of its control endpoint), and for each of its workers."""
+
+
+EPOCH_AT = 11
+"""Where the newest epoch stands in the lock file, behind the pid: it outlives the collector."""
+
+STEP = 1_000_000
+"""From one epoch to the next at least, in ns: between them lie those of topics that begin anew within a life."""
 
 
 class Unavailable(Exception):
@@ -52,6 +60,17 @@ class RuntimeDir:
         self._path = path
         self._where = where
         self._lock = _lock(path, where)
+        self._epoch = _read_epoch(self._lock)
+
+    def begin_epoch(self) -> int:
+        """The time (ns); if the clock was set back, later all the same than all epochs that were ever given here."""
+        self._epoch = max(time.time_ns(), self._epoch + STEP)
+        self._note_epoch()
+        return self._epoch
+
+    def _note_epoch(self) -> None:
+        with suppress(OSError):  # it is noted with the next one
+            os.pwrite(self._lock, f"{self._epoch}\n".encode(), EPOCH_AT)
 
     def restore(self) -> None:
         """Make the directory and its lock anew if somebody has removed them. Raises what making it raises."""
@@ -61,6 +80,7 @@ class RuntimeDir:
         lock = _lock(self._path, self._where)
         os.close(self._lock)
         self._lock = lock
+        self._note_epoch()
         log.error("%s was removed, or its lock: made again; do not clear it out while the collector runs", self._path)
 
     def refresh(self) -> None:
@@ -82,16 +102,22 @@ def _lock(path: Path, where: str) -> int:
         os.close(directory)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        os.pwrite(lock, f"{os.getpid():<{EPOCH_AT - 1}}\n".encode(), 0)
     except BlockingIOError:
-        holder = os.pread(lock, 20, 0).decode(errors="replace").strip() or "unknown"
+        holder = os.pread(lock, EPOCH_AT, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
         raise Unavailable(f"a collector runs on {path} already (pid {holder}); stop it, or set runtime_dir") from None
     except OSError as error:
         os.close(lock)
         raise Unavailable(f"{path}/lock cannot be written ({error.strerror}); set another runtime_dir") from None
     return lock
+
+
+def _read_epoch(lock: int) -> int:
+    try:
+        return int(os.pread(lock, 20, EPOCH_AT))
+    except ValueError:
+        return 0  # there has been none
 
 
 _ANOTHER = f'write another directory, for example "/tmp/collector-{os.getuid()}"'

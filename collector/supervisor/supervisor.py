@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,13 @@ class Entry:
 class Supervisor:
     """All workers of one collector. `run` is its life; `entries` are the connections by name."""
 
-    def __init__(self, config: Config, log_level: str) -> None:
+    def __init__(self, config: Config, log_level: str, begin_epoch: Callable[[], int]) -> None:
         self.config = config
         self.entries: dict[str, Entry] = {}
         self.exchange: Keeper | None = None
         self._log_level = log_level
+        self._begin_epoch = begin_epoch
         self._spawner = Spawner()
-        self._epochs: dict[str, int] = {}
         self._pools: dict[tuple[str, str | None], int] = {}
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
@@ -114,7 +114,9 @@ class Supervisor:
     # the practice exchange
 
     def _start_exchange(self) -> None:
-        self.exchange = Keeper(EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._build_exchange_spec)
+        self.exchange = Keeper(
+            EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._begin_epoch, self._build_exchange_spec
+        )
         self._keep(self.exchange, None).add_done_callback(self._end_exchange)
 
     def _end_exchange(self, _: object) -> None:
@@ -141,8 +143,9 @@ class Supervisor:
     def start_connection(self, connection: Connection, *, from_file: bool, follower: Follower | None = None) -> Entry:
         """Start a connection that was checked to stand beside the others, and keep it. `follower`: who split it off."""
         name = connection.name
-        keeper = Keeper(name, "deribit", connection.retry_delay, self._spawner, self._build_connection_spec)
-        keeper.epoch = self._epochs.get(name, 0)
+        keeper = Keeper(
+            name, "deribit", connection.retry_delay, self._spawner, self._begin_epoch, self._build_connection_spec
+        )
         entry = Entry(connection, dict.fromkeys(connection.channels), keeper, from_file, follower)
         if connection.patterns:
             entry.follower = Follower(self, entry)
@@ -245,7 +248,6 @@ class Supervisor:
         fail where the file's connections have failed before.
         """
         keeper = entry.keeper
-        self._epochs[keeper.name] = keeper.epoch
         self._remove_left(keeper)
         if keeper.machine.state == "stopped" and self.entries.get(keeper.name) is entry:
             del self.entries[keeper.name]

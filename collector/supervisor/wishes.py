@@ -63,7 +63,9 @@ class Wishes:
         return wish
 
     async def _pass_on(self, wish: Wish, names: list[str], deadline: int) -> dict[str, Any]:
-        arguments = {"channels": names} | ({"reason": wish.reason} if wish.reason else {})
+        arguments: dict[str, Any] = {"channels": names} | ({"reason": wish.reason} if wish.reason else {})
+        if wish.op == "subscribe":
+            arguments["epoch"] = self._keeper.begin_epoch()
         was_heard = False
         try:
             answer = await self._keeper.ask(wish.op, arguments, deadline)

@@ -81,7 +81,7 @@ class Channels:
                 self._topics.leave(stream, time.time_ns())
         self._topics.end_restoring()
 
-    def take_up(self, names: list[str]) -> None:
+    def take_up(self, names: list[str], epoch: int) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.
 
         What was said to be `closed` on a topic must not be followed by data before it is said to be asked for.
@@ -90,7 +90,7 @@ class Channels:
         for feed in self._list_leaving():  # its unsubscribe is under way still: what was ends here
             if any(share_topic(feed.channel, channel) for channel in channels):
                 self._give_up(feed.channel.name, *UNSUBSCRIBED)
-        self._topics.begin_epoch(time.time_ns())
+        self._topics.begin_epoch(epoch)
         for feed in self.add(names):
             feed.adopt(self._topics.match(b""))
             self._statuses.tell_first(feed)

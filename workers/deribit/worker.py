@@ -190,7 +190,7 @@ class Worker(Listener):
 
     async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
-        self.channels.take_up(names)
+        self.channels.take_up(names, arguments["epoch"])
         return {"channels": await self.client.subscribe(names)}
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:

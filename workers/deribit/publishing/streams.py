@@ -130,7 +130,7 @@ class Stream(Route):
 class Topics:
     """All streams of one life, by topic. `epoch` is that of what this life has had from its start.
 
-    What is made later has the time of that as its epoch (see begin_epoch), and a topic that is left and taken up again
+    What is made later has the epoch that was begun last (see begin_epoch), and a topic that is left and taken up again
     has a new stream: by then another connection, which began later than this one, may have fed it.
     """
 
@@ -143,9 +143,9 @@ class Topics:
         self._left: dict[Stream, int] = {}
         self._earlier: dict[Stream, int] = {}
 
-    def begin_epoch(self, now: int) -> None:
-        """What is made from now on (ns) is newer than all that anybody has said on its topic."""
-        self._latest = max(self._latest, now)
+    def begin_epoch(self, epoch: int) -> None:
+        """What is made from now on has this epoch at least. The supervisor's is newer than all that anybody said."""
+        self._latest = max(self._latest, epoch)
 
     def find(self, kind: str, instrument: str, interval: str) -> Stream:
         """The stream of a topic, made at need. Raises Malformed for what cannot stand in a topic."""
@@ -210,7 +210,7 @@ class Topics:
             self.ledger.free_slot(stream.topic.decode())
             stream.slot = 0  # whoever holds it still must not write into another's place
         if expired:  # one that is spoken of once more counts anew
-            self.begin_epoch(now)
+            self.begin_epoch(max(stream.epoch for _, stream in expired) + 1)
         return [stream for _, stream in expired]
 
     def leave(self, stream: Stream, now: int, is_over: bool = False) -> None:
