@@ -47,6 +47,17 @@ def test_an_outage_is_nobodys_silence() -> None:
     assert rhythm.is_broken(end + 21 * SECOND)  # the hour away has not become a part of the rhythm
 
 
+def test_a_clock_that_is_set_back_takes_the_rhythm_along() -> None:
+    rhythm, hour = Rhythm(), 3600 * SECOND
+    last = beat(rhythm, 2 * hour, SECOND, SAMPLES + 1)
+    rhythm.look(last - hour)
+    assert not rhythm.is_broken(last - hour + QUIET)
+    assert rhythm.is_broken(last - hour + 21 * SECOND)
+    rhythm.restart(last - 2 * hour)  # set back once more, and the connection is a new one
+    rhythm.look(last - hour)  # nothing has come on it yet
+    assert rhythm.is_broken(last - 2 * hour + 21 * SECOND)
+
+
 def test_lag_that_lasts_is_told_and_rising_lag_is_hopeless() -> None:
     watch = LagWatch()
     for _ in range(LASTING - 1):

@@ -18,6 +18,7 @@ class Rhythm:
 
     def __init__(self) -> None:
         self._since = 0
+        self._looked = 0
         self._is_own = False
         self._mean = 0.0
         self._longest = 0
@@ -25,7 +26,10 @@ class Rhythm:
 
     def look(self, last_ts: int) -> None:
         """Take note of when it came last (0: never)."""
-        if last_ts <= self._since:
+        before, self._looked = self._looked, last_ts
+        if last_ts < before:  # the clock was set back
+            self.restart(last_ts)
+        if last_ts <= max(self._since, before):
             return
         if self._is_own:
             interval = last_ts - self._since

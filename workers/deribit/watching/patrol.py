@@ -67,7 +67,7 @@ class Patrol:
         self._whole = Rhythm()
         self._late = LagWatch()
         self._budget = Credits(RESYNCS, REFILL, time.monotonic())
-        self._reconnected = 0
+        self._reconnected = 0  # by a clock that may be set back
         self._was_lagging = False
         self._is_asking = False
         self._unrestored = 0
@@ -181,7 +181,7 @@ class Patrol:
                 self._statuses.tell(feed, *after)
 
     def _reconnect(self, now: int, reason: str) -> None:
-        if now - self._reconnected > RECONNECT_ONCE_IN:
+        if abs(now - self._reconnected) > RECONNECT_ONCE_IN:
             self._reconnected = now
             self._budget = Credits(RESYNCS, REFILL, time.monotonic())  # a new connection brings all books anew
             self._client.cut(reason)
@@ -190,7 +190,7 @@ class Patrol:
 
     def _judge_whole(self, now: int) -> None:
         self._whole.look(self.last_ts)
-        if self._whole.is_broken(now) and not self._is_asking and now - self._reconnected > RECONNECT_ONCE_IN:
+        if self._whole.is_broken(now) and not self._is_asking and abs(now - self._reconnected) > RECONNECT_ONCE_IN:
             self._client.spawn(self._reconnect_if_silent())
 
     async def _reconnect_if_silent(self) -> None:
@@ -209,7 +209,7 @@ class Patrol:
             feed.rhythm.look(feed.last_ts)
             if not feed.is_complete:
                 self._judge_waiting(feed)
-            elif feed.condition == ("stale", "mute") and feed.last_ts > feed.mute_since:
+            elif feed.condition == ("stale", "mute") and feed.last_ts != feed.mute_since:
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
                 mute.append(feed)
