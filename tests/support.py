@@ -27,6 +27,16 @@ def wait_until(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any
         time.sleep(0.01)
 
 
+@contextmanager
+def no_more_threads() -> Iterator[None]:
+    """The system refuses each further thread of this process: there is no memory for the stack that it asks for."""
+    before = threading.stack_size(1 << 62)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
 class Program:
     """One real process; its output is read line by line as it comes."""
 

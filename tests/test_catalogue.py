@@ -10,7 +10,7 @@ import pytest
 from collector import __version__
 from collector.planning.catalogue import Catalogue, Unreachable
 from tests.pipeline import exchange, find_port
-from tests.support import Program, running
+from tests.support import Program, no_more_threads, running
 
 RUDE = """
 import socket, sys, time
@@ -125,6 +125,14 @@ def test_nobody_there_names_the_host(url: str) -> None:
     catalogue = Catalogue(url, {}, 1.0)
     with pytest.raises(Unreachable, match=r"(127.0.0.1:9|\.invalid) cannot be reached \("):
         catalogue.read_all()
+
+
+def test_where_no_thread_can_be_started_another_attempt_may_help() -> None:
+    catalogue = Catalogue("ws://127.0.0.1:9/", {}, 1.0)
+    with no_more_threads(), pytest.raises(Unreachable, match="cannot be asked for"):
+        asyncio.run(catalogue.fetch())
+    with pytest.raises(Unreachable, match="cannot be reached"):
+        asyncio.run(catalogue.fetch())
 
 
 def test_an_instrument_that_cannot_be_is_no_request() -> None:

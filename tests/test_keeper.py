@@ -1,10 +1,14 @@
 """What a keeper makes of what its worker says, message by message."""
 
 import asyncio
+import socket
 import time
+
+import pytest
 
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
+from tests.support import no_more_threads
 
 
 def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_the_beat() -> None:
@@ -22,5 +26,24 @@ def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_th
         keeper._receive({"kind": "beat", "report": {"state": "live"}})
         await asyncio.wait_for(waiting, 20)
         assert keeper.is_live
+
+    asyncio.run(check())
+
+
+def test_a_worker_that_no_thread_can_start_is_started_again_later() -> None:
+    async def check() -> None:
+        spawner = Spawner()
+        keeper = Keeper("a", "deribit", 60.0, spawner, time.time_ns, lambda _: {})
+        ours, theirs = socket.socketpair()
+        with ours, no_more_threads():
+            keeping = asyncio.create_task(keeper.keep())
+            while keeper.state != "backoff" and not keeping.done():
+                await asyncio.sleep(0)
+            with pytest.raises(OSError, match="can't start new thread"):
+                await spawner.spawn("deribit", theirs)
+            assert ours.recv(1) == b""  # that child will not come when there is a thread again
+        keeper.stop()
+        await keeping
+        assert keeper.state == "closed"
 
     asyncio.run(check())

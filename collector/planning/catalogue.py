@@ -111,7 +111,10 @@ class Catalogue:
 
 
 async def _run_aside(work: Callable[[], Result]) -> Result:
-    """Run blocking work in a daemon thread; an executor's threads would be waited for at the end of the program."""
+    """Run blocking work in a daemon thread; an executor's threads would be waited for at the end of the program.
+
+    Raises Unreachable where the system allows no further thread.
+    """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[Result] = loop.create_future()
 
@@ -133,5 +136,8 @@ async def _run_aside(work: Callable[[], Result]) -> Result:
         with suppress(RuntimeError):  # the loop has ended meanwhile, nobody waits
             loop.call_soon_threadsafe(settle, result, caught)
 
-    threading.Thread(target=run, name="catalogue", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="catalogue", daemon=True).start()
+    except RuntimeError as error:
+        raise Unreachable(f"the list cannot be asked for ({error})") from None
     return await done

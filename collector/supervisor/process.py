@@ -60,7 +60,12 @@ class Spawner:
 
     async def spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
         """Start a child of that kind at one end of a link. Raises OSError or EOFError if the forkserver fails."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, self._spawn, kind, end)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, self._spawn, kind, end)
+        except RuntimeError as error:  # the thread cannot be started, and with the next one this child would come too
+            self._thread = ThreadPoolExecutor(1, "spawner")
+            end.close()
+            raise OSError(str(error)) from None
 
     def _spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
         self._spawning_since = time.monotonic()
