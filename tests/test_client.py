@@ -338,6 +338,25 @@ def test_endpoints_are_found_by_the_control_channel_also_later_ones(context: Any
         assert subscriber.endpoints == {endpoint_of(publisher), endpoint_of(second)}
 
 
+def test_between_two_questions_it_keeps_no_connection_to_the_supervisor(peer: Any, publisher: Any) -> None:
+    hung_up = peer.get_monitor_socket(zmq.EVENT_DISCONNECTED)
+
+    def answer() -> None:
+        envelope, _ = take_request(peer)
+        peer.send_multipart([*envelope, encode({"ok": True, "result": {"one": {"publish": endpoint_of(publisher)}}})])
+
+    started = in_thread(lambda: Subscriber(control=endpoint_of(peer)))
+    answer()
+    with started() as subscriber:
+        for _ in range(2):
+            assert hung_up.poll(10_000), "it is still connected"
+            hung_up.recv_multipart()
+            wait_until(lambda: subscriber._find_more() or peer.poll(0), "the next question")
+            answer()
+            wait_until(lambda: subscriber._find_more() or hung_up.poll(0), "the end of the connection")
+    peer.disable_monitor()
+
+
 def test_an_endpoint_that_is_named_no_more_is_left_once_all_of_it_is_read(peer: Any, publisher: Any) -> None:
     """Where the system chooses the port, a restarted collector has another, and a stranger may bind the one before."""
     one = {"one": {"publish": endpoint_of(publisher)}}

@@ -65,6 +65,7 @@ class Subscriber(OwnSocket):
         self._waiting: deque[Message] = deque()
         self._asked: dict[Topic, float] = {}
         self._finder: Control | None = None
+        self._is_asking = True  # as long as it is connected
         self._look_at = 0.0
         self._ask_at = 0.0
         self.socket.setsockopt(zmq.RCVHWM, queue)
@@ -76,6 +77,7 @@ class Subscriber(OwnSocket):
         if endpoints is None:
             self._finder = Control(control, timeout)
             self._find(self._finder.get_state())
+            self._hang_up(self._finder)
         else:
             self._connect([endpoints] if isinstance(endpoints, str) else endpoints)
 
@@ -181,12 +183,25 @@ class Subscriber(OwnSocket):
         self._look_at = now + LOOK_EVERY
         try:
             if self._finder.socket.poll(0):
-                self._find(decode_reply(self._finder.socket.recv(), MAX_REPLY))
+                reply = self._finder.socket.recv()
+                self._hang_up(self._finder)
+                self._find(decode_reply(reply, MAX_REPLY))
             elif now >= self._ask_at:
-                self._finder.send_request("get_state")
+                self._ask(self._finder)
                 self._ask_at = now + (FIND_EVERY if self.found else LOOK_EVERY)
         except (ControlError, ValueError):
             pass  # it is asked again
+
+    def _ask(self, finder: Control) -> None:
+        if not self._is_asking:
+            finder.socket.connect(finder.endpoint)
+        self._is_asking = True
+        finder.send_request("get_state")
+
+    def _hang_up(self, finder: Control) -> None:
+        """Hold no connection until the next question: a supervisor without a descriptor left is aborted by libzmq."""
+        finder.socket.disconnect(finder.endpoint)
+        self._is_asking = False
 
     def disconnect(self) -> None:
         """Leave all endpoints. The end of a `with` block does the same."""
