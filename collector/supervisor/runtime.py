@@ -18,8 +18,9 @@ log = logging.getLogger(__name__)
 MAX_FILES = 65_536
 """Open files that we ask the system for, at most: what is usual (1,024) is meant for programs that use select(2)."""
 
-FILES, FILES_EACH = 32, 4
-"""Open files of a supervisor (some 20, and a few clients of its control endpoint), and for each of its workers."""
+FILES, FILES_EACH = 256, 4
+"""Open files of a supervisor (some 20, and all clients of its control endpoint: libzmq aborts the program that has none
+left for one more), and for each of its workers."""
 
 
 EPOCH_AT = 11
