@@ -70,13 +70,17 @@ def test_the_start_says_what_runs_where_and_how_to_stop() -> None:
         assert run.program.out == []
 
 
-def test_a_killed_worker_is_replaced_and_its_restart_counted() -> None:
-    with collected() as run:
+def test_a_killed_worker_is_replaced_where_its_subscribers_wait_and_its_restart_counted() -> None:
+    with collected({"a": {**QUICK, "publish": "tcp://127.0.0.1:*"}}) as run:
         before = run.wait_state("a")
-        psutil.Process(before["pid"]).kill()
-        after = run.wait_state("a", restarts=1)
-        assert after["pid"] != before["pid"]
-        assert after["epoch"] > before["epoch"]
+        with subscribed(before["publish"]) as subscriber:
+            subscriber.wait_for("deribit.quote.", type="quote")
+            psutil.Process(before["pid"]).kill()
+            after = run.wait_state("a", restarts=1)
+            assert after["pid"] != before["pid"]
+            assert after["epoch"] > before["epoch"]
+            assert after["publish"] == before["publish"]
+            subscriber.wait_for("deribit.quote.", type="gap", reason="restart", epoch=after["epoch"])
         run.program.wait_line(r"a: killed by SIGKILL; started again in", stream="err")
 
 

@@ -194,7 +194,8 @@ class Supervisor:
         login = self._read_login(connection)
         entry.wishes.note_spec()
         return self._build_spec(keeper) | {
-            "connection": connection.to_map() | {"url": self.resolve_url(connection)},
+            # At `*` too it comes back where its subscribers wait: else they would never hear that messages were lost.
+            "connection": connection.to_map() | {"url": self.resolve_url(connection), "publish": entry.bound},
             "channels": list(entry.channels),
             "follow": entry.follower is not None,
             "pool": self._find_pool(connection),
