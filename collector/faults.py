@@ -114,6 +114,10 @@ TABLE = {fault.name: fault for fault in (*CONNECTION_FAULTS, *EXCHANGE_FAULTS)}
 _WORDS = ("METHOD", "CHANNEL")
 FOREVER = float("inf")
 
+_MOST = 10**9
+_BOUNDS = {"refuse": (200, 599), "close": (0, 4999)} | dict.fromkeys(("clock", "error", "ban"), (-_MOST, _MOST))
+"""What the number of a fault may be, if not 0 to _MOST: an HTTP status, a code of RFC 6455, what has a sign."""
+
 
 class Setting(NamedTuple):
     """The argument of one fault: what stood before `=` or `@` as text or number, and the numbers behind them."""
@@ -165,7 +169,7 @@ def parse_faults(text: str, where: str = "connection") -> Faults:
             raise ValueError(f"no fault {name[:40]!r}; {_suggest(name)}")
         if fault in EXCHANGE_FAULTS and where == "connection":
             raise ValueError(f"fault {name!r} is for the whole exchange: give it to the exchange, not in the URL")
-        faults.add(name, _read_argument(fault, argument))
+        faults.add(name, _check_bounds(fault, _read_argument(fault, argument)))
     return faults
 
 
@@ -190,6 +194,8 @@ def _read_argument(fault: Fault, argument: str) -> Setting:
         if not left or (at and "@" not in fault.form):
             raise ValueError
         later = float(at or default_at or FOREVER)
+        if not later >= 0:  # nan, too
+            raise ValueError
         if "=" in form_left:
             text, _, value = left.partition("=")
             return Setting(text, float(value), later)
@@ -198,6 +204,13 @@ def _read_argument(fault: Fault, argument: str) -> Setting:
         return Setting("", float(left), later)
     except ValueError:
         raise ValueError(f"fault {fault.name!r}: {argument[:60]!r} does not have the form {form}") from None
+
+
+def _check_bounds(fault: Fault, setting: Setting) -> Setting:
+    low, high = _BOUNDS.get(fault.name, (0, _MOST))
+    if not low <= setting.value <= high:  # nan, too
+        raise ValueError(f"fault {fault.name!r}: {setting.value:g} is out of range; write {low} to {high}")
+    return setting
 
 
 def list_faults() -> str:

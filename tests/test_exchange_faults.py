@@ -65,6 +65,9 @@ def test_the_table_is_printed_and_every_default_can_be_read() -> None:
         ("first", "the form first:N"),
         ("error:public/auth", "the form error:METHOD=CODE@TIMES"), ("ban:1@2", "the form ban:CODE"),
         ("429:5", "takes no argument"), ("listing:5", "is for the whole exchange"),
+        ("gap:nan", "'gap': nan is out of range; write 0 to 1000000000"), ("flood:inf", "'flood': inf is out of"),
+        ("reset:-1", "-1 is out of range"), ("error:*=1e400", "inf is out of"), ("close:99999@1", "write 0 to 4999"),
+        ("refuse:99", "write 200 to 599"), ("gap:5@nan", "the form gap:RATE@TIMES"), ("lag:8@-1", "the form lag:"),
     ],
 )  # fmt: skip
 def test_faults_that_cannot_be_read_are_refused_in_one_line(url: str, text: str, words: str) -> None:
