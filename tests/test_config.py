@@ -374,11 +374,15 @@ REFUSED: dict[str, tuple[str, str]] = {
     "secret outside": ('client_secret = "hUsh"\n' + HEAD, f"desk.toml: client_secret: {SECRETS}"),
     "table of secrets": ('[secrets]\nx = "hUsh"\n' + HEAD, f"desk.toml: secrets: {SECRETS}"),
     "header": (HEAD + 'headers = { Authorization = "Bearer hUsh" }', f"a: headers: Authorization: {SECRETS}"),
+    "header with dashes": (HEAD + 'headers = { X-API-Key = "hUsh" }', f"a: headers: X-API-Key: {SECRETS}"),
+    "login in headers": (HEAD + 'headers = { CF-Access-Client-Id = "hUsh" }', f"CF-Access-Client-Id: {SECRETS}"),
+    "private key": (HEAD + 'headers = { Private-Key = "hUsh" }', f"a: headers: Private-Key: {SECRETS}"),
     "secret in the url": (
         HEAD.replace("wss://", "wss://anna:hUsh@"),
         "url: a user or password stands before the host; ",
     ),
     "token in the url": (HEAD.replace("v2", "v2?access_token=hUsh"), f"[[connection]] a: url: {SECRETS}"),
+    "key in the url": (HEAD.replace("v2", "v2?api-key=hUsh"), f"[[connection]] a: url: {SECRETS}"),
     # URL and headers
     "scheme": (HEAD.replace("wss", "https"), "url begins with https://; write wss://www.deribit.com/ws/api/v2"),
     "scheme at home": (

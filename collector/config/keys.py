@@ -86,7 +86,7 @@ _DEFAULT_WORDS = {
 }
 
 _SECRET = re.compile(
-    r"secret|passw|passphrase|api_?key|token|client_?id|private_?key|signature|cookie|authorization", re.I
+    r"secret|passw|passphrase|api[-_]?key|token|client[-_]?id|private[-_]?key|signature|cookie|authorization", re.I
 )
 SECRET_ADVICE = (
     "secrets do not belong in the file; put them in the environment as DERIBIT_CLIENT_ID and DERIBIT_CLIENT_SECRET "
