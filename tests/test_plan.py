@@ -23,6 +23,7 @@ from collector.planning.plan import Listing, make_plan, plan_calls
 from tests.pipeline import exchange, find_port
 from tests.support import REPOSITORY, collector
 from workers.deribit.connection.bootstrap import STEPS, Moment
+from workers.deribit.connection.subscriptions import Subscriptions
 
 METHOD = "public/subscribe"
 CHANNELS = st.lists(st.text("ABC-123.", min_size=1, max_size=200), max_size=300)
@@ -55,9 +56,14 @@ def test_long_names_are_cut_by_bytes_and_short_ones_by_count() -> None:
     assert len(chunks) == 4
 
 
-def test_private_channels_are_asked_for_by_a_call_of_their_own() -> None:
-    calls = list(plan_calls(["user.portfolio.any", "quote.X", "user.lock"]))
-    assert [(call.method, call.channels) for call in calls] == [("public/subscribe", 1), ("private/subscribe", 2)]
+def test_what_needs_a_login_is_asked_for_after_it_by_calls_of_its_own_as_a_worker_does() -> None:
+    names = ["user.portfolio.any", "book.X.raw", "quote.X", "user.lock"]
+    calls = [(call.method, call.channels) for call in plan_calls(names)]
+    assert calls == [("public/subscribe", 1), ("public/subscribe", 1), ("private/subscribe", 2)]
+    worker = Subscriptions()
+    worker.ask(names)
+    sent = worker.plan_calls(logged_in=False, awaits_login=True) + worker.plan_calls(logged_in=True)
+    assert [(call.method, len(call.channels)) for call in sent] == calls
 
 
 def write_file(folder: Path, text: str) -> str:

@@ -168,11 +168,14 @@ def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> Planne
 
 
 def plan_calls(channels: Iterable[str]) -> Iterable[Call]:
-    """Cut channels into the subscribe calls that ask for them, public ones first."""
-    by_method: dict[str, list[str]] = {"public/subscribe": [], "private/subscribe": []}
+    """Cut channels into the subscribe calls that ask for them: before the login for those that need none."""
+    groups: dict[tuple[bool, str], list[str]] = {
+        (False, "public/subscribe"): [], (True, "public/subscribe"): [], (True, "private/subscribe"): [],
+    }  # fmt: skip
     for name in channels:
-        by_method["private/subscribe" if parse_channel(name).is_private else "public/subscribe"].append(name)
-    for method, names in by_method.items():
+        channel = parse_channel(name)
+        groups[channel.needs_login, "private/subscribe" if channel.is_private else "public/subscribe"].append(name)
+    for (_, method), names in groups.items():
         for chunk in chunk_channels(names, method):
             yield Call(method, len(chunk), measure_call(chunk, method))
 
