@@ -445,6 +445,16 @@ def test_patterns_are_not_taken_for_channels(shared: Collected, op: str) -> None
     shared.ask("unsubscribe", connection="a", channels=channels[2:])
 
 
+def test_channels_that_need_a_login_are_refused_without_one_as_in_the_file(shared: Collected) -> None:
+    private, raw = channels = ["user.orders.any.any.raw", "book.ETH-PERPETUAL.raw"]
+    answer = shared.ask("subscribe", connection="a", channels=channels)["channels"]
+    assert answer == {
+        private: {"code": "bad_request", "message": f"{private} is private; write credentials = ... or leave it out"},
+        raw: {"code": "bad_request", "message": f"{raw} needs a login; write {raw[:-3]}100ms, or credentials = ..."},
+    }
+    assert not {*channels} & {*shared.get_state("a")["channels"]["asked"]}
+
+
 # connect and close
 
 

@@ -281,10 +281,9 @@ def _check_channel(name: str, login: bool, where: str) -> None:
     try:
         check_family(name)
         channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
+        check_login(channel, name, login)
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
-    if channel.needs_login and not login:
-        raise ConfigError(f"{where}: {_explain_login(channel, name)}")
 
 
 def check_family(name: str) -> None:
@@ -294,10 +293,13 @@ def check_family(name: str) -> None:
         raise ValueError(f"{show(name)}: no channels are called {show(family)}; did you mean {meant}?")
 
 
-def _explain_login(channel: Channel, written: str) -> str:
+def check_login(channel: Channel, written: str, login: bool) -> None:
+    """Raise ValueError for a channel that needs a login where there is none."""
+    if login or not channel.needs_login:
+        return
     if channel.is_private:
-        return f"{written} is private; write credentials = ... or leave it out"
-    return f"{written} needs a login; write {written[:-3]}100ms, or credentials = ..."
+        raise ValueError(f"{written} is private; write credentials = ... or leave it out")
+    raise ValueError(f"{written} needs a login; write {written[:-3]}100ms, or credentials = ...")
 
 
 def _check_sending(values: Mapping[str, Any], where: str) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from collector.channels import LISTINGS, Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
 from collector.config.patterns import is_pattern
-from collector.config.reader import check_family
+from collector.config.reader import check_family, check_login
 from collector.config.urls import hide_secrets
 from collector.lifecycle import Exit
 from collector.limits import MAX_FRAME
@@ -170,7 +170,7 @@ class Commands:
         places = Places(self._entries.values())
         for name in asked:
             try:
-                places.place(entry.keeper.name, _read_channel(name))
+                places.place(entry.keeper.name, _read_channel(name, bool(entry.connection.credentials)))
                 if name not in entry.channels and len(entry.channels) >= MAX_ON_ONE:
                     raise ValueError(f"{MAX_ON_ONE} channels are asked for on {entry.keeper.name} already")
             except ValueError as error:
@@ -239,11 +239,13 @@ def _find_hindrance(entry: Entry, name: str) -> str:
     return "the patterns of this connection need it" if entry.follower and name in LISTINGS else ""
 
 
-def _read_channel(name: str) -> Channel:
+def _read_channel(name: str, login: bool) -> Channel:
     if is_pattern(name):
         raise ValueError(NO_PATTERNS)
     check_family(name)
-    return parse_channel(name)
+    channel = parse_channel(name)
+    check_login(channel, name, login)
+    return channel
 
 
 def is_sendable(method: str, allowed: Iterable[str]) -> bool:
