@@ -533,6 +533,9 @@ def test_a_worker_that_does_not_close_in_time_is_killed_and_its_name_is_free_aga
         psutil.Process(run.wait_state("a")["pid"]).suspend()
         error = run.refuse("close", connection="a", deadline=time.time_ns() + 300_000_000)
         assert (error.code, "still closing" in error.message) == ("timeout", True)
+        for op in ("subscribe", "unsubscribe"):
+            error = run.refuse(op, connection="a", channels=["quote.ETH-PERPETUAL"])
+            assert (error.code, "a is being closed" in error.message) == ("not_connected", True)
         wait_until(lambda: list(run.ask("get_state")) == ["b"], "the end of a")
         assert run.ask("connect", connection={**QUICK, "name": "a"})["state"] == "live"
 
@@ -556,6 +559,7 @@ def test_a_connect_while_the_collector_stops_is_refused_at_once_and_does_not_kee
         run.program.wait_line("SIGINT: stopping")
         error = run.refuse("connect", connection={**QUICK, "name": "b", "channels": []})
         assert (error.code, error.message) == ("not_connected", "the collector is stopping")
+        assert "a is being closed" in run.refuse("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"]).message
         assert time.monotonic() - asked < 2.0
         assert run.program.wait_exit() == 0
         assert time.monotonic() - asked < 5.5

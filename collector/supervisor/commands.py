@@ -65,10 +65,13 @@ class Commands:
         return entry
 
     def _find_lasting(self, name: str | None) -> Entry:
-        """One that is not over: what is wished of it will be carried out."""
+        """One that is not over, nor about to be: what is wished of it will be carried out."""
         entry = self._find(name)
-        if entry.keeper.is_over:
-            raise ControlError("not_connected", f"{name} has ended for good ({entry.keeper.state}); connect it anew")
+        keeper = entry.keeper
+        if keeper.is_over:
+            raise ControlError("not_connected", f"{name} has ended for good ({keeper.state}); connect it anew")
+        if keeper.is_stopping:
+            raise ControlError("not_connected", f"{name} is being closed; connect it anew once it has ended")
         return entry
 
     # connect and close

@@ -104,9 +104,14 @@ class Keeper:
         return self.machine.state == "running" and self.state == "live"
 
     @property
+    def is_stopping(self) -> bool:
+        """Whether it was asked to end: no wish will be carried out any more."""
+        return self._stopping.is_set()
+
+    @property
     def is_over(self) -> bool:
         """Whether there will be no other life."""
-        stopped = self._stopping.is_set() and self.machine.state == "stopped"
+        stopped = self.is_stopping and self.machine.state == "stopped"
         return stopped or self.machine.state == "failed"
 
     @property
