@@ -702,3 +702,20 @@ def test_watch_shows_readable_messages_and_ends_with_the_rest() -> None:
         run.program.wait_line(r"quote\s+BTC-PERPETUAL", stream="out")
         assert run.stop() == 0
         run.wait_gone()
+
+
+def test_watch_whose_reader_has_gone_ends_with_0() -> None:
+    with short_directory() as directory:
+        config = write_config(directory, {"a": QUICK}, exchange={})
+        command = 'set -o pipefail; "$@" | sed -u "/quote/q"'
+        program = collector("run", str(config), "--watch")
+        with running("bash", "-c", command, "bash", *program, env={"PYTHONUNBUFFERED": ""}) as shell:
+            shell.wait_line("quote +BTC-PERPETUAL", stream="out")
+            worker = psutil.Process(int(shell.wait_line(r"a: ready, pid (\d+)")[1]))
+
+            def count_ends() -> int:
+                return sum(str(each.laddr).endswith("/a.pub") for each in worker.net_connections("unix"))
+
+            wait_until(lambda: count_ends() == 1, "the end of the view: only who listens is left")
+            os.kill(int(shell.wait_line(r"SIGTERM to pid (\d+)")[1]), signal.SIGINT)
+            assert shell.wait_exit() == 0, shell.text()

@@ -76,8 +76,13 @@ def exit_unread() -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still to be written would fail once more at the end
+        drop_output()
         sys.exit(0)
+
+
+def drop_output() -> None:
+    """Write no more to a reader that has gone: what is still to be written would fail once more at the end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
 
 
 @contextmanager

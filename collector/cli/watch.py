@@ -6,6 +6,7 @@ import threading
 from collections import deque
 from typing import TextIO
 
+from collector.cli.options import drop_output
 from collector.cli.tail import choose_view, draw_live, read
 from collector.client.subscriber import Subscriber
 from collector.messages import ControlError
@@ -42,8 +43,8 @@ def watch(control: str, stop: threading.Event) -> None:
                 choose_view()(subscriber, read(subscriber, stop=stop), NOTES)
         except ControlError:
             stop.wait(0.05)  # not up yet
-        except OSError:
-            return  # nobody reads our output any more
+        except OSError:  # nobody reads our output any more
+            return drop_output()
 
 
 class HeldLog:
