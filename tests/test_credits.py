@@ -241,3 +241,12 @@ def test_connections_that_start_or_come_back_together_share_their_credits() -> N
         check_pace(run, killed)
         assert run.stop() == 0
         assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
+
+
+def test_one_account_under_two_names_has_one_pool() -> None:
+    logins = {name: {**QUICK, "credentials": name.upper(), "channels": []} for name in ("one", "two")}
+    secrets = {f"{name.upper()}_CLIENT_{part}": "practice" for name in logins for part in ("ID", "SECRET")}
+    with collected(logins, env=secrets) as run:
+        for name in logins:
+            run.wait_state(name, authenticated=True)
+        assert {path.name for path in run.runtime_dir.glob("credits-*")} == {"credits-1.calls", "credits-1.subscribe"}

@@ -98,7 +98,7 @@ def test_a_plan_counts_calls_time_and_login(tmp_path: Path) -> None:
 
 
 def test_connections_with_other_keys_draw_on_other_pools(tmp_path: Path) -> None:
-    environ = {f"{who}_CLIENT_{part}": "x" for who in ("ANNA", "BERT") for part in ("ID", "SECRET")}
+    environ = {f"{who}_CLIENT_{part}": who for who in ("ANNA", "BERT") for part in ("ID", "SECRET")}
     text = "".join(
         write_connection(who.lower(), [f"quote.{who}"], f'credentials = "{who}"') for who in ("ANNA", "BERT")
     ) + write_connection("none", [])
@@ -109,6 +109,17 @@ def test_connections_with_other_keys_draw_on_other_pools(tmp_path: Path) -> None
     plain = Moment(None, 30.0, False, 0, "")
     assert set(plan.connections[2].bootstrap) == {step.method for step in STEPS if step.applies(plain)}
     assert any(note.startswith("none has no channels") for note in plan.notes)
+
+
+def test_one_key_at_one_host_is_one_pool_however_they_are_written(tmp_path: Path) -> None:
+    environ = {"ANNA_CLIENT_ID": "x", "ANNA_CLIENT_SECRET": "x", "BERT_CLIENT_ID": "x", "BERT_CLIENT_SECRET": "y"}
+    text = write_connection("anna", [], 'credentials = "ANNA"')
+    text += write_connection("bert", [], 'credentials = "BERT"').replace("www.deribit.com", "WWW.deribit.com:443")
+    text += write_connection("port", [], 'credentials = "BERT"').replace("www.deribit.com", "www.deribit.com:80")
+    plan = make_plan(load_config(write_file(tmp_path, text), environ))
+    assert [(pool.host, pool.login, pool.connections) for pool in plan.pools] == [
+        ("www.deribit.com", "ANNA, BERT", ("anna", "bert")), ("www.deribit.com:80", "BERT", ("port",)),
+    ]  # fmt: skip
 
 
 def run_plan(*arguments: str) -> "subprocess.CompletedProcess[str]":

@@ -69,6 +69,14 @@ def _check_parts(url: str, login: bool, where: str) -> None:
         raise ConfigError(f"{where} has no path; write {parts.scheme}://{host}/ws/api/v2")
 
 
+def name_host(url: str) -> str:
+    """The host of a checked URL in one spelling, with the port if it is not the usual one."""
+    from urllib.parse import urlsplit  # as above
+
+    parts = urlsplit(url)
+    return parts.netloc.lower().removesuffix(":443" if parts.scheme == "wss" else ":80") or PRACTICE
+
+
 def hide_secrets(url: str) -> str:
     """A URL as it may be shown: without user, password, or query (but for the practice exchange's faults)."""
     from urllib.parse import urlsplit, urlunsplit  # as above

@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from collector.channels import LISTINGS, parse_channel
-from collector.config import Config, ConfigError, Connection, check_together
+from collector.config import Config, ConfigError, Connection, Credentials, check_together
 from collector.config.patterns import Instrument, hint_capitals
+from collector.config.urls import name_host
 from collector.limits import (
     CALL_BURST,
     CALL_COST,
@@ -110,7 +111,7 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
         _plan_connection(shard, LISTINGS if connection.patterns else ())
         for connection, found in expanded for shard in found.shards
     )  # fmt: skip
-    pools = tuple(_plan_pools(connections))
+    pools = tuple(_plan_pools(connections, config.secrets))
     notes = _find_notes(connections, pools, {each.connection for each in patterns})
     return Plan(
         path=str(config.path),
@@ -193,19 +194,17 @@ def _list_bootstrap(connection: Connection) -> tuple[str, ...]:
     return (*login, *BOOTSTRAP, *cancel)
 
 
-def _plan_pools(connections: Iterable[PlannedConnection]) -> Iterable[Pool]:
+def _plan_pools(connections: Iterable[PlannedConnection], secrets: Mapping[str, Credentials]) -> Iterable[Pool]:
     members: dict[tuple[str, str], list[PlannedConnection]] = defaultdict(list)
     for connection in connections:
-        members[_find_host(connection.url), connection.login].append(connection)
-    for (host, login), group in members.items():
+        client_id = secrets[connection.login].client_id if connection.login else ""
+        members[name_host(connection.url), client_id].append(connection)
+    for (host, _), group in members.items():
+        login = ", ".join(dict.fromkeys(connection.login for connection in group))
         calls = sum(len(connection.calls) for connection in group)
         others = sum(len(connection.bootstrap) for connection in group)
         seconds = max(estimate_seconds(calls), estimate_seconds(others, CALL_COST, CALL_BURST, CALL_REFILL))
         yield Pool(host, login, tuple(connection.name for connection in group), calls, seconds)
-
-
-def _find_host(url: str) -> str:
-    return url.partition("?")[0].partition("://")[2].partition("/")[0] or "practice"
 
 
 def _find_notes(

@@ -11,6 +11,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from collector.config import Config, Connection, Credentials, check_together
+from collector.config.urls import name_host
 from collector.lifecycle import Exit
 from collector.sockets import remove_socket
 from collector.supervisor.follower import Follower
@@ -66,7 +67,7 @@ class Supervisor:
         self._log_level = log_level
         self._begin_epoch = begin_epoch
         self._spawner = Spawner()
-        self._pools: dict[tuple[str, str | None], int] = {}
+        self._pools: dict[tuple[str, str], int] = {}
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
@@ -198,7 +199,7 @@ class Supervisor:
             "connection": connection.to_map() | {"url": self.resolve_url(connection), "publish": entry.bound},
             "channels": list(entry.channels),
             "follow": entry.follower is not None,
-            "pool": self._find_pool(connection),
+            "pool": self._find_pool(connection, login),
             "credentials": {"client_id": login.client_id, "client_secret": login.client_secret} if login else None,
         }
 
@@ -214,10 +215,10 @@ class Supervisor:
         self._logins[connection.credentials] = login
         return login
 
-    def _find_pool(self, connection: Connection) -> str:
+    def _find_pool(self, connection: Connection, login: Credentials | None) -> str:
         """Where the credits lie that a connection shares with all that use the same key (or none) at the same host."""
-        host = urlsplit(self.resolve_url(connection)).netloc
-        number = self._pools.setdefault((host, connection.credentials), len(self._pools) + 1)
+        place = name_host(self.resolve_url(connection)), login.client_id if login else ""
+        number = self._pools.setdefault(place, len(self._pools) + 1)
         return str(self.config.runtime_dir / f"credits-{number}")
 
     def _remove_pools(self) -> None:
