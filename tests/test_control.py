@@ -363,9 +363,9 @@ def test_a_wish_while_there_is_no_worker_is_kept() -> None:
         run.wait_state("a", "backoff", pid=None)
         answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])
         assert answer["channels"]["quote.ETH-PERPETUAL"]["code"] == "not_connected"
-        assert "quote.ETH-PERPETUAL" in run.get_state("a")["channels"]["asked"]
-        run.wait_state("a", restarts=1)
         wanted = ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]
+        assert run.get_state("a")["channels"] == {"asked": wanted, "confirmed": [], "refused": {}}
+        run.wait_state("a", restarts=1)
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == wanted, "both channels")
 
 

@@ -151,7 +151,7 @@ class Commands:
             "publish": entry.bound,
         }
         if keeper.machine.state != "running":
-            channels = {"asked": list(entry.channels), "confirmed": []}
+            channels = {"asked": list(entry.channels), "confirmed": [], "refused": {}}
             now = {"authenticated": False, "channels": channels, "rate": 0.0, "cpu": 0.0, "memory": 0}
         else:
             now = {key: theirs[key] for key in ("state", "since") if key in theirs}
