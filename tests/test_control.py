@@ -217,6 +217,7 @@ def test_the_exchanges_error_comes_through_unchanged(shared: Collected) -> None:
     [
         "private/buy", "private/logout", "public/subscribe", "public/unsubscribe_all", "public/auth",
         "public/set_heartbeat", "private/subscribe", "public/get_time ", "PUBLIC/test", "public/../private/buy", "",
+        "public/" + "x" * 101, "private/get_" + "x" * 101, "private/get_",
     ],
 )  # fmt: skip
 def test_other_methods_are_forbidden(shared: Collected, method: str) -> None:

@@ -29,7 +29,7 @@ MAX_ON_ONE = 20_000
 
 NO_PATTERNS = "patterns stand in the file, or in the table of connect; here channels are named one by one"
 
-_SENDABLE = re.compile(r"(public/[a-z0-9_]+|private/get_[a-z0-9_]*)\Z")
+_SENDABLE = re.compile(r"(public/|private/get_)[a-z0-9_]{1,100}\Z")
 
 UNSENDABLE = frozenset(
     {
