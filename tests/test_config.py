@@ -204,6 +204,8 @@ REFUSED: dict[str, tuple[str, str]] = {
         "has no such port; write 1 to 65535, or * for any free",
     ),
     "no such address": (HEAD + 'publish = "tcp://127.0.0.999:5"', "listens beyond this machine,"),
+    "leading zero": (HEAD + 'publish = "tcp://127.0.0.01:5"', "listens beyond this machine,"),
+    "other digits": (HEAD + 'publish = "tcp://127.0.0.١:5"', "listens beyond this machine,"),
     "no endpoint": (
         HEAD + 'publish = "127.0.0.1:5601"',
         "publish 127.0.0.1:5601 is no endpoint to listen on; write tcp://127.0.0.1:5601",

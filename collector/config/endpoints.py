@@ -8,7 +8,7 @@ from typing import NamedTuple
 MAX_IPC_PATH = 107 if sys.platform == "linux" else 103
 """Bytes of a Unix socket's path: sockaddr_un holds one more, the final zero (108 on Linux, 104 elsewhere)."""
 
-_LOOPBACK = re.compile(r"127\.(?:\d{1,3})\.(?:\d{1,3})\.(?:\d{1,3})\Z")
+_LOOPBACK = re.compile(r"127(?:\.(?:0|[1-9][0-9]{0,2})){3}\Z")
 _TCP = re.compile(r"(?P<host>\[[^\]]*\]|[^:\[\]]*):(?P<port>[0-9]{1,6}|\*)\Z", re.ASCII)
 
 
