@@ -17,6 +17,7 @@ import zmq
 
 from collector.messages import ControlError, decode_reply, encode
 from collector.supervisor.commands import explain_forbidden, is_sendable
+from collector.supervisor.control import MAX_PENDING
 from tests.collected import MANY, QUICK, Collected, collected, held_at_start
 from tests.support import wait_until
 
@@ -293,6 +294,19 @@ def test_more_requests_than_a_worker_may_owe_are_refused_at_once() -> None:
         codes = [read_code(client.recv_multipart()[-1]) for _ in range(10)]
         assert codes == ["not_connected"] * 10
         assert "version" in run.ask("send", connection="a", method="public/test")
+
+
+def test_more_requests_than_are_worked_on_at_a_time_are_refused_at_once_and_that_is_logged_once() -> None:
+    close = encode({"op": "close", "connection": "a"})
+    with collected({"a": QUICK, "b": QUICK | {"channels": []}}) as run, connected(run) as client:
+        psutil.Process(run.wait_state("a")["pid"]).suspend()  # else it would be closed before there are so many
+        for _ in range(MAX_PENDING + 20):
+            client.send_multipart([b"", close])
+        codes = [read_code(client.recv_multipart()[-1]) for _ in range(20)]
+        assert codes == ["internal"] * 20
+        run.program.wait_line(f"WARNING supervisor: {MAX_PENDING} control requests are waiting", stream="err")
+        assert run.program.text().count("control requests are waiting") == 1
+        assert read_code(client.recv_multipart()[-1]) == "ok"
 
 
 def test_an_old_request_is_never_carried_out_by_a_worker_that_was_stopped() -> None:
