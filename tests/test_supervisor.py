@@ -84,6 +84,26 @@ def test_a_killed_worker_is_replaced_where_its_subscribers_wait_and_its_restart_
         run.program.wait_line(r"a: killed by SIGKILL; started again in", stream="err")
 
 
+def test_a_free_port_that_another_program_took_meanwhile_is_left_to_it() -> None:
+    with collected({"a": {**QUICK, "publish": "tcp://127.0.0.1:*", "retry_delay": 1}}) as run, socket.socket() as other:
+        before = run.wait_state("a")
+        place = ("127.0.0.1", int(before["publish"].rpartition(":")[2]))
+
+        def take() -> bool:
+            with suppress(OSError):
+                other.bind(place)
+                other.listen()
+                return True
+            return False
+
+        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        psutil.Process(before["pid"]).kill()
+        wait_until(take, "the port, before the next worker has it")
+        after = run.wait_state("a", restarts=2)
+        assert after["publish"].startswith("tcp://127.0.0.1:")
+        assert after["publish"] != before["publish"]
+
+
 def test_state_says_that_the_worker_was_killed_until_it_lives_again() -> None:
     with collected({"a": {**QUICK, "retry_delay": 4}}) as run:
         before = run.wait_state("a")

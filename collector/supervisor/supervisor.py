@@ -194,9 +194,10 @@ class Supervisor:
         connection = entry.connection
         login = self._read_login(connection)
         entry.wishes.note_spec()
+        # At `*` too it comes back where its subscribers wait: else they would never hear that messages were lost.
+        publish = connection.publish if keeper.exit_code == Exit.BAD_SPEC else entry.bound  # it may be another's by now
         return self._build_spec(keeper) | {
-            # At `*` too it comes back where its subscribers wait: else they would never hear that messages were lost.
-            "connection": connection.to_map() | {"url": self.resolve_url(connection), "publish": entry.bound},
+            "connection": connection.to_map() | {"url": self.resolve_url(connection), "publish": publish},
             "channels": list(entry.channels),
             "follow": entry.follower is not None,
             "pool": self._find_pool(connection, login),
