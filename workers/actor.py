@@ -14,7 +14,6 @@ import resource
 import select
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -73,8 +72,8 @@ def main(kind: str, end: socket.socket) -> None:
     _watch_lifeline(end)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
         code = runner.run(_live(kind, end))
-    logging.shutdown()
-    sys.exit(int(code))
+        logging.shutdown()
+        os._exit(int(code))  # to close the loop is to wait for its threads; a name that nobody resolves holds one long
 
 
 async def _live(kind: str, end: socket.socket) -> Exit:
