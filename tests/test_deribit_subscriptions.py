@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from collector.lifecycle import Exit
 from collector.limits import MAX_CHANNELS, MAX_FRAME, Credits
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
 from tests.exchange_client import exchange, get
@@ -312,6 +313,20 @@ async def test_what_was_refused_gets_another_chance_after_a_while(practice: str)
         client._chance_at = 0.0  # the while is over
         await wait_for(lambda: QUOTE in client.reconciler.subscriptions.confirmed, "the channel")
         assert (list(ear.refused), client.reconnects) == ([QUOTE], 0)
+
+
+@pytest.mark.parametrize("code", [11098, 12005])
+@pytest.mark.parametrize("channels", [[QUOTE, TICKER], []])
+@in_loop
+async def test_a_ban_that_a_subscribe_is_answered_with_ends_it(practice: str, code: int, channels: list[str]) -> None:
+    """Also where it is a wish of later on: who asked is told that it is kept."""
+    fault = f"error:public/subscribe={code}"
+    async with connected(practice, fault, channels=channels, live=not channels) as (client, ear):
+        kept = {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
+        assert await client.subscribe([QUOTE, TICKER]) == {QUOTE: kept, TICKER: kept}
+        await wait_for(lambda: ear.find("failed"), "the end", 5)
+        assert (client.exit, client.attempts, ear.refused) == (Exit.BANNED, 1, {})
+        assert ear.find("failed")[0].startswith(f"public/subscribe: {code}")
 
 
 @pytest.mark.parametrize("times", [1, 3])

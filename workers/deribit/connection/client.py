@@ -160,7 +160,7 @@ class Client:
     async def _settle(self, channels: list[str]) -> None:
         self._raise_failure()
         if self.machine.state == "live":
-            with suppress(Lost):  # what came to nothing now is done by the upkeep, or by the next bootstrap
+            with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
                 await self.reconciler.settle(channels)
 
     def get_state(self) -> dict[str, Any]:

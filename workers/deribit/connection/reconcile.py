@@ -6,12 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from collector.channels import has_expired
+from collector.lifecycle import Exit
 from collector.limits import SUBSCRIBE_COST, Credits
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
 from workers.deribit.connection.together import do_together
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
 
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
@@ -53,7 +54,7 @@ class Reconciler:
         self._answered = asyncio.Event()
 
     async def settle(self, names: list[str]) -> None:
-        """Reconcile until these are confirmed or refused, also where others have asked for them. Raises Lost."""
+        """Reconcile until these are confirmed or refused, whoever has asked for them. Raises Lost or Refused."""
         ended = self._ended
         await self.reconcile()
         while self.subscriptions.is_any_in_flight(names):
@@ -63,13 +64,13 @@ class Reconciler:
             await self.reconcile()
 
     async def reconcile(self) -> None:
-        """Ask until nothing is missing but what was refused, or waits for the login. Raises Lost."""
+        """Ask until nothing is missing but what was refused, or waits for the login. Raises Lost or Refused."""
         session = self._session
         while calls := self.subscriptions.plan_calls(session.logged_in, session.awaits_login):
             await do_together(*(self._place(call) for call in calls))
 
     async def unsubscribe_once(self, channel: str) -> None:
-        """Unsubscribe from a channel that is still wanted, and wait for the answer. Raises Lost.
+        """Unsubscribe from a channel that is still wanted, and wait for the answer. Raises Lost or Refused.
 
         To `reconcile` after it is the one way to a new snapshot.
         """
@@ -118,6 +119,8 @@ class Reconciler:
     async def _take_error(self, call: Call, error: ExchangeError) -> None:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
         reaction = find_reaction(error.code)
+        if reaction is Reaction.BANNED:
+            raise Refused(f"{call.method}: {error}", Exit.BANNED)
         wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
         if reaction is Reaction.RETRY or (wants_login and self._session.awaits_login):
             await asyncio.sleep(RETRY_PAUSE)

@@ -17,7 +17,7 @@ from workers.deribit.feeds.rhythm import SECOND, Rhythm
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
@@ -285,13 +285,13 @@ class Patrol:
         if feed.is_complete or self._feeds.get(feed.channel.name.encode()) is not feed:
             return  # a snapshot has come unasked, or the channel was taken up anew: to leave now would lose changes
         self.resyncs += 1
-        with suppress(Lost, NotConnected):
+        with suppress(Lost, Refused, NotConnected):
             await self._client.reconciler.unsubscribe_once(feed.channel.name)
         if feed.is_complete and self._feeds.get(feed.channel.name.encode()) is feed:
             # One came unasked before the exchange let go of the channel: what changes from then on is lost.
             feed.lose("sequence", time.time_ns())
             self._statuses.tell(feed, "recovering", "sequence")
-        with suppress(Lost, NotConnected):  # then the next connection brings the snapshot
+        with suppress(Lost, Refused, NotConnected):  # then the next connection brings the snapshot
             await self._client.reconciler.reconcile()
 
 
