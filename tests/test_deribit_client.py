@@ -71,6 +71,20 @@ async def test_requests_that_need_no_earlier_answer_do_not_wait_for_one(practice
             await wait_for(lambda: client.session.clock_error, "the clock")
         assert client.machine.state == "bootstrapping"
         assert mute != "public/auth" or RAW not in ear.confirmed  # it waits for the login
+        with pytest.raises(NotConnected, match="the connection is bootstrapping"):
+            await client.send("public/test")  # an order would be sent too early, too
+
+
+@in_loop
+async def test_what_needs_the_login_does_not_wait_for_public_subscriptions(practice: str) -> None:
+    mute = {"public/subscribe", "private/enable_cancel_on_disconnect"}
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True, "channels": [QUOTE, OWN], "timeout": 30}
+    async with connected(practice, ",".join(f"no_reply:{name}" for name in mute), live=False, **settings) as (
+        client,
+        ear,
+    ):
+        await wait_for(lambda: ear.confirmed == [OWN], "the private channel")
+        await wait_for(lambda: set(client.requests.methods.values()) == mute, "the two that get no answer")
 
 
 @in_loop

@@ -92,9 +92,9 @@ class Client:
         self.retry_count, self.retry_delay = retry_count, retry_delay
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
-        self.session = Session(self.send, login, heartbeat_interval, cancel_on_disconnect)
+        self.session = Session(self._send_request, login, heartbeat_interval, cancel_on_disconnect)
         told = self.listener
-        self.reconciler = Reconciler(self.send, self.session, told.confirm_channels, told.refuse_channels)
+        self.reconciler = Reconciler(self._send_request, self.session, told.confirm_channels, told.refuse_channels)
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
         self.requests = Requests()
@@ -126,9 +126,14 @@ class Client:
 
     async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
+        self._raise_failure()
+        if not self.is_live:  # before, the login may be still to come, and that orders die with the connection
+            raise NotConnected(f"the connection is {self.machine.state}")
+        return await self._send_request(method, params, timeout)
+
+    async def _send_request(self, method: str, params: dict[str, Any] | None, timeout: float | None = None) -> Any:
         socket = self._socket
         if socket is None or self.machine.state not in ("bootstrapping", "live"):
-            self._raise_failure()
             raise NotConnected(f"the connection is {self.machine.state}")
         number, answer = self.requests.open(method)
         try:
@@ -290,8 +295,7 @@ class Client:
 
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile
-        await do_together(self.session.take_round(1), reconcile())
-        await do_together(self.session.take_round(2), reconcile())
+        await do_together(self._take_rounds(), reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
         live_since = heard = time.monotonic()
@@ -311,6 +315,11 @@ class Client:
                 self.reconciler.subscriptions.give_another_chance()
             await self.session.keep_up(now)
             await reconcile()
+
+    async def _take_rounds(self) -> None:
+        """The rounds of the bootstrap, and what needs the login, whatever of the rest is still to be subscribed to."""
+        await self.session.take_round(1)
+        await do_together(self.session.take_round(2), self.reconciler.reconcile())
 
     async def _prove_life(self, heard: float) -> None:
         """A half-open socket gives no sign at all: ask before it is cut. Raises Lost if there is no answer."""
@@ -397,7 +406,7 @@ class Client:
 
     async def _answer(self) -> None:
         with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
-            await self.send("public/test")
+            await self._send_request("public/test", {})
 
     def _apply(self, event: str, reason: str) -> None:
         if self._closing.is_set() and event not in ("ended", "broke"):
