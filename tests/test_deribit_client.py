@@ -30,6 +30,7 @@ from tests.deribit_support import (
 from tests.exchange_client import exchange
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.socket import Socket
+from workers.deribit.rpc.errors import PAUSES, Reaction
 
 RAW, OWN = "book.BTC-PERPETUAL.raw", "user.portfolio.btc"
 
@@ -426,6 +427,29 @@ async def test_after_retry_count_attempts_it_gives_up(practice: str, retries: in
         pauses = [float(reason.split()[-2]) for reason in ear.find("connecting")[1:]]
         for place, pause in enumerate(pauses):
             assert 0.04 * 2**place / 2 - 0.006 <= pause <= 0.04 * 2**place + 0.006
+
+
+@in_loop
+async def test_a_pause_that_the_exchange_wants_is_made_before_it_gives_up_too(practice: str) -> None:
+    """The next life of a worker comes at once, and knows nothing of it."""
+    faults = "error:public/subscribe=11051"
+    async with connected(practice, faults, live=False, retry_count=1, channels=[QUOTE]) as (client, ear):
+        await wait_for(lambda: ear.find("backoff"), "the loss")
+        assert client.machine.state == "backoff"
+        await wait_for(lambda: ear.find("failed"), "the end")
+        assert client.exit == Exit.GAVE_UP
+
+
+@in_loop
+async def test_a_pause_that_is_over_delays_nothing(practice: str) -> None:
+    async with connected(practice, "error:public/status=11051@1") as (client, ear):
+        with pytest.raises(ExchangeError):
+            await client.send("public/status")
+        over = time.monotonic() + PAUSES[Reaction.BACK_OFF]
+        await wait_for(lambda: time.monotonic() > over, "the end of the pause")
+        client.cut("the test wants it so")
+        await wait_for(lambda: len(ear.find("connecting")) == 2, "the next attempt")
+        assert float(ear.find("connecting")[1].split()[-2]) < 0.1
 
 
 def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:

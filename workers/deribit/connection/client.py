@@ -65,7 +65,7 @@ class Client:
     last_error: Any = None
     _chance_at = 0.0
     _reason = ""
-    _pause = 0.0
+    _not_before = 0.0  # monotonic: the exchange wants no other connection until then
     _stamp = 0
     _bytes = 0
     _socket: Socket | None = None
@@ -246,13 +246,14 @@ class Client:
         self.last_error = self.last_error or {"message": reason}
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
+        pause = self._not_before - time.monotonic()
         if self.attempts >= max(1, self.retry_count):
+            await self._until_closing(asyncio.sleep(pause))  # who starts the next life knows nothing of it
             tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts in a row"
             return self._fail("exhausted", Exit.GAVE_UP, f"{tries} came to nothing, the last: {reason}")
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
-        delay = max(self._pause, backoff_delay(max(1, self.attempts), first, random.random()))
-        self._pause = 0.0
+        delay = max(pause, backoff_delay(max(1, self.attempts), first, random.random()))
         await self._until_closing(asyncio.sleep(delay))
         if not self._closing.is_set():
             self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")
@@ -374,7 +375,8 @@ class Client:
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
         if reply.error is not None:  # heeded here, where no cut that follows can come before it
-            self._pause = max(self._pause, PAUSES.get(find_reaction(reply.error.code), 0.0))
+            pause = PAUSES.get(find_reaction(reply.error.code), 0.0)
+            self._not_before = max(self._not_before, time.monotonic() + pause)
             if reply.error.code == TOO_MANY_REQUESTS:
                 self._find_pool(self.requests.methods.get(reply.number, "")).shrink(time.monotonic())
         if self.requests.take_reply(reply):
