@@ -444,6 +444,18 @@ async def test_commands_are_answered_with_their_codes(practice: str) -> None:
 
 
 @in_loop
+async def test_who_loses_the_connection_while_it_waits_hears_that_the_outcome_is_not_known(practice: str) -> None:
+    async with collecting(practice, "no_reply:public/status") as run:
+        client = run.worker.client
+        await wait_for(lambda: client.is_live, "live")
+        asking = asyncio.create_task(run.ask("send", method="public/status"))
+        await wait_for(lambda: "public/status" in client.requests.methods.values(), "the request")
+        client.cut("the test wants it so")
+        with pytest.raises(ControlError, match="answer came; whether it was carried out is not known"):
+            await asking
+
+
+@in_loop
 async def test_data_of_channels_that_nobody_asked_for_are_counted(practice: str) -> None:
     async with collecting(practice, "", QUOTE) as run:
         await run.hearer.hear_of("deribit.quote.", type="quote")

@@ -183,8 +183,10 @@ class Worker(Listener):
             return await commands[op](arguments)
         except ExchangeError as error:
             raise ControlError("exchange_error", str(error), error.raw) from None
-        except (NotConnected, Lost) as error:
+        except NotConnected as error:
             raise ControlError("not_connected", str(error)) from None
+        except Lost as error:
+            raise ControlError("not_connected", f"{error}; whether it was carried out is not known") from None
         except ValueError as error:
             raise ControlError("bad_request", str(error)) from None
 
