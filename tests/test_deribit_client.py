@@ -404,6 +404,19 @@ async def test_a_failure_at_each_step_is_got_over(practice: str, method: str, ki
         await ear.wait_frames([QUOTE, RAW])
 
 
+@pytest.mark.parametrize("code", [10049, 13042])
+@in_loop
+async def test_data_come_without_cancel_on_disconnect_too(
+    practice: str, code: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True, "retry_count": 1}
+    async with connected(practice, f"error:{STEPS[2]}={code}", channels=[RAW], **settings) as (client, ear):
+        await ear.wait_frames([RAW])
+        assert client.get_state()["last_error"]["code"] == code
+    (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
+    assert record.message.startswith(f"cancel on disconnect is not on: {code}")
+
+
 @pytest.mark.parametrize("method", STEPS)
 @in_loop
 async def test_a_step_that_always_fails_is_given_up(practice: str, method: str) -> None:

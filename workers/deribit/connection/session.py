@@ -27,6 +27,9 @@ INVALID_CREDENTIALS = 13004
 DISPENSABLE = frozenset({"public/hello", "public/get_time"})
 """What data come without: whatever is answered to these, or not, costs no connection."""
 
+NO_CANCEL = frozenset({10049, 13042})
+"""Cancel on disconnect cannot be had: another connection would hear the same, and its data do not depend on it."""
+
 REFRESH_AT = 0.8
 """Part of a token's life after which it is renewed."""
 
@@ -120,6 +123,9 @@ class Session:
             raise Refused(f"{method}: {error}", Exit.BANNED)
         if method in DISPENSABLE:
             log.warning("%s: %s; goes on without it", method, error)
+            return
+        if error.code in NO_CANCEL:
+            log.error("cancel on disconnect is not on: %s", error)
             return
         raise Lost(f"{method}: {error}")
 
