@@ -122,7 +122,7 @@ class Socket:
                 return cls(session, await _connect(session, url, headers))
         except BaseException as error:
             await session.close()
-            raise _explain_failure(error, timeout) from None
+            raise _explain_failure(error, url, timeout) from None
 
     async def send(self, text: str) -> None:
         """Send one text frame. Raises Lost if the socket has just gone."""
@@ -209,7 +209,7 @@ class _Refusal:
         return "".join(letter if letter.isprintable() else "?" for letter in line)
 
 
-def _explain_failure(error: BaseException, timeout: float) -> BaseException:
+def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseException:
     """Lost for what can go wrong with a connection; anything else as it is."""
     if isinstance(error, aiohttp.ClientResponseError):  # its own text would show the URL, and what was received
         return Lost(f"the answer is no WebSocket's: {error.message.partition(chr(10))[0].rstrip(':')}")
@@ -217,7 +217,7 @@ def _explain_failure(error: BaseException, timeout: float) -> BaseException:
         cause = error.certificate_error
         return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
     if isinstance(error, TimeoutError):
-        return Lost(f"no connection within {timeout:g} s")
+        return Lost(f"no connection to {urlsplit(url).netloc.rpartition('@')[2]} within {timeout:g} s")
     if isinstance(error, (aiohttp.ClientError, OSError, ValueError)):
         return Lost(str(error).replace(" ssl:default", "") or type(error).__name__)
     return error
