@@ -442,15 +442,26 @@ async def test_after_retry_count_attempts_it_gives_up(practice: str, retries: in
             assert 0.04 * 2**place / 2 - 0.006 <= pause <= 0.04 * 2**place + 0.006
 
 
+@pytest.mark.parametrize("code", [10028, 11051])
 @in_loop
-async def test_a_pause_that_the_exchange_wants_is_made_before_it_gives_up_too(practice: str) -> None:
+async def test_a_pause_that_the_exchange_wants_is_made_before_it_gives_up_too(practice: str, code: int) -> None:
     """The next life of a worker comes at once, and knows nothing of it."""
-    faults = "error:public/subscribe=11051"
+    faults = f"error:public/subscribe={code}"
     async with connected(practice, faults, live=False, retry_count=1, channels=[QUOTE]) as (client, ear):
         await wait_for(lambda: ear.find("backoff"), "the loss")
         assert client.machine.state == "backoff"
         await wait_for(lambda: ear.find("failed"), "the end")
-        assert client.exit == Exit.GAVE_UP
+        assert (client.exit, client.last_error["code"]) == (Exit.GAVE_UP, code)
+
+
+@in_loop
+async def test_the_last_error_is_what_ended_the_connection(practice: str) -> None:
+    async with connected(practice, retry_delay=60) as (client, _):
+        with pytest.raises(ExchangeError):
+            await client.send("public/nothing")
+        client.cut("the test wants it so")
+        await wait_for(lambda: client.machine.state == "backoff", "the loss")
+        assert client.last_error == {"message": "the test wants it so"}
 
 
 @in_loop

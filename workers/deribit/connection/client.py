@@ -224,7 +224,7 @@ class Client:
             try:
                 await self._until_closing(self._run_session())
             except (Lost, NotConnected) as error:
-                await self._back_off(str(error))
+                await self._back_off(str(error), error.raw if isinstance(error, Lost) else None)
             except Refused as error:
                 self._fail("refused", error.exit, str(error))
         if self.machine.state == "closing":
@@ -240,13 +240,14 @@ class Client:
             with suppress(asyncio.CancelledError):
                 await task
 
-    async def _back_off(self, reason: str) -> None:
+    async def _back_off(self, reason: str, raw: dict[str, Any] | None) -> None:
         if self._closing.is_set():
             return
-        self.last_error = self.last_error or {"message": reason}
+        pause = self._not_before - time.monotonic()
+        wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
+        self.last_error = raw or wanted or {"message": reason}
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
-        pause = self._not_before - time.monotonic()
         if self.attempts >= max(1, self.retry_count):
             await self._until_closing(asyncio.sleep(pause))  # who starts the next life knows nothing of it
             tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts in a row"

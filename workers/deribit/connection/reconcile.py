@@ -126,9 +126,9 @@ class Reconciler:
             await asyncio.sleep(RETRY_PAUSE)
             return None if call.leaves else self._count_refusal(list(call.channels), error, RETRIES)
         if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
-            raise Lost(f"{call.method}: {error}")
+            raise Lost(f"{call.method}: {error}", error.raw)
         if wants_login and self._session.logged_in and (call.leaves or self._is_login_old()):
-            raise Lost(f"the login is not known any more: {call.method}: {error}")
+            raise Lost(f"the login is not known any more: {call.method}: {error}", error.raw)
         asked = self.subscriptions.asked
         needing_login = [n for n in call.channels if n in asked and asked[n].needs_login and not call.leaves]
         if reaction is Reaction.LOG_IN and needing_login and not self._session.logged_in:

@@ -7,7 +7,11 @@ from collector.lifecycle import Exit
 
 
 class Lost(Exception):
-    """The connection cannot go on, but another attempt may."""
+    """The connection cannot go on, but another attempt may. `raw` is the exchange's own error, if that ended it."""
+
+    def __init__(self, message: str, raw: dict[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.raw = raw
 
 
 class Refused(Exception):
