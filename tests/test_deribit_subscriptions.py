@@ -81,6 +81,21 @@ def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> 
     assert are_equal(subscriptions)
 
 
+def test_what_is_not_let_go_counts_as_left_in_the_end_and_may_be_asked_for_as_often_as_before() -> None:
+    subscriptions = subscribe(BOOK)
+    subscriptions.take_answer(subscriptions.plan_calls(False)[0], [BOOK])
+    subscriptions.drop([BOOK])
+    subscriptions.ask([BOOK])
+    for _ in range(3):
+        assert subscriptions.confirmed == {BOOK}
+        (call,) = subscriptions.plan_calls(False)
+        subscriptions.refuse_leaving(call, tries=3)
+        subscriptions.abandon(call)
+    (call,) = subscriptions.plan_calls(False)
+    assert (call, subscriptions.confirmed) == (Call("public/subscribe", (BOOK,)), set())
+    assert subscriptions.take_answer(call, []) == ([], [])
+
+
 def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)
@@ -339,6 +354,18 @@ async def test_a_refused_unsubscribe_costs_no_connection(practice: str, times: i
         assert client.reconciler.subscriptions.confirmed == {BOOK}
         assert client.last_error["code"] == 13019
         await ear.wait_frames([BOOK])
+        assert client.reconnects == 0
+
+
+@in_loop
+async def test_an_unsubscribe_that_the_exchange_wants_again_and_again_is_given_up(practice: str) -> None:
+    """Else nothing else of the upkeep would be done any more."""
+    async with connected(practice, "error:public/unsubscribe=11094", channels=[QUOTE, BOOK]) as (client, ear):
+        leaving = asyncio.create_task(client.unsubscribe([QUOTE]))
+        await wait_for(lambda: client.reconciler.subscriptions.confirmed == {BOOK}, "the end of patience")
+        assert await leaving == {QUOTE: True}
+        await ear.wait_frames([BOOK])
+        assert await client.subscribe([QUOTE]) == {QUOTE: True}
         assert client.reconnects == 0
 
 

@@ -124,7 +124,9 @@ class Reconciler:
         wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
         if reaction is Reaction.RETRY or (wants_login and self._session.awaits_login):
             await asyncio.sleep(RETRY_PAUSE)
-            return None if call.leaves else self._count_refusal(list(call.channels), error, RETRIES)
+            if call.leaves:
+                return self.subscriptions.refuse_leaving(call, RETRIES)
+            return self._count_refusal(list(call.channels), error, RETRIES)
         if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
             raise Lost(f"{call.method}: {error}", error.raw)
         if wants_login and self._session.logged_in and (call.leaves or self._is_login_old()):

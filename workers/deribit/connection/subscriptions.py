@@ -120,6 +120,8 @@ class Subscriptions:
         if call.leaves:
             self.confirmed.difference_update(call.channels)
             self._dropped.difference_update(call.channels)
+            for name in call.channels:
+                self._tries.pop(name, None)
             return [], []
         own = [name for name in answered if name.startswith(OWN)]
         gained = [n for n in call.channels if n in present or any(is_same(n, name) for name in own)]
@@ -138,6 +140,13 @@ class Subscriptions:
                 self.refused[name] = reason
                 given_up.append(name)
         return given_up
+
+    def refuse_leaving(self, call: Call, tries: int) -> None:
+        """Count one more refusal to let these go; after so many they count as left, and what still comes as unknown."""
+        for name in call.channels:
+            self._tries[name] = self._tries.get(name, 0) + 1
+        hopeless = tuple(name for name in call.channels if self._tries[name] >= tries)
+        self.take_answer(call._replace(channels=hopeless), [])
 
     def give_another_chance(self) -> None:
         """Ask again for all that was refused, but for what has expired."""
