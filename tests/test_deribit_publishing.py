@@ -11,6 +11,7 @@ import msgspec
 import pytest
 
 from collector.lifecycle import Exit
+from collector.limits import CALL_BURST, CALL_COST, Credits
 from collector.messages import ControlError, parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, in_loop, make_spec, wait_for
@@ -453,6 +454,20 @@ async def test_who_loses_the_connection_while_it_waits_hears_that_the_outcome_is
         client.cut("the test wants it so")
         with pytest.raises(ControlError, match="answer came; whether it was carried out is not known"):
             await asking
+
+
+@pytest.mark.parametrize("faults", ["", "error:public/status=11051"])
+@in_loop
+async def test_unsubscribes_and_proofs_of_life_draw_on_the_credits_of_all(practice: str, faults: str) -> None:
+    """An exchange that is not open is not asked again at once: that would use up what others need to come back."""
+    async with collecting(practice, faults, QUOTE) as run:
+        client, patrol = run.worker.client, run.worker.patrol
+        await wait_for(lambda: client.is_live, "live")
+        pool = client.session.credits = Credits(CALL_BURST, 1e-6, time.monotonic())
+        assert await patrol._ask_for_life() is patrol._may_ask_for_life() is (not faults)
+        await run.ask("unsubscribe", channels=[QUOTE])
+        await wait_for(lambda: not client.reconciler.subscriptions.confirmed, "the answer")
+        assert pool.level == pytest.approx(CALL_BURST - 3 * CALL_COST, abs=1)
 
 
 @in_loop

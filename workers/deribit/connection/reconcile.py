@@ -7,7 +7,7 @@ from typing import Any
 
 from collector.channels import has_expired
 from collector.lifecycle import Exit
-from collector.limits import SUBSCRIBE_COST, Credits
+from collector.limits import CALL_COST, SUBSCRIBE_COST, Credits
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
@@ -87,8 +87,7 @@ class Reconciler:
 
     async def _place(self, call: Call) -> None:
         try:
-            if not call.leaves:
-                await self._wait_for_credits()
+            await self._wait_for_credits(call)
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
             try:
@@ -108,11 +107,14 @@ class Reconciler:
         finally:
             self._wake()
 
-    async def _wait_for_credits(self) -> None:
+    async def _wait_for_credits(self, call: Call) -> None:
         ended = self._ended
-        async with self._turn:  # calls keep their order
-            if ended == self._ended:
-                await pay(self.credits, SUBSCRIBE_COST)
+        if call.leaves:
+            await pay(self._session.credits, CALL_COST)
+        else:
+            async with self._turn:  # calls keep their order
+                if ended == self._ended:
+                    await pay(self.credits, SUBSCRIBE_COST)
         if ended != self._ended:  # the next connection asks for everything by itself, and in its own order
             raise Lost("the connection ended before the turn of the call came")
 

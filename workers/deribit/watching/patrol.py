@@ -8,12 +8,14 @@ from contextlib import suppress
 from itertools import count
 from random import random
 
-from collector.limits import Credits
+from collector.limits import CALL_COST, Credits
 from collector.messages import EXCHANGE, WIRE
 from workers.deribit.connection.client import Client
+from workers.deribit.connection.credits import pay
+from workers.deribit.connection.session import NEVER
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.feed import Feed
-from workers.deribit.feeds.rhythm import SECOND, Rhythm
+from workers.deribit.feeds.rhythm import QUIET, SECOND, Rhythm
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
@@ -69,7 +71,7 @@ class Patrol:
         self._budget = Credits(RESYNCS, REFILL, time.monotonic())
         self._reconnected = 0  # by a clock that may be set back
         self._was_lagging = False
-        self._is_asking = False
+        self._ask_at = 0.0
         self._unrestored = 0
         self.lag = Samples()
         self.last_ts = 0
@@ -114,7 +116,7 @@ class Patrol:
                     self._tell_lag(feeds)
                     mute += self._judge_feeds(feeds, time.time_ns())
             await asyncio.sleep(0)
-        if mute and not self._is_asking:
+        if mute and self._may_ask_for_life():
             # Aside: the answer may be long in coming, and heartbeats may not wait.
             self._client.spawn(self._tell_mute(mute))
 
@@ -190,7 +192,7 @@ class Patrol:
 
     def _judge_whole(self, now: int) -> None:
         self._whole.look(self.last_ts)
-        if self._whole.is_broken(now) and not self._is_asking and abs(now - self._reconnected) > RECONNECT_ONCE_IN:
+        if self._whole.is_broken(now) and self._may_ask_for_life() and abs(now - self._reconnected) > RECONNECT_ONCE_IN:
             self._client.spawn(self._reconnect_if_silent())
 
     async def _reconnect_if_silent(self) -> None:
@@ -227,15 +229,22 @@ class Patrol:
                 log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
                 self._statuses.tell(feed, "stale", "mute")
 
+    def _may_ask_for_life(self) -> bool:
+        return time.monotonic() >= self._ask_at
+
     async def _ask_for_life(self) -> bool:
-        self._is_asking = True
+        """Prove life, not twice at a time; an exchange that cannot prove it is let alone for a while."""
+        again, proven = time.monotonic() + QUIET / SECOND, False
+        self._ask_at = NEVER
         try:
-            return await self._prove_life()
+            proven = await self._prove_life()
         finally:
-            self._is_asking = False
+            self._ask_at = 0.0 if proven else again
+        return proven
 
     async def _prove_life(self) -> bool:
         """Whether the exchange answers and says that it is open: only then is silence the channel's own."""
+        await pay(self._client.session.credits, 2 * CALL_COST)
         try:
             await self._client.send("public/test")
             status = await self._client.send("public/status")
