@@ -19,7 +19,7 @@ RETRY_PAUSE, RETRIES = 1.0, 10
 
 LOGIN_IS_NEW = 60.0
 """Seconds after a login. So soon, "login needed" is said of the channel; later it means that the login has died (the
-key was reset, or has too many sessions), and a new connection logs in anew."""
+key was reset), and a new connection logs in anew."""
 
 
 class Reconciler:
