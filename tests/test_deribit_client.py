@@ -596,6 +596,19 @@ async def test_a_request_without_an_answer_ends_in_time_or_with_the_connection(p
 
 
 @in_loop
+async def test_who_sends_while_a_lost_connection_is_being_closed_hears_that_it_is_lost(practice: str) -> None:
+    """The exchange says no more: it gets a second to answer the close frame."""
+    async with connected(practice, "half_open:0.2") as (client, _):
+        with suppress(TimeoutError):
+            while await client.send("public/test", timeout=0.5):
+                await asyncio.sleep(0.05)
+        client.cut("the test wants it so")
+        await wait_for(lambda: not client.is_live, "the end")
+        with pytest.raises(NotConnected, match="the connection has just been lost"):
+            await client.send("public/test")
+
+
+@in_loop
 async def test_nothing_can_be_sent_before_and_after() -> None:
     async with connected("ws://127.0.0.1:1/", live=False, retry_count=1) as (client, _):
         with pytest.raises(Lost):

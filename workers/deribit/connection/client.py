@@ -128,7 +128,8 @@ class Client:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
         self._raise_failure()
         if not self.is_live:  # before, the login may be still to come, and that orders die with the connection
-            raise NotConnected(f"the connection is {self.machine.state}")
+            is_lost = self.machine.state == "live"
+            raise NotConnected(f"the connection {'has just been lost' if is_lost else f'is {self.machine.state}'}")
         return await self._send_request(method, params, timeout)
 
     async def _send_request(self, method: str, params: dict[str, Any] | None, timeout: float | None = None) -> Any:
