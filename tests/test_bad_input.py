@@ -120,6 +120,7 @@ HOSTILE = [
     ("quote.A-B", '{"timestamp":1,"best_bid_price":"low"}'),
     ("trades.A-B.100ms", '[{"instrument_name":"A-B","trade_seq":1}]'),
     ("trades.A-B.100ms", TRADE.replace("A-B", "A.B C")),
+    ("trades.A-B.100ms", TRADE.replace("A-B", "A-C")),
     ("trades.A-B.100ms", TRADE.replace("buy", "up")),
     ("trades.A-B.100ms", TRADE.replace('"price":1', '"price":1e999')),
     ("book.A-B.100ms", '{"type":"snapshot","change_id":1,"bids":[["new",1]],"asks":[]}'),

@@ -43,9 +43,11 @@ class TradeFeed(Feed):
         return self.find_tape(instrument).stream
 
     def find_tape(self, instrument: str) -> Tape:
-        """The tape of one instrument, made at need. Raises Malformed for a bad name."""
+        """The tape of one instrument, made at need. Raises Malformed for a name that is bad, or another's."""
         tape = self.tapes.get(instrument)
         if tape is None:
+            if self.channel.instrument not in ("", instrument):
+                raise Malformed(f"a trade of {instrument[:80]!r}")
             stream = super().find_stream(instrument)
             tape = self.tapes[instrument] = Tape(stream, self.topics, self.losses, self._call_healer)
         return tape
