@@ -231,6 +231,20 @@ def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_l
     assert life.asked == len(PAUSES)
 
 
+@pytest.mark.parametrize("name", ["null", "-1", "[]", f'"{NAME}"'])
+def test_what_an_unreadable_frame_held_is_fetched_also_where_it_names_no_instrument(life: Life, name: str) -> None:
+    life.feed.skip(LINE.encode([make_trade(104, 30) | {"price": None}]).replace(f'"{NAME}"'.encode(), name.encode()), 8)
+    assert life.heal((103, 20), (104, 30)) == [("sequence", 104), -104, []]
+
+
+def test_an_unreadable_frame_has_a_gap_of_its_own_while_a_quiet_topic_is_healed(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((104, 30)) == [("disconnect", 104), -104]
+    life.feed.skip(b"no frame", 9)
+    assert life.take((106, 50)) == [("sequence", 105, 105), 106]
+    assert life.heal((103, 20), (104, 30), (105, 40)) == [-105, [], []]
+
+
 def test_what_no_page_holds_is_fetched_page_by_page_by_number(life: Life) -> None:
     life.page = 10
     history = [(seq, seq - 83) for seq in range(103, 150)]

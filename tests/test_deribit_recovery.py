@@ -599,6 +599,26 @@ def test_options_that_are_quiet_after_a_loss_do_not_cost_a_request_each() -> Non
         life.end()
 
 
+@pytest.mark.parametrize("name", ["null", "true", '"BTC-27MAR27-1-C"'])
+def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_speak_of(name: str) -> None:
+    """On quiet ones too: no later trade would show what they miss."""
+    channel, names = "trades.option.any.100ms", ["BTC-27MAR27-1-C", "BTC-27MAR27-2-C"]
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        feed = life.feeds[channel]
+        life.confirm(channel, START)
+        life.take(channel, encode_data(channel, msgspec.to_builtins([make_option_trade(n, 7) for n in names])), START)
+        missed = make_option_trade(names[0], 8)
+        frame = encode_data(channel, [msgspec.to_builtins(missed) | {"price": None}])
+        feed.skip(frame.replace(f'"{names[0]}"'.encode(), name.encode()), START + SECOND)
+        assert [stream.lost for stream in feed.streams.values()] == [True, names[0] not in name]
+        healer = heal_life(life, START + 2 * SECOND)
+        while healer.ask is not None:
+            healer.take([missed] if healer.ask.params.get("currency") == "BTC" else [], False, START + 2 * SECOND)
+        assert life.publisher.published == 2 + 3  # one gap, its trade, its repair
+        life.end()
+
+
 def heal_life(life: Life, now: int) -> Healer:
     (feed,) = life.feeds.values()
     assert isinstance(feed, TradeFeed)

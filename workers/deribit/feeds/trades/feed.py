@@ -121,12 +121,17 @@ class TradeFeed(Feed):
 
     def skip(self, frame: bytes, now: int) -> None:
         """A frame could not be read: its trades are fetched, those of quiet and of new instruments too."""
-        for name in set(_NAME.findall(frame)):
-            stream = self.streams.get(name.decode())
-            if stream is not None:
-                stream.lose("sequence", self.topics, now)
+        for tape in self._list_touched(frame):
+            tape.lose("sequence", now)
         self._note_loss(now)
         self.changed = True
+
+    def _list_touched(self, frame: bytes) -> list[Tape]:
+        """The tapes that an unreadable frame may have had trades of: all, where it does not name each trade's."""
+        names = _NAME.findall(frame)
+        if self.channel.instrument or not 0 < frame.count(b'"trade_id"') <= len(names):
+            return list(self.tapes.values())
+        return [tape for name in set(names) if (tape := self.tapes.get(name.decode())) is not None]
 
     def _note_loss(self, now: int) -> None:
         streams, cells = self.streams.values(), self.topics.ledger.cells
