@@ -152,7 +152,7 @@ def test_join_snapshot_helps_also_if_the_exchange_was_reset(feed: Feed) -> None:
 
 
 def test_last_value_of_a_channel_that_is_away_is_no_answer(feed: Feed) -> None:
-    """A grouped book: late subscribers are told its last value also while the connection is lost."""
+    """A join alone does not say that the channel is live again; a new snapshot does."""
     feed.give("status", state="recovering", reason="disconnect", connection="futures", join=True)
     feed.snapshot(10, join=True)
     assert "recovering" in refuse(feed.book)

@@ -34,21 +34,32 @@ def take(feed: BookFeed | WindowFeed, change_id: int, bids: Any, asks: Any, **ke
     return feed.take(encode(feed, {"change_id": change_id, "bids": bids, "asks": asks, **keys}), 7)
 
 
-def test_a_grouped_book_is_a_snapshot_each_time_and_a_lost_connection_a_gap(topics: Topics) -> None:
+def test_a_grouped_book_is_a_snapshot_each_time_and_is_built_up_again_after_a_loss(topics: Topics) -> None:
     feed = WindowFeed(parse_channel(f"book.{NAME}.none.10.100ms"), topics)
-    reasons = []
-    for change_id in (5, 6):
+    reasons: list[Any] = []
+
+    def lose(reason: str) -> None:
+        feed.skip(b"", 9) if reason == "unreadable" else feed.lose(reason, 9)
+        gap = feed.stream.due
+        assert gap is not None
+        reasons.append((gap.reason, gap.last_change_id, feed.is_complete, feed.stream.describe() is not None))
+        feed.stream.lost = False  # as the publisher does with the next message
+
+    assert not feed.is_complete
+    for change_id, loss in ((5, ""), (6, "disconnect"), (20, "unreadable"), (21, "sequence"), (30, "")):
         ((stream, message),) = take(feed, change_id, [[1.0, 2.0]], [])
         assert isinstance(message, Book)
         assert stream.describe() is message
-        reasons.append(message.reason)
-    feed.lose("disconnect", 9)
-    gap = feed.stream.due
-    assert gap is not None
-    assert (gap.reason, gap.last_change_id, gap.to_ts) == ("disconnect", 6, 9)
-    ((_, message),) = take(feed, 20, [], [])
-    assert isinstance(message, Book)
-    assert [*reasons, message.reason] == ["subscribe", "exchange", "subscribe"]
+        reasons.append((message.reason, feed.is_complete, feed.changed))
+        feed.changed = False
+        if loss:
+            lose(loss)
+    assert reasons == [
+        ("subscribe", True, True), ("exchange", True, False),
+        ("disconnect", 6, False, False), ("subscribe", True, True),
+        ("sequence", 20, True, True), ("resync", True, False),
+        ("sequence", 21, False, False), ("resync", True, True),
+    ]  # fmt: skip
 
 
 def test_books_that_a_change_has_crossed_or_emptied_and_changes_without_a_book_are_counted(topics: Topics) -> None:

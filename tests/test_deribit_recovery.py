@@ -362,6 +362,22 @@ async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -
 
 
 @in_loop
+async def test_a_grouped_book_is_live_with_its_first_window_and_has_no_levels_before(practice: str) -> None:
+    channel, topic = "book.BTC-PERPETUAL.none.10.100ms", "deribit.book.BTC-PERPETUAL.none-10-100ms"
+    async with collecting(practice, "", channel) as run:
+        await hear_more(run, [topic])
+        feed = run.worker.feeds[channel.encode()]
+        run.worker.change_state("backoff", "for a loss")
+        run.worker.confirm_channels([channel])
+        assert (feed.condition, feed.stream.describe()) == (("recovering", "disconnect"), None)
+        await run.hearer.hear_of(topic, 2, type="status", state="live")
+        said = [body.get("reason", body["type"]) for body in run.hearer.find(topic)]
+        after = said[said.index("disconnect") :]
+        assert after[:4] == ["disconnect", "disconnect", "subscribe", ""]  # status, gap, window, status
+        check_stream(run.hearer.messages)
+
+
+@in_loop
 async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(practice: str) -> None:
     """What an unreadable change held is not known: merged further, the ticker would be wrong until it changes again."""
     async with collecting(practice, "", "incremental_ticker.BTC-PERPETUAL", BOOK) as run:

@@ -164,6 +164,7 @@ class BookFeed(Feed):
 class WindowFeed(Feed):
     """A grouped book: each frame is the whole window, so each is a snapshot; a lost frame can not be seen."""
 
+    is_complete = False
     _reason = "subscribe"
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
@@ -176,10 +177,20 @@ class WindowFeed(Feed):
             "snapshot", data.change_id, data.bids, data.asks, UNSET, self._reason,
         )  # fmt: skip
         self._reason = "exchange"
+        if not self.is_complete:
+            self.is_complete = self.changed = True
         stream.current = message
         return [(stream, message)]
 
+    def skip(self, frame: bytes, now: int) -> None:
+        """A frame could not be read: the next window comes by itself."""
+        super().skip(frame, now)
+        if self.is_complete:
+            self._reason = "resync"
+
     def lose(self, reason: str, now: int) -> None:
-        """The connection is gone: the next window is for a new subscription."""
+        """The connection is gone, or the channel was left for a resync: the next window is for what follows."""
         super().lose(reason, now)
-        self._reason = "subscribe"
+        self.is_complete = self.changed = False
+        self.stream.current = None
+        self._reason = "resync" if reason == "sequence" else "subscribe"
