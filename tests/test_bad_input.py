@@ -130,6 +130,7 @@ HOSTILE = [
     ("ticker.A-B.100ms", '{"timestamp":1}'),
     ("ticker.A-B.100ms", "[" * 500 + "]" * 500),
     ("deribit_price_index.a_b", '{"timestamp":1,"price":null}'),
+    ("deribit_price_index.a_b", '{"timestamp":true,"price":1}'),
     ("user.any", '{"large":' + LARGE + "}"),
 ]
 """Data that no channel of these carries; each frame is refused and counted."""

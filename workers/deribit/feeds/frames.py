@@ -153,7 +153,7 @@ def take_timestamp(data: dict[str, Any]) -> int:
     """Take the `timestamp` (ms) out of a map; return it in ns, 0 if there is none."""
     value = data.pop("timestamp", 0)
     try:
-        if 0 <= value <= MAX_MS:
+        if value.__class__ is not bool and 0 <= value <= MAX_MS:
             return int(value) * MS
     except TypeError:
         pass
