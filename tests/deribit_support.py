@@ -177,7 +177,7 @@ class Collecting:
 def make_spec(url: str, directory: str, channels: Iterable[str], **settings: Any) -> dict[str, Any]:
     """The spec of a worker named `w`; `login` puts the practice exchange's key in."""
     login = settings.pop("login", None)
-    more: dict[str, Any] = {key: settings.pop(key) for key in ("epoch", "fresh") if key in settings}
+    more: dict[str, Any] = {key: settings.pop(key) for key in ("epoch", "fresh", "follow") if key in settings}
     connection = {
         "url": url, "headers": {}, "timeout": 5.0, "heartbeat_interval": 30.0, "publish": f"ipc://{directory}/w.pub",
         "queue": 100_000, "cancel_on_disconnect": False, **QUICK, **settings,

@@ -228,6 +228,20 @@ async def test_a_channel_is_expired_when_the_exchange_says_that_its_instrument_h
 
 
 @in_loop
+async def test_the_supervisor_hears_that_an_instrument_has_ended_once_its_channels_are_left(ending: str) -> None:
+    """It gives them up at once, and they had their last words still to say."""
+    rows = get(ending, "public/get_instruments", kind="option")[1]["result"]
+    quotes = [f"quote.{row['instrument_name']}" for row in rows]
+    async with collecting(ending, "", *quotes, follow=True) as run:
+        events = run.worker.channels.events
+        ends = await wait_for(lambda: [e for e in events if e.get("row", {}).get("state") == "delivered"], "an end")
+        gone = {f"quote.{event['row']['instrument_name']}" for event in ends} & {*quotes}
+        refused = run.worker.client.reconciler.subscriptions.refused
+        assert gone
+        assert {refused.get(name) for name in gone} == {EXPIRED}
+
+
+@in_loop
 async def test_each_status_is_said_again_within_a_minute(practice: str) -> None:
     async with collecting(practice, "", QUOTE, BOOK, TRADES) as run:
         prefixes = ("deribit.quote.", "deribit.book.", "deribit.trade.")

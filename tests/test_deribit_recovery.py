@@ -539,6 +539,20 @@ async def test_healing_goes_on_on_a_connection_that_asks_for_the_channel_no_more
 
 
 @in_loop
+async def test_the_last_trades_of_an_instrument_are_healed_before_its_channel_is_given_up(practice: str) -> None:
+    faults = "lost_trades:4@1,no_reply:public/get_last_trades_by_instrument@1"
+    async with collecting(practice, faults, TRADES, timeout=1.0) as run:
+        (gap,) = await run.hearer.hear_of(TRADED, type="gap")
+        assert await run.ask("unsubscribe", channels=[TRADES], reason="expired") == {"channels": {TRADES: True}}
+        (repair,) = await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])
+        assert repair["missing"] == []
+        await run.hearer.hear_of(TRADED, type="status", state="expired")
+        assert run.hearer.find(TRADED)[-1]["type"] == "status"
+        assert not run.worker.feeds
+        check_stream(run.hearer.messages)
+
+
+@in_loop
 async def test_trades_of_all_kinds_are_healed_though_those_of_spot_are_not_served(practice: str) -> None:
     """Nothing stays in doubt: an instrument that is first traded later on has lost none."""
     channel = "trades.any.any.100ms"

@@ -39,6 +39,9 @@ START = len(DATA_PREFIX)
 LAST_WORDS = 2.0
 """Seconds from the end of an instrument to the last frames of its channels: the slowest (agg2) speak once a second."""
 
+LAST_HEALING = 10.0
+"""Seconds that trades of an instrument that has ended may still be healed once the supervisor gives its channel up."""
+
 SAMPLE_EVERY = 20_000_000
 """Time between samples of latency and lag, in ns."""
 
@@ -201,9 +204,19 @@ class Worker(Listener):
         if condition is OVER:
             self.channels.add(names)  # an earlier life may have had them: then it is said all the same
         try:
-            return {"channels": await self.client.unsubscribe(names)}
+            left = await self.client.unsubscribe(names)
+            if condition is OVER:
+                await self._heal_last(names)
+            return {"channels": left}
         finally:
             self.channels.leave(names, *condition)
+
+    async def _heal_last(self, names: list[str]) -> None:
+        """The last trades of instruments that have ended may have been lost: fetch them, if that can be soon."""
+        feeds = [feed for name in names if isinstance(feed := self.feeds.get(name.encode()), TradeFeed)]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_HEALING):
+                await self.healer.finish(feeds)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
         # The deadline of the command bounds it, not the connection's own timeout.
@@ -359,7 +372,7 @@ class Worker(Listener):
         if isinstance(feed, TradeFeed):
             self.healer.heal(feed)
         elif isinstance(feed, ListingFeed):
-            ended, feed.ended = feed.ended, set()
+            ended, feed.ended = feed.ended, []
             self._spawn(self._leave_ended(ended))
         elif feed.is_complete:
             feed.waits = 0
@@ -368,11 +381,13 @@ class Worker(Listener):
             self.statuses.tell(feed, "recovering", "sequence")
             self.patrol.resync(feed)
 
-    async def _leave_ended(self, instruments: set[str]) -> None:
-        """Leave the channels of instruments that have ended, once each has said its last."""
+    async def _leave_ended(self, events: list[dict[str, Any]]) -> None:
+        """Leave the channels of instruments that have ended, once each has said its last; then tell the supervisor."""
         await asyncio.sleep(LAST_WORDS)
+        instruments = {event["row"]["instrument_name"] for event in events}
         names = [feed.channel.name for feed in self.feeds.values() if feed.channel.instrument in instruments]
         self.client.reconciler.expire(names)
+        self.channels.events += events
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

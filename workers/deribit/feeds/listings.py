@@ -20,13 +20,14 @@ _MEMBERS = (
 class ListingFeed(EventFeed):
     """Listings and states of instruments: each event goes to the supervisor; it is published if the channel `is_asked`.
 
-    `ended` are the instruments whose lives have ended; `changed` is set when one is new.
+    `ended` are those that tell of an end: they wait until the channels of the instrument have said their last.
+    `changed` is set when one is new.
     """
 
     def __init__(self, channel: Channel, topics: Topics, events: list[dict[str, Any]], is_asked: bool) -> None:
         super().__init__(channel, topics)
         self.is_asked = is_asked
-        self.ended: set[str] = set()
+        self.ended: list[dict[str, Any]] = []
         self._events = events
 
     def adopt(self, streams: Iterable[Stream]) -> None:
@@ -39,8 +40,7 @@ class ListingFeed(EventFeed):
         row = read_any(frame)
         if isinstance(row, dict) and len(self._events) < MAX_EVENTS:
             members = {key: row[key] for key in _MEMBERS if isinstance(row.get(key), (str, int, float))}
-            self._events.append({"event": "instrument", "row": members})
-            if members.get("state") in ENDED and isinstance(members.get("instrument_name"), str):
-                self.ended.add(members["instrument_name"])
-                self.changed = True
+            has_ended = members.get("state") in ENDED and isinstance(members.get("instrument_name"), str)
+            (self.ended if has_ended else self._events).append({"event": "instrument", "row": members})
+            self.changed = self.changed or has_ended
         return super().take(frame, receive_ts) if self.is_asked else []

@@ -53,6 +53,7 @@ class Healer:
         self._healing: set[TradeFeed] = set()
         self._interrupted: set[TradeFeed] = set()
         self._is_closed = False
+        self._rested = asyncio.Event()
         self.repaired = 0
         self.missing = 0
 
@@ -84,6 +85,18 @@ class Healer:
         if feed in self._calling:
             self._turns.put_nowait(feed)
         self._room.release()
+        self._rested.set()
+
+    async def finish(self, feeds: list[TradeFeed]) -> None:
+        """Heal these, and wait until nothing more can be had of what they lack."""
+        for feed in feeds:
+            self.heal(feed)
+        while any(self._is_under_way(feed) for feed in feeds):
+            self._rested.clear()
+            await self._rested.wait()
+
+    def _is_under_way(self, feed: TradeFeed) -> bool:
+        return feed in self._calling or feed in self._healing or feed in self._interrupted
 
     async def _heal_feed(self, feed: TradeFeed) -> None:
         session = self._client.session
@@ -113,7 +126,7 @@ class Healer:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
         losses = feed.losses
         is_open = losses.lost_from is not None or not losses.is_checked
-        is_unfinished = is_open or feed in self._calling | self._healing | self._interrupted
+        is_unfinished = is_open or self._is_under_way(feed)
         self._interrupted.discard(feed)
         feed.is_ended = True
         losses.end()
