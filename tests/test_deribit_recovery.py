@@ -582,8 +582,8 @@ def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path:
             assert isinstance(ask, Ask)
             asked.append(ask.params["currency"])
             page = None if asked[-1] == CURRENCIES[1] else Page([], False)
-    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 2) | {
-        CURRENCIES[1]: 2 * len(PAUSES)
+    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 3) | {
+        CURRENCIES[1]: 3 * len(PAUSES)
     }
     assert feed.losses.lost_from is None  # else each later healing would fetch from here on, for ever
     ledger.close()

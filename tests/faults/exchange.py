@@ -14,6 +14,9 @@ PERIOD = 100
 DAY = 86_400_000
 """ms: to a request for an earlier time Deribit answers that there is nothing, not even of the time since."""
 
+FAR_BEHIND = 3000
+"""ms by which the history of some follows their stream: so much that a lookup at once finds nothing."""
+
 
 class Loss(NamedTuple):
     """How likely each frame suffers what (shares of 1)."""
@@ -74,6 +77,8 @@ class Exchange:
         self.pipe: deque[Item] = deque()
         self.books: dict[str, tuple[dict[float, float], dict[float, float]]] = {}
         self.change_id = rng.randrange(1, 10**9)
+        if self.change_id % 5 == 0:
+            self.behind = FAR_BEHIND
         self._trade_id = rng.randrange(1, 10**6)
         self.arrived: set[str] = set()
         self._counts: Counter[str] = Counter()
@@ -276,6 +281,7 @@ class Exchange:
             self._numbers[name] = self.rng.choice((0, 0, self._numbers[name] // 2))
             self.history[name].clear()
         self.change_id = self.rng.randrange(1, 10**9)
+        self.behind = min(self.behind, 400)  # a new count of a few trades is not found where they show so late
         # What the worker never heard of, it cannot miss.
         self.truth.owed = {topic: number for topic, number in self.truth.owed.items() if topic in self.arrived}
 

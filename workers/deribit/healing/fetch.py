@@ -33,6 +33,9 @@ UNNOTICED_MS = 120_000
 PAUSES = (0.0, 0.5, 1.0, 2.0)
 """Seconds before each try to get what is still missing: the exchange's history may be a little behind its stream."""
 
+LATE = sum(PAUSES[2:])
+"""Seconds before the last look by time: by then the history is as far as at the last try by number."""
+
 CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR")
 KINDS = ("future", "option", "spot", "future_combo", "option_combo")
 """What `any` stands for in requests for trades. Of all kinds at once Deribit gives none where a pair of the currency is
@@ -74,10 +77,24 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
     A single instrument is asked by trade_seq, and by time only if that does not show the trade before the loss: the
     exchange may count anew. What comes to be missing later on is left to the next healing, unless it comes at once.
     """
-    tried: set[Hole] = set()
     theirs, shift = now + offset, offset if earlier_offset is None else min(offset, earlier_offset)
     losses, since = feed.losses, _leave_to_numbers(feed, now)
-    tails = not (yield from _fetch_loss(feed, now, theirs, shift))
+    lost_from, count = losses.lost_from, losses.count
+    answered = yield from _fetch_loss(feed, theirs, shift)
+    yield from _fetch_numbers(feed, theirs, not answered, None if since is None else since + shift)
+    if lost_from is not None:  # only now: what is known to be missing need not wait for what may be
+        answered &= yield from _fetch_all(feed, theirs // MS - SLACK_MS, theirs // MS + SLACK_MS, LATE)
+        if losses.count == count:  # else the connection was lost once more in the meantime
+            losses.end(now, is_whole=answered)  # what was refused so often will not be had later either
+        yield from _fetch_numbers(feed, theirs, not answered, None)
+
+
+def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None) -> Healing:
+    """Fetch by number what is missing; of a single instrument by time, too, if its trade before the loss is not there:
+    that is all `since` then, by the exchange's clock.
+    """
+    tried: set[Hole] = set()
+    losses = feed.losses
     for pause in PAUSES:
         wait = pause
         for tape in [each for each in feed.tapes.values() if each.holes or each.find_missing(tails)]:
@@ -86,7 +103,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
                 answered = yield from _fetch_run(tape.stream, *missing, wait)
                 wait = 0.0
                 if since is not None and answered and not losses.is_checked:
-                    yield from _fetch_since(feed, since + shift, theirs)
+                    yield from _fetch_since(feed, since, theirs)
                     since = None
             # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
             ripe = [hole for hole in tape.holes if hole.is_bounded or losses.lost_from is None]
@@ -107,7 +124,7 @@ def _leave_to_numbers(feed: TradeFeed, now: int) -> int | None:
     return since
 
 
-def _fetch_loss(feed: TradeFeed, now: int, theirs: int, shift: int) -> Fetch:
+def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered.
 
     `theirs` is the exchange's time now; earlier times of ours are that by `shift`.
@@ -118,28 +135,30 @@ def _fetch_loss(feed: TradeFeed, now: int, theirs: int, shift: int) -> Fetch:
     answered = yield from _fetch_since(feed, losses.lost_from + shift, theirs)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
     answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
-    if losses.count == count:  # else the connection was lost once more in the meantime
-        losses.end(now, is_whole=answered)  # what was refused so often will not be had later either
-        if not feed.channel.instrument:  # one alone is checked once its trade before the loss has been seen again
-            losses.is_checked = answered
+    if losses.count == count and not feed.channel.instrument:
+        losses.is_checked = answered  # one alone is checked once its trade before the loss has been seen again
     return answered
 
 
 def _fetch_since(feed: TradeFeed, since: int, now: int) -> Fetch:
-    channel = feed.channel
     start, end = since // MS - SLACK_MS, now // MS + SLACK_MS
+    answered = yield from _fetch_all(feed, max(start, end - SLACK_MS - KEPT_MS), end, 0.0)
+    # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
+    return (yield from _fetch_all(feed, max(start, end - 2 * SLACK_MS), end, PAUSES[1])) and answered
+
+
+def _fetch_all(feed: TradeFeed, start: int, end: int, pause: float) -> Fetch:
+    """Fetch what all instruments of a channel traded from `start` to `end` (ms of the exchange)."""
+    channel, answered = feed.channel, True
     if channel.instrument:
         subjects = [{"instrument_name": channel.instrument}]
     else:
         kinds = KINDS if channel.kind == "any" else (channel.kind,)
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency, "kind": kind} for currency in currencies for kind in kinds]
-    kept, answered = end - SLACK_MS - KEPT_MS, True
-    # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
-    for begin, pause in ((max(start, kept), 0.0), (max(start, end - 2 * SLACK_MS), PAUSES[1])):
-        for subject in subjects:
-            answered &= yield from _fetch_period(subject, begin, end, pause)
-            pause = 0.0
+    for subject in subjects:
+        answered &= yield from _fetch_period(subject, start, end, pause)
+        pause = 0.0
     return answered
 
 
