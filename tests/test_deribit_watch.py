@@ -1,7 +1,8 @@
 """When silence and lag are judged to be more than chance; and when reading rests. Pure."""
 
+from collector.channels import parse_channel
 from workers.deribit.connection.pace import Pace
-from workers.deribit.feeds.rhythm import QUIET, SAMPLES, SECOND, Rhythm
+from workers.deribit.feeds.rhythm import QUIET, SAMPLES, SECOND, Rhythm, is_never_quiet
 from workers.deribit.watching.watch import LAGGING, LASTING, LagWatch
 
 
@@ -32,6 +33,32 @@ def test_too_few_samples_say_nothing() -> None:
     rhythm = Rhythm()
     last = beat(rhythm, SECOND, SECOND, SAMPLES)
     assert not rhythm.is_broken(last + 10_000 * SECOND)
+
+
+def test_but_what_is_never_quiet_is_given_a_minute_and_ever_more_if_that_led_to_nothing() -> None:
+    rhythm, asked, minute = Rhythm(is_steady=True), 100 * SECOND, 60 * SECOND
+    assert not rhythm.is_broken(asked)  # nobody has asked for it yet
+    rhythm.restart(asked)
+    assert not rhythm.is_broken(asked + minute)
+    assert rhythm.is_broken(asked + minute + 1)
+    last = beat(rhythm, asked + SECOND, SECOND, 5)
+    assert not rhythm.is_broken(last + minute)
+    assert rhythm.is_broken(last + minute + 1)
+    assert rhythm.measure_silence(last + minute) == 60.0
+    rhythm.admit(last + minute)
+    assert not rhythm.is_broken(last + 3 * minute)
+    assert rhythm.is_broken(last + 3 * minute + 1)
+
+
+def test_a_quiet_option_a_few_trades_and_events_are_natural() -> None:
+    steady = ["ticker.BTC-27MAR27-90000-C.100ms", "incremental_ticker.BTC_USDC", "deribit_price_index.btc_usd"]
+    steady += [f"{kind}.BTC_USDC-PERPETUAL{rest}" for kind, rest in (
+        ("book", ".100ms"), ("book", ".none.10.100ms"), ("quote", ""), ("ticker", ".raw"), ("perpetual", ".raw"),
+    )]  # fmt: skip
+    others = ["quote.BTC-27MAR27-90000-C", "book.BTC-27MAR27-90000-C.100ms", "trades.BTC-27MAR27-90000-C.100ms"]
+    others += ["trades.ALGO_USDC-PERPETUAL.100ms", "trades.future.any.100ms", "instrument.state.any.any"]
+    others += ["chart.trades.BTC-PERPETUAL.1", "platform_state", "user.portfolio.any"]
+    assert [name for name in [*steady, *others] if is_never_quiet(parse_channel(name))] == steady
 
 
 def test_an_outage_is_nobodys_silence() -> None:

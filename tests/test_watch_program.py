@@ -4,6 +4,7 @@ The waits are those of the product: a channel's rhythm is known after 20 s, and 
 """
 
 import json
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -226,6 +227,27 @@ async def test_a_channel_that_a_new_connection_never_brings_back_is_told_as_well
             assert stale[0]["reason"] == "mute"
             assert run.hearer.find(QUOTES, type="quote")[-1]["seq"] < stale[0]["seq"]
             assert run.hearer.find(BOOKS, type="status", state="stale") == []
+
+
+@in_loop
+async def test_what_has_never_spoken_is_told_where_it_is_never_quiet_and_a_new_connection_is_made() -> None:
+    """No rhythm is known: what cannot be quiet is given a minute, which this test lets pass by its arguments."""
+    with exchange() as (url, _):
+        option = find_option(url)
+        quiet = [f"quote.{option}", f"trades.{option}.100ms", "instrument.state.any.any"]
+        async with collecting(url, "mute:*@0", SPOT, *quiet) as run:
+            patrol, feeds = run.worker.patrol, list(run.worker.feeds.values())
+            await wait_for(lambda: all(feed.condition == LIVE for feed in feeds), "all channels")
+            for feed in feeds:
+                feed.rhythm.restart(time.time_ns() - 61 * SECOND)
+            await run.hearer.hear_of(QUOTES, type="status", state="stale", reason="mute")
+            assert [feed.condition for feed in feeds] == [MUTE, LIVE, LIVE, LIVE]
+            patrol._whole.restart(time.time_ns() - 61 * SECOND)
+            (lost,) = await run.hearer.hear_of("deribit.status.w.", state="backoff")
+            assert lost["reason"].startswith("no data at all for 6")
+            await run.ask("unsubscribe", channels=[SPOT])
+            await wait_for(lambda: not patrol._whole.is_steady, "a look at what is left")
+            assert not patrol._whole.is_broken(time.time_ns() + 3600 * SECOND)
 
 
 # -- lag --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 from collector.channels import Channel, share_topic
 from collector.limits import Credits
-from workers.deribit.feeds.rhythm import Rhythm
+from workers.deribit.feeds.rhythm import Rhythm, is_never_quiet
 from workers.deribit.publishing.streams import Published, Stream, Topics
 
 
@@ -33,7 +33,7 @@ class Feed(ABC):
         self.channel = channel
         self.topics = topics
         self.condition = ("recovering", "subscribe")
-        self.rhythm = Rhythm()
+        self.rhythm = Rhythm(is_never_quiet(channel))
         self.last_ts = 0
         self.waiting_since = 0.0
         self.allowance: Credits | None = None

@@ -3,6 +3,8 @@
 Silence is normal on Deribit (a still book sends nothing), so each channel is held to its own rhythm.
 """
 
+from collector.channels import Channel
+
 SECOND = 1_000_000_000
 
 QUIET = 15 * SECOND
@@ -12,11 +14,25 @@ MEANS, LONGESTS, SAMPLES = 20, 3, 20
 """Silence is out of the rhythm once it is longer than MEANS mean intervals and LONGESTS times the longest one; of less
 than SAMPLES intervals there is no rhythm."""
 
+NEVER_QUIET = 60 * SECOND
+"""What is never quiet (see is_never_quiet) is out of any rhythm after so long, also before its own is known."""
+
+
+def is_never_quiet(channel: Channel) -> bool:
+    """Whether its silence cannot be the market's: marks and indices move all the time, books of perpetuals too."""
+    if channel.instrument.endswith("-PERPETUAL"):
+        return channel.type in ("book", "ticker", "quote", "funding")
+    return channel.type in ("ticker", "index")
+
 
 class Rhythm:
-    """How often something comes, by looks at the time it came last; looks are some seconds apart at most."""
+    """How often something comes, by looks at the time it came last; looks are some seconds apart at most.
 
-    def __init__(self) -> None:
+    `is_steady` is set for what is never quiet.
+    """
+
+    def __init__(self, is_steady: bool = False) -> None:
+        self.is_steady = is_steady
         self._since = 0
         self._looked = 0
         self._is_own = False
@@ -50,5 +66,10 @@ class Rhythm:
     def is_broken(self, now: int) -> bool:
         """Whether the silence up to `now` is out of the rhythm."""
         if self._samples < SAMPLES:
-            return False
+            is_known = self.is_steady and self._since > 0
+            return is_known and now - self._since > max(NEVER_QUIET, LONGESTS * self._longest)
         return now - self._since > max(QUIET, MEANS * self._mean, LONGESTS * self._longest)
+
+    def measure_silence(self, now: int) -> float:
+        """Seconds since it came last, or was asked for."""
+        return (now - self._since) / SECOND

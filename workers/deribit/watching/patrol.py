@@ -107,7 +107,7 @@ class Patrol:
 
     async def _look_at_all(self, part: int) -> None:
         """Look at each feed, and say again what is due in this part of REPEAT; in slices: what comes may not wait."""
-        names, mute = list(self._feeds), []
+        names, mute, is_steady = list(self._feeds), [], False
         for start in range(0, len(names), SLICE):
             feeds = [feed for name in names[start : start + SLICE] if (feed := self._feeds.get(name)) is not None]
             with self._publisher.gather():
@@ -115,7 +115,9 @@ class Patrol:
                 if self._client.machine.state == "live":
                     self._tell_lag(feeds)
                     mute += self._judge_feeds(feeds, time.time_ns())
+                    is_steady = is_steady or any(map(_is_heard, feeds))
             await asyncio.sleep(0)
+        self._whole.is_steady = is_steady
         if mute and self._may_ask_for_life():
             # Aside: the answer may be long in coming, and heartbeats may not wait.
             self._client.spawn(self._tell_mute(mute))
@@ -201,8 +203,9 @@ class Patrol:
         self._whole.look(self.last_ts)
         now = time.time_ns()
         if proven and self._whole.is_broken(now):
+            silence = self._whole.measure_silence(now)
             self._whole.admit(now)
-            self._reconnect(now, f"no data at all for {(now - self.last_ts) / SECOND:.0f} s")
+            self._reconnect(now, f"no data at all for {silence:.0f} s")
 
     def _judge_feeds(self, feeds: list[Feed], now: int) -> list[Feed]:
         """Those that have fallen mute, as it seems."""
@@ -226,7 +229,7 @@ class Patrol:
                     self._client.reconciler.expire([feed.channel.name])
                     continue
                 feed.mute_since = feed.last_ts
-                log.warning("%s is silent for %.0f s", feed.channel.name, (time.time_ns() - feed.last_ts) / SECOND)
+                log.warning("%s is silent for %.0f s", feed.channel.name, feed.rhythm.measure_silence(time.time_ns()))
                 self._statuses.tell(feed, "stale", "mute")
 
     def _may_ask_for_life(self) -> bool:
@@ -302,6 +305,11 @@ class Patrol:
             self._statuses.tell(feed, "recovering", "sequence")
         with suppress(Lost, Refused, NotConnected):  # then the next connection brings the snapshot
             await self._client.reconciler.reconcile()
+
+
+def _is_heard(feed: Feed) -> bool:
+    """Whether it is never quiet, and the exchange gives it."""
+    return feed.rhythm.is_steady and feed.condition[0] not in ("refused", "expired")
 
 
 def _is_sick(feed: Feed) -> bool:
