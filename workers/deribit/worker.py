@@ -114,7 +114,8 @@ class Worker(Listener):
         self.joins = Joins(self.publisher, self.topics)
         self.client = create_client(spec, self)
         self.healer = Healer(self.client, self.publisher)
-        self.statuses = Statuses(self.publisher, self.topics, self.name, self.client.read_clock)
+        clocks = self.client.read_clock, self.client.session.read_exchange_clock
+        self.statuses = Statuses(self.publisher, self.topics, self.name, *clocks)
         self.channels = Channels(self.client.reconciler.subscriptions, self.topics, self.statuses, self.healer)
         self.feeds = self.channels.feeds
         self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)

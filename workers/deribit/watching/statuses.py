@@ -28,11 +28,15 @@ OVER = ("expired", EXPIRED)
 class Statuses:
     """Says each change of state once, and all of them again from time to time."""
 
-    def __init__(self, publisher: Publisher, topics: Topics, name: str, read_clock: Callable[[], int]) -> None:
+    def __init__(
+        self, publisher: Publisher, topics: Topics, name: str,
+        read_clock: Callable[[], int], read_exchange_clock: Callable[[], int],
+    ) -> None:  # fmt: skip
         self._publisher = publisher
         self._topics = topics
         self._name = name
         self._read_clock = read_clock
+        self._read_exchange_clock = read_exchange_clock
         self._connection = topics.find("status", name, "connection")
         self._left: dict[Stream, tuple[Status, int]] = {}
 
@@ -54,7 +58,7 @@ class Statuses:
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
-        is_over = not stream.last_ts or stream.has_expired(self._read_clock())
+        is_over = not stream.last_ts or stream.has_expired(self._read_exchange_clock())
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
     def note_left(self, stream: Stream) -> None:
@@ -87,7 +91,7 @@ class Statuses:
     def _tell_topic(self, feed: Feed, stream: Stream) -> None:
         """The channel's state; but of trades of many instruments each has its own end."""
         is_one_of_many = feed.channel.type == "trade" and not feed.channel.instrument
-        if is_one_of_many and stream.has_expired(self._read_clock() - LAST_TRADES):
+        if is_one_of_many and stream.has_expired(self._read_exchange_clock() - LAST_TRADES):
             self._say(stream, "expired", EXPIRED)
         else:
             self._say(stream, *feed.condition)
