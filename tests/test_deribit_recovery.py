@@ -673,6 +673,20 @@ def test_our_clock_may_be_set_back_while_the_connection_is_lost(tmp_path: Path) 
     assert START - hour - 10 * SECOND < first.params["start_timestamp"] * MS < START - hour
 
 
+def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_clock_is_ahead(tmp_path: Path) -> None:
+    name, ahead = "BTC-27MAR27-90000-C", 3600 * SECOND
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed.losses.confirm(START)
+    last = replace(make_option_trade(name, 7), timestamp=(START + ahead) // MS + 40_000)
+    came = START + 60 * SECOND  # so 20 s late
+    ((stream, _),) = feed.take(Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(last)]), came)
+    stream.last_ts = came
+    feed.lose("disconnect", came)
+    first = next(heal_feed(feed, came + SECOND, ahead))
+    assert isinstance(first, Ask)
+    assert first.params["start_timestamp"] < last.timestamp
+
+
 @pytest.mark.parametrize("channel", ["trades.option.BTC.raw", "trades.BTC-27MAR27-90000-C.raw"])
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(

@@ -81,7 +81,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
     losses, since = feed.losses, _leave_to_numbers(feed, now)
     lost_from, count = losses.lost_from, losses.count
     answered = yield from _fetch_loss(feed, theirs, shift)
-    yield from _fetch_numbers(feed, theirs, not answered, None if since is None else since + shift)
+    yield from _fetch_numbers(feed, theirs, not answered, None if since is None else since + min(shift, 0))
     if lost_from is not None:  # only now: what is known to be missing need not wait for what may be
         answered &= yield from _fetch_all(feed, theirs // MS - SLACK_MS, theirs // MS + SLACK_MS, LATE)
         if losses.count == count:  # else the connection was lost once more in the meantime
@@ -127,12 +127,13 @@ def _leave_to_numbers(feed: TradeFeed, now: int) -> int | None:
 def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered.
 
-    `theirs` is the exchange's time now; earlier times of ours are that by `shift`.
+    `theirs` is the exchange's time now; earlier times of ours are that by `shift`. Since when trades are missing may be
+    a time of either clock: the earlier is asked for.
     """
     losses, count = feed.losses, feed.losses.count
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
-    answered = yield from _fetch_since(feed, losses.lost_from + shift, theirs)
+    answered = yield from _fetch_since(feed, losses.lost_from + min(shift, 0), theirs)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
     answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
     if losses.count == count and not feed.channel.instrument:
