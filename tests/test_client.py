@@ -146,6 +146,11 @@ def test_lost_reply_blocks_nothing_and_a_late_one_answers_nobody(peer: Any) -> N
         peer.send_multipart([*first, encode({"ok": True, "result": {"for": "first"}})])
         peer.send_multipart([*second, encode({"ok": True, "result": {"for": "second"}})])
         assert answer() == {"for": "second"}
+        control.timeout = 0.1
+        lost = in_thread(control.get_state)
+        take_request(peer)
+        peer.send_multipart([*second, encode({"ok": True, "result": {"for": "second"}})])
+        assert isinstance(lost(), ControlError)
 
 
 @pytest.mark.parametrize("reply", [b"", b"\xc1", encode([1]), encode({"ok": False}), b"\x91" * 5000, encode({"ok": 1})])

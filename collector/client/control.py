@@ -5,6 +5,7 @@ import os
 import socket
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from types import TracebackType
 from typing import Any, Self
 
@@ -100,9 +101,11 @@ class Control(OwnSocket):
         """Send one request and wait for its result."""
         check_listener(self.endpoint)
         self.send_request(op, **arguments)
-        if not self.socket.poll(int((self.timeout + GRACE) * 1000)):
-            raise NobodyAnswers(self._explain_silence())
-        return decode_reply(self.socket.recv(), MAX_REPLY)
+        end = time.monotonic() + self.timeout + GRACE
+        while self.socket.poll(max(0, int((end - time.monotonic()) * 1000))):
+            with suppress(zmq.Again):  # a late answer to a former request is passed over
+                return decode_reply(self.socket.recv(zmq.NOBLOCK), MAX_REPLY)
+        raise NobodyAnswers(self._explain_silence())
 
     def _ask_map(self, op: str, **arguments: Any) -> dict[str, Any]:
         result = self.ask(op, **arguments)

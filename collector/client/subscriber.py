@@ -183,13 +183,13 @@ class Subscriber(OwnSocket):
         self._look_at = now + LOOK_EVERY
         try:
             if self._finder.socket.poll(0):
-                reply = self._finder.socket.recv()
+                reply = self._finder.socket.recv(zmq.NOBLOCK)  # a late answer to a former question is passed over
                 self._hang_up(self._finder)
                 self._find(decode_reply(reply, MAX_REPLY))
             elif now >= self._ask_at:
                 self._ask(self._finder)
                 self._ask_at = now + (FIND_EVERY if self.found else LOOK_EVERY)
-        except (ControlError, ValueError):
+        except (ControlError, ValueError, zmq.Again):
             pass  # it is asked again
 
     def _ask(self, finder: Control) -> None:
