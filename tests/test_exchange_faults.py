@@ -166,9 +166,9 @@ def test_a_client_has_a_second_to_answer_a_close_frame(url: str) -> None:
 
 def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path) -> None:
     async def act() -> None:
-        async with connect(url, "half_open:0.3", autoping=True) as client, connect(url) as other:
-            await follow(other)
+        async with connect(url) as other, connect(url, "half_open:1.5", autoping=True) as client:
             await follow(client)
+            await follow(other)
             await client.wait_data(BOOK, 2)
             await other.wait(lambda: read_oracle(oracle, event="silent"), "the silence to begin")
             await other.wait_data(BOOK, len(other.data(BOOK)) + 2)  # what was sent before the silence has come too
@@ -216,9 +216,8 @@ def test_lag_makes_data_late_and_nothing_else(url: str) -> None:
             assert late.data(BOOK) == []
             await never.ask("public/set_heartbeat", interval=0.1)
             await never.wait(lambda: any("test_request" in text for text in never.texts), "a test_request")
-            behind = len(true.data(BOOK)) - len(await late.wait_data(BOOK))
-            assert behind > 3
             frames = await late.wait_data(BOOK, 10)
+            assert time.time() * 1000 - frames[-1]["timestamp"] >= 1000
             check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
             assert -0.5 < (await late.ask("public/get_time"))["result"] / 1000 - time.time() < 0.5
 
