@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -553,6 +554,20 @@ async def test_the_last_trades_of_an_instrument_are_healed_before_its_channel_is
 
 
 @in_loop
+async def test_healing_pays_for_no_request_before_the_connection_is_live(
+    practice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It would not be sent. Here the channel is confirmed while the login is still to come."""
+    async with collecting(practice, "delay:100", TRADES, login=LOGIN) as run:
+        await run.hearer.hear_of(TRADED, type="trade")
+        with caplog.at_level(logging.INFO, "deribit"):
+            run.worker.client.cut("for a loss")
+            await run.hearer.hear_of(TRADED, type="repair")
+        assert "live" in caplog.text
+        assert "goes on after the next bootstrap" not in caplog.text
+
+
+@in_loop
 async def test_trades_of_all_kinds_are_healed_though_those_of_spot_are_not_served(practice: str) -> None:
     """Nothing stays in doubt: an instrument that is first traded later on has lost none."""
     channel = "trades.any.any.100ms"
@@ -582,10 +597,49 @@ def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path:
             assert isinstance(ask, Ask)
             asked.append(ask.params["currency"])
             page = None if asked[-1] == CURRENCIES[1] else Page([], False)
-    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 3) | {
-        CURRENCIES[1]: 3 * len(PAUSES)
+    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 2) | {
+        CURRENCIES[1]: 2 * len(PAUSES)
     }
     assert feed.losses.lost_from is None  # else each later healing would fetch from here on, for ever
+    ledger.close()
+
+
+def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_being_healed(tmp_path: Path) -> None:
+    """Else the time that each healing asks for would grow as long as there is no pause between two losses."""
+    ledger, second = Ledger(tmp_path / "ledger", fresh=True), 1_000_000_000
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), Topics(1, ledger))
+    feed.losses.confirm(START)
+    now = START + 10 * second
+    feed.losses.add_since(now)
+    for _ in range(5):
+        begun, page = now, None
+        healing = heal_feed(feed, now, 0)
+        with suppress(StopIteration):
+            while True:
+                ask = healing.send(page)
+                assert isinstance(ask, Ask)
+                assert ask.params["start_timestamp"] * MS > begun - 20 * second
+                now, page = now + int(ask.pause * second) + 1, Page([], False)
+                feed.losses.add_since(now)
+        assert now > begun + 2 * second
+    assert feed.losses.lost_from is not None
+    assert feed.losses.lost_from > begun - 10 * second
+    ledger.close()
+
+
+def test_a_channel_that_is_sent_only_while_it_is_healed_is_healed_once_more_from_then_on(tmp_path: Path) -> None:
+    ledger, second = Ledger(tmp_path / "ledger", fresh=True), 1_000_000_000
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), Topics(1, ledger))
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START + second)
+    begun, page = START + 60 * second, None
+    healing = heal_feed(feed, begun, 0)
+    with suppress(StopIteration):
+        while True:
+            healing.send(page)
+            page = Page([], False)
+            feed.losses.confirm(begun + second)
+    assert feed.losses.lost_from == begun
     ledger.close()
 
 

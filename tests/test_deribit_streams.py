@@ -282,6 +282,7 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: st
         if healing == "refused":  # each request is answered with a no
             assert [step for step in heal_feed(feed, 300, 0) if isinstance(step, Ask)]
         elif healing == "whole":
+            feed.losses.begin_healing(300)
             feed.losses.end()
             feed.losses.is_checked = True
         ask(worker, "unsubscribe", channel)

@@ -75,17 +75,19 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
     A wide channel is asked by time first, so that 1,500 instruments do not cost 1,500 requests, and one that was first
     traded while we were away is found. What that did not bring is asked by trade_seq, instrument by instrument.
     A single instrument is asked by trade_seq, and by time only if that does not show the trade before the loss: the
-    exchange may count anew. What comes to be missing later on is left to the next healing, unless it comes at once.
+    exchange may count anew. What was asked for by time is looked for once more when the exchange's history is surely
+    that far. What comes to be missing later on is left to the next healing, unless it comes at once.
     """
     theirs, shift = now + offset, offset if earlier_offset is None else min(offset, earlier_offset)
-    losses, since = feed.losses, _leave_to_numbers(feed, now)
-    lost_from, count = losses.lost_from, losses.count
+    losses = feed.losses
+    losses.begin_healing(now)
+    since = _leave_to_numbers(feed)
+    lost_from = losses.lost_from
     answered = yield from _fetch_loss(feed, theirs, shift)
     yield from _fetch_numbers(feed, theirs, not answered, None if since is None else since + min(shift, 0))
     if lost_from is not None:  # only now: what is known to be missing need not wait for what may be
         answered &= yield from _fetch_all(feed, theirs // MS - SLACK_MS, theirs // MS + SLACK_MS, LATE)
-        if losses.count == count:  # else the connection was lost once more in the meantime
-            losses.end(now, is_whole=answered)  # what was refused so often will not be had later either
+        losses.end(is_whole=answered)  # what was refused so often will not be had later either
         yield from _fetch_numbers(feed, theirs, not answered, None)
 
 
@@ -114,13 +116,13 @@ def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None)
                 yield Healed(tape, [hole for hole in ripe if hole in tried])
 
 
-def _leave_to_numbers(feed: TradeFeed, now: int) -> int | None:
+def _leave_to_numbers(feed: TradeFeed) -> int | None:
     """End the loss of a single instrument whose trades are numbered: these show what is missing; say since when."""
     losses = feed.losses
     if losses.lost_from is None or not (feed.channel.instrument and all(t.is_numbered for t in feed.tapes.values())):
         return None
     since = losses.lost_from
-    losses.end(now)
+    losses.end()
     return since
 
 
@@ -133,7 +135,7 @@ def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     losses, count = feed.losses, feed.losses.count
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
-    answered = yield from _fetch_since(feed, losses.lost_from + min(shift, 0), theirs)
+    answered = yield from _fetch_all(feed, *_limit(losses.lost_from + min(shift, 0), theirs), 0.0)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
     answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
     if losses.count == count and not feed.channel.instrument:
@@ -141,10 +143,15 @@ def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     return answered
 
 
+def _limit(since: int, now: int) -> tuple[int, int]:
+    """From when to when to ask (ms), for what was lost since then until now: no further back than is kept."""
+    return max(since - SLACK_MS * MS, now - KEPT_MS * MS) // MS, now // MS + SLACK_MS
+
+
 def _fetch_since(feed: TradeFeed, since: int, now: int) -> Fetch:
-    start, end = since // MS - SLACK_MS, now // MS + SLACK_MS
-    answered = yield from _fetch_all(feed, max(start, end - SLACK_MS - KEPT_MS), end, 0.0)
-    # Twice: an instrument that was first traded just now may not yet be in the exchange's history.
+    start, end = _limit(since, now)
+    answered = yield from _fetch_all(feed, start, end, 0.0)
+    # Twice: what was traded just now may not yet be in the exchange's history.
     return (yield from _fetch_all(feed, max(start, end - 2 * SLACK_MS), end, PAUSES[1])) and answered
 
 

@@ -99,6 +99,9 @@ class Healer:
         return feed in self._calling or feed in self._healing or feed in self._interrupted
 
     async def _heal_feed(self, feed: TradeFeed) -> None:
+        if not self._client.is_live:
+            self._interrupted.add(feed)
+            return
         session = self._client.session
         healing = heal_feed(feed, time.time_ns(), session.clock_offset, session.earlier_offset)
         page, feed.changed, said = None, False, count(1)
@@ -129,12 +132,14 @@ class Healer:
         is_unfinished = is_open or self._is_under_way(feed)
         self._interrupted.discard(feed)
         feed.is_ended = True
+        losses.begin_healing(self._client.read_clock())  # no other healing follows
         losses.end()
         for tape in feed.tapes.values():
             if is_unfinished and (gap := tape.take_last(self._client.read_clock())) is not None:
                 self._publisher.say(tape.stream, gap)
             if tape.holes:
                 self._say_repairs(feed, Healed(tape, tape.holes))
+        self._rested.set()
 
     def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
         for message in healed.tape.end_healing(healed.holes, self._client.read_clock()):

@@ -24,6 +24,9 @@ class Losses:
         """How often something may have been lost."""
         self.is_checked = True
         """Unset while the exchange may have begun to count anew in the last of them."""
+        self._begun_at = 0
+        self._newer_from: int | None = None
+        """Since when trades may be missing that the healing under way does not fetch."""
 
     def confirm(self, now: int) -> None:
         """The exchange sends this channel, since `now` unless it did before.
@@ -35,6 +38,8 @@ class Losses:
             if self._healed_to:
                 self.away_from = min(self.away_from or self._healed_to, self._healed_to)
                 self._lower_lost_from(self._healed_to)
+            if self._begun_at:  # the healing under way fetches nothing newer
+                self._newer_from = min(self._newer_from or self._begun_at, self._begun_at)
         self.confirmed_at, self.is_sent, self._healed_to = self.confirmed_at or now, True, 0
         self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
 
@@ -64,17 +69,25 @@ class Losses:
         """All that was traded since then must be fetched; by a later life, if this one is killed before."""
         self._ledger.lower(self._ledger.find_slot(self._channel), UNHEALED, since)
         self.lost_from = min(self.lost_from or since, since)
+        self._newer_from = min(self._newer_from or since, since)
 
-    def end(self, now: int = 0, is_whole: bool = True) -> None:
-        """All that can be had by time up to `now` has come.
+    def begin_healing(self, now: int) -> None:
+        """What was lost by `now` is fetched; what is lost from now on is for the next healing."""
+        self._begun_at, self._newer_from = now, None
+
+    def end(self, is_whole: bool = True) -> None:
+        """All that can be had by time of what was lost before the healing began has come.
 
         Unless `is_whole`, some may be missing, and a later life asks again.
         """
         if self.lost_from is None:
             return
         if not self.is_sent:
-            self._healed_to = now
+            self._healed_to = self._begun_at
         if not is_whole:
             self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
-        self.lost_from = self.away_from = None
-        self._ledger.cells[self._ledger.find_slot(self._channel) + UNHEALED] = self.unsure_from or 0
+        self.lost_from = self._newer_from
+        if self.lost_from is None:
+            self.away_from = None
+        open_from = [since for since in (self.unsure_from, self.lost_from) if since is not None]
+        self._ledger.cells[self._ledger.find_slot(self._channel) + UNHEALED] = min(open_from, default=0)
