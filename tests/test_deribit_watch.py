@@ -83,6 +83,10 @@ def test_a_clock_that_is_set_back_takes_the_rhythm_along() -> None:
     rhythm.restart(last - 2 * hour)  # set back once more, and the connection is a new one
     rhythm.look(last - hour)  # nothing has come on it yet
     assert rhythm.is_broken(last - 2 * hour + 21 * SECOND)
+    silent = Rhythm()
+    last = beat(silent, 2 * hour, SECOND, SAMPLES + 1)
+    assert not silent.is_broken(last - hour)  # nothing has come since
+    assert silent.is_broken(last - hour + 21 * SECOND)
 
 
 def test_lag_that_lasts_is_told_and_rising_lag_is_hopeless() -> None:

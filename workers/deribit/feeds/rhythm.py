@@ -65,6 +65,8 @@ class Rhythm:
 
     def is_broken(self, now: int) -> bool:
         """Whether the silence up to `now` is out of the rhythm."""
+        if now < self._since:  # the clock was set back
+            self.restart(now)
         if self._samples < SAMPLES:
             is_known = self.is_steady and self._since > 0
             return is_known and now - self._since > max(NEVER_QUIET, LONGESTS * self._longest)
