@@ -235,12 +235,17 @@ class Follower:
             and name in self._shards[place].channels
         }  # fmt: skip
         listed = {name for name, each in self._listed.items() if each.is_listed(now)}
-        await self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
-        await self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
-        await self._ask("subscribe", repeated)
+        expired = self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
+        others = self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
         if placed := self._place(new):
             log.info("%s: %s new: %s ...", self._name, _count(placed), next(iter(placed)))
-            await self._ask("subscribe", placed)
+        await asyncio.gather(  # side by side: what has expired may have to be healed first
+            self._ask("unsubscribe", expired, "expired"),
+            self._ask("unsubscribe", others),
+            self._ask("subscribe", repeated | placed),
+        )
+        if gone:
+            self._supervisor.tell_freed()
 
     def _place(self, new: list[str]) -> dict[str, int]:
         """Give new channels their shards; those that would feed another connection's topics get none for now."""
@@ -272,15 +277,14 @@ class Follower:
             log.warning("%s: %s is not asked for now: %s", self._name, name, left[name])
         self._held_elsewhere = set(left)
 
-    async def _let_go(self, names: list[str], reason: str) -> None:
-        if not names:
-            return
-        log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
+    def _let_go(self, names: list[str], reason: str) -> dict[str, int]:
+        """Want these no more; return which shards had them."""
+        if names:
+            log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
         places = {name: self._ours.pop(name) for name in names}
         for name, place in places.items():
             self._shards[place].channels.pop(name, None)
-        await self._ask("unsubscribe", places, reason)
-        self._supervisor.tell_freed()
+        return places
 
     async def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
         """Have each worker carry out its part; one that does not hear it now is told later (see wishes)."""

@@ -373,8 +373,7 @@ class Worker(Listener):
         if isinstance(feed, TradeFeed):
             self.healer.heal(feed)
         elif isinstance(feed, ListingFeed):
-            ended, feed.ended = feed.ended, []
-            self._spawn(self._leave_ended(ended))
+            self._spawn(self._leave_ended(feed))
         elif feed.is_complete:
             feed.waits = 0
             self.statuses.tell(feed, "live", "")
@@ -382,13 +381,16 @@ class Worker(Listener):
             self.statuses.tell(feed, "recovering", "sequence")
             self.patrol.resync(feed)
 
-    async def _leave_ended(self, events: list[dict[str, Any]]) -> None:
+    async def _leave_ended(self, listing: ListingFeed) -> None:
         """Leave the channels of instruments that have ended, once each has said its last; then tell the supervisor."""
-        await asyncio.sleep(LAST_WORDS)
-        instruments = {event["row"]["instrument_name"] for event in events}
-        names = [feed.channel.name for feed in self.feeds.values() if feed.channel.instrument in instruments]
-        self.client.reconciler.expire(names)
-        self.channels.events += events
+        while count := len(listing.ended):
+            await asyncio.sleep(LAST_WORDS)
+            events = listing.ended[:count]
+            instruments = {event["row"]["instrument_name"] for event in events}
+            names = [feed.channel.name for feed in self.feeds.values() if feed.channel.instrument in instruments]
+            self.client.reconciler.expire(names)
+            self.channels.events += events
+            del listing.ended[:count]
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

@@ -21,7 +21,7 @@ class ListingFeed(EventFeed):
     """Listings and states of instruments: each event goes to the supervisor; it is published if the channel `is_asked`.
 
     `ended` are those that tell of an end: they wait until the channels of the instrument have said their last.
-    `changed` is set when one is new.
+    `changed` is set when the first of them has come.
     """
 
     def __init__(self, channel: Channel, topics: Topics, events: list[dict[str, Any]], is_asked: bool) -> None:
@@ -38,9 +38,9 @@ class ListingFeed(EventFeed):
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """Note one event."""
         row = read_any(frame)
-        if isinstance(row, dict) and len(self._events) < MAX_EVENTS:
+        if isinstance(row, dict) and len(self._events) + len(self.ended) < MAX_EVENTS:
             members = {key: row[key] for key in _MEMBERS if isinstance(row.get(key), (str, int, float))}
             has_ended = members.get("state") in ENDED and isinstance(members.get("instrument_name"), str)
             (self.ended if has_ended else self._events).append({"event": "instrument", "row": members})
-            self.changed = self.changed or has_ended
+            self.changed = self.changed or (has_ended and len(self.ended) == 1)
         return super().take(frame, receive_ts) if self.is_asked else []
