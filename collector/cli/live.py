@@ -10,7 +10,7 @@ from rich.text import Text
 
 from collector.cli.render import describe, printable, show_clock, show_level
 from collector.client.orderbook import OrderBook
-from collector.client.stream import Loss, Message
+from collector.client.stream import MAX_TOPICS, Loss, Message
 from collector.messages import Topic
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
@@ -90,6 +90,8 @@ class Board:
         if item.topic.type == "status":
             return
         if item.topic not in self.rows:
+            if len(self.rows) >= MAX_TOPICS:
+                del self.rows[next(iter(self.rows))]
             self.rows[item.topic] = Row(item.topic)
         self.rows[item.topic].take(item, time.monotonic())
         if item.type == "trade":

@@ -10,6 +10,7 @@ import zmq
 from collector.client.control import MAX_REPLY, Control, OwnSocket
 from collector.client.stream import (
     MAX_PAYLOAD,
+    MAX_TOPICS,
     Loss,
     LossError,
     Message,
@@ -25,8 +26,8 @@ FIND_EVERY = 2.0
 LOOK_EVERY = 0.1
 """Seconds between two looks for the answer; also between two questions while no connection is known."""
 
-UNNAMED = 5
-"""Answers in a row that do not name an endpoint, after which it is left: some 10 s. One that is soon back is kept."""
+UNNAMED = 10.0
+"""Seconds after which an endpoint that the collector names no more is left. One that is soon back is kept."""
 
 ASK_AGAIN = 1.0
 """Seconds that a publisher has to say the current value of a topic of which messages were lost."""
@@ -59,7 +60,7 @@ class Subscriber(OwnSocket):
         super().__init__(zmq.SUB)
         self.endpoints: set[str] = set()
         self.found: dict[str, str] = {}
-        self._unnamed: dict[str, int] = {}
+        self._unnamed: dict[str, float] = {}  # since when
         self._raises = on_loss == "raise"
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
@@ -94,16 +95,19 @@ class Subscriber(OwnSocket):
     def _find(self, states: Any) -> None:
         self.found = find_endpoints(states)
         self._connect(self.found.values())
-        gone = self.endpoints.difference(self.found.values())
-        self._unnamed = {endpoint: self._unnamed.get(endpoint, 0) + 1 for endpoint in gone}
-        if not self.socket.poll(0):  # what waits of it would be lost, and libzmq aborts amid a message
-            self._leave([endpoint for endpoint, answers in self._unnamed.items() if answers >= UNNAMED])
+        now, gone = time.monotonic(), self.endpoints.difference(self.found.values())
+        self._unnamed = {endpoint: self._unnamed.get(endpoint, now) for endpoint in gone}
 
-    def _leave(self, endpoints: Iterable[str]) -> None:
-        """Who publishes there has moved, or ended: whoever binds such a port next is a stranger."""
-        for endpoint in endpoints:
+    def _leave_unnamed(self) -> None:
+        """Who published there has moved, or ended: whoever binds such a port next is a stranger.
+
+        Only while nothing waits: it would be lost, and libzmq aborts amid a message.
+        """
+        before = time.monotonic() - UNNAMED
+        for endpoint in [endpoint for endpoint, since in self._unnamed.items() if since <= before]:
             self.socket.disconnect(endpoint)
             self.endpoints.remove(endpoint)
+            del self._unnamed[endpoint]
 
     def __iter__(self) -> Iterator[Message | Loss]:
         while True:
@@ -151,6 +155,8 @@ class Subscriber(OwnSocket):
         """
         now = time.monotonic()
         if now >= self._asked.get(topic, 0.0) + ASK_AGAIN:
+            if len(self._asked) >= MAX_TOPICS:  # of topics that have ended since, no answer comes
+                del self._asked[next(iter(self._asked))]
             self._asked[topic] = now
             for option in (zmq.SUBSCRIBE, zmq.UNSUBSCRIBE):
                 self.socket.setsockopt(option, str(topic).encode())
@@ -168,7 +174,7 @@ class Subscriber(OwnSocket):
             try:
                 return self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                pass
+                self._leave_unnamed()
             longest = 3600.0 if self._finder is None else LOOK_EVERY
             rest = longest if end is None else min(end - time.monotonic(), longest)
             if rest <= 0:

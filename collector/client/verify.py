@@ -12,7 +12,7 @@ from collector.client.rules import create_checks
 from collector.client.rules.check import Check, Fault
 from collector.client.rules.heartbeats import SILENCE
 from collector.client.rules.trades import Trades
-from collector.client.stream import Message, SequenceCheck, read_envelope
+from collector.client.stream import MAX_TOPICS, Message, SequenceCheck, read_envelope
 from collector.messages import EXCHANGE, Topic
 from collector.schema import SCHEMA, find_faults
 
@@ -116,6 +116,9 @@ class Verifier:
             yield _RULE_OF_LOSS[loss.reason], str(loss).partition(": ")[2]
             if loss.reason != "sequence":
                 return
+        if message.topic not in self.topics and len(self.topics) >= MAX_TOPICS:
+            yield "envelope", f"more than {MAX_TOPICS} topics"
+            return
         self.topics[message.topic] += 1
         if message.topic not in self._checks:
             self._checks[message.topic] = create_checks(message.topic.type)
