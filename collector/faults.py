@@ -115,8 +115,11 @@ _WORDS = ("METHOD", "CHANNEL")
 FOREVER = float("inf")
 
 _MOST = 10**9
-_BOUNDS = {"refuse": (200, 599), "close": (0, 4999)} | dict.fromkeys(("clock", "error", "ban"), (-_MOST, _MOST))
-"""What the number of a fault may be, if not 0 to _MOST: an HTTP status, a code of RFC 6455, what has a sign."""
+_BOUNDS = {
+    "refuse": (200, 599), "close": (0, 4999), "error": (-_MOST, _MOST), "ban": (-_MOST, _MOST),
+    "clock": (-(10**13), 10**13), "seed": (-(10**18), 10**18),
+}  # fmt: skip
+"""What the number of a fault may be, if not 0 to _MOST: an HTTP status, a code of RFC 6455, what may have a sign."""
 
 
 class Setting(NamedTuple):
