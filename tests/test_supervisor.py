@@ -87,21 +87,35 @@ def test_a_killed_worker_is_replaced_where_its_subscribers_wait_and_its_restart_
 def test_a_free_port_that_another_program_took_meanwhile_is_left_to_it() -> None:
     with collected({"a": {**QUICK, "publish": "tcp://127.0.0.1:*", "retry_delay": 1}}) as run, socket.socket() as other:
         before = run.wait_state("a")
-        place = ("127.0.0.1", int(before["publish"].rpartition(":")[2]))
-
-        def take() -> bool:
-            with suppress(OSError):
-                other.bind(place)
-                other.listen()
-                return True
-            return False
-
-        other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         psutil.Process(before["pid"]).kill()
-        wait_until(take, "the port, before the next worker has it")
+        take_port(other, before["publish"])
         after = run.wait_state("a", restarts=2)
         assert after["publish"].startswith("tcp://127.0.0.1:")
         assert after["publish"] != before["publish"]
+
+
+def take_port(other: socket.socket, endpoint: str) -> None:
+    """Listen where a worker did, as soon as it is gone."""
+
+    def take() -> bool:
+        with suppress(OSError):
+            other.bind(("127.0.0.1", int(endpoint.rpartition(":")[2])))
+            other.listen()
+            return True
+        return False
+
+    other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    wait_until(take, f"{endpoint}, before the next worker has it")
+
+
+def test_who_was_never_live_is_not_bound_to_the_free_port_of_before() -> None:
+    dead = {**DEAD, "publish": "tcp://127.0.0.1:*", "retry_delay": 1}
+    with collected({"a": dead}, exchange=None) as run, socket.socket() as other:
+        run.program.wait_line("a: ready")
+        before = run.get_state("a")["publish"]
+        take_port(other, before)
+        wait_until(lambda: run.get_state("a")["publish"] != before, "another port")
+        assert run.get_state("a")["restarts"] == 1
 
 
 def test_state_says_that_the_worker_was_killed_until_it_lives_again() -> None:
@@ -523,9 +537,12 @@ def test_too_few_open_files_for_the_connections_are_told_before_anything_starts(
     with collected(tables, first=set_files(20, needed - 1)) as run:
         assert run.program.wait_exit() == 1
         assert run.program.err == [
-            f"collector: {workers} workers need {needed} open files, and only {needed - 1} are allowed; allow more "
-            "(ulimit -n, or LimitNOFILE of a systemd unit), or run fewer connections"
+            f"collector: a collector with {workers} workers needs {needed} open files, and only {needed - 1} are "
+            "allowed; allow more (ulimit -n, or LimitNOFILE of a systemd unit), or run fewer connections"
         ]
+    with collected(tables, first=set_files(20, FILES)) as run:
+        assert run.program.wait_exit() == 1
+        assert run.program.err[-1].endswith("(ulimit -n, or LimitNOFILE of a systemd unit)")  # no number would be few
     with collected(tables, first=set_files(20, needed)) as run:
         for name in tables:
             run.wait_state(name, restarts=0)

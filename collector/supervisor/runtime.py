@@ -45,9 +45,10 @@ def allow_files(workers: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
     needed = FILES + FILES_EACH * workers
     if limit < needed:
+        fewer = ", or run fewer connections" if limit >= FILES + FILES_EACH else ""
         raise Unavailable(
-            f"{workers} workers need {needed} open files, and only {limit} are allowed; "
-            f"allow more (ulimit -n, or LimitNOFILE of a systemd unit), or run fewer connections"
+            f"a collector with {workers} workers needs {needed} open files, and only {limit} are allowed; "
+            f"allow more (ulimit -n, or LimitNOFILE of a systemd unit){fewer}"
         )
 
 

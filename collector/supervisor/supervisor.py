@@ -195,7 +195,9 @@ class Supervisor:
         login = self._read_login(connection)
         entry.wishes.note_spec()
         # At `*` too it comes back where its subscribers wait: else they would never hear that messages were lost.
-        publish = connection.publish if keeper.exit_code == Exit.BAD_SPEC else entry.bound  # it may be another's by now
+        # But the port may be another's by now, and who was never live has lost nothing.
+        may_return = keeper.was_live and keeper.exit_code != Exit.BAD_SPEC
+        publish = entry.bound if may_return else connection.publish
         return self._build_spec(keeper) | {
             "connection": connection.to_map() | {"url": self.resolve_url(connection), "publish": publish},
             "channels": list(entry.channels),
