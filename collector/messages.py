@@ -19,8 +19,8 @@ CODES = {
     "unknown_op": "there is no such op",
     "unknown_connection": "no connection has that name",
     "exists": "a connection of that name is running already",
-    "not_connected": "the connection is not live just now; if it ended with a send under way, whether that was carried "
-    "out is not known",
+    "not_connected": "the connection is not live just now: try again when it is; only if it ended with a send under "
+    "way, whether that was carried out is not known",
     "forbidden": "this method may not be sent through the control channel",
     "timeout": "no answer within the deadline; whether it was carried out is not known",
     "expired": "the deadline had passed before it could be carried out; it was not",

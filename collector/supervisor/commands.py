@@ -27,6 +27,8 @@ LOOK = 500_000_000
 MAX_ON_ONE = 20_000
 """Channels that may be asked for on one connection."""
 
+STOPPING = "the collector is stopping"
+
 NO_PATTERNS = "patterns stand in the file, or in the table of connect; here channels are named one by one"
 
 _SENDABLE = re.compile(r"(public/|private/get_)[a-z0-9_]{1,100}\Z")
@@ -68,6 +70,8 @@ class Commands:
         """One that is not over, nor about to be: what is wished of it will be carried out."""
         entry = self._find(name)
         keeper = entry.keeper
+        if self._supervisor.is_stopping:
+            raise ControlError("not_connected", STOPPING)
         if keeper.is_over:
             raise ControlError("not_connected", f"{name} has ended for good ({keeper.state}); connect it anew")
         if keeper.is_stopping:
@@ -78,7 +82,7 @@ class Commands:
 
     async def _connect(self, request: Request) -> dict[str, Any]:
         if self._supervisor.is_stopping:
-            raise ControlError("not_connected", "the collector is stopping")
+            raise ControlError("not_connected", STOPPING)
         connection = self._check_connection(request.arguments["connection"])
         entry = self._supervisor.start_connection(connection, from_file=False)
         keeper = entry.keeper
@@ -106,7 +110,8 @@ class Commands:
                 )
             known = self._entries.get(connection.name)
             if known is not None and not known.keeper.is_over:
-                raise ControlError("exists", f"{connection.name} runs already; close it first, or choose another name")
+                words = "is being closed; try again" if known.keeper.is_stopping else "runs already; close it first"
+                raise ControlError("exists", f"{connection.name} {words}, or choose another name")
             self._supervisor.check_beside([connection], known)
         except ConfigError as error:
             raise ControlError("bad_request", str(error)) from None

@@ -33,7 +33,7 @@ class ControlServer:
     def __init__(self, endpoint: str, answer: Callable[[Request], Awaitable[Any]]) -> None:
         self._answer = answer
         self._pending: set[asyncio.Task[None]] = set()
-        self._is_full = False
+        self._was_full = False
         self._context = zmq.asyncio.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
@@ -70,16 +70,17 @@ class ControlServer:
         """Take requests until cancelled."""
         while True:
             frames = await self._socket.recv_multipart()
-            self._note_pending(len(self._pending) >= MAX_PENDING)
-            task = asyncio.create_task(self._handle(frames, self._is_full))
+            is_full = len(self._pending) >= MAX_PENDING
+            self._note_pending(is_full)
+            task = asyncio.create_task(self._handle(frames, is_full))
             self._pending.add(task)
             task.add_done_callback(self._pending.discard)
             await asyncio.sleep(0)  # under a flood recv never waits, and all else would
 
     def _note_pending(self, is_full: bool) -> None:
-        if is_full and not self._is_full:
+        if is_full and not self._was_full:
             log.warning("%d control requests are waiting: further ones are refused", MAX_PENDING)
-        self._is_full = is_full
+        self._was_full = is_full or (self._was_full and len(self._pending) > MAX_PENDING // 2)
 
     async def _handle(self, frames: list[bytes], full: bool) -> None:
         envelope, body = _open_envelope(frames)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
 from collector.config.patterns import Instrument, expand, hint_capitals, is_instrument, read_instrument
+from collector.config.urls import name_host
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.shards import assign, find_unit, spread, weigh
@@ -80,12 +81,13 @@ class Follower:
         It takes as many attempts as a connection that was never live may make.
         """
         connection = self._connection
-        self._catalogue = Catalogue(self._supervisor.resolve_url(connection), connection.headers, connection.timeout)
+        url = self._supervisor.resolve_url(connection)
+        self._catalogue = Catalogue(url, connection.headers, connection.timeout)
         failure = ""
         for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
             try:
                 # In turn: where two meet, the first stays.
-                async with self._supervisor.listing_locks[self._catalogue.host]:
+                async with self._supervisor.listing_locks[name_host(url)]:
                     self._listed = await self._catalogue.fetch()
                     return self._put_in_place()
             except Unreachable as error:

@@ -150,7 +150,10 @@ class Worker(Listener):
     async def _end(self) -> None:
         self.joins.end()
         self.healer.close()
-        await asyncio.to_thread(self.publisher.close)
+        try:
+            await asyncio.to_thread(self.publisher.close)
+        except RuntimeError:  # the system allows no further thread
+            self.publisher.close()
         self.ledger.close()
 
     def stop(self) -> None:
