@@ -597,8 +597,8 @@ def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path:
             assert isinstance(ask, Ask)
             asked.append(ask.params["currency"])
             page = None if asked[-1] == CURRENCIES[1] else Page([], False)
-    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 2) | {
-        CURRENCIES[1]: 2 * len(PAUSES)
+    assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 3) | {
+        CURRENCIES[1]: 3 * len(PAUSES)
     }
     assert feed.losses.lost_from is None  # else each later healing would fetch from here on, for ever
     ledger.close()
@@ -624,6 +624,27 @@ def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_b
         assert now > begun + 2 * second
     assert feed.losses.lost_from is not None
     assert feed.losses.lost_from > begun - 10 * second
+    ledger.close()
+
+
+def test_a_day_of_losses_that_are_all_healed_in_time_leaves_nothing_in_doubt(tmp_path: Path) -> None:
+    """The exchange tells of the last day only; what was lost before was healed long ago."""
+    ledger, second = Ledger(tmp_path / "ledger", fresh=True), 1_000_000_000
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), Topics(1, ledger))
+    feed.losses.confirm(START)
+    now = START + second
+    feed.lose("disconnect", now)
+    for _ in range(30):
+        now, page = now + 3600 * second, None
+        feed.losses.add_since(now - second)
+        healing = heal_feed(feed, now, 0)
+        with suppress(StopIteration):
+            while True:
+                healing.send(page)
+                feed.losses.add_since(now + second)
+                page = Page([], False)
+        assert feed.losses.lost_from == now + second
+    assert feed.losses.unsure_from is None
     ledger.close()
 
 

@@ -33,7 +33,7 @@ UNNOTICED_MS = 120_000
 PAUSES = (0.0, 0.5, 1.0, 2.0)
 """Seconds before each try to get what is still missing: the exchange's history may be a little behind its stream."""
 
-LATE = sum(PAUSES[2:])
+LATE = sum(PAUSES)
 """Seconds before the last look by time: by then the history is as far as at the last try by number."""
 
 CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR")
@@ -135,7 +135,8 @@ def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     losses, count = feed.losses, feed.losses.count
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
-    answered = yield from _fetch_all(feed, *_limit(losses.lost_from + min(shift, 0), theirs), 0.0)
+    fetch = _fetch_once if feed.channel.instrument else _fetch_since
+    answered = yield from fetch(feed, losses.lost_from + min(shift, 0), theirs)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
     answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
     if losses.count == count and not feed.channel.instrument:
@@ -143,16 +144,15 @@ def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     return answered
 
 
-def _limit(since: int, now: int) -> tuple[int, int]:
-    """From when to when to ask (ms), for what was lost since then until now: no further back than is kept."""
-    return max(since - SLACK_MS * MS, now - KEPT_MS * MS) // MS, now // MS + SLACK_MS
+def _fetch_once(feed: TradeFeed, since: int, now: int) -> Fetch:
+    return (yield from _fetch_all(feed, max(since // MS - SLACK_MS, now // MS - KEPT_MS), now // MS + SLACK_MS, 0.0))
 
 
 def _fetch_since(feed: TradeFeed, since: int, now: int) -> Fetch:
-    start, end = _limit(since, now)
-    answered = yield from _fetch_all(feed, start, end, 0.0)
-    # Twice: what was traded just now may not yet be in the exchange's history.
-    return (yield from _fetch_all(feed, max(start, end - 2 * SLACK_MS), end, PAUSES[1])) and answered
+    answered = yield from _fetch_once(feed, since, now)
+    # Twice: what was traded just now may not yet be in the exchange's history, and a new count would not be seen.
+    start, end = max(since, now) // MS - SLACK_MS, now // MS + SLACK_MS
+    return (yield from _fetch_all(feed, start, end, PAUSES[1])) and answered
 
 
 def _fetch_all(feed: TradeFeed, start: int, end: int, pause: float) -> Fetch:

@@ -87,7 +87,7 @@ class Losses:
         if not is_whole:
             self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
         self.lost_from = self._newer_from
-        if self.lost_from is None:
-            self.away_from = None
+        if self.away_from is not None:  # what is newer was lost while the connection stood, at first
+            self.away_from = None if self.lost_from is None else max(self.away_from, self._begun_at)
         open_from = [since for since in (self.unsure_from, self.lost_from) if since is not None]
         self._ledger.cells[self._ledger.find_slot(self._channel) + UNHEALED] = min(open_from, default=0)
