@@ -492,6 +492,7 @@ async def test_unsubscribes_and_proofs_of_life_draw_on_the_credits_of_all(practi
 async def test_data_of_channels_that_nobody_asked_for_are_counted(practice: str) -> None:
     async with collecting(practice, "", QUOTE) as run:
         await run.hearer.hear_of("deribit.quote.", type="quote")
+        await wait_for(lambda: run.worker.client.is_live, "the end of the bootstrap: data come before it")
         await run.worker.client.send("public/subscribe", {"channels": [BOOK]})
         await wait_for(lambda: run.worker.unknown > 2, "unknown data")
         assert not run.hearer.find("deribit.book.")
