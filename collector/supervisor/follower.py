@@ -288,12 +288,15 @@ class Follower:
             self._shards[place].channels.pop(name, None)
         return places
 
-    async def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
-        """Have each worker carry out its part; one that does not hear it now is told later (see wishes)."""
+    def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> asyncio.Future[list[None]]:
+        """Have each worker carry out its part; one that does not hear it now is told later (see wishes).
+
+        The wishes stand at once: no channel may seem free before its worker has heard that it is given up.
+        """
         groups: dict[int, list[str]] = defaultdict(list)
         for name, place in places.items():
             groups[place].append(name)
-        await asyncio.gather(*(self._shards[place].wishes.tell(op, group, reason) for place, group in groups.items()))
+        return asyncio.gather(*(self._shards[place].wishes.tell(op, group, reason) for place, group in groups.items()))
 
 
 def read_ms() -> int:

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,9 +53,12 @@ class Wishes:
         """
         return await self._pass_on(self._note(op, names, ""), names, deadline)
 
-    async def tell(self, op: str, names: list[str], reason: str = "") -> None:
-        """The same, for one who needs no answer. `reason`: why the channels are given up, if not because of a wish."""
-        await self._tell(self._note(op, names, reason), names)
+    def tell(self, op: str, names: list[str], reason: str = "") -> Coroutine[Any, Any, None]:
+        """The same, for one who needs no answer: the wish stands from now on, and is sent by what is returned.
+
+        `reason`: why the channels are given up, if not because of a wish.
+        """
+        return self._tell(self._note(op, names, reason), names)
 
     def _note(self, op: str, names: list[str], reason: str, is_known: bool = False) -> Wish:
         wish = Wish(op, reason, is_known)
