@@ -4,6 +4,7 @@ The waits are those of the product: a channel's rhythm is known after 20 s, and 
 """
 
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -248,6 +249,20 @@ async def test_what_has_never_spoken_is_told_where_it_is_never_quiet_and_a_new_c
             await run.ask("unsubscribe", channels=[SPOT])
             await wait_for(lambda: not patrol._whole.is_steady, "a look at what is left")
             assert not patrol._whole.is_broken(time.time_ns() + 3600 * SECOND)
+
+
+@in_loop
+async def test_a_dead_connection_whose_data_had_a_rhythm_is_left_before_its_heartbeat_is_missed() -> None:
+    with exchange("--rate", "600") as (url, _):
+        settings = {"heartbeat_interval": 600.0, "timeout": 1.0}
+        async with collecting(url, "half_open:3", SPOT, **settings) as run:
+            patrol = run.worker.patrol
+            await run.hearer.hear_of(QUOTES, type="quote")
+            await wait_for(lambda: time.time_ns() - patrol.last_ts > 2 * SECOND, "silence")
+            patrol._whole.is_steady = True
+            patrol._whole.restart(time.time_ns() - 61 * SECOND)
+            (lost,) = await run.hearer.hear_of("deribit.status.w.", state="backoff")
+            assert re.fullmatch(r"no data for 6\d s, and no answer to public/test", lost["reason"])
 
 
 # -- lag --------------------------------------------------------------------------------------------------------------

@@ -198,14 +198,20 @@ class Patrol:
             self._client.spawn(self._reconnect_if_silent())
 
     async def _reconnect_if_silent(self) -> None:
-        """No data at all: a new connection may bring them, if the exchange is open. Where it does not, none was due."""
+        """No data at all: a new connection may bring them, if the exchange is open. Where it does not, none was due.
+
+        A connection on which nothing comes, not even the answer, is dead: the heartbeat would show that much later.
+        """
+        frames = self._client.frames
         proven = await self._ask_for_life()
         self._whole.look(self.last_ts)
         now = time.time_ns()
+        silence = self._whole.measure_silence(now)
         if proven and self._whole.is_broken(now):
-            silence = self._whole.measure_silence(now)
             self._whole.admit(now)
             self._reconnect(now, f"no data at all for {silence:.0f} s")
+        elif frames == self._client.frames and self._client.is_live:
+            self._client.cut(f"no data for {silence:.0f} s, and no answer to public/test")
 
     def _judge_feeds(self, feeds: list[Feed], now: int) -> list[Feed]:
         """Those that have fallen mute, as it seems."""
