@@ -174,7 +174,8 @@ class Subscriber(OwnSocket):
             try:
                 return self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                self._leave_unnamed()
+                if self._unnamed:  # rarely; this is the way of each message that comes alone
+                    self._leave_unnamed()
             longest = 3600.0 if self._finder is None else LOOK_EVERY
             rest = longest if end is None else min(end - time.monotonic(), longest)
             if rest <= 0:
