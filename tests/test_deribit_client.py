@@ -600,7 +600,7 @@ async def test_a_request_without_an_answer_ends_in_time_or_with_the_connection(p
 @in_loop
 async def test_who_sends_while_a_lost_connection_is_being_closed_hears_that_it_is_lost(practice: str) -> None:
     """The exchange says no more: it gets a second to answer the close frame."""
-    async with connected(practice, "half_open:0.2") as (client, _):
+    async with connected(practice, "half_open:1.5") as (client, _):
         with suppress(TimeoutError):
             while await client.send("public/test", timeout=0.5):
                 await asyncio.sleep(0.05)
