@@ -162,10 +162,12 @@ class Socket:
         # aiohttp takes a cancelled `receive` for the end of it all: it would cut at once, and the unread data of a busy
         # connection make that a reset, which may overtake the close frame.
         self._socket._close_code = None
-        with suppress(TimeoutError, *CUT):
-            async with asyncio.timeout(CLOSE_TIMEOUT):
-                await self._socket.close()
-        await self._session.close()
+        try:
+            with suppress(TimeoutError, *CUT):
+                async with asyncio.timeout(CLOSE_TIMEOUT):
+                    await self._socket.close()
+        finally:  # also where the owner is closed amid this
+            await self._session.close()
 
 
 async def _connect(session: aiohttp.ClientSession, url: str, headers: Mapping[str, str]) -> Any:
