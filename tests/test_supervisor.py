@@ -744,7 +744,7 @@ def test_watch_shows_readable_messages_and_ends_with_the_rest() -> None:
 def test_watch_whose_reader_has_gone_ends_with_0() -> None:
     with short_directory() as directory:
         config = write_config(directory, {"a": QUICK}, exchange={})
-        command = 'set -o pipefail; "$@" | sed -u "/quote/q"'
+        command = 'set -o pipefail; "$@" | sed -u "/quote  *BTC/q"'
         program = collector("run", str(config), "--watch")
         with running("bash", "-c", command, "bash", *program, env={"PYTHONUNBUFFERED": ""}) as shell:
             shell.wait_line("quote +BTC-PERPETUAL", stream="out")
