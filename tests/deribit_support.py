@@ -5,13 +5,16 @@ Each test names the faults that the practice exchange is to have for its connect
 
 import asyncio
 import functools
+import json
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import Any
 
 import msgpack
+from aiohttp import web
 
 from collector.lifecycle import Exit
 from tests.pipeline import Subscriber, short_directory
@@ -113,6 +116,52 @@ async def connected(
     finally:
         await client.close()
         await asyncio.gather(connecting, return_exceptions=True)
+
+
+Script = Callable[[dict[str, Any], int], dict[str, Any] | None]
+"""What a server answers to a request, the n-th (1, 2 ...) with its method: members of the answer, None for the usual.
+
+With `close: True` it closes in the same breath.
+"""
+
+
+@asynccontextmanager
+async def scripted(script: Script) -> AsyncIterator[str]:
+    """A server in the test's own loop, for answers that the practice exchange does not give; yields its URL."""
+    seen: Counter[str] = Counter()
+
+    async def serve(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse(timeout=1.0)
+        await socket.prepare(request)
+        async for message in socket:
+            asked = json.loads(message.data)
+            method = asked["method"]
+            seen[method] += 1
+            answer = script(asked, seen[method]) or {"result": make_result(method, asked["params"])}
+            closes = answer.pop("close", False)
+            await socket.send_json({"jsonrpc": "2.0", "id": asked["id"], **answer})
+            if closes:
+                await socket.close()
+        return socket
+
+    application = web.Application()
+    application.router.add_get("/", serve)
+    runner = web.AppRunner(application, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"ws://127.0.0.1:{runner.addresses[0][1]}/"
+    finally:
+        await runner.cleanup()
+
+
+def make_result(method: str, params: dict[str, Any]) -> Any:
+    """What an exchange answers on good days, of a bootstrap."""
+    results: dict[str, Any] = {
+        "public/auth": {"access_token": "a", "refresh_token": "r", "expires_in": 900},
+        "public/get_time": time.time_ns() // 1_000_000,
+    }
+    return params.get("channels") or results.get(method, "ok")
 
 
 class Hearer(Subscriber):

@@ -25,6 +25,7 @@ from tests.deribit_support import (
     connected,
     in_loop,
     name_faults,
+    scripted,
     wait_for,
 )
 from tests.exchange_client import exchange
@@ -180,6 +181,45 @@ async def test_a_no_for_good_ends_it_at_once(practice: str, faults: str, login: 
         assert client.get_state()["last_error"]["code"] in (13004, 13009, 10000, 13668, 12005, 11098)
         await client.close()
         assert ear.states[-1][0] == "failed"
+
+
+@pytest.mark.parametrize(
+    ("method", "code", "exit"),
+    [
+        ("public/auth", 12005, Exit.BANNED),
+        ("public/auth", 13004, Exit.CREDENTIALS),
+        ("public/subscribe", 11098, Exit.BANNED),
+    ],
+)
+@in_loop
+async def test_a_no_for_good_counts_also_where_the_exchange_closes_with_it(method: str, code: int, exit: Exit) -> None:
+    """That the connection has ended is known sooner than what came of its last answer."""
+    settings: dict[str, Any] = {"login": LOGIN._replace(signed=False), "channels": [QUOTE], "retry_count": 2}
+
+    def refuse(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"error": {"code": code, "message": "no"}, "close": True} if asked["method"] == method else None
+
+    async with scripted(refuse) as url, connected(url, live=False, **settings) as (client, ear):
+        with pytest.raises(Refused, match=f"{method}: {code}"):
+            await client.connect()
+        assert (client.exit, client.attempts, ear.find("backoff")) == (exit, 1, [])
+        assert client.last_error["code"] == code
+
+
+@in_loop
+async def test_a_signature_that_ends_the_connection_is_followed_by_id_and_secret_on_the_next() -> None:
+    grants = []
+
+    def refuse(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
+        if asked["method"] != "public/auth":
+            return None
+        grants.append(asked["params"]["grant_type"])
+        return {"error": {"code": 13004}, "close": True} if grants[-1] == "client_signature" else None
+
+    settings: dict[str, Any] = {"login": LOGIN, "retry_count": 3}
+    async with scripted(refuse) as url, connected(url, **settings) as (client, _):
+        assert client.get_state()["authenticated"]
+        assert grants == ["client_signature", "client_credentials"]
 
 
 @in_loop

@@ -288,13 +288,16 @@ class Client:
         self.requests.fail(Lost("the connection ended before the answer came"))
         for task in (*tasks, *self._tasks):
             task.cancel()
-        await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        ended = await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
         socket, self._socket = self._socket, None
         if socket is not None:
             self._bytes += socket.bytes_read
             await socket.close()
         self.session.end()
         self.reconciler.end()
+        for refusal in ended:
+            if isinstance(refusal, Refused):  # the close that came with it was known sooner
+                raise refusal
 
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile

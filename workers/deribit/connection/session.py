@@ -137,8 +137,9 @@ class Session:
             if not may_pass or self._login is None or params["grant_type"] == PLAIN:
                 raise
             # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
-            plain = Moment(self._login._replace(signed=False), 0.0, False, 0, "")
-            tokens = await self._send("public/auth", build_auth(plain))
+            login, self._login = self._login, self._login._replace(signed=False)  # for the next, if this one ends now
+            tokens = await self._send("public/auth", build_auth(Moment(self._login, 0.0, False, 0, "")))
+            self._login = login
         try:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
         except (TypeError, KeyError, ValueError):
