@@ -1,6 +1,7 @@
 """Subscriptions: what is asked for becomes what is confirmed, in calls that the exchange takes, whatever goes wrong."""
 
 import asyncio
+import functools
 import json
 from collections.abc import Iterator
 from itertools import pairwise
@@ -266,6 +267,21 @@ async def test_a_login_that_has_died_is_renewed_by_a_new_connection(practice: st
         else:
             assert str(code) in told[RAW[0]]["message"]
             assert client.reconnects == 0
+
+
+@pytest.mark.parametrize("code", [13009, 13778, 10000])
+@in_loop
+async def test_a_channel_that_the_key_may_not_have_costs_no_connection_when_it_is_asked_for_again(
+    practice: str, code: int
+) -> None:
+    faults = f"error:public/subscribe={code}@2,first:1"
+    async with connected(practice, faults, login=LOGIN, channels=RAW[:1]) as (client, ear):
+        client.session.logged_in_at -= 61
+        for wanted in (ear.refused, ear.confirmed):
+            assert str(code) in ear.refused.pop(RAW[0])
+            client._chance_at = 0.0
+            await wait_for(functools.partial(wanted.__contains__, RAW[0]), "the answer")
+        assert client.reconnects == 0
 
 
 @in_loop

@@ -41,6 +41,7 @@ class Reconciler:
         self._turn = asyncio.Lock()
         self._answered = asyncio.Event()
         self._ended = 0
+        self._denied: set[str] = set()  # not what the login may have, said of each soon after it
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
@@ -102,6 +103,7 @@ class Reconciler:
         else:
             names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
             gained, refused = self.subscriptions.take_answer(call, names)
+            self._denied.difference_update(gained)
             self._confirm(gained)
             self._tell_refused(refused, LEFT_OUT)
         finally:
@@ -131,20 +133,23 @@ class Reconciler:
             return self._count_refusal(list(call.channels), error, RETRIES)
         if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
             raise Lost(f"{call.method}: {error}", error.raw)
-        if wants_login and self._session.logged_in and (call.leaves or self._is_login_old()):
+        if wants_login and self._has_login_died(call):
             raise Lost(f"the login is not known any more: {call.method}: {error}", error.raw)
         asked = self.subscriptions.asked
         needing_login = [n for n in call.channels if n in asked and asked[n].needs_login and not call.leaves]
         if reaction is Reaction.LOG_IN and needing_login and not self._session.logged_in:
             return self._count_refusal(needing_login, error)
         if len(call.channels) == 1:
+            self._denied.update(call.channels if wants_login else ())
             return self._take_last_error(call, error)
         middle = len(call.channels) // 2
         for half in (call.channels[:middle], call.channels[middle:]):
             await self._place(Call(call.method, half))
 
-    def _is_login_old(self) -> bool:
-        return time.monotonic() - self._session.logged_in_at > LOGIN_IS_NEW
+    def _has_login_died(self, call: Call) -> bool:
+        """Whether "login needed" means that; of a channel that the login never gave, it says nothing new."""
+        is_old = time.monotonic() - self._session.logged_in_at > LOGIN_IS_NEW
+        return self._session.logged_in and (call.leaves or (is_old and self._denied.isdisjoint(call.channels)))
 
     def _take_last_error(self, call: Call, error: ExchangeError) -> None:
         """One channel alone was refused; one that we wanted to leave is not sent any more, says the exchange."""
