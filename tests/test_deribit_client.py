@@ -398,6 +398,19 @@ async def test_what_a_strange_server_says_is_shown_only_as_far_as_is_safe(answer
     assert str(lost.value) == said
 
 
+@in_loop
+async def test_an_answer_that_breaks_off_is_not_shown() -> None:
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 403 No\r\nSet-Cookie: key=hunter2\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        with pytest.raises(Lost) as lost:
+            await Socket.open(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?key=hunter2", {}, 10.0)
+    assert str(lost.value) == "the server ended the connection before it answered"
+
+
 @pytest.mark.parametrize("scheme", ["http", "ws"])
 @in_loop
 async def test_a_redirect_is_not_followed_and_its_place_not_shown(scheme: str) -> None:
@@ -426,7 +439,7 @@ async def test_a_certificate_that_nobody_vouches_for_is_refused(tmp_path: Path) 
         with pytest.raises(Lost) as lost:
             await Socket.open(url, {}, 10.0)
         assert str(lost.value) == "the certificate of 127.0.0.1 is not trusted: self-signed certificate"
-        with pytest.raises(Lost, match=r"Server disconnected|reset"):
+        with pytest.raises(Lost, match=r"the server ended the connection before it answered|reset"):
             await Socket.open(url.replace("wss", "ws"), {}, 10.0)
 
 

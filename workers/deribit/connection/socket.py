@@ -218,6 +218,8 @@ def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseExce
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
         return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
+    if isinstance(error, aiohttp.ServerDisconnectedError):  # its own text would show what had come of the answer
+        return Lost("the server ended the connection before it answered")
     if isinstance(error, TimeoutError):
         return Lost(f"no connection to {urlsplit(url).netloc.rpartition('@')[2]} within {timeout:g} s")
     if isinstance(error, (aiohttp.ClientError, OSError, ValueError)):
