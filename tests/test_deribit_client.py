@@ -370,13 +370,32 @@ async def test_a_misspelt_fault_is_named_by_the_one_that_asks_for_it(practice: s
         (b"text/plain\r\nContent-Length: 0\r\n\r\n", REFUSED),
         (b"text/plain\r\nContent-Length: 14\r\n\r\nno key hunter2", REFUSED),
         (b"text/plain\r\nContent-Length: 14\r\n\r\nno user desk-7", REFUSED),
+        (b"text/plain\r\nContent-Length: 300\r\n\r\n" + 196 * b"x" + b"hunter2" + 97 * b"x", REFUSED),
+        (b"text/plain\r\nContent-Length: 14\r\n\r\nno key hunt", REFUSED),
+        (b"text/plain\r\nContent-Length: 16\r\n\r\nno for my%20room", REFUSED),
+        (b"text/plain\r\nContent-Length: 14\r\n\r\nno for my room", REFUSED),
         (b"text/html\r\nContent-Length: 15\r\n\r\n<!DOCTYPE html>", REFUSED),
         (
             b"text/plain\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
             f"{NO_ANSWER}: Invalid character in chunk size",
         ),
     ],
-    ids=["text", "lines", "steering", "long", "late", "empty", "query", "header", "page", "broken"],
+    ids=[
+        "text",
+        "lines",
+        "steering",
+        "long",
+        "late",
+        "empty",
+        "query",
+        "header",
+        "cut",
+        "half",
+        "raw",
+        "decoded",
+        "page",
+        "broken",
+    ],
 )
 @in_loop
 async def test_what_a_strange_server_says_is_shown_only_as_far_as_is_safe(answer: bytes, said: str) -> None:
@@ -391,7 +410,7 @@ async def test_what_a_strange_server_says_is_shown_only_as_far_as_is_safe(answer
     serving: list[Any] = []
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?faults=x&key=hunter2"
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?faults=x&key=hunter2&place=my%20room"
         with pytest.raises(Lost) as lost:
             await Socket.open(url, {"X-Desk": "desk-7", "X-Empty": ""}, 10.0)
         await asyncio.wait(serving)

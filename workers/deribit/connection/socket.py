@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import unquote_plus, urlsplit
 
 import aiohttp
 
@@ -19,6 +19,9 @@ CLOSE_TIMEOUT = 1.0
 
 WORDS, WORDS_TIMEOUT = 200, 0.5
 """Bytes of a refusal's body that are shown, and seconds that they get to come."""
+
+TELLING = 3
+"""So many letters of a secret's beginning are too many to be shown at the end of what has come."""
 
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
@@ -115,7 +118,7 @@ class Socket:
         """Connect within `timeout` seconds. Raises Lost, which says why not."""
         session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response, auto_decompress=False,
-            raise_for_status=_Refusal(url, headers).tell, trace_configs=[_STAYING],
+            raise_for_status=_Refusal(headers).tell, trace_configs=[_STAYING],
         )  # fmt: skip
         try:
             async with asyncio.timeout(timeout):
@@ -187,9 +190,8 @@ _STAYING.on_request_redirect.append(_refuse_redirect)
 class _Refusal:
     """What a server says instead of opening a WebSocket. It may be any server: little of it is read, and as text."""
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        query = urlsplit(url).query
-        self._sent = {*headers.values(), *(value for key, value in parse_qsl(query) if key != "faults")} - {""}
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = headers
 
     async def tell(self, response: aiohttp.ClientResponse) -> None:
         """Raise Lost for an answer that is no upgrade, with the first line of its text."""
@@ -204,11 +206,20 @@ class _Refusal:
         if response.content_type in ("text/plain", "application/json"):  # the first line of a page is only its head
             with suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(WORDS_TIMEOUT):
-                    body = await response.content.read(WORDS)
+                    while part := await response.content.read(WORDS - len(body)):
+                        body += part
         line = body.strip().partition(b"\n")[0].decode(errors="replace").strip()
-        if any(value in line for value in self._sent):
-            return ""  # what was sent along may be secret, and an echo of it would stand in the log
+        if self._is_echo(line, response.url.raw_query_string):
+            return ""  # what was sent along may be secret, and would stand in the log
         return "".join(letter if letter.isprintable() else "?" for letter in line)
+
+    def _is_echo(self, line: str, query: str) -> bool:
+        """Whether a value that was sent stands in the line, or begins where the line was cut off."""
+        pairs = [pair.partition("=")[::2] for pair in query.split("&")]
+        raw = {value for key, value in pairs if key != "faults"}
+        sent = {*self._headers.values(), *raw, *map(unquote_plus, raw)} - {""}
+        begun = tuple(value[:length] for value in sent for length in range(TELLING, WORDS))
+        return any(value in line for value in sent) or line.rstrip("\ufffd").endswith(begun)
 
 
 def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseException:
