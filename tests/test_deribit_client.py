@@ -374,6 +374,7 @@ async def test_a_misspelt_fault_is_named_by_the_one_that_asks_for_it(practice: s
         (b"text/plain\r\nContent-Length: 14\r\n\r\nno key hunt", REFUSED),
         (b"text/plain\r\nContent-Length: 16\r\n\r\nno for my%20room", REFUSED),
         (b"text/plain\r\nContent-Length: 14\r\n\r\nno for my room", REFUSED),
+        (b"text/plain\r\nContent-Encoding: gzip\r\nContent-Length: 4\r\n\r\nnope", REFUSED),
         (b"text/html\r\nContent-Length: 15\r\n\r\n<!DOCTYPE html>", REFUSED),
         (
             b"text/plain\r\nTransfer-Encoding: chunked\r\n\r\nnonsense\r\n",
@@ -393,6 +394,7 @@ async def test_a_misspelt_fault_is_named_by_the_one_that_asks_for_it(practice: s
         "half",
         "raw",
         "decoded",
+        "packed",
         "page",
         "broken",
     ],

@@ -203,7 +203,8 @@ class _Refusal:
 
     async def _read_words(self, response: aiohttp.ClientResponse) -> str:
         body = b""
-        if response.content_type in ("text/plain", "application/json"):  # the first line of a page is only its head
+        is_text = response.content_type in ("text/plain", "application/json")  # a page begins with its head, no words
+        if is_text and "Content-Encoding" not in response.headers:
             with suppress(TimeoutError, aiohttp.ClientError):
                 async with asyncio.timeout(WORDS_TIMEOUT):
                     while part := await response.content.read(WORDS - len(body)):
