@@ -145,3 +145,13 @@ def test_reading_rests_only_when_frames_come_fast_and_one_by_one() -> None:
     assert not read(0.0001, 5_000, 1)
     assert not read(0.0001, 100_000, 64)
     assert not read(0.0, 20_000, 1)
+
+
+def test_reading_rests_by_the_rate_of_now_also_after_the_clock_was_set_back() -> None:
+    pace, rested = Pace(0.0001), []
+    for start, rate in ((7200 * SECOND, 20_000), (3600 * SECOND, 5_000)):
+        before = pace._seen
+        for number in range(rate // 10):
+            rests = pace.should_pause(before + number + 1, start + number * SECOND // rate)
+        rested.append(rests)
+    assert rested == [True, False]

@@ -31,7 +31,7 @@ class Pace:
         if not self.pause:
             return False
         burst, self._seen = frames - self._seen, frames
-        if (elapsed := now - self._since) >= self.WINDOW:
-            self._is_fast = (frames - self._count) * SECOND > self.RATE * elapsed
+        if not 0 <= (elapsed := now - self._since) < self.WINDOW:  # below 0: the clock was set back
+            self._is_fast = 0 < self.RATE * elapsed < (frames - self._count) * SECOND
             self._since, self._count = now, frames
         return self._is_fast and burst < self.FULL
