@@ -733,6 +733,20 @@ async def test_close_interrupts_whatever_is_under_way(practice: str, faults: str
         assert ear.states[-1][0] == "closed"
 
 
+@pytest.mark.parametrize("turns", range(9))
+@in_loop
+async def test_close_leaves_no_socket_open_wherever_a_loss_is_being_wound_up(practice: str, turns: int) -> None:
+    async with connected(practice, channels=[QUOTE]) as (client, ear):
+        socket = client._socket
+        assert socket is not None
+        client.cut("the test wants it so")
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.close()
+        assert socket._session.closed
+        assert (client.get_state()["channels"]["confirmed"], ear.states[-1][0]) == ([], "closed")
+
+
 # -- a listener that fails --------------------------------------------------------------------------------------------
 
 

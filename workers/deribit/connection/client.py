@@ -165,7 +165,7 @@ class Client:
 
     async def _settle(self, channels: list[str]) -> None:
         self._raise_failure()
-        if self.machine.state == "live":
+        if self.is_live:
             with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
                 await self.reconciler.settle(channels)
 
@@ -286,18 +286,24 @@ class Client:
     async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
         self._live.clear()
         self.requests.fail(Lost("the connection ended before the answer came"))
+        socket, self._bytes, self._socket = self._socket, self.bytes_read, None
         for task in (*tasks, *self._tasks):
             task.cancel()
-        ended = await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
-        socket, self._socket = self._socket, None
-        if socket is not None:
-            self._bytes += socket.bytes_read
-            await socket.close()
-        self.session.end()
-        self.reconciler.end()
+        try:
+            ended = await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
+        finally:  # also where the owner is closed amid this
+            await self._close_socket(socket)
         for refusal in ended:
             if isinstance(refusal, Refused):  # the close that came with it was known sooner
                 raise refusal
+
+    async def _close_socket(self, socket: Socket | None) -> None:
+        try:
+            if socket is not None:
+                await socket.close()
+        finally:
+            self.session.end()
+            self.reconciler.end()
 
     async def _serve(self) -> None:
         reconcile = self.reconciler.reconcile
