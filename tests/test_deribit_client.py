@@ -256,6 +256,24 @@ async def test_tokens_that_are_dead_when_given_do_not_make_it_spin(practice: str
         assert client.reconnects == 0
 
 
+@pytest.mark.parametrize("answer", [{"error": {"code": code}} for code in (10041, 11094, 13028)] + [{"result": {}}])
+@in_loop
+async def test_a_renewal_that_fails_for_a_moment_costs_no_connection(answer: dict[str, Any]) -> None:
+    """Unless the token has died meanwhile."""
+
+    def fail(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return dict(answer) if asked["method"] == "public/auth" and number in (2, 4) else None
+
+    async with scripted(fail) as url, connected(url, login=LOGIN) as (client, _):
+        session = client.session
+        for _ in range(2):  # the first fails, the next does not
+            session._refresh_at = 0.0
+            await wait_for(lambda: session._refresh_at, "the renewal, or that it is put off")
+        assert (client.reconnects, client.get_state()["authenticated"]) == (0, True)
+        session._refresh_at = session._token_ends = 0.0
+        await wait_for(lambda: client.reconnects == 1, "the loss")
+
+
 # -- heartbeat and silence --------------------------------------------------------------------------------------------
 
 BRISK: dict[str, Any] = {"heartbeat_interval": 0.5}

@@ -33,6 +33,9 @@ NO_CANCEL = frozenset({10049, 13042})
 REFRESH_AT = 0.8
 """Part of a token's life after which it is renewed."""
 
+RENEW_AGAIN = 60.0
+"""Seconds after which a renewal that failed is tried again."""
+
 NEVER = float("inf")
 
 
@@ -52,6 +55,7 @@ class Session:
         self.credits: Pool = Credits(CALL_BURST, CALL_REFILL, time.monotonic())
         self._refresh_token = ""
         self._refresh_at = NEVER
+        self._token_ends = NEVER
         self._sync_at = NEVER
         self.logged_in_at = 0.0  # monotonic; 0: this connection has not
         self.clock_offset = 0
@@ -94,10 +98,19 @@ class Session:
     async def keep_up(self, now: float) -> None:
         """Renew the token and measure the clock when it is time (`now` is monotonic). Raises Lost or Refused."""
         if now >= self._refresh_at:
-            await self._take_step("public/auth", build_refresh(self._refresh_token))
+            await self._renew(now)
         if now >= self._sync_at:
             self.earlier_offset = None
             await self._take_step("public/get_time", {})
+
+    async def _renew(self, now: float) -> None:
+        try:
+            await self._take_step("public/auth", build_refresh(self._refresh_token))
+        except Lost as error:
+            if now >= self._token_ends:
+                raise
+            self._refresh_at = min(now + RENEW_AGAIN, self._token_ends)
+            log.warning("the token is renewed later: %s", error)  # if the connection is gone, its reader tells
 
     async def _take_step(self, method: str, params: dict[str, Any]) -> None:
         await pay(self.credits, CALL_COST)
@@ -144,8 +157,8 @@ class Session:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
         except (TypeError, KeyError, ValueError):
             raise Lost("public/auth: there are no tokens in the answer") from None
-        self.logged_in_at = time.monotonic()
-        self._refresh_at = time.monotonic() + life * REFRESH_AT
+        self.logged_in_at = now = time.monotonic()
+        self._refresh_at, self._token_ends = now + life * REFRESH_AT, now + life
 
     async def _sync_time(self) -> None:
         self._sync_at = time.monotonic() + TIME_SYNC
