@@ -30,6 +30,7 @@ from tests.deribit_support import (
 )
 from tests.exchange_client import exchange
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
+from workers.deribit.connection.session import RENEW_LEAST
 from workers.deribit.connection.socket import Socket
 from workers.deribit.rpc.errors import PAUSES, Reaction
 
@@ -272,6 +273,30 @@ async def test_a_renewal_that_fails_for_a_moment_costs_no_connection(answer: dic
         assert (client.reconnects, client.get_state()["authenticated"]) == (0, True)
         session._refresh_at = session._token_ends = 0.0
         await wait_for(lambda: client.reconnects == 1, "the loss")
+
+
+@pytest.mark.parametrize("life", [0, -5, 1e-9])
+@in_loop
+async def test_a_token_that_is_said_to_have_no_life_is_not_renewed_all_the_time(life: float) -> None:
+    tokens = {"access_token": "a", "refresh_token": "r", "expires_in": life}
+
+    def answer(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"result": tokens} if asked["method"] == "public/auth" else None
+
+    async with scripted(answer) as url, connected(url, login=LOGIN) as (client, _):
+        assert client.session._refresh_at == client.session.logged_in_at + RENEW_LEAST
+
+
+@in_loop
+async def test_a_token_whose_life_is_no_time_is_no_token() -> None:
+    tokens = {"access_token": "a", "refresh_token": "r", "expires_in": 10**400}
+
+    def answer(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"result": tokens} if asked["method"] == "public/auth" else None
+
+    async with scripted(answer) as url, connected(url, live=False, login=LOGIN, retry_count=1) as (client, _):
+        with pytest.raises(Lost, match="there are no tokens in the answer"):
+            await client.connect()
 
 
 # -- heartbeat and silence --------------------------------------------------------------------------------------------

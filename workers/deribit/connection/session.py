@@ -33,8 +33,8 @@ NO_CANCEL = frozenset({10049, 13042})
 REFRESH_AT = 0.8
 """Part of a token's life after which it is renewed."""
 
-RENEW_AGAIN = 60.0
-"""Seconds after which a renewal that failed is tried again."""
+RENEW_AGAIN, RENEW_LEAST = 60.0, 1.0
+"""Seconds after which a renewal that failed is tried again, and from a login to its renewal whatever life is said."""
 
 NEVER = float("inf")
 
@@ -155,10 +155,10 @@ class Session:
             self._login = login
         try:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
-        except (TypeError, KeyError, ValueError):
+        except (TypeError, KeyError, ValueError, OverflowError):
             raise Lost("public/auth: there are no tokens in the answer") from None
         self.logged_in_at = now = time.monotonic()
-        self._refresh_at, self._token_ends = now + life * REFRESH_AT, now + life
+        self._refresh_at, self._token_ends = now + max(RENEW_LEAST, life * REFRESH_AT), now + life
 
     async def _sync_time(self) -> None:
         self._sync_at = time.monotonic() + TIME_SYNC
