@@ -669,6 +669,15 @@ async def test_an_answer_under_a_wrong_id_is_nobodys(practice: str) -> None:
         assert await client.send("public/status")
 
 
+@in_loop
+async def test_an_answer_that_comes_too_late_is_no_bad_frame(practice: str) -> None:
+    async with connected(practice, "slow:public/status=1@1") as (client, ear):
+        with pytest.raises(TimeoutError):
+            await client.send("public/status", timeout=0.3)
+        assert await client.send("public/test")  # comes behind it
+        assert (ear.malformed, client.malformed) == ([], 0)
+
+
 # -- the five functions -----------------------------------------------------------------------------------------------
 
 

@@ -141,9 +141,6 @@ class Client:
             async with asyncio.timeout(timeout or self.timeout):
                 await socket.send(encode_request(number, method, params or {}))
                 return await answer
-        except ExchangeError as error:
-            self.last_error = error.raw
-            raise
         finally:
             self.requests.close(number)
 
@@ -386,6 +383,7 @@ class Client:
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
         if reply.error is not None:  # heeded here, where no cut that follows can come before it
+            self.last_error = reply.error.raw
             pause = PAUSES.get(find_reaction(reply.error.code), 0.0)
             self._not_before = max(self._not_before, time.monotonic() + pause)
             if reply.error.code == TOO_MANY_REQUESTS:
@@ -393,7 +391,6 @@ class Client:
         if self.requests.take_reply(reply):
             return
         if reply.error is not None:
-            self.last_error = reply.error.raw
             self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
         else:
             self._take_bad(frame, "an answer to no request of ours")

@@ -30,10 +30,10 @@ class Requests:
         self.methods.pop(number, None)
 
     def take_reply(self, reply: Reply) -> bool:
-        """Give a reply to who waits for it; False if nobody does."""
+        """Give a reply to who waits for it, if anybody still does; False if it answers no request of ours."""
         answer = self.waiting.get(reply.number) if reply.number is not None else None
         if answer is None:
-            return False
+            return reply.number is not None and 0 < reply.number <= self.last
         if not answer.done():
             answer.set_exception(reply.error) if reply.error else answer.set_result(reply.result)
         return True
