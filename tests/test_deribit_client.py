@@ -799,6 +799,20 @@ async def test_close_leaves_no_socket_open_wherever_a_loss_is_being_wound_up(pra
         assert (client.get_state()["channels"]["confirmed"], ear.states[-1][0]) == ([], "closed")
 
 
+@pytest.mark.parametrize("turns", range(1, 4))
+@in_loop
+async def test_who_is_cancelled_just_as_the_connection_is_lost_is_cancelled(turns: int) -> None:
+    async def lose() -> None:
+        raise Lost("just now")
+
+    waiting = asyncio.create_task(Client("ws://127.0.0.1:1/")._until_closing(lose()))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+
+
 # -- a listener that fails --------------------------------------------------------------------------------------------
 
 

@@ -236,7 +236,9 @@ class Client:
             closing.cancel()
             task.cancel()
             with suppress(asyncio.CancelledError):
-                await task
+                await asyncio.gather(task, return_exceptions=True)
+        if not task.cancelled():  # not above: there it would be raised in the place of a cancellation
+            task.result()
 
     async def _back_off(self, reason: str, raw: dict[str, Any] | None) -> None:
         if self._closing.is_set():
