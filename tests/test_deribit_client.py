@@ -613,6 +613,20 @@ async def test_lives_that_do_not_last_are_attempts_like_any_other(practice: str)
 
 
 @in_loop
+async def test_who_connects_is_not_told_that_a_client_is_closed_which_lives_on(practice: str) -> None:
+    class Hasty(Ear):
+        def change_state(self, state: str, reason: str) -> None:
+            super().change_state(state, reason)
+            if self.find("live") == [""]:
+                client.cut("the test wants it so")
+
+    client = Client(practice, listener=Hasty(), **QUICK)
+    await client.connect()
+    await wait_for(lambda: client.is_live, "the second life")
+    await client.close()
+
+
+@in_loop
 async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str) -> None:
     async with connected(practice, "drop:11,first:1", retry_count=1) as (client, ear):
         await wait_for(lambda: len(ear.find("live")) == 2, "the second life")

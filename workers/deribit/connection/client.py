@@ -121,7 +121,7 @@ class Client:
         finally:
             live.cancel()
         self._raise_failure()
-        if not self._live.is_set():
+        if self._life.done():
             raise Lost(self.failure) if self.exit is Exit.GAVE_UP else Refused(self.failure, self.exit)
 
     async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
