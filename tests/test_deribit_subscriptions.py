@@ -481,6 +481,24 @@ async def test_many_wishes_side_by_side(practice: str) -> None:
         assert {*names[1::2], BOOK} <= client.reconciler.subscriptions.confirmed
 
 
+@in_loop
+async def test_who_gives_up_a_call_of_an_earlier_connection_leaves_those_of_this_one_alone(practice: str) -> None:
+    """It waits for credits over the loss; meanwhile the next connection asks for the same channel."""
+    async with connected(practice, "skip:1,no_reply:public/subscribe", timeout=60) as (client, _):
+        pool = client.reconciler.credits
+        assert isinstance(pool, Credits)
+        pool.level = -1e6
+        asking = asyncio.create_task(client.subscribe([QUOTE]))
+        subscriptions = client.reconciler.subscriptions
+        await wait_for(lambda: subscriptions.is_any_in_flight([QUOTE]), "the call")
+        client.cut("the test wants it so")
+        await wait_for(lambda: client.machine.state == "bootstrapping", "the next connection")
+        await wait_for(lambda: subscriptions.is_any_in_flight([QUOTE]), "its call")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        assert subscriptions.is_any_in_flight([QUOTE])
+
+
 # -- many -------------------------------------------------------------------------------------------------------------
 
 

@@ -87,18 +87,13 @@ class Reconciler:
         return {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
 
     async def _place(self, call: Call) -> None:
+        ended = self._ended
         try:
             await self._wait_for_credits(call)
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
-            try:
-                await self._take_error(call, error)
-            finally:  # not before: others would ask for the same meanwhile, and use up the tries
-                self.subscriptions.abandon(call)
-        except (TimeoutError, NotConnected, asyncio.CancelledError) as error:
-            self.subscriptions.abandon(call)
-            if isinstance(error, asyncio.CancelledError):
-                raise
+            await self._take_error(call, error)
+        except (TimeoutError, NotConnected) as error:
             raise Lost(f"{call.method} was not answered ({type(error).__name__})") from None
         else:
             names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
@@ -107,6 +102,10 @@ class Reconciler:
             self._confirm(gained)
             self._tell_refused(refused, LEFT_OUT)
         finally:
+            # Not before: others would ask for the same meanwhile, and use up the tries. A connection that has come
+            # since may have asked for the same: that call is not this one.
+            if ended == self._ended:
+                self.subscriptions.abandon(call)
             self._wake()
 
     async def _wait_for_credits(self, call: Call) -> None:
