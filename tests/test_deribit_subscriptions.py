@@ -75,7 +75,7 @@ def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> 
     assert not are_equal(subscriptions)
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
-    subscriptions.take_answer(call, [BOOK])
+    subscriptions.note_left(call.channels)
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/subscribe", (BOOK,))
     assert subscriptions.take_answer(call, [BOOK]) == ([BOOK], [])
@@ -105,7 +105,7 @@ def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> No
     assert subscriptions.expire([BOOK]) == []
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
-    subscriptions.take_answer(call, [BOOK])
+    subscriptions.note_left(call.channels)
     assert (subscriptions.refused, are_equal(subscriptions)) == ({BOOK: EXPIRED}, True)
     subscriptions.forget()
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE,))]
@@ -121,7 +121,7 @@ def test_what_is_unwanted_is_unsubscribed() -> None:
     calls = subscriptions.plan_calls(True)
     assert calls == [Call("public/unsubscribe", (QUOTE,)), Call("private/unsubscribe", (OWN[0],))]
     for call in calls:
-        subscriptions.take_answer(call, list(call.channels))
+        subscriptions.note_left(call.channels)
     assert subscriptions.confirmed == {OWN[1]}
     assert are_equal(subscriptions)
 
@@ -179,7 +179,7 @@ def answer(subscriptions: Subscriptions, call: Call, held: set[str], leave_out: 
     """Answer a call as Deribit does, but for the channels left out."""
     if call.method.endswith("unsubscribe"):
         held.difference_update(call.channels)
-        subscriptions.take_answer(call, list(call.channels))
+        subscriptions.note_left(call.channels)
         return
     given = [name for name in call.channels if name not in (leave_out or ())]
     held.update(given)

@@ -96,17 +96,22 @@ class Reconciler:
         except (TimeoutError, NotConnected) as error:
             raise Lost(f"{call.method} was not answered ({type(error).__name__})") from None
         else:
-            names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
-            gained, refused = self.subscriptions.take_answer(call, names)
-            self._denied.difference_update(gained)
-            self._confirm(gained)
-            self._tell_refused(refused, LEFT_OUT)
+            self._take_answer(call, answered)
         finally:
             # Not before: others would ask for the same meanwhile, and use up the tries. A connection that has come
             # since may have asked for the same: that call is not this one.
             if ended == self._ended:
                 self.subscriptions.abandon(call)
             self._wake()
+
+    def _take_answer(self, call: Call, answered: Any) -> None:
+        if call.leaves:
+            return self.subscriptions.note_left(call.channels)
+        names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
+        gained, refused = self.subscriptions.take_answer(call, names)
+        self._denied.difference_update(gained)
+        self._confirm(gained)
+        self._tell_refused(refused, LEFT_OUT)
 
     async def _wait_for_credits(self, call: Call) -> None:
         ended = self._ended
@@ -153,7 +158,7 @@ class Reconciler:
     def _take_last_error(self, call: Call, error: ExchangeError) -> None:
         """One channel alone was refused; one that we wanted to leave is not sent any more, says the exchange."""
         if call.leaves:
-            self.subscriptions.take_answer(call, [])
+            self.subscriptions.note_left(call.channels)
         else:
             self._count_refusal(list(call.channels), error)
 

@@ -4,6 +4,7 @@ Facts (Deribit): the answer to public/subscribe lists what is now subscribed of 
 left out in silence; a second subscribe of the same channel gives no second snapshot.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from collector.channels import Channel, parse_channel
@@ -56,7 +57,7 @@ class Subscriptions:
         channels = [parse_channel(name) for name in names]
         for channel in channels:
             self.asked[channel.name] = channel
-            self._give_another_chance(channel.name)
+            self._forgive(channel.name)
 
     def drop(self, names: list[str]) -> None:
         """Want these no more; who wants one again gets it anew, from its first state on."""
@@ -64,7 +65,7 @@ class Subscriptions:
             self.asked.pop(name, None)
             if name in self.confirmed:
                 self._dropped.add(name)
-            self._give_another_chance(name)
+            self._forgive(name)
 
     def forget(self) -> None:
         """The connection is gone: nothing is confirmed, nothing on its way; of the refused only the expired stay."""
@@ -80,12 +81,13 @@ class Subscriptions:
         self.refused |= dict.fromkeys(ended, EXPIRED)
         return ended
 
-    def _give_another_chance(self, name: str) -> None:
+    def _forgive(self, name: str) -> None:
         self.refused.pop(name, None)
         self._tries.pop(name, None)
 
     def plan_calls(self, logged_in: bool, awaits_login: bool = False) -> list[Call]:
-        """The calls that are needed now; their channels count as on their way until `take_answer` or `abandon`.
+        """The calls that are needed now; their channels count as on their way until `take_answer`, `note_left`
+        or `abandon`.
 
         With `awaits_login` those are left out that need a login which is still to come.
         """
@@ -114,21 +116,23 @@ class Subscriptions:
         return name not in self.confirmed and name not in self.refused and name not in self._in_flight
 
     def take_answer(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
-        """Take the answer to a call. Returns (newly confirmed, newly refused)."""
+        """Take the answer to a call that subscribes. Returns (newly confirmed, newly refused)."""
         self._in_flight.difference_update(call.channels)
         present = set(answered)
-        if call.leaves:
-            self.confirmed.difference_update(call.channels)
-            self._dropped.difference_update(call.channels)
-            for name in call.channels:
-                self._tries.pop(name, None)
-            return [], []
         own = [name for name in answered if name.startswith(OWN)]
         gained = [n for n in call.channels if n in present or any(is_same(n, name) for name in own)]
         self.confirmed.update(gained)
         for name in gained:
             self._tries.pop(name, None)
-        return gained, self.refuse([n for n in call.channels if n not in present], LEFT_OUT, TRIES)
+        return gained, self.refuse([n for n in call.channels if n not in self.confirmed], LEFT_OUT, TRIES)
+
+    def note_left(self, names: Iterable[str]) -> None:
+        """The exchange sends these no more."""
+        for name in names:
+            self._in_flight.discard(name)
+            self.confirmed.discard(name)
+            self._dropped.discard(name)
+            self._tries.pop(name, None)
 
     def refuse(self, names: list[str], reason: str, tries: int = 1) -> list[str]:
         """Count one more refusal of each; those that have had `tries` are given up and returned."""
@@ -145,13 +149,12 @@ class Subscriptions:
         """Count one more refusal to let these go; after so many they count as left, and what still comes as unknown."""
         for name in call.channels:
             self._tries[name] = self._tries.get(name, 0) + 1
-        hopeless = tuple(name for name in call.channels if self._tries[name] >= tries)
-        self.take_answer(call._replace(channels=hopeless), [])
+        self.note_left([name for name in call.channels if self._tries[name] >= tries])
 
     def give_another_chance(self) -> None:
         """Ask again for all that was refused, but for what has expired."""
         for name in [name for name, reason in self.refused.items() if reason != EXPIRED]:
-            self._give_another_chance(name)
+            self._forgive(name)
 
     def abandon(self, call: Call) -> None:
         """A call came to nothing: its channels are missing again."""
