@@ -46,11 +46,7 @@ def build_auth(moment: Moment) -> dict[str, Any]:
     login = moment.login
     assert login is not None
     if not login.signed:
-        return {
-            "grant_type": PLAIN,
-            "client_id": login.client_id,
-            "client_secret": login.client_secret,
-        }
+        return build_plain(login)
     return {
         "grant_type": "client_signature",
         "client_id": login.client_id,
@@ -59,6 +55,11 @@ def build_auth(moment: Moment) -> dict[str, Any]:
         "data": "",
         "signature": sign(login.client_secret, moment.now_ms, moment.nonce),
     }
+
+
+def build_plain(login: Login) -> dict[str, Any]:
+    """The params of public/auth with id and secret."""
+    return {"grant_type": PLAIN, "client_id": login.client_id, "client_secret": login.client_secret}
 
 
 def build_refresh(refresh_token: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, CALL_REFILL, Credits
-from workers.deribit.connection.bootstrap import PLAIN, Login, Moment, build_auth, build_refresh, plan_round
+from workers.deribit.connection.bootstrap import PLAIN, Login, Moment, build_plain, build_refresh, plan_round
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.codec import MAX_MS
@@ -151,7 +151,7 @@ class Session:
                 raise
             # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
             login, self._login = self._login, self._login._replace(signed=False)  # for the next, if this one ends now
-            tokens = await self._send("public/auth", build_auth(Moment(self._login, 0.0, False, 0, "")))
+            tokens = await self._send("public/auth", build_plain(login))
             self._login = login
         try:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
