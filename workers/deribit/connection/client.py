@@ -380,7 +380,7 @@ class Client:
         if isinstance(found, Reply):
             self._take_reply(found, frame)
         elif isinstance(found, Heartbeat) and found.kind == "test_request":
-            self._answer_test()
+            self.spawn(self._answer_test())
         return isinstance(found, Data)
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
@@ -406,19 +406,16 @@ class Client:
         # An answer that nobody can place may be the one that holds the tokens.
         self.listener.take_malformed(b"(not shown)" if b"_token" in frame else frame, reason)
 
-    def _answer_test(self) -> None:
+    async def _answer_test(self) -> None:
         """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
-        self.spawn(self._answer())
+        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
+            await self._send_request("public/test", {})
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something beside the reading, no longer than this connection lasts."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-    async def _answer(self) -> None:
-        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
-            await self._send_request("public/test", {})
 
     def _apply(self, event: str, reason: str) -> None:
         if self._closing.is_set() and event not in ("ended", "broke"):
