@@ -11,6 +11,7 @@ import select
 import sys
 import threading
 import time
+from typing import Any
 
 MAX_WAITING = 10_000
 """Lines that wait to be written; what comes beyond them is counted, and said later."""
@@ -26,8 +27,16 @@ class _Line(logging.Formatter):
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         # What the exchange or a client wrote may stand in a record; it must not look like a record of its own.
-        record.message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in record.message)
+        record.message = _make_printable(record.message)
         return super().formatMessage(record)
+
+    def formatException(self, ei: Any) -> str:
+        # So may it in an error's own text: what is indented is no record.
+        return "\n".join(f"  {_make_printable(line)}" for line in super().formatException(ei).split("\n"))
+
+
+def _make_printable(text: str) -> str:
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class _Aside(logging.Handler):

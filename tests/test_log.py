@@ -28,6 +28,18 @@ logging.info("the last one")
 """
 
 
+FORGED = """
+import logging
+from collector.log import start_log
+start_log("worker", "info")
+try:
+    raise RuntimeError("refused\\n2026-11-23T06:09:17.268Z INFO    supervisor: ended\\x1b[2J")
+except RuntimeError:
+    logging.exception("a request failed")
+"""
+"""An error whose text is made to look like a record, and clears the screen."""
+
+
 @contextmanager
 def full_pipe() -> Iterator[tuple[int, int]]:
     """Both ends of a pipe into which not one byte more goes."""
@@ -74,6 +86,14 @@ def test_lines_wait_for_their_reader_and_those_beyond_are_counted(is_blocking: b
     assert rest[-1].endswith("chatter: the last one\n")
     missing = MAX_WAITING + 500 - len(numbers)
     assert f"WARNING chatter: {missing} lines are missing here: they could not be written" in rest[-2]
+
+
+def test_the_text_of_an_error_cannot_pass_for_a_record() -> None:
+    program = subprocess.run([sys.executable, "-c", FORGED], cwd=REPOSITORY, text=True, capture_output=True, timeout=20)
+    records = [line for line in program.stderr.splitlines() if not line.startswith("  ")]
+    assert [record.rpartition(" ERROR   ")[2] for record in records] == ["worker: a request failed"]
+    assert "RuntimeError: refused" in program.stderr
+    assert "\\x1b[2J" in program.stderr
 
 
 def test_data_and_control_go_on_while_nobody_reads_the_log() -> None:
