@@ -3,6 +3,7 @@
 import asyncio
 import multiprocessing
 import socket
+import subprocess
 import sys
 import threading
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from collector.lifecycle import Exit
 from collector.messages import encode
+from tests.support import REPOSITORY
 from workers.actor import main
 
 
@@ -84,3 +86,18 @@ def read_messages(link: socket.socket) -> Any:
     while data := link.recv(65536):
         unpacker.feed(data)
         yield from unpacker
+
+
+MEASURED = """
+import resource
+from workers.actor import Usage
+usage = Usage()
+before = usage.measure()["memory"]
+resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
+print(usage.measure()["memory"] / before)
+"""
+
+
+def test_the_memory_of_a_worker_is_told_in_bytes_also_where_no_file_can_be_opened() -> None:
+    share = float(subprocess.check_output([sys.executable, "-c", MEASURED], cwd=REPOSITORY, timeout=20))
+    assert 0.5 < share < 10

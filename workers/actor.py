@@ -285,5 +285,5 @@ def _measure_memory() -> int:
     try:
         with open("/proc/self/statm", "rb") as statm:
             return int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:  # no such file beside Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    except OSError:  # no descriptor is left: then the most that it ever was, which Linux counts in KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
