@@ -205,8 +205,9 @@ def test_a_worker_that_was_stopped_while_its_supervisor_died_ends_when_it_goes_o
         run.wait_gone()
 
 
-def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one() -> None:
-    with collected() as run:
+@pytest.mark.parametrize("first", ["", "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN)"])
+def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one(first: str) -> None:
+    with collected(first=first) as run:  # some programs have those that they start ignore SIGCHLD
         before = run.wait_state("a")
         forkserver = run.find_process("a").parent()
         assert forkserver is not None

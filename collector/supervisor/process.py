@@ -53,6 +53,8 @@ class Spawner:
     def __init__(self) -> None:
         # A directory that happens to hold a `workers` package must not stand before ours.
         os.environ["PYTHONSAFEPATH"] = "1"
+        # Who started us may have had it ignored: then a dead forkserver cannot be waited for, nor replaced.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
         self._thread = ThreadPoolExecutor(1, "spawner")
