@@ -2,13 +2,15 @@
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
 
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
-from tests.support import no_more_threads
+from tests.support import REPOSITORY, no_more_threads
 
 
 def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_the_beat() -> None:
@@ -47,3 +49,25 @@ def test_a_worker_that_no_thread_can_start_is_started_again_later() -> None:
         assert keeper.state == "closed"
 
     asyncio.run(check())
+
+
+STARTED = """
+import asyncio, multiprocessing
+from collector.supervisor.process import Spawner, start_child
+
+async def main():
+    spawner = Spawner()
+    child = await start_child(spawner, "deribit", print)
+    asked = multiprocessing.active_children()
+    child.kill()
+    print(asked, await child.wait())
+    spawner.close()
+
+asyncio.run(main())
+"""
+
+
+def test_the_start_of_another_child_asks_no_child_for_its_exit_code() -> None:
+    """Each start asks all children that multiprocessing knows of, in its own thread; the code can be read once."""
+    said = subprocess.check_output([sys.executable, "-c", STARTED], cwd=REPOSITORY, text=True, timeout=60)
+    assert said == "[] -9\n"

@@ -20,6 +20,7 @@ from importlib import import_module
 from multiprocessing import resource_tracker
 from multiprocessing.context import ForkServerProcess
 from multiprocessing.forkserver import _forkserver
+from multiprocessing.process import _children  # type: ignore[attr-defined]
 from types import ModuleType
 from typing import Any
 
@@ -85,6 +86,7 @@ class Spawner:
         try:
             with end, _hidden_main():
                 child.start()
+            _children.discard(child)  # the next start would ask for its exit code, which can be read only once
         except (FileNotFoundError, ConnectionRefusedError):
             if not _kill_forkserver():
                 raise
