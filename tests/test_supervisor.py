@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -647,6 +648,27 @@ def test_what_lies_in_the_runtime_directory_does_not_grow_old(tmp_path: Path) ->
         os.utime(path, (1, 1))
     directory.refresh()
     assert min(path.stat().st_mtime for path in files) > time.time() - 60
+
+
+def test_a_look_at_the_runtime_directory_without_a_descriptor_is_left_out(tmp_path: Path) -> None:
+    directory = RuntimeDir(tmp_path / "run", "here")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            os.listdir(tmp_path)
+        directory.refresh()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("first", ["from collector.cli import run; run.REFRESH = 0",
+                                   "from collector.supervisor import supervisor; supervisor.TICK = None"])  # fmt: skip
+def test_what_goes_on_without_end_ends_the_collector_if_it_ends_by_a_fault(first: str) -> None:
+    with collected(first=first) as run:
+        assert run.program.wait_exit() == 1
+        run.program.wait_line("CRITICAL supervisor: a fault of the supervisor itself")
+        run.wait_gone()
 
 
 def test_what_it_makes_is_for_its_owner_alone() -> None:

@@ -66,7 +66,7 @@ async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_v
     stopping = Stopping(supervisor)
     commands = Commands(supervisor)
     control = ControlServer(config.control, commands.answer)
-    serving, guarding = asyncio.create_task(control.serve()), asyncio.create_task(_guard_files(directory, control))
+    serving, guarding = supervisor.guard(control.serve()), supervisor.guard(_guard_files(directory, control))
     _greet(config, control.endpoint)
     view = _open_view(control.endpoint) if live_view else None
     try:

@@ -87,9 +87,10 @@ class RuntimeDir:
 
     def refresh(self) -> None:
         """Make all that lies in it look new: what is old is removed by programs that clear out /tmp."""
-        for path in self._path.glob("*"):
-            with suppress(OSError):  # it was removed just now
-                os.utime(path, follow_symlinks=False)
+        with suppress(OSError):  # no descriptor is left: the next time will do
+            for path in self._path.glob("*"):
+                with suppress(OSError):  # it was removed just now
+                    os.utime(path, follow_symlinks=False)
 
 
 def _lock(path: Path, where: str) -> int:

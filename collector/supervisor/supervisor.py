@@ -78,7 +78,7 @@ class Supervisor:
 
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
-        watching = asyncio.create_task(self._watch())
+        watching = self.guard(self._watch())
         self._remove_pools()  # what a killed supervisor left is out of date
         try:
             if self.config.exchange is not None:
@@ -168,10 +168,9 @@ class Supervisor:
 
     def follow(self, following: Coroutine[Any, Any, None]) -> None:
         """Let a follower live beside its connections."""
-        task = asyncio.create_task(following)
+        task = self.guard(following)
         self._following.add(task)
         task.add_done_callback(self._following.discard)
-        task.add_done_callback(self._drop_task)
 
     def tell_freed(self) -> None:
         """Channels were given up: patterns of other connections may have left them to those."""
@@ -276,13 +275,18 @@ class Supervisor:
         _remove(self.config.runtime_dir / f"{keeper.name}.ledger")
 
     def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, Exit | None] | None) -> asyncio.Task[None]:
-        task = asyncio.create_task(keeper.keep(preparation), name=keeper.name)
+        task = self.guard(keeper.keep(preparation))
         self._keeping.add(task)
-        task.add_done_callback(self._drop_task)
+        task.add_done_callback(self._keeping.discard)
         return task
 
-    def _drop_task(self, task: asyncio.Task[None]) -> None:
-        self._keeping.discard(task)
+    def guard(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Start what no collector can go on without: an error of it is said, and ends all."""
+        task = asyncio.create_task(work)
+        task.add_done_callback(self._look_for_fault)
+        return task
+
+    def _look_for_fault(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("a fault of the supervisor itself", exc_info=error)
             self.end(1)
