@@ -178,6 +178,11 @@ def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_sa
         soon = time.time_ns() + 300_000_000
         assert run.refuse("unsubscribe", connection="a", channels=[narrow], deadline=soon).code == "timeout"
         assert run.refuse("subscribe", connection="a", channels=[wide], deadline=soon + 300_000_000).code == "timeout"
+        # Others are held to both meanwhile, and only to what they want themselves.
+        b = QUICK | {"name": "b", "channels": [narrow]}
+        assert "stands in connection a too" in run.refuse("connect", connection=b).message
+        b["channels"] = ["quote.ETH-PERPETUAL"]
+        assert run.refuse("connect", connection=b, deadline=time.time_ns() + 10_000_000).code == "timeout"
         worker.resume()
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == [wide], "the other channel")
 

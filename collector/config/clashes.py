@@ -1,7 +1,7 @@
 """What cannot stand side by side: connections of one name, sockets on one endpoint, channels that feed one topic."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING, Any
 
 from collector.channels import Channel, guess_currencies, parse_channel, share_topic
@@ -17,11 +17,13 @@ Placed = tuple[str, Channel]
 
 
 def check_together(
-    connections: Sequence["Connection"], where: str = "", control: str = "", exchange_port: int | None = 0
-) -> None:
+    connections: Sequence["Connection"], where: str = "", control: str = "", exchange_port: int | None = 0,
+    running: Container[str] = (),
+) -> None:  # fmt: skip
     """Check what only shows across connections. Raises ConfigError.
 
-    `where` (the file) begins each error; `exchange_port` is None where no practice exchange runs.
+    `where` (the file) begins each error; `exchange_port` is None where no practice exchange runs; `running` names those
+    that stand already, and so are compared with others only: they may still have a channel that they are just leaving.
     """
     prefix = f"{where}: " if where else ""
     if len(connections) > MAX_CONNECTIONS:
@@ -37,7 +39,7 @@ def check_together(
             )
     _check_endpoints(connections, prefix, control, exchange_port)
     _check_patterns(connections, prefix)
-    _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix)
+    _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix, running)
 
 
 def _check_names(connections: Sequence["Connection"], prefix: str) -> None:
@@ -80,7 +82,7 @@ def _check_patterns(connections: Sequence["Connection"], prefix: str) -> None:
             owners[pattern] = connection.name
 
 
-def _check_topics(placed: list[Placed], prefix: str) -> None:
+def _check_topics(placed: list[Placed], prefix: str, running: Container[str]) -> None:
     rivals = Rivals()
     names: dict[str, str] = {}
     for here in placed:
@@ -89,7 +91,7 @@ def _check_topics(placed: list[Placed], prefix: str) -> None:
             _refuse_repeat(channel.name, names[channel.name], owner, prefix)
         names[channel.name] = owner
         for other in rivals.find(channel):
-            if not may_share(other, here):
+            if not may_share(other, here) and not (other[0] == owner and owner in running):
                 _refuse_pair(other, here, prefix)
         rivals.add(here)
 

@@ -186,7 +186,8 @@ class Supervisor:
             if entry is not known and not entry.keeper.is_over
         ]
         port = None if self.config.exchange is None else self.exchange_port
-        check_together([*others, *connections], "", self.config.control, port)
+        names = [other.name for other in others]
+        check_together([*others, *connections], "", self.config.control, port, names)
 
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
