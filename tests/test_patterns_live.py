@@ -310,6 +310,28 @@ def test_it_is_given_up_like_a_connection_that_was_never_live() -> None:
         run.program.wait_line(r"a: .* could not be had: 127\.0\.0\.1:9 cannot be reached .*: not started")
 
 
+def test_one_of_the_file_that_was_given_up_is_connected_again_also_if_it_needs_several() -> None:
+    port = find_port()
+    table = {
+        **QUICK,
+        "url": f"ws://127.0.0.1:{port}/ws/api/v2",
+        "channels": ["quote.*", "book.*.agg2", "ticker.*.agg2"],
+        "retry_count": 1,
+        "retry_delay": 0.01,
+    }
+    with collected({"a": {**QUICK, "channels": []}, "options": table}) as run:
+        run.wait_state("options", "failed")
+        table["name"] = "options"
+        assert "could not be had" in str(run.refuse("connect", connection=table))
+        assert run.get_state("options")["state"] == "failed"
+        with exchange(port, "--options", "200") as program:
+            program.wait_line(rf":{port}/")
+            answer = run.refuse("connect", connection=table, deadline=time.time_ns() + 10_000_000_000)
+            assert "options is spread over options-1, options-2" in answer.message
+            assert run.ask("get_state").keys() == {"a", "options-1", "options-2"}
+            run.wait_state("options-2")
+
+
 def test_it_can_be_closed_and_stopped_while_it_waits() -> None:
     table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"], "retry_count": 1000}
     with collected({"a": table, "b": {**table, "channels": ["book.*.100ms"]}}, exchange=None) as run:

@@ -16,7 +16,6 @@ from collector.config.urls import hide_secrets
 from collector.lifecycle import Exit
 from collector.limits import MAX_FRAME
 from collector.messages import ControlError, Request
-from collector.supervisor.keeper import Keeper
 from collector.supervisor.places import Places
 from collector.supervisor.process import describe_exit
 from collector.supervisor.supervisor import Entry, Supervisor
@@ -84,7 +83,8 @@ class Commands:
         if self._supervisor.is_stopping:
             raise ControlError("not_connected", STOPPING)
         connection = self._check_connection(request.arguments["connection"])
-        entry = self._supervisor.start_connection(connection, from_file=False)
+        known = self._entries.get(connection.name)  # it has failed, and may be one of the file: it stays that
+        entry = self._supervisor.start_connection(connection, from_file=known is not None and known.from_file)
         keeper = entry.keeper
         log.info("%s: connected by a control request", connection.name)
         try:
@@ -94,9 +94,9 @@ class Commands:
             text = f"{connection.name} is not live yet ({keeper.state}), still being tried (see get_state)"
             raise _blame("timeout", text, keeper.last_error) from None
         if not keeper.is_live:
-            if self._entries.get(connection.name) is entry:  # else it was closed meanwhile, or replaced
+            if known is None and self._entries.get(connection.name) is entry:  # else it was closed, or replaced
                 del self._entries[connection.name]
-            raise _explain_failure(keeper)
+            raise _explain_failure(entry)
         return await self._look(entry, request.deadline)
 
     def _check_connection(self, table: dict[str, Any]) -> Connection:
@@ -278,14 +278,19 @@ def _count_left(deadline: int) -> float:
     return (deadline - time.time_ns()) / 1e9
 
 
-_CODES = {Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error"}
+_CODES: dict[int, str] = {
+    Exit.BAD_SPEC: "bad_request", Exit.CREDENTIALS: "exchange_error", Exit.BANNED: "exchange_error",
+}  # fmt: skip
 
 
-def _explain_failure(keeper: Keeper) -> ControlError:
-    """Say why a new connection came to nothing."""
+def _explain_failure(entry: Entry) -> ControlError:
+    """Say why a new connection came to nothing, or what came in its place."""
+    keeper = entry.keeper
+    if entry.follower is not None and len(shards := entry.follower.list_shards()) > 1:
+        return ControlError("not_connected", f"{keeper.name} is spread over {', '.join(shards)}: look at their states")
     if keeper.machine.state != "failed" or keeper.exit_code is None:
         return ControlError("not_connected", f"{keeper.name} was closed before it was live")
-    code = next((code for exit, code in _CODES.items() if exit == keeper.exit_code), "not_connected")
+    code = _CODES.get(keeper.exit_code, "not_connected")
     return _blame(code, f"{keeper.name}: {describe_exit(keeper.exit_code)}", keeper.last_error)
 
 

@@ -131,6 +131,10 @@ class Follower:
         self._entry.keeper.report["last_error"] = {"message": reason}
         return code
 
+    def list_shards(self) -> list[str]:
+        """The names of the connections that carry its channels; none before the exchange's list has come."""
+        return [shard.keeper.name for shard in self._shards]
+
     # what workers tell
 
     def take_event(self, event: dict[str, Any]) -> None:
