@@ -310,6 +310,43 @@ def test_it_is_given_up_like_a_connection_that_was_never_live() -> None:
         run.program.wait_line(r"a: .* could not be had: 127\.0\.0\.1:9 cannot be reached .*: not started")
 
 
+@pytest.mark.parametrize(
+    ("patterns", "names"), [(["quote.*"], ["a"]), (["quote.*", "book.*.agg2", "ticker.*.agg2"], ["a-1", "a-2"])]
+)
+def test_what_is_wished_before_the_list_has_come_holds(patterns: list[str], names: list[str]) -> None:
+    port = find_port()
+    index, added, found = "deribit_price_index.btc_usd", "trades.option.any.100ms", "quote.BTC-PERPETUAL"
+    table = {**QUICK, "url": f"ws://127.0.0.1:{port}/ws/api/v2", "channels": [*patterns, index], "retry_count": 1000}
+    with collected({"a": table}, exchange=None) as run:
+        run.wait_state("a", "starting")
+        told = run.ask("subscribe", connection="a", channels=[added])["channels"]
+        assert told[added]["code"] == "not_connected"
+        told = run.ask("unsubscribe", connection="a", channels=[index, found])["channels"]
+        assert told == {index: True, found: True}
+        with exchange(port, "--options", "200") as program:
+            program.wait_line(rf":{port}/")
+            run.program.wait_line(rf"{names[0]}: ready")
+            for name in names:
+                run.wait_state(name)
+            asked = set().union(*(find_asked(run, name) for name in names))
+    assert "quote.ETH-PERPETUAL" in asked
+    assert added in asked
+    assert not {index, found} & asked
+
+
+def test_a_pattern_that_meets_what_was_wished_before_the_list_came_is_told() -> None:
+    port = find_port()
+    url = f"ws://127.0.0.1:{port}/ws/api/v2"
+    table = {**QUICK, "url": url, "channels": ["trades.{kind=option}.100ms"], "retry_count": 1000}
+    with collected({"a": table, "b": {**QUICK, "channels": []}}) as run:
+        run.wait_state("a", "starting")
+        run.ask("subscribe", connection="a", channels=["trades.option.any.100ms"])
+        with exchange(port) as program:
+            program.wait_line(rf":{port}/")
+            words = run.wait_state("a", "failed")["last_error"]["message"]
+            assert "would feed the same topics as trades.option.any.100ms; write one of them" in words
+
+
 def test_one_of_the_file_that_was_given_up_is_connected_again_also_if_it_needs_several() -> None:
     port = find_port()
     table = {

@@ -99,6 +99,8 @@ class Follower:
         return self._give_up(Exit.GAVE_UP, f"the exchange's list of instruments could not be had: {failure}")
 
     def _put_in_place(self) -> Exit | None:
+        # What was wished while the list was waited for, somebody was told to be kept.
+        self._connection = replace(self._connection, channels=tuple(self._entry.channels))
         try:
             now = read_ms()
             found, shards = spread(self._connection, self._listed, now)
@@ -117,6 +119,8 @@ class Follower:
 
     def _start(self, shards: list[Connection]) -> None:
         self._ours = {name: place for place, shard in enumerate(shards) for name in shard.channels}
+        unwanted = set(self._entry.wishes.list_leaving())
+        shards = [replace(s, channels=tuple(name for name in s.channels if name not in unwanted)) for s in shards]
         if len(shards) == 1:
             self._entry.channels.update(dict.fromkeys(shards[0].channels))
             self._shards = [self._entry]
