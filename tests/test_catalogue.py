@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import pytest
@@ -133,6 +133,18 @@ def test_where_no_thread_can_be_started_another_attempt_may_help() -> None:
         asyncio.run(catalogue.fetch())
     with pytest.raises(Unreachable, match="cannot be reached"):
         asyncio.run(catalogue.fetch())
+
+
+@pytest.mark.parametrize("kind", ["banned", "empty"])
+def test_who_asks_while_somebody_waits_shares_the_answer(kind: str) -> None:
+    async def ask(catalogue: Catalogue) -> Sequence[object]:
+        return await asyncio.gather(catalogue.share(), catalogue.share(), return_exceptions=True)
+
+    with rude(kind) as (catalogue, program):
+        for _ in range(2):
+            assert [type(outcome) for outcome in asyncio.run(ask(catalogue))] == [Unreachable, Unreachable]
+        program.end()
+        assert len([line for line in program.out if line.startswith("GET ")]) == 2
 
 
 def test_an_instrument_that_cannot_be_is_no_request() -> None:

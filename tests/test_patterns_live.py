@@ -101,6 +101,18 @@ def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
         assert run.get_state("a")["reconnects"] == faults.count("reset")
 
 
+def test_one_that_waits_for_the_list_keeps_no_other_from_asking() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}/ws/api/v2"
+        patient = {**QUICK, "url": url, "channels": ["quote.*"], "timeout": 60.0}
+        other = {**patient, "channels": ["book.*.100ms"], "timeout": 0.5}
+        with collected({"a": patient, "b": other}, exchange=None) as run:
+            silent.settimeout(20)
+            with silent.accept()[0]:
+                run.program.wait_line("b: patterns cannot be expanded: .* cannot be reached")
+                assert not [line for line in run.program.err if " a: patterns cannot" in line]
+
+
 def test_what_happens_during_a_look_is_looked_at_again() -> None:
     table = {**OPTIONS, "url": f"practice?faults={MUTE}"}
     with collected({"a": table}, exchange={"faults": "listing:1,slow:public/get_instruments=4"}) as run:

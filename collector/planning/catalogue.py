@@ -51,10 +51,17 @@ class Catalogue:
         given = {name.lower() for name in headers}
         self._headers = {name: text for name, text in HEADERS.items() if name.lower() not in given} | dict(headers)
         self._timeout = timeout
+        self._sharing: asyncio.Task[dict[str, Instrument]] | None = None
 
     async def fetch(self) -> dict[str, Instrument]:
         """All instruments by name. Raises Unreachable."""
         return await _run_aside(self.read_all)
+
+    async def share(self) -> dict[str, Instrument]:
+        """The same as `fetch`, but an answer that somebody waits for already will do. Raises Unreachable."""
+        if self._sharing is None or self._sharing.done():
+            self._sharing = asyncio.create_task(self.fetch())
+        return dict(await asyncio.shield(self._sharing))
 
     async def fetch_one(self, name: str) -> Instrument | None:
         """One instrument; None if the exchange knows none of that name. Raises Unreachable."""

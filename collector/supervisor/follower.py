@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
 from collector.config.patterns import Instrument, expand, hint_capitals, is_instrument, read_instrument
-from collector.config.urls import name_host
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.shards import assign, find_unit, spread, weigh
@@ -81,15 +80,12 @@ class Follower:
         It takes as many attempts as a connection that was never live may make.
         """
         connection = self._connection
-        url = self._supervisor.resolve_url(connection)
-        self._catalogue = Catalogue(url, connection.headers, connection.timeout)
+        self._catalogue = self._supervisor.find_catalogue(connection)
         failure = ""
         for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
             try:
-                # In turn: where two meet, the first stays.
-                async with self._supervisor.listing_locks[name_host(url)]:
-                    self._listed = await self._catalogue.fetch()
-                    return self._put_in_place()
+                self._listed = await self._catalogue.share()  # who asked first goes on first, and stays where two meet
+                return self._put_in_place()
             except Unreachable as error:
                 failure = str(error)
                 delay = backoff_delay(attempt, connection.retry_delay, random.random())

@@ -3,7 +3,6 @@
 import asyncio
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from urllib.parse import urlsplit, urlunsplit
 from collector.config import Config, Connection, Credentials, check_together
 from collector.config.urls import name_host
 from collector.lifecycle import Exit
+from collector.planning.catalogue import Catalogue
 from collector.sockets import remove_socket
 from collector.supervisor.follower import Follower
 from collector.supervisor.keeper import Keeper
@@ -73,8 +73,7 @@ class Supervisor:
         self._following: set[asyncio.Task[None]] = set()
         self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
         self._logins: dict[str, Credentials] = {}
-        # By host: its list is being fetched.
-        self.listing_locks: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._catalogues: dict[tuple[Any, ...], Catalogue] = {}
 
     async def run(self) -> int:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
@@ -165,6 +164,12 @@ class Supervisor:
         if entry.connection.is_practice and self.exchange is not None:
             await self.exchange.wait_settled()
         return await entry.follower.expand() if entry.connection.patterns and entry.follower else None
+
+    def find_catalogue(self, connection: Connection) -> Catalogue:
+        """What the exchange of a connection lists: one for all that ask it in the same way."""
+        url = self.resolve_url(connection)
+        way = url.partition("?")[0], *sorted(connection.headers.items()), connection.timeout
+        return self._catalogues.setdefault(way, Catalogue(url, connection.headers, connection.timeout))
 
     def follow(self, following: Coroutine[Any, Any, None]) -> None:
         """Let a follower live beside its connections."""
