@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -145,6 +146,16 @@ def test_who_asks_while_somebody_waits_shares_the_answer(kind: str) -> None:
             assert [type(outcome) for outcome in asyncio.run(ask(catalogue))] == [Unreachable, Unreachable]
         program.end()
         assert len([line for line in program.out if line.startswith("GET ")]) == 2
+
+
+def test_it_knows_the_exchanges_clock() -> None:
+    port = find_port()
+    with exchange(port, "--faults", "clock:-86400000") as program:
+        program.wait_line(rf":{port}/")
+        catalogue = Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2", {}, 5.0)
+        assert abs(catalogue.read_ms() / 1000 - time.time()) < 3600
+        catalogue.read_one("NOPE")
+        assert abs(catalogue.read_ms() / 1000 + 86_400 - time.time()) < 3600
 
 
 def test_an_instrument_that_cannot_be_is_no_request() -> None:

@@ -101,6 +101,17 @@ def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
         assert run.get_state("a")["reconnects"] == faults.count("reset")
 
 
+def test_the_end_of_an_instrument_goes_by_the_exchanges_clock() -> None:
+    ahead = 40 * 86_400_000
+    with collected({"a": OPTIONS}, exchange={"faults": f"clock:{ahead}"}) as run:
+        listed = Catalogue(run.wait_state("a")["url"], {}, 5.0).read_all()
+        now = time.time_ns() // 1_000_000 + ahead
+        options = [each for each in listed.values() if each.kind == "option" and each.name.startswith("BTC-")]
+        asked = {f"quote.{each.name}" for each in options if each.is_listed(now)}
+        assert 0 < len(asked) < len(options)
+        assert find_asked(run) == asked
+
+
 def test_one_that_waits_for_the_list_keeps_no_other_from_asking() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"ws://127.0.0.1:{silent.getsockname()[1]}/ws/api/v2"

@@ -51,7 +51,12 @@ class Catalogue:
         given = {name.lower() for name in headers}
         self._headers = {name: text for name, text in HEADERS.items() if name.lower() not in given} | dict(headers)
         self._timeout = timeout
+        self._offset = time.time() - time.monotonic()
         self._sharing: asyncio.Task[dict[str, Instrument]] | None = None
+
+    def read_ms(self) -> int:
+        """Ms since 1970 by the exchange's clock, as its last answer told; by ours before. No step of ours moves it."""
+        return int((time.monotonic() + self._offset) * 1000)
 
     async def fetch(self) -> dict[str, Instrument]:
         """All instruments by name. Raises Unreachable."""
@@ -90,6 +95,9 @@ class Catalogue:
             answer = json.loads(body)
         except (ValueError, RecursionError):
             answer = None
+        match answer:
+            case {"usOut": int(sent)} if 0 < sent < 1 << 62:
+                self._offset = sent / 1e6 - time.monotonic()
         match answer:
             case {"result": result} if status == 200:
                 return result

@@ -98,7 +98,7 @@ class Follower:
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
         try:
-            now = read_ms()
+            now = self._catalogue.read_ms()
             found, shards = spread(self._connection, self._listed, now)
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
@@ -168,7 +168,7 @@ class Follower:
     # from then on
 
     async def _follow(self) -> None:
-        due = time.monotonic() + find_next_check(time.time())
+        due = time.monotonic() + self._find_next_check()
         checked = time.monotonic()
         while not all(shard.keeper.is_over for shard in self._shards):
             with suppress(TimeoutError):
@@ -181,8 +181,11 @@ class Follower:
             if time.monotonic() >= due:
                 self._failed = not await self._check()
                 checked = time.monotonic()
-                due = checked + (AGAIN if self._failed else find_next_check(time.time()))
+                due = checked + (AGAIN if self._failed else self._find_next_check())
             await self._adjust(again)
+
+    def _find_next_check(self) -> float:
+        return find_next_check(self._catalogue.read_ms() / 1000)
 
     async def _check(self) -> bool:
         """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
@@ -192,7 +195,7 @@ class Follower:
         except Unreachable as error:
             log.warning("%s: the list of instruments is not checked: %s", self._name, error)
             return False
-        now = read_ms()
+        now = self._catalogue.read_ms()
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
@@ -228,7 +231,7 @@ class Follower:
 
     async def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments."""
-        now = read_ms()
+        now = self._catalogue.read_ms()
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._listed, now).values():
             wanted |= channels
@@ -301,11 +304,6 @@ class Follower:
         for name, place in places.items():
             groups[place].append(name)
         return asyncio.gather(*(self._shards[place].wishes.tell(op, group, reason) for place, group in groups.items()))
-
-
-def read_ms() -> int:
-    """Ms since 1970."""
-    return time.time_ns() // 1_000_000
 
 
 def _count(names: Sized) -> str:
