@@ -318,14 +318,11 @@ class Supervisor:
             task.cancel()
         for entry in list(self.entries.values()):
             entry.keeper.stop()
-        await self._wait_ended([entry.keeping for entry in self.entries.values()])
+        # What one of them ended by, `guard` has said.
+        await asyncio.gather(*(entry.keeping for entry in self.entries.values()), return_exceptions=True)
         if exchange is not None:
             exchange.stop(EXCHANGE_GRACE)
-        await self._wait_ended(list(self._keeping))
-
-    async def _wait_ended(self, tasks: list[asyncio.Task[None]]) -> None:
-        if tasks:
-            await asyncio.wait(tasks)
+        await asyncio.gather(*self._keeping, return_exceptions=True)
 
 
 def _remove(path: Path) -> None:
