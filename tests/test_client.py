@@ -13,6 +13,7 @@ import pytest
 import zmq
 
 from collector import Control, ControlError, Subscriber
+from collector.client.control import NobodyAnswers
 from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
 from collector.client.subscriber import UNNAMED
 from collector.messages import Topic, decode, encode
@@ -173,6 +174,15 @@ def test_missing_or_abandoned_socket_file_is_said_at_once(tmp_path: Path) -> Non
             listener.bind(str(path))
         with pytest.raises(ControlError, match="left behind"):
             control.get_state()
+
+
+def test_a_stopped_collector_with_its_queue_full_is_waited_for_no_longer_than_the_timeout(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(f"{tmp_path}/control")
+        listener.listen(0)  # and nobody accepts
+        with Control(f"ipc://{tmp_path}/control", timeout=0.05) as control:
+            for _ in range(3):
+                assert isinstance(in_thread(control.get_state)(), NobodyAnswers)
 
 
 def test_no_endpoint_is_refused_with_what_to_write() -> None:

@@ -147,6 +147,7 @@ def check_listener(endpoint: str) -> None:
         errno.EACCES: "the collector at {} cannot be asked: its socket file belongs to another user",
     }
     with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)  # a collector that is stopped answers nobody once its queue is full
         try:
             probe.connect(path)
         except OSError as error:
