@@ -5,6 +5,7 @@ through one of the decode functions, which bound its size, depth and types.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import msgpack
@@ -75,6 +76,11 @@ def parse_topic(text: str) -> Topic:
 def is_topic_part(text: str) -> bool:
     """Whether the text may stand in a topic: no dot, no space, no wildcard, at most 200 characters."""
     return len(text) <= 200 and _TOPIC_PART.match(text) is not None
+
+
+def list_names(names: str | Iterable[str]) -> list[str]:
+    """Names as a list; a text is one name, not its letters."""
+    return [names] if isinstance(names, str) else list(names)
 
 
 def encode(value: Any) -> bytes:

@@ -99,6 +99,8 @@ def index_message(seq: int, price: float = 1.0, **keys: Any) -> list[bytes]:
         (lambda c: c.get_state(), {"op": "get_state"}),
         (lambda c: c.get_state("futures"), {"op": "get_state", "connection": "futures"}),
         (lambda c: c.subscribe("futures", ["a.b"]), {"op": "subscribe", "connection": "futures", "channels": ["a.b"]}),
+        (lambda c: c.subscribe("f", "a.b"), {"op": "subscribe", "connection": "f", "channels": ["a.b"]}),
+        (lambda c: c.unsubscribe("f", "a.b"), {"op": "unsubscribe", "connection": "f", "channels": ["a.b"]}),
         (lambda c: c.unsubscribe("f", ("a.b",)), {"op": "unsubscribe", "connection": "f", "channels": ["a.b"]}),
         (lambda c: c.connect({"name": "f"}), {"op": "connect", "connection": {"name": "f"}}),
         (lambda c: c.close("f"), {"op": "close", "connection": "f"}),

@@ -219,6 +219,15 @@ async def test_a_channel_left_out_once_is_asked_for_again(practice: str) -> None
 
 
 @in_loop
+async def test_a_text_is_one_channel_not_its_letters() -> None:
+    client = Client("ws://127.0.0.1:1/")
+    assert list(await client.subscribe(QUOTE)) == [QUOTE]
+    assert client.get_state()["channels"]["asked"] == [QUOTE]
+    assert await client.unsubscribe(QUOTE) == {QUOTE: True}
+    assert client.get_state()["channels"]["asked"] == []
+
+
+@in_loop
 async def test_a_channel_left_out_for_ever_is_refused_and_the_others_flow(practice: str) -> None:
     async with connected(practice, f"drop_subscribe:{QUOTE}@99", channels=[BOOK, QUOTE, TICKER]) as (client, ear):
         check_equal(client, QUOTE)

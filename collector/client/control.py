@@ -12,7 +12,7 @@ from typing import Any, Self
 import zmq
 
 from collector.defaults import default_control
-from collector.messages import ControlError, decode_reply, encode
+from collector.messages import ControlError, decode_reply, encode, list_names
 
 MAX_REPLY = 64 << 20
 """Bytes of a control reply that are taken."""
@@ -77,13 +77,13 @@ class Control(OwnSocket):
         """Add a connection: a table as in the configuration file. Returns its state, once it is live."""
         return self._ask_map("connect", connection=table)
 
-    def subscribe(self, name: str, channels: Iterable[str]) -> dict[str, Any]:
-        """Ask for channels. Returns {"channels": {channel: True, or {"code", "message"}}}."""
-        return self._ask_map("subscribe", connection=name, channels=list(channels))
+    def subscribe(self, name: str, channels: str | Iterable[str]) -> dict[str, Any]:
+        """Ask for one or more channels. Returns {"channels": {channel: True, or {"code", "message"}}}."""
+        return self._ask_map("subscribe", connection=name, channels=list_names(channels))
 
-    def unsubscribe(self, name: str, channels: Iterable[str]) -> dict[str, Any]:
+    def unsubscribe(self, name: str, channels: str | Iterable[str]) -> dict[str, Any]:
         """Give up channels. Returns the same as subscribe."""
-        return self._ask_map("unsubscribe", connection=name, channels=list(channels))
+        return self._ask_map("unsubscribe", connection=name, channels=list_names(channels))
 
     def send(self, name: str, method: str, params: dict[str, Any] | None = None) -> Any:
         """Send one request to the exchange; returns its result, raw. Its own error is in ControlError.data."""

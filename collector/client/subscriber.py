@@ -18,7 +18,7 @@ from collector.client.stream import (
     describe_malformed,
     read_message,
 )
-from collector.messages import ControlError, Topic, decode_reply
+from collector.messages import ControlError, Topic, decode_reply, list_names
 
 FIND_EVERY = 2.0
 """Seconds between two questions for connections that have been added or have moved."""
@@ -73,14 +73,14 @@ class Subscriber(OwnSocket):
         self.socket.setsockopt(zmq.SNDHWM, 0)  # subscriptions are queued like messages, and dropped like them
         self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a restarted worker waits half a second for us
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
-        for prefix in [prefixes] if isinstance(prefixes, str) else prefixes:
+        for prefix in list_names(prefixes):
             self.socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
         if endpoints is None:
             self._finder = Control(control, timeout)
             self._find(self._finder.get_state())
             self._hang_up(self._finder)
         else:
-            self._connect([endpoints] if isinstance(endpoints, str) else endpoints)
+            self._connect(list_names(endpoints))
 
     def _connect(self, endpoints: Iterable[str]) -> None:
         for endpoint in sorted(set(endpoints) - self.endpoints):

@@ -11,11 +11,12 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
 from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
+from collector.messages import list_names
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.credits import Pool
 from workers.deribit.connection.listener import Listener
@@ -144,21 +145,23 @@ class Client:
         finally:
             self.requests.close(number)
 
-    async def subscribe(self, channels: list[str]) -> dict[str, Any]:
-        """Ask for channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
+    async def subscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
+        """Ask for one or more channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
 
         While the connection is not live, or is lost meanwhile, the wish is kept. Raises ValueError for a name that
         cannot be a channel.
         """
-        self.reconciler.subscriptions.ask(channels)
-        await self._settle(channels)
-        return {name: self.reconciler.describe_wish(name) for name in channels}
+        names = list_names(channels)
+        self.reconciler.subscriptions.ask(names)
+        await self._settle(names)
+        return {name: self.reconciler.describe_wish(name) for name in names}
 
-    async def unsubscribe(self, channels: list[str]) -> dict[str, Any]:
+    async def unsubscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
         """Want these channels no more. Returns {name: True} for each."""
-        self.reconciler.subscriptions.drop(channels)
+        names = list_names(channels)
+        self.reconciler.subscriptions.drop(names)
         await self._settle([])
-        return dict.fromkeys(channels, True)
+        return dict.fromkeys(names, True)
 
     async def _settle(self, channels: list[str]) -> None:
         self._raise_failure()
