@@ -40,10 +40,13 @@ class ControlError(Exception):
     """A control request that was refused. `code` is one of CODES; `data` the exchange's own error, if any."""
 
     def __init__(self, code: str, message: str, data: Any = None) -> None:
-        super().__init__(f"{code}: {message}")
+        super().__init__(code, message, data)  # of which copies are made, for another process too
         self.code = code
         self.message = message
         self.data = data
+
+    def __str__(self) -> str:
+        return f"{self.code}: {self.message}"
 
     def to_map(self) -> dict[str, Any]:
         """Return the error as the map that stands in a reply."""

@@ -1,5 +1,6 @@
 """Control and Subscriber on real sockets, against a peer that the test drives message by message."""
 
+import pickle
 import socket
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from collector import Control, ControlError, Subscriber
 from collector.client.control import NobodyAnswers
 from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
 from collector.client.subscriber import UNNAMED
+from collector.lifecycle import Exit
 from collector.messages import Topic, decode, encode
 from tests.support import wait_until
+from workers.deribit import ExchangeError, Lost, Refused
 
 START = 1_790_000_000_000_000_000
 TOPIC = "deribit.index.btc_usd.raw"
@@ -195,6 +198,23 @@ def test_no_endpoint_is_refused_with_what_to_write() -> None:
 def test_import_takes_no_event_loop_along() -> None:
     program = "import sys, collector.client; print(*{'asyncio', 'aiohttp', 'rich', 'workers'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ControlError("exchange_error", "refused", {"code": 10009}), "exchange_error: refused"),
+        (NobodyAnswers("nobody answers"), "nobody answers"),
+        (LossError(Loss(Topic("deribit", "index", "btc_usd", "raw"), "malformed")), f"{TOPIC}: malformed: "),
+        (ExchangeError({"code": 10009, "message": "not_enough_funds"}), "10009 not_enough_funds"),
+        (Refused("the credentials are no good", Exit.CREDENTIALS), "the credentials are no good"),
+        (Lost("a reset", {"code": 11051}), "a reset"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_errors_reach_another_process_whole(error: Exception, text: str) -> None:
+    copied = pickle.loads(pickle.dumps(error))
+    assert (type(copied), str(copied), vars(copied)) == (type(error), text, vars(error))
 
 
 # -- Subscriber -----------------------------------------------------------------------------------------------------

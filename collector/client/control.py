@@ -28,6 +28,9 @@ class NobodyAnswers(ControlError):
         super().__init__("timeout", message)
         self.args = (message,)
 
+    def __str__(self) -> str:
+        return self.message
+
 
 class OwnSocket:
     """One ZeroMQ socket in a context of its own, so that closing it leaves nothing behind."""

@@ -18,8 +18,11 @@ class Refused(Exception):
     """The exchange said no for good; `exit` says which no. Another attempt would be harmful."""
 
     def __init__(self, message: str, exit: Exit) -> None:
-        super().__init__(message)
+        super().__init__(message, exit)
         self.exit = exit
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NotConnected(Exception):
@@ -30,12 +33,15 @@ class ExchangeError(Exception):
     """The exchange answered with an error; `raw` is its own error object, unchanged."""
 
     def __init__(self, raw: dict[str, Any]) -> None:
+        super().__init__(raw)
         self.raw = raw
         code = raw.get("code")
         self.code = code if isinstance(code, int) else 0
-        data = raw.get("data")
+
+    def __str__(self) -> str:
+        data = self.raw.get("data")
         detail = f" ({data})" if data is not None else ""
-        super().__init__(f"{self.code} {raw.get('message', '')}{detail}")
+        return f"{self.code} {self.raw.get('message', '')}{detail}"
 
 
 class Reaction(Enum):
