@@ -15,10 +15,11 @@ import zmq
 
 from collector import Control, ControlError, Subscriber
 from collector.client.control import NobodyAnswers
+from collector.client.questions import Questions
 from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
 from collector.client.subscriber import UNNAMED
 from collector.lifecycle import Exit
-from collector.messages import Topic, decode, encode
+from collector.messages import Topic, decode, encode, parse_topic
 from tests.support import wait_until
 from workers.deribit import ExchangeError, Lost, Refused
 
@@ -302,6 +303,17 @@ def test_what_is_lost_of_heartbeats_is_not_asked_for(context: Any) -> None:
         for wish in (b"\x01", b"\x00"):  # it keeps no prefix: after months there would be more than a worker takes
             assert publisher.poll(10_000)
             assert publisher.recv() == wish + TOPIC.encode()
+
+
+def test_who_loses_on_and_on_asks_ever_more_rarely_and_soon_again_once_that_is_over() -> None:
+    """Each answer goes to all readers of the topic, and comes at once here."""
+    topic, questions, asked = parse_topic(TOPIC), Questions(), []
+    for tenth in [*range(2500), 5000, 5001, *range(5011, 5020)]:
+        if questions.want(topic, tenth / 10):
+            asked.append(tenth / 10)
+            questions.unanswered.discard(topic)
+    assert asked == [0.0, 1.0, 3.0, 7.0, 15.0, 31.0, 63.0, 123.0, 183.0, 243.0, 500.0, 501.1]
+    assert questions.unanswered == {topic}
 
 
 def test_topics_of_years_are_forgotten_for_new_ones_but_not_those_that_speak() -> None:

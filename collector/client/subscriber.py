@@ -8,9 +8,9 @@ from typing import Any, Literal
 import zmq
 
 from collector.client.control import MAX_REPLY, Control, OwnSocket
+from collector.client.questions import Questions
 from collector.client.stream import (
     MAX_PAYLOAD,
-    MAX_TOPICS,
     Loss,
     LossError,
     Message,
@@ -28,9 +28,6 @@ LOOK_EVERY = 0.1
 
 UNNAMED = 10.0
 """Seconds after which an endpoint that the collector names no more is left. One that is soon back is kept."""
-
-ASK_AGAIN = 1.0
-"""Seconds that a publisher has to say the current value of a topic of which messages were lost."""
 
 
 class Subscriber(OwnSocket):
@@ -64,7 +61,7 @@ class Subscriber(OwnSocket):
         self._raises = on_loss == "raise"
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
-        self._asked: dict[Topic, float] = {}
+        self._questions = Questions()
         self._finder: Control | None = None
         self._is_asking = True  # as long as it is connected
         self._look_at = 0.0
@@ -139,8 +136,10 @@ class Subscriber(OwnSocket):
         loss = self._sequence.follow(message)
         is_lost = loss is not None and loss.reason == "sequence"
         if message.is_join:
-            self._asked.pop(message.topic, None)
-        elif (is_lost or message.topic in self._asked) and message.topic.type != "heartbeat":  # those have no answer
+            self._questions.unanswered.discard(message.topic)
+        elif (
+            is_lost or message.topic in self._questions.unanswered
+        ) and message.topic.type != "heartbeat":  # those have no answer
             self._ask_again(message.topic)
         if loss is None:
             return message
@@ -153,11 +152,7 @@ class Subscriber(OwnSocket):
 
         And unsubscribe at once: it is answered all the same, and a worker lets go who piles up prefixes.
         """
-        now = time.monotonic()
-        if now >= self._asked.get(topic, 0.0) + ASK_AGAIN:
-            if len(self._asked) >= MAX_TOPICS:  # of topics that have ended since, no answer comes
-                del self._asked[next(iter(self._asked))]
-            self._asked[topic] = now
+        if self._questions.want(topic, time.monotonic()):
             for option in (zmq.SUBSCRIBE, zmq.UNSUBSCRIBE):
                 self.socket.setsockopt(option, str(topic).encode())
 
