@@ -305,6 +305,20 @@ def test_what_is_lost_of_heartbeats_is_not_asked_for(context: Any) -> None:
             assert publisher.recv() == wish + TOPIC.encode()
 
 
+def test_a_topic_can_be_asked_for_again_and_is_at_once_only_once(context: Any) -> None:
+    publisher = context.socket(zmq.XPUB)
+    publisher.setsockopt(zmq.XPUB_VERBOSE, 1)
+    publisher.bind("tcp://127.0.0.1:*")
+    other = "deribit.index.eth_usd.raw"
+    with Subscriber([endpoint_of(publisher)]) as subscriber:
+        wait_subscribed(publisher)
+        for topic in (TOPIC, TOPIC, other):
+            subscriber.ask_again(parse_topic(topic))
+        for wish in (b"\x01" + TOPIC.encode(), b"\x00" + TOPIC.encode(), b"\x01" + other.encode()):
+            assert publisher.poll(10_000)
+            assert publisher.recv() == wish
+
+
 def test_who_loses_on_and_on_asks_ever_more_rarely_and_soon_again_once_that_is_over() -> None:
     """Each answer goes to all readers of the topic, and comes at once here."""
     topic, questions, asked = parse_topic(TOPIC), Questions(), []

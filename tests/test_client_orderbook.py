@@ -82,6 +82,13 @@ def break_by_dropped_message(feed: Feed) -> None:
     feed.delta(12, 11)
 
 
+def test_a_book_that_is_not_given_every_message_says_that_this_may_be_so(feed: Feed) -> None:
+    feed.snapshot(10)
+    feed.seq += 1  # a status, which the user kept back
+    feed.delta(11, 10)
+    assert "not given to this book" in refuse(feed.book)
+
+
 def break_by_reported_loss(feed: Feed) -> None:
     feed.book.apply(Loss(TOPIC, "malformed"))
 

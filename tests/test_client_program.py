@@ -17,7 +17,7 @@ import zmq
 
 from collector import Control, ControlError, Subscriber
 from collector.cli.control import print_facts
-from collector.client.orderbook import OrderBook
+from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
 from collector.client.verify import Finding, Verifier
 from collector.messages import encode
@@ -391,6 +391,30 @@ def test_book_is_in_sync_again_after_messages_were_lost_on_the_way(control: str)
         wait_until(take, "the book as it is now")
     assert len(losses) == 1
     assert book.best()[0] is not None
+
+
+def test_a_book_that_began_amid_its_topic_is_in_sync_once_its_snapshot_is_asked_for(control: str) -> None:
+    book = OrderBook()
+    with Subscriber(control=control, prefixes="deribit.book.BTC-PERPETUAL.", on_loss="report") as subscriber:
+
+        def take() -> Message:
+            item = subscriber.receive(5)
+            assert isinstance(item, Message)
+            return item
+
+        wait_until(lambda: take().get("kind") == "delta", "a change, and all that a late subscriber is told")
+        wait_until(lambda: book.apply(item := take()) or item.get("kind") == "delta", "another one")
+        with pytest.raises(NotInSync, match=r"waiting for a snapshot \(Subscriber.ask_again "):
+            book.best()
+        topic = book.topic
+        assert topic is not None
+
+        def ask_and_take() -> bool:
+            subscriber.ask_again(topic)
+            return book.apply(take())
+
+        wait_until(ask_and_take, "the book as it is now")
+    assert book.in_sync
 
 
 def test_connection_whose_port_is_not_known_yet_holds_up_nobody() -> None:

@@ -13,6 +13,9 @@ _NOT_FOLLOWED = frozenset({"recovering", "refused", "expired", "closed"})
 """States of a channel in which the exchange's book goes on without us, or has ended."""
 
 
+_WAITING = "waiting for a snapshot (Subscriber.ask_again asks for one)"
+
+
 class NotInSync(Exception):
     """The book is not known to be right just now; the text says why, and what it waits for."""
 
@@ -67,7 +70,8 @@ class OrderBook:
             books[message.topic].apply(message)
 
     It is in sync from a snapshot on, until a gap, a lost message or a status other than live or stale says otherwise.
-    While it is not, every question raises NotInSync.
+    While it is not, every question raises NotInSync. A book that began amid the messages of its topic, or was not given
+    all of them, has to wait for a snapshot that may never come: Subscriber.ask_again(topic) has it said.
     """
 
     def __init__(self, topic: Topic | None = None) -> None:
@@ -78,7 +82,7 @@ class OrderBook:
         self.status = "live"
         self._bids, self._asks = Side(descending=True), Side(descending=False)
         self._epoch = self._seq = 0
-        self._why = "no snapshot has come yet"
+        self._why = f"no snapshot has come yet; {_WAITING}"
         self._suspended = ""
 
     @property
@@ -118,7 +122,7 @@ class OrderBook:
         if message.seq < expected:
             return False
         if message.seq > expected:
-            self._break("messages were lost on the way to this subscriber")
+            self._break("messages were lost on the way, or not given to this book")
         self._seq = message.seq
         return True
 
@@ -150,7 +154,7 @@ class OrderBook:
         self.exchange_ts, self.receive_ts = message.exchange_ts, message.receive_ts
 
     def _break(self, why: str) -> None:
-        self._why = f"{why}; waiting for a snapshot"
+        self._why = f"{why}; {_WAITING}"
 
     def _require_sync(self) -> None:
         if not self.in_sync:

@@ -140,21 +140,23 @@ class Subscriber(OwnSocket):
         elif (
             is_lost or message.topic in self._questions.unanswered
         ) and message.topic.type != "heartbeat":  # those have no answer
-            self._ask_again(message.topic)
+            self.ask_again(message.topic)
         if loss is None:
             return message
         if is_lost:
             self._waiting.append(message)
         return self._report(loss)
 
-    def _ask_again(self, topic: Topic) -> None:
-        """Subscribe once more: whoever publishes answers each subscription with what a late one needs.
+    def ask_again(self, topic: Topic) -> None:
+        """Have the current full message of a topic said again, as this does by itself after a loss that it sees.
 
-        And unsubscribe at once: it is answered all the same, and a worker lets go who piles up prefixes.
+        For an OrderBook that waits for a snapshot. Ask as often as you like: what was asked for a moment ago is not
+        asked for again before a second is over, or more (see Questions).
         """
         if self._questions.want(topic, time.monotonic()):
-            for option in (zmq.SUBSCRIBE, zmq.UNSUBSCRIBE):
-                self.socket.setsockopt(option, str(topic).encode())
+            # A publisher answers each subscription, also one that is taken back at once. Kept, they would pile up.
+            self.socket.subscribe(str(topic))
+            self.socket.unsubscribe(str(topic))
 
     def _report(self, loss: Loss) -> Loss:
         if self._raises:
