@@ -243,6 +243,41 @@ def test_thousands_of_prefixes_all_arrive(publisher: Any) -> None:
         wait_subscribed(publisher, len(prefixes))
 
 
+@pytest.mark.parametrize("prefixes", [TOPIC, parse_topic(TOPIC), [parse_topic(TOPIC)]], ids=["text", "topic", "list"])
+def test_a_topic_is_a_prefix_as_its_text_is(publisher: Any, prefixes: Any) -> None:
+    with Subscriber(endpoint_of(publisher), prefixes):
+        assert publisher.poll(10_000)
+        assert publisher.recv() == b"\x01" + TOPIC.encode()
+
+
+def test_a_misspelt_wish_about_losses_is_refused() -> None:
+    with pytest.raises(ValueError, match="on_loss='rasie': write raise or report"):
+        Subscriber("tcp://127.0.0.1:9", on_loss="rasie")  # type: ignore[arg-type]
+
+
+def test_prefixes_come_and_go_and_what_went_by_meanwhile_is_no_loss(publisher: Any) -> None:
+    other = "deribit.index.eth_usd."
+    with Subscriber(endpoint_of(publisher), other) as subscriber:
+        wait_subscribed(publisher)
+        for _ in range(2):
+            subscriber.subscribe(parse_topic(TOPIC))
+        wait_subscribed(publisher)
+        publisher.send_multipart(index_message(1))
+        assert subscriber.receive(10).seq == 1  # type: ignore[union-attr]
+        subscriber.unsubscribe(TOPIC)
+        publisher.send_multipart(index_message(3))
+        with pytest.raises(LossError):  # it has been subscribed to once more
+            subscriber.receive(10)
+        assert subscriber.receive(10).seq == 3  # type: ignore[union-attr]
+        subscriber.unsubscribe(TOPIC)
+        with pytest.raises(ValueError, match="is no prefix that is subscribed to"):
+            subscriber.unsubscribe(TOPIC)
+        subscriber.subscribe("deribit.")
+        wait_until(lambda: publisher.poll(10_000) and publisher.recv() == b"\x01deribit.", "the new prefix")
+        publisher.send_multipart(index_message(9))
+        assert subscriber.receive(10).seq == 9  # type: ignore[union-attr]
+
+
 def test_loss_on_the_way_is_raised_and_the_reader_goes_on_behind_it(publisher: Any) -> None:
     with Subscriber(endpoint_of(publisher)) as subscriber:
         wait_subscribed(publisher)

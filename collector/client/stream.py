@@ -5,7 +5,7 @@ payload saying the same.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -174,6 +174,12 @@ class SequenceCheck:
         """Whether it is a status of an earlier epoch: the last word of who fed the topic before, which came late."""
         last = self._last.get(message.topic)
         return last is not None and message.type == "status" and message.epoch < last[0]
+
+    def forget(self, prefix: str, kept: Iterable[str]) -> None:
+        """Forget the topics that begin so, but for those that begin as one of `kept`: they are read no more."""
+        for topic in [topic for topic in self._last if str(topic).startswith(prefix)]:
+            if not str(topic).startswith(tuple(kept)):
+                del self._last[topic]
 
     def _start(self, topic: Topic, epoch: int, seq: int) -> None:
         if len(self._last) >= MAX_TOPICS:

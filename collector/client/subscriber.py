@@ -48,15 +48,18 @@ class Subscriber(OwnSocket):
     def __init__(
         self,
         endpoints: str | Iterable[str] | None = None,
-        prefixes: str | Iterable[str] = ("",),
+        prefixes: str | Topic | Iterable[str | Topic] = ("",),
         control: str | None = None,
         on_loss: Literal["raise", "report"] = "raise",
         queue: int = 100_000,
         timeout: float = 5.0,
     ) -> None:
+        if on_loss not in ("raise", "report"):
+            raise ValueError(f"on_loss={on_loss!r}: write raise or report")
         super().__init__(zmq.SUB)
         self.endpoints: set[str] = set()
         self.found: dict[str, str] = {}
+        self._prefixes: list[str] = []
         self._unnamed: dict[str, float] = {}  # since when
         self._raises = on_loss == "raise"
         self._sequence = SequenceCheck()
@@ -70,14 +73,32 @@ class Subscriber(OwnSocket):
         self.socket.setsockopt(zmq.SNDHWM, 0)  # subscriptions are queued like messages, and dropped like them
         self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a restarted worker waits half a second for us
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
-        for prefix in list_names(prefixes):
-            self.socket.setsockopt(zmq.SUBSCRIBE, prefix.encode())
+        for prefix in [prefixes] if isinstance(prefixes, str | Topic) else prefixes:
+            self.subscribe(prefix)
         if endpoints is None:
             self._finder = Control(control, timeout)
             self._find(self._finder.get_state())
             self._hang_up(self._finder)
         else:
             self._connect(list_names(endpoints))
+
+    def subscribe(self, prefix: str | Topic) -> None:
+        """Read the topics that begin so, too; what each holds now comes first, as for any late subscriber."""
+        text = str(prefix) if isinstance(prefix, Topic) else prefix
+        self.socket.subscribe(text)
+        self._prefixes.append(text)
+
+    def unsubscribe(self, prefix: str | Topic) -> None:
+        """Take back one subscription to a prefix; what has come for it and was not read is dropped.
+
+        Raises ValueError if there is none.
+        """
+        text = str(prefix) if isinstance(prefix, Topic) else prefix
+        if text not in self._prefixes:
+            raise ValueError(f"{text!r} is no prefix that is subscribed to")
+        self._prefixes.remove(text)
+        self.socket.unsubscribe(text)
+        self._sequence.forget(text, self._prefixes)
 
     def _connect(self, endpoints: Iterable[str]) -> None:
         for endpoint in sorted(set(endpoints) - self.endpoints):
@@ -137,10 +158,8 @@ class Subscriber(OwnSocket):
         is_lost = loss is not None and loss.reason == "sequence"
         if message.is_join:
             self._questions.unanswered.discard(message.topic)
-        elif (
-            is_lost or message.topic in self._questions.unanswered
-        ) and message.topic.type != "heartbeat":  # those have no answer
-            self.ask_again(message.topic)
+        elif (is_lost or message.topic in self._questions.unanswered) and message.topic.type != "heartbeat":
+            self.ask_again(message.topic)  # heartbeats are not said again
         if loss is None:
             return message
         if is_lost:
