@@ -218,6 +218,29 @@ def test_errors_reach_another_process_whole(error: Exception, text: str) -> None
     assert (type(copied), str(copied), vars(copied)) == (type(error), text, vars(error))
 
 
+def test_what_was_not_left_in_order_does_not_hold_up_the_collection_of_garbage() -> None:
+    """An error that is kept keeps the frame that it came through, and with it a Subscriber that could not be made."""
+    program = """
+import collector, gc
+
+def fail(**where):
+    try:
+        collector.Subscriber(**where)
+    except (ValueError, collector.ControlError) as error:
+        kept = error
+
+fail(endpoints="nonsense")
+fail(control="ipc:///nowhere/control")
+for kind in (collector.Control, collector.Subscriber):
+    left = kind("tcp://127.0.0.1:9")
+    left.itself = left
+    del left
+print(gc.collect() > 0)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
 # -- Subscriber -----------------------------------------------------------------------------------------------------
 
 

@@ -42,7 +42,11 @@ class OwnSocket:
 
     def disconnect(self) -> None:
         """Leave; the collector goes on. The end of a `with` block does the same."""
+        self.socket.close()  # while garbage is collected the context knows of it no more, and would wait for it
         self._context.destroy(linger=0)
+
+    def __del__(self) -> None:
+        self.disconnect()
 
     def __enter__(self) -> Self:
         return self

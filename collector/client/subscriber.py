@@ -45,6 +45,8 @@ class Subscriber(OwnSocket):
                 print(message.instrument, message["price"])
     """
 
+    _finder: Control | None = None
+
     def __init__(
         self,
         endpoints: str | Iterable[str] | None = None,
@@ -54,9 +56,9 @@ class Subscriber(OwnSocket):
         queue: int = 100_000,
         timeout: float = 5.0,
     ) -> None:
+        super().__init__(zmq.SUB)
         if on_loss not in ("raise", "report"):
             raise ValueError(f"on_loss={on_loss!r}: write raise or report")
-        super().__init__(zmq.SUB)
         self.endpoints: set[str] = set()
         self.found: dict[str, str] = {}
         self._prefixes: list[str] = []
@@ -65,7 +67,6 @@ class Subscriber(OwnSocket):
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
         self._questions = Questions()
-        self._finder: Control | None = None
         self._is_asking = True  # as long as it is connected
         self._look_at = 0.0
         self._ask_at = 0.0
