@@ -478,6 +478,23 @@ def test_between_two_questions_it_keeps_no_connection_to_the_supervisor(peer: An
     peer.disable_monitor()
 
 
+def test_questions_do_not_pile_up_while_the_collector_is_away(peer: Any, publisher: Any) -> None:
+    """Else each of its readers would ask a restarted one as often as they had asked in vain."""
+    control = endpoint_of(peer)
+    started = in_thread(lambda: Subscriber(control=control))
+    envelope, _ = take_request(peer)
+    peer.send_multipart([*envelope, encode({"ok": True, "result": {"one": {"publish": endpoint_of(publisher)}}})])
+    with started() as subscriber:
+        peer.unbind(control)
+        for _ in range(5):
+            subscriber._ask_at = 0.0  # so long ago
+            wait_until(lambda: subscriber._find_more() or subscriber._ask_at, "a question")
+        peer.bind(control)
+        envelope, _ = take_request(peer)
+        peer.send_multipart([*envelope, encode({"ok": True, "result": {"two": {"publish": endpoint_of(publisher)}}})])
+        wait_until(lambda: subscriber._find_more() or "two" in subscriber.found, "the answer to the first that came")
+
+
 def test_an_endpoint_that_is_named_no_more_is_left_once_all_of_it_is_read(peer: Any, publisher: Any) -> None:
     """Where the system chooses the port, a restarted collector has another, and a stranger may bind the one before."""
     one = {"one": {"publish": endpoint_of(publisher)}}

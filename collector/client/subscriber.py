@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import Any, Literal
 
 import zmq
@@ -24,7 +25,7 @@ FIND_EVERY = 2.0
 """Seconds between two questions for connections that have been added or have moved."""
 
 LOOK_EVERY = 0.1
-"""Seconds between two looks for the answer; also between two questions while no connection is known."""
+"""Seconds between two looks for the answer; also between it and the next question while no connection is known."""
 
 UNNAMED = 10.0
 """Seconds after which an endpoint that the collector names no more is left. One that is soon back is kept."""
@@ -67,7 +68,6 @@ class Subscriber(OwnSocket):
         self._sequence = SequenceCheck()
         self._waiting: deque[Message] = deque()
         self._questions = Questions()
-        self._is_asking = True  # as long as it is connected
         self._look_at = 0.0
         self._ask_at = 0.0
         self.socket.setsockopt(zmq.RCVHWM, queue)
@@ -210,22 +210,20 @@ class Subscriber(OwnSocket):
                 reply = self._finder.socket.recv(zmq.NOBLOCK)  # a late answer to a former question is passed over
                 self._hang_up(self._finder)
                 self._find(decode_reply(reply, MAX_REPLY))
+                if not self.found:
+                    self._ask_at = now
             elif now >= self._ask_at:
-                self._ask(self._finder)
-                self._ask_at = now + (FIND_EVERY if self.found else LOOK_EVERY)
+                self._ask_at = now + FIND_EVERY
+                self._hang_up(self._finder)  # questions would pile up where nobody takes them
+                self._finder.socket.connect(self._finder.endpoint)
+                self._finder.send_request("get_state")
         except (ControlError, ValueError, zmq.Again):
             pass  # it is asked again
 
-    def _ask(self, finder: Control) -> None:
-        if not self._is_asking:
-            finder.socket.connect(finder.endpoint)
-        self._is_asking = True
-        finder.send_request("get_state")
-
     def _hang_up(self, finder: Control) -> None:
         """Hold no connection until the next question: a supervisor without a descriptor left is aborted by libzmq."""
-        finder.socket.disconnect(finder.endpoint)
-        self._is_asking = False
+        with suppress(zmq.ZMQError):  # it is not connected
+            finder.socket.disconnect(finder.endpoint)
 
     def disconnect(self) -> None:
         """Leave all endpoints. The end of a `with` block does the same."""
