@@ -757,8 +757,19 @@ async def test_nothing_can_be_sent_before_and_after() -> None:
             await client.connect()
         with pytest.raises(NotConnected, match="failed"):
             await client.send("public/test")
+        for ask in (client.subscribe, client.unsubscribe):  # the wish would be kept for a connection that never comes
+            with pytest.raises(Lost, match="1 attempt came to nothing"):
+                await ask([QUOTE])
         await client.close()
         await client.close()
+
+
+@in_loop
+async def test_nothing_can_be_subscribed_to_once_it_is_closed(practice: str) -> None:
+    async with connected(practice, channels=[QUOTE]) as (client, _):
+        await client.close()
+        with pytest.raises(Lost, match="closed"):
+            await client.subscribe([BOOK])
 
 
 @in_loop

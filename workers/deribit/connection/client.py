@@ -149,7 +149,7 @@ class Client:
         """Ask for one or more channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
 
         While the connection is not live, or is lost meanwhile, the wish is kept. Raises ValueError for a name that
-        cannot be a channel.
+        cannot be a channel, and Lost once it was closed or has given up.
         """
         names = list_names(channels)
         self.reconciler.subscriptions.ask(names)
@@ -157,7 +157,7 @@ class Client:
         return {name: self.reconciler.describe_wish(name) for name in names}
 
     async def unsubscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
-        """Want these channels no more. Returns {name: True} for each."""
+        """Want these channels no more. Returns {name: True} for each. Raises Lost as subscribe does."""
         names = list_names(channels)
         self.reconciler.subscriptions.drop(names)
         await self._settle([])
@@ -165,6 +165,8 @@ class Client:
 
     async def _settle(self, channels: list[str]) -> None:
         self._raise_failure()
+        if self._life is not None and self._life.done():
+            raise Lost(self.failure)
         if self.is_live:
             with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
                 await self.reconciler.settle(channels)
