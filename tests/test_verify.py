@@ -421,12 +421,18 @@ def test_who_never_gives_a_heartbeat_is_named_at_the_end(wire: Wire) -> None:
     assert find_at_end(wire) == ["heartbeat deribit.heartbeat.options.1s", f"heartbeat {BEAT}"]
 
 
-def test_who_is_closed_gives_no_more_heartbeats(wire: Wire) -> None:
+@pytest.mark.parametrize("state", ["closed", "failed"])
+def test_who_is_closed_or_has_given_up_gives_no_more_heartbeats(wire: Wire, state: str) -> None:
     wire.say(BEAT, **LIVE)
-    wire.say("deribit.status.futures.connection", state="closed", reason="", connection="futures")
+    wire.say("deribit.status.futures.connection", state=state, reason="", connection="futures")
     wire.status(BOOK, "closed")
+    wire.say(BEAT, **{**LIVE, "state": state})  # its last one
     wire.now += 60 * SECOND
     assert find_at_end(wire) == []
+    wire.restart()
+    assert wire.say(BEAT, **LIVE) == []
+    wire.now += 4 * SECOND
+    assert find_at_end(wire) == [f"heartbeat {BEAT}"]
 
 
 def test_a_book_without_a_snapshot_is_named_at_the_end(wire: Wire) -> None:
@@ -454,11 +460,14 @@ def test_scenes_break_every_rule(wire: Wire) -> None:
     assert named == set(RULES)
 
 
-def test_loss_on_the_way_does_not_accuse_book_or_trades(wire: Wire) -> None:
+def test_loss_on_the_way_does_not_accuse_book_trades_or_heartbeats(wire: Wire) -> None:
     wire.snapshot(10)
     wire.trade(1)
     wire.seq[BOOK] += 3
     wire.seq[TRADE] += 3
+    wire.say(BEAT, **LIVE)
+    wire.seq[BEAT] += 3
+    assert wire.say(BEAT, **LIVE) == ["sequence"]
     assert wire.delta(17, 16) == ["sequence"]
     assert wire.delta(18, 17) == []
     assert wire.trade(6) == ["sequence"]

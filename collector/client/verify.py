@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from collector.client.rules import create_checks
 from collector.client.rules.check import Check, Fault
-from collector.client.rules.heartbeats import SILENCE
+from collector.client.rules.heartbeats import LAST, SILENCE
 from collector.client.rules.trades import Trades
 from collector.client.stream import MAX_TOPICS, Message, SequenceCheck, read_envelope
 from collector.messages import EXCHANGE, Topic
@@ -130,9 +130,9 @@ class Verifier:
                 yield from check.check(message, now)
 
     def _take_status(self, message: Message, now: int) -> None:
-        """Whoever says something has heartbeats too, until its connection is closed."""
+        """Whoever says something has heartbeats too, until its connection is closed or has given up."""
         name = message["connection"]
-        if message["state"] != "closed":
+        if message["state"] not in LAST:
             self.expect(name, now)
         elif message.topic.type == "status":
             self._expected.pop(name, None)

@@ -9,6 +9,9 @@ from collector.messages import WIRE
 SILENCE = 3 * SECOND
 """A heartbeat that is due each second has not come."""
 
+LAST = frozenset({"closed", "failed"})
+"""States of a connection after which none is due, until the next one comes."""
+
 
 class Heartbeats(Check):
     """The heartbeats of one connection."""
@@ -27,12 +30,13 @@ class Heartbeats(Check):
         if message["wire"] != WIRE:
             yield "heartbeat", f"wire {message['wire']}, this program reads {WIRE}"
         if message.epoch != self._epoch:
-            self._epoch, self._published, self._came = message.epoch, 0, message.receive_ts
-        if message.receive_ts - self._came > SILENCE:
+            self._epoch, self._published, self._came = message.epoch, 0, 0
+        if self._came and message.receive_ts - self._came > SILENCE:
             yield "heartbeat", f"none for {(message.receive_ts - self._came) / SECOND:.1f} s"
         if message["published"] < self._published:
             yield "heartbeat", f"published falls from {self._published} to {message['published']}"
-        self._came, self._published = message.receive_ts, message["published"]
+        self._came = 0 if message["state"] in LAST else message.receive_ts
+        self._published = message["published"]
 
     def finish(self, now: int) -> Iterator[Fault]:
         """Say whether the last one is too long ago."""
