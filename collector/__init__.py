@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collector.client.stream import Loss, LossError, Message
     from collector.client.subscriber import Subscriber
     from collector.config import Config, ConfigError, load_config
-    from collector.messages import ControlError
+    from collector.messages import ControlError, Topic, parse_topic
 
 _HOMES = {
     "Config": "config",
@@ -28,12 +28,14 @@ _HOMES = {
     "NotInSync": "client.orderbook",
     "OrderBook": "client.orderbook",
     "Subscriber": "client.subscriber",
+    "Topic": "messages",
     "load_config": "config",
+    "parse_topic": "messages",
 }
 
 __all__ = [
     "Config", "ConfigError", "Control", "ControlError", "Loss", "LossError", "Message", "NotInSync", "OrderBook",
-    "Subscriber", "__version__", "load_config",
+    "Subscriber", "Topic", "__version__", "load_config", "parse_topic",
 ]  # fmt: skip
 
 
@@ -41,3 +43,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'collector' has no attribute {name!r}")
     return getattr(import_module(f"collector.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOMES]

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import zmq
 
+import collector
 from collector import Control, ControlError, Subscriber
 from collector.client.control import NobodyAnswers
 from collector.client.questions import Questions
@@ -194,6 +195,11 @@ def test_a_stopped_collector_with_its_queue_full_is_waited_for_no_longer_than_th
 def test_no_endpoint_is_refused_with_what_to_write() -> None:
     with pytest.raises(ValueError, match="write ipc:///path or tcp://host:port"):
         Control("nonsense")
+
+
+def test_the_public_names_can_be_seen_and_had() -> None:
+    assert set(collector.__all__) <= set(dir(collector))
+    assert all(hasattr(collector, name) for name in collector.__all__)
 
 
 def test_import_takes_no_event_loop_along() -> None:
