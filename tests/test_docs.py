@@ -9,12 +9,13 @@ import tarfile
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from collector import __version__
+from collector import OrderBook, Subscriber, __version__
 from collector.client.rules.everywhere import CHANNEL_STATES, CONNECTION_STATES
 from collector.config import describe_keys, load_config
 from collector.config.keys import KEYS
@@ -39,6 +40,14 @@ def find_code(language: str) -> list[Any]:
         for found in FENCE.finditer(text)
         if found[1] == language
     ]
+
+
+def find_examples(*classes: type) -> list[Any]:
+    """The example of each class: the indented lines of its docstring, which imports nothing."""
+    texts = {each.__name__: (getdoc(each) or "").splitlines() for each in classes}
+    examples = {name: [line[4:] for line in lines if line.startswith("    ")] for name, lines in texts.items()}
+    imports = ["import collections", "from collector import *"]
+    return [pytest.param("\n".join([*imports, *lines]), id=name) for name, lines in examples.items()]
 
 
 def read_table(document: Path, *head: str) -> list[list[str]]:
@@ -257,7 +266,7 @@ def test_state_map_is_as_told(demo: tuple[str, dict[str, Any]]) -> None:
     assert set(told) == set(demo[1]["futures"])
 
 
-@pytest.mark.parametrize("code", find_code("python"))
+@pytest.mark.parametrize("code", [*find_code("python"), *find_examples(Subscriber, OrderBook)])
 def test_python_examples_run(code: str, demo: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
     control, states = demo
     compile(code, "shown", "exec")
@@ -266,7 +275,7 @@ def test_python_examples_run(code: str, demo: tuple[str, dict[str, Any]], tmp_pa
     file = tmp_path / "shown.py"
     file.write_text(code)
     with running(sys.executable, str(file), env={"COLLECTOR_CONTROL": control}) as program:
-        if "while True" in code or "for item in subscriber" in code:
+        if "while True" in code or " in subscriber:" in code:
             wait_until(lambda: len(program.out) >= 3 or program.process.poll() is not None, "three lines")
         else:
             assert program.wait_exit() == 0, program.text()

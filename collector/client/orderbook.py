@@ -66,8 +66,11 @@ class OrderBook:
     Give it everything that a Subscriber yields; it takes what belongs to its topic:
 
         books = collections.defaultdict(OrderBook)
-        for message in Subscriber(prefixes=["deribit.book."]):
-            books[message.topic].apply(message)
+        with Subscriber(prefixes=["deribit.book."], on_loss="report") as subscriber:
+            for item in subscriber:
+                book = books[item.topic]
+                if book.apply(item) and book.in_sync:
+                    print(item.topic, *book.best())
 
     It is in sync from a snapshot on, until a gap, a lost message or a status other than live or stale says otherwise.
     While it is not, every question raises NotInSync. A book that began amid the messages of its topic, or was not given

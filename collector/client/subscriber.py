@@ -43,7 +43,8 @@ class Subscriber(OwnSocket):
 
         with Subscriber(prefixes=["deribit.trade."]) as subscriber:
             for message in subscriber:
-                print(message.instrument, message["price"])
+                if message.type == "trade":  # gap, repair and status come on the same topics
+                    print(message.instrument, message["price"])
     """
 
     _finder: Control | None = None
