@@ -125,7 +125,7 @@ def test_it_refuses_while_its_channel_is_not_followed(feed: Feed, state: str) ->
     feed.snapshot(10)
     feed.give("status", state="stale", reason="lag", connection="futures")
     assert feed.book.in_sync
-    assert feed.book.status == "stale"
+    assert (feed.book.status, feed.book.connection) == ("stale", "futures")
     feed.give("status", state=state, reason="", connection="futures")
     assert state in refuse(feed.book)
     feed.give("status", state="live", reason="", connection="futures")

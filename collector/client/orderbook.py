@@ -73,7 +73,8 @@ class OrderBook:
                     print(item.topic, *book.best())
 
     It is in sync from a snapshot on, until a gap, a lost message or a status other than live or stale says otherwise.
-    While it is not, every question raises NotInSync. A book that began amid the messages of its topic, or was not given
+    While it is not, every question raises NotInSync. `connection` feeds the topic, as its last status said: watch the
+    heartbeats of that one. A book that began amid the messages of its topic, or was not given
     all of them, has to wait for a snapshot that may never come: Subscriber.ask_again(topic) has it said.
     """
 
@@ -83,6 +84,7 @@ class OrderBook:
         self.exchange_ts = 0
         self.receive_ts = 0
         self.status = "live"
+        self.connection = ""
         self._bids, self._asks = Side(descending=True), Side(descending=False)
         self._epoch = self._seq = 0
         self._why = f"no snapshot has come yet; {_WAITING}"
@@ -108,7 +110,7 @@ class OrderBook:
         if item.type == "gap" and not item.is_join:  # a repeat for somebody else says nothing new
             self._break(f"a gap ({item['reason']}) was announced")
         elif item.type == "status":
-            self.status = item["state"]
+            self.status, self.connection = item["state"], item["connection"]
             self._suspended = f"its channel is {self.status}" if self.status in _NOT_FOLLOWED else ""
         return False
 
