@@ -33,7 +33,7 @@ class NobodyAnswers(ControlError):
 
 
 class OwnSocket:
-    """One ZeroMQ socket in a context of its own, so that closing it leaves nothing behind."""
+    """One ZeroMQ socket in a context of its own, so that closing it leaves nothing behind. For one thread only."""
 
     def __init__(self, kind: int) -> None:
         self._context = zmq.Context()
@@ -59,8 +59,9 @@ class Control(OwnSocket):
     """Asks a running collector; each method waits for the answer, or raises ControlError (see messages.CODES).
 
     `endpoint`: the control endpoint; None is COLLECTOR_CONTROL, else the default one. `timeout`: seconds for each
-    request, sent along as its deadline: what the collector has not done by then it will not do. After a timeout the
-    same object can be used again.
+    request, sent along as its deadline. What the collector has not begun by then it will not do; what it has begun goes
+    on: a connection is still brought up, or closed. Channels that were asked for or given up stay so. After a timeout
+    the same object can be used again. For one thread only.
     """
 
     def __init__(self, endpoint: str | None = None, timeout: float = 5.0) -> None:

@@ -39,7 +39,8 @@ class Subscriber(OwnSocket):
     it gets for the first answer. `prefixes`: of the topics to read, e.g. "deribit.book.BTC-PERPETUAL.". `on_loss`:
     "raise" raises LossError where messages were dropped on the way to this reader or cannot be read; "report" yields
     the Loss in its place; of the topic then comes its current full message, as for a late subscriber. `queue`: messages
-    that may wait here for a slow reader.
+    that may wait here for a slow reader. For one thread only: to end it from another one, let it `receive(0.5)` until a
+    threading.Event is set.
 
         with Subscriber(prefixes=["deribit.trade."]) as subscriber:
             for message in subscriber:
