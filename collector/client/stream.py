@@ -100,17 +100,20 @@ class LossError(Exception):
         self.loss = loss
 
 
-def read_message(topic: bytes, payload: bytes) -> Message:
-    """Read one message, with all that its type promises. Raises ValueError, in one line, for bytes that are none."""
-    message = read_envelope(topic, payload)
+def read_message(*frames: bytes) -> Message:
+    """Read one message, with all that its type promises. Raises ValueError, in one line, for frames that are none."""
+    message = read_envelope(*frames)
     faults = find_faults(message.payload, SCHEMA[message.type])
     if faults:
         raise ValueError("; ".join(faults))
     return message
 
 
-def read_envelope(topic: bytes, payload: bytes) -> Message:
-    """Read a message whose further keys are not looked at. Raises ValueError."""
+def read_envelope(*frames: bytes) -> Message:
+    """Read a message, topic and payload, whose further keys are not looked at. Raises ValueError."""
+    if len(frames) != 2:
+        raise ValueError(f"{len(frames)} frames instead of topic and payload")
+    topic, payload = frames
     parsed = read_topic(topic)
     body = decode(payload, MAX_PAYLOAD)
     if not isinstance(body, dict):

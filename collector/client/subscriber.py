@@ -152,7 +152,7 @@ class Subscriber(OwnSocket):
     def _take(self, frames: list[bytes]) -> Message | Loss | None:
         """What came as these frames; None for what says nothing any more. Raises LossError."""
         try:
-            message = read_message(*_expect_two(frames))
+            message = read_message(*frames)
         except ValueError as error:
             return self._report(describe_malformed(frames[0], error))
         if self._sequence.is_outdated(message):
@@ -232,12 +232,6 @@ class Subscriber(OwnSocket):
         super().disconnect()
         if self._finder is not None:
             self._finder.disconnect()
-
-
-def _expect_two(frames: list[bytes]) -> list[bytes]:
-    if len(frames) != 2:
-        raise ValueError(f"{len(frames)} frames instead of topic and payload")
-    return frames
 
 
 def find_endpoints(states: Any) -> dict[str, str]:

@@ -60,19 +60,16 @@ class Verifier:
 
     def check(self, topic: bytes, payload: bytes, now_ns: int) -> list[Finding]:
         """Check the next message, which came at `now_ns`. Returns what is wrong with it."""
-        self.messages += 1
-        try:
-            message = read_envelope(topic, payload)
-        except ValueError as error:
-            return self._count(topic[:200].decode(errors="replace"), [("envelope", str(error))])
-        return self._count(str(message.topic), self._find_faults(message, now_ns))
+        return self.check_frames([topic, payload], now_ns)
 
     def check_frames(self, frames: list[bytes], now_ns: int) -> list[Finding]:
         """Check a message as it came from the socket, however many frames that are."""
-        if len(frames) == 2:
-            return self.check(frames[0], frames[1], now_ns)
         self.messages += 1
-        return self._count(frames[0][:200].decode(errors="replace"), [("envelope", f"{len(frames)} frames")])
+        try:
+            message = read_envelope(*frames)
+        except ValueError as error:
+            return self._count(frames[0][:200].decode(errors="replace"), [("envelope", str(error))])
+        return self._count(str(message.topic), self._find_faults(message, now_ns))
 
     def finish(self, now_ns: int) -> list[Finding]:
         """Say at the end what should have come and has not."""
@@ -113,7 +110,7 @@ class Verifier:
             return
         loss = self._sequence.follow(message)
         if loss is not None:
-            yield _RULE_OF_LOSS[loss.reason], str(loss).partition(": ")[2]
+            yield "epoch" if loss.reason == "epoch" else "sequence", str(loss).partition(": ")[2]
             if loss.reason != "sequence":
                 return
         if message.topic not in self.topics and len(self.topics) >= MAX_TOPICS:
@@ -143,6 +140,3 @@ class Verifier:
         findings = [Finding(rule, topic, text) for rule, text in faults]
         self.wrong.update(finding.rule for finding in findings)
         return findings
-
-
-_RULE_OF_LOSS = {"sequence": "sequence", "repeated": "sequence", "epoch": "epoch"}
