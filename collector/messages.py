@@ -31,7 +31,10 @@ CODES = {
 """Control error codes and what each means to the one who asked."""
 
 MAX_CONTROL = 1 << 20
-"""Bytes of a control request or reply; a larger request is answered with bad_request."""
+"""Bytes of a control request; a larger one is answered with bad_request."""
+
+MAX_REPLY = 64 << 20
+"""Bytes of a control reply that are taken."""
 
 _TOPIC_PART = re.compile(r"[A-Za-z0-9_:\-]+\Z")
 
@@ -179,10 +182,10 @@ def encode_reply(result: Any = None, error: ControlError | None = None) -> bytes
     return encode({"ok": True, "result": result})
 
 
-def decode_reply(data: bytes, limit: int = 64 << 20) -> Any:
+def decode_reply(data: bytes) -> Any:
     """Return the result of a reply, or raise the ControlError that it carries."""
     try:
-        body = decode(data, limit)
+        body = decode(data, MAX_REPLY)
         if body["ok"] is True:
             return body.get("result")
         error = body["error"]

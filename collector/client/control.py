@@ -12,10 +12,7 @@ from typing import Any, Self
 import zmq
 
 from collector.defaults import default_control
-from collector.messages import ControlError, decode_reply, encode, list_names
-
-MAX_REPLY = 64 << 20
-"""Bytes of a control reply that are taken."""
+from collector.messages import MAX_REPLY, ControlError, decode_reply, encode, list_names
 
 GRACE = 0.5
 """Seconds that a reply may come after the deadline: the collector's own word on a timeout says more than ours."""
@@ -112,7 +109,7 @@ class Control(OwnSocket):
         end = time.monotonic() + self.timeout + GRACE
         while self.socket.poll(max(0, int((end - time.monotonic()) * 1000))):
             with suppress(zmq.Again):  # a late answer to a former request is passed over
-                return decode_reply(self.socket.recv(zmq.NOBLOCK), MAX_REPLY)
+                return decode_reply(self.socket.recv(zmq.NOBLOCK))
         raise NobodyAnswers(self._explain_silence())
 
     def _ask_map(self, op: str, **arguments: Any) -> dict[str, Any]:

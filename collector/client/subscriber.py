@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import zmq
 
-from collector.client.control import MAX_REPLY, Control, OwnSocket
+from collector.client.control import Control, OwnSocket
 from collector.client.questions import Questions
 from collector.client.stream import (
     MAX_PAYLOAD,
@@ -211,7 +211,7 @@ class Subscriber(OwnSocket):
             if self._finder.socket.poll(0):
                 reply = self._finder.socket.recv(zmq.NOBLOCK)  # a late answer to a former question is passed over
                 self._hang_up(self._finder)
-                self._find(decode_reply(reply, MAX_REPLY))
+                self._find(decode_reply(reply))
                 if not self.found:
                     self._ask_at = now
             elif now >= self._ask_at:
