@@ -840,7 +840,10 @@ def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:
     assert [(each.trade_seq, each.price) for each in page.trades] == [(7, 1.5), (8, 1.5)]
     assert page.has_more
     assert read_page({"trades": []}).trades == []
-    wrong: list[Any] = [{"trades": [5, None]}, {"trades": None}, {}, [], None, {"trades": 5}]
+    deep: list[Any] = []
+    for _ in range(600):  # an answer so deep can be read all the same
+        deep = [deep]
+    wrong: list[Any] = [{"trades": [5, None]}, {"trades": None}, {}, [], None, {"trades": 5}, {"trades": deep}]
     for answer in wrong:
         with pytest.raises(ValueError, match="holds no trades"):
             read_page(answer)

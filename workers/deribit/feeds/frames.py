@@ -91,12 +91,16 @@ _OPTIONAL = ("tick_direction", "liquidation", "block_trade_id", "combo_id", "com
 
 
 def drop_nulls(value: Any) -> Any:
-    """Decoded JSON without the optional members of trades that say nothing: null is the same as absent there."""
-    if value.__class__ is list:
-        return [drop_nulls(each) for each in value]
-    if value.__class__ is dict:
-        return {key: each for key, each in value.items() if each is not None or key not in _OPTIONAL}
-    return value
+    """One row of decoded JSON, or a list of rows, without the optional members of trades that say nothing: null is the
+    same as absent there. What lies deeper is passed as it is: it may be of any depth.
+    """
+    return [_drop_nulls(row) for row in value] if value.__class__ is list else _drop_nulls(value)
+
+
+def _drop_nulls(row: Any) -> Any:
+    if row.__class__ is dict:
+        return {key: each for key, each in row.items() if each is not None or key not in _OPTIONAL}
+    return row
 
 
 def convert_laxly(value: Any, kind: Any) -> Any:
