@@ -25,7 +25,7 @@ from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
-from workers.deribit.healing.fetch import PAUSES, Healed, Page, heal_feed
+from workers.deribit.healing.fetch import PAUSES, Ask, Healed, Page, heal_feed
 from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
@@ -269,6 +269,18 @@ def test_and_a_page_that_leads_nowhere_does_not_hold_it_up(life: Life) -> None:
     assert life.take((25, 2000)) == [("sequence",), 25]
     by_time, by_number = [*range(-1, -11, -1), *range(-20, -25, -1)], [*range(-11, -20, -1)]
     assert life.heal(*history, (25, 2000)) == by_time + by_number
+
+
+def test_nor_does_an_exchange_that_tells_no_times(life: Life) -> None:
+    life.feed.losses.confirmed_at = 8
+    life.feed.lose("disconnect", 8)
+    assert life.take((5, 1000)) == [("sequence",), 5]  # so that it is asked by time
+    healing, page, asked = heal_feed(life.feed, (START + 10_000) * MS, 0), None, 0
+    with suppress(StopIteration):
+        while asked < 100:
+            asked += isinstance(healing.send(page), Ask)
+            page = Page(msgspec.convert([make_trade(3, -START)], list[TradeData]), True)
+    assert 1 < asked < 100
 
 
 def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:

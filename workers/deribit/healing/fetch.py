@@ -184,8 +184,10 @@ def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) ->
         trades = page.trades
         if not (trades and page.has_more):
             return True
+        if (last := trades[-1].timestamp) < start:
+            return False  # it is no answer to this: who tells no times would be asked without end
         # A page may end within one ms: what it repeats is known, but one that does not lead on must not hold us up.
-        start = max(trades[-1].timestamp, start + (trades[-1].timestamp <= start))
+        start = last + (last == start)
     return True
 
 
