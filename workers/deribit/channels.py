@@ -87,9 +87,13 @@ class Channels:
         What was said to be `closed` on a topic must not be followed by data before it is said to be asked for.
         """
         channels = [parse_channel(name) for name in names]
-        for feed in self._list_leaving():  # its unsubscribe is under way still: what was ends here
-            if any(share_topic(feed.channel, channel) for channel in channels):
-                self._give_up(feed.channel.name, *UNSUBSCRIBED)
+        topics = {channel.topic for channel in channels} - {None}
+        wide = [channel for channel in channels if channel.topic is None]
+        leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
+        for one in leaving:  # its unsubscribe is under way still: what was ends here
+            others = channels if one.topic is None else wide
+            if one.topic in topics or any(share_topic(one, other) for other in others):
+                self._give_up(one.name, *UNSUBSCRIBED)
         self._topics.begin_epoch(epoch)
         for feed in self.add(names):
             feed.adopt(self._topics.match(b""))
@@ -97,9 +101,6 @@ class Channels:
         for name in names:
             if isinstance(feed := self.feeds[name.encode()], ListingFeed):
                 feed.is_asked = True
-
-    def _list_leaving(self) -> list[Feed]:
-        return [feed for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
 
     # -- given up -----------------------------------------------------------------------------------------------------
 
