@@ -297,6 +297,52 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: st
             assert ("missing_to" in gap, gap["healing"]) == (False, False)
 
 
+@pytest.mark.parametrize("channel", [TRADES, "trades.future.BTC.100ms"])
+def test_what_an_interrupted_healing_has_not_asked_for_is_said_after_its_repair(channel: str) -> None:
+    """The channel is given up when the first page has come, and nobody knows what the next one would have held."""
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        feed = find_trades(worker)
+        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 100)
+        feed.losses.confirm(50)
+        feed.lose("disconnect", 200)
+        fetched = msgspec.convert([trade | {"trade_seq": 6}], list[TradeData])
+        worker.publisher.publish(feed.backfill(fetched, 300), 300, is_fetched=True)
+        ask(worker, "unsubscribe", channel)
+        subscriber.wait_for("deribit.trade.", state="closed")
+        gap, late, repair, rest, closed = subscriber.find("deribit.trade.")[1:]
+        assert (gap["type"], late["trade_seq"], closed["state"]) == ("gap", 6, "closed")
+        assert (repair["gap"], repair["repaired"], repair["missing"]) == (gap["id"], 1, [])
+        assert (rest["type"], rest["reason"], rest["missing_from"]) == ("gap", "disconnect", 7)
+        assert ("missing_to" in rest, rest["healing"]) == (False, False)
+
+
+def test_what_an_interrupted_healing_has_not_asked_for_of_a_new_instrument_is_said() -> None:
+    """It first trades after a loss: what it traded before, while the connection was away, has not been fetched yet."""
+    channel = "trades.future.BTC.100ms"
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        feed = find_trades(worker)
+        feed.losses.confirm(50)
+        feed.lose("disconnect", 200)
+        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 300)
+        ask(worker, "unsubscribe", channel)
+        subscriber.wait_for("deribit.trade.", state="closed")
+        _, gap, repair, _ = subscriber.find("deribit.trade.")
+        assert (gap["reason"], gap["missing_from"], gap["missing_to"]) == ("disconnect", 1, 4)
+        assert (repair["gap"], repair["missing"]) == (gap["id"], [[1, 4]])
+
+
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:
     channel, second = "trades.option.any.100ms", 1_000_000_000
     with living(tmp_path, channel, fresh=True) as worker:

@@ -133,12 +133,15 @@ class Healer:
         self._interrupted.discard(feed)
         feed.is_ended = True
         losses.begin_healing(self._client.read_clock())  # no other healing follows
-        losses.end()
+        losses.end(is_whole=False)
         for tape in feed.tapes.values():
+            tail = tape.tail
             if is_unfinished and (gap := tape.take_last(self._client.read_clock())) is not None:
                 self._publisher.say(tape.stream, gap)
             if tape.holes:
                 self._say_repairs(feed, Healed(tape, tape.holes))
+            if tail is not None:
+                self._publisher.say(tape.stream, tape.describe_rest(tail, self._client.read_clock()))
         self._rested.set()
 
     def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:

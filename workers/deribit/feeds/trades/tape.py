@@ -129,6 +129,13 @@ class Tape:
         stream.gap = gap
         return gap
 
+    def describe_rest(self, tail: Hole, now: int) -> Gap:
+        """What may have come after all that was fetched of a tail, and will not be asked for any more."""
+        gap = self.describe_gap(now)
+        gap.missing_from = self.stream.last_id + 1
+        gap.reason = gap.reason if tail.gap is None else tail.gap.reason
+        return gap
+
     def _describe_missing(self, first: int, last: int, now: int) -> Gap:
         """What may have come before the first trade of an instrument, or before the subscription: that is not known."""
         gap, unsure_from = self.describe_gap(now), self.losses.unsure_from
