@@ -182,6 +182,12 @@ def test_what_a_healing_was_to_bring_is_named_before_it(life: Life) -> None:
     assert life.take((1, 1000)) == [[(105, 105)], ("sequence",), 1]
 
 
+def test_the_gap_of_a_loss_stands_before_what_one_page_holds_of_both_counts(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    said = life.fetch((104, 30), (105, 40), (1, 1000), (2, 1010))
+    assert said == [("disconnect", 104), -104, -105, [], ("sequence",), -1, -2]
+
+
 def test_what_came_before_the_first_trade_of_the_new_count_is_asked_for_by_time(life: Life) -> None:
     life.take((5, 1000))
     assert life.feed.losses.lost_from is not None
@@ -306,6 +312,13 @@ def test_the_last_gap_is_what_late_subscribers_are_told_also_if_an_earlier_one_i
     last = life.feed.stream.gap
     assert life.heal((104, 30), (105, 40))[-2:] == [-104, []]
     assert life.feed.stream.gap is last
+
+
+def test_the_gap_of_a_loss_stands_before_a_trade_that_comes_late_in_the_first_frame_after_it(life: Life) -> None:
+    assert life.take((106, 50)) == [("sequence", 104, 105), 106]
+    life.feed.lose("disconnect", 8)
+    assert life.take((105, 40), (109, 80)) == [("disconnect", 107), -105, 109]
+    assert life.heal((104, 30), (105, 40), (106, 50), (107, 60), (108, 70), (109, 80)) == [-104, -107, -108, [], []]
 
 
 def test_a_later_life_knows_the_last_number_of_the_earlier_one(life: Life, tmp_path: Path) -> None:

@@ -104,9 +104,18 @@ class TradeFeed(Feed):
             return
         hole.came.add(data.trade_seq)
         tape.await_tail()
-        published.append((tape.stream, self.build_trade(tape.stream, data, receive_ts, True)))
-        if is_anew:  # two gaps do not follow each other
-            tape.publish_due(receive_ts, published)
+        self._say_late(tape, data, is_anew, receive_ts, published)
+
+    def _say_late(self, tape: Tape, data: TradeData, is_anew: bool, now: int, published: Published) -> None:
+        """A trade that was missing, after the gap that is due; a later one of the same frame may show another gap.
+
+        Where a new count was just told of, by a gap, that comes after the trade: two gaps do not follow each other.
+        """
+        if not is_anew:
+            tape.publish_due(now, published)
+        published.append((tape.stream, self.build_trade(tape.stream, data, now, True)))
+        if is_anew:
+            tape.publish_due(now, published)
 
     # -- lost ---------------------------------------------------------------------------------------------------------
 
@@ -172,9 +181,7 @@ class TradeFeed(Feed):
             stream.last_id = max(stream.last_id, seq)
             cells, place = self.topics.ledger.cells, stream.slot + NEWEST
             cells[place] = max(cells[place], data.timestamp)
-            published.append((stream, self.build_trade(stream, data, now, True)))
-            if is_anew:  # two gaps do not follow each other
-                tape.publish_due(now, published)
+            self._say_late(tape, data, is_anew, now, published)
 
 
 def _text(value: str | int | UnsetType) -> str | UnsetType:
