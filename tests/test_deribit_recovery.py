@@ -704,6 +704,30 @@ def test_options_that_are_quiet_after_a_loss_do_not_cost_a_request_each() -> Non
         life.end()
 
 
+@pytest.mark.parametrize("channel", ["trades.option.any.100ms", "trades.BTC-27MAR27-1-C.100ms"])
+def test_what_is_traded_while_a_channel_is_refused_comes_though_it_was_healed_meanwhile(channel: str) -> None:
+    """No later trade shows it."""
+    first, second, third = history = [make_option_trade("BTC-27MAR27-1-C", seq) for seq in (7, 8, 9)]
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        reader = life.listen()
+        life.confirm(channel, START)
+        life.take(channel, encode_data(channel, [msgspec.to_builtins(first)]), START)
+        life.lose(START + SECOND)
+        for known in (history[:2], history):
+            now = START + len(known) * SECOND
+            healer = heal_life(life, now)
+            while healer.ask is not None:
+                healer.take([trade for trade in known if fits(trade, healer.ask.params)], False, now)
+            life.confirm(channel, now)
+        reader.receive(7, START)
+        said = [msgspec.msgpack.decode(received.payload) for received in reader.record]
+        assert [body["type"] for body in said] == ["trade", *["gap", "trade", "repair"] * 2]
+        assert [body["missing_from"] for body in said if body["type"] == "gap"] == [second.trade_seq, third.trade_seq]
+        reader.close()
+        life.end()
+
+
 @pytest.mark.parametrize("name", ["null", "true", '"BTC-27MAR27-1-C"'])
 def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_speak_of(name: str) -> None:
     """On quiet ones too: no later trade would show what they miss."""

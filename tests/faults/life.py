@@ -115,7 +115,7 @@ class Life:
         """The exchange confirms a channel."""
         feed = self.feeds[channel]
         if isinstance(feed, TradeFeed):
-            feed.losses.confirm(now)
+            feed.confirm(now)
 
     def note_out(self, now: int) -> None:
         """What was published SURE ago has left, even if this life is killed."""

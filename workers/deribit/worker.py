@@ -355,7 +355,7 @@ class Worker(Listener):
         if isinstance(feed, ListingFeed):
             self.channels.events.append({"event": "listening"})
         if isinstance(feed, TradeFeed):
-            feed.losses.confirm(time.time_ns())
+            feed.confirm(time.time_ns())
             self.healer.heal(feed)
 
     def refuse_channels(self, names: list[str], reason: str) -> None:

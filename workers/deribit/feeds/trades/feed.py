@@ -128,6 +128,13 @@ class TradeFeed(Feed):
         self.losses.is_sent = False
         self._note_loss(now)
 
+    def confirm(self, now: int) -> None:
+        """The exchange sends this channel. What came of a healing before does not tell what was traded after that."""
+        if self.losses.healed_to:
+            for tape in self.tapes.values():
+                tape.lose("disconnect", now)
+        self.losses.confirm(now)
+
     def skip(self, frame: bytes, now: int) -> None:
         """A frame could not be read: its trades are fetched, those of quiet and of new instruments too."""
         for tape in self._list_touched(frame):

@@ -13,7 +13,8 @@ class Losses:
         """Since when the exchange sends the channel; 0: not yet."""
         self.is_sent = False
         """Whether it does so on this connection."""
-        self._healed_to = 0
+        self.healed_to = 0
+        """Up to when it was healed while the exchange did not send it; 0: it was not."""
         self.lost_from: int | None = None
         """Since when every instrument may lack trades; None: none does."""
         self.unsure_from: int | None = None
@@ -35,12 +36,12 @@ class Losses:
         """
         if not self.is_sent:
             self.count += 1
-            if self._healed_to:
-                self.away_from = min(self.away_from or self._healed_to, self._healed_to)
-                self._lower_lost_from(self._healed_to)
+            if self.healed_to:
+                self.away_from = min(self.away_from or self.healed_to, self.healed_to)
+                self._lower_lost_from(self.healed_to)
             if self._begun_at:  # the healing under way fetches nothing newer
                 self._newer_from = min(self._newer_from or self._begun_at, self._begun_at)
-        self.confirmed_at, self.is_sent, self._healed_to = self.confirmed_at or now, True, 0
+        self.confirmed_at, self.is_sent, self.healed_to = self.confirmed_at or now, True, 0
         self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
 
     def recall(self) -> None:
@@ -83,7 +84,7 @@ class Losses:
         if self.lost_from is None:
             return
         if not self.is_sent:
-            self._healed_to = self._begun_at
+            self.healed_to = self._begun_at
         if not is_whole:
             self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
         self.lost_from = self._newer_from
