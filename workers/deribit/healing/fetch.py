@@ -37,7 +37,7 @@ LATE = sum(PAUSES)
 """Seconds before the last look by time: by then the history is as far as at the last try by number."""
 
 CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR")
-KINDS = ("future", "option", "spot", "future_combo", "option_combo")
+SINGLE_KINDS = ("future", "option", "spot", "future_combo", "option_combo")
 """What `any` stands for in requests for trades. Of all kinds at once Deribit gives none where a pair of the currency is
 matched at Coinbase (docs.deribit.com: spot trading venues, 2026)."""
 
@@ -132,14 +132,14 @@ def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     `theirs` is the exchange's time now; earlier times of ours are that by `shift`. Since when trades are missing may be
     a time of either clock: the earlier is asked for.
     """
-    losses, count = feed.losses, feed.losses.count
+    losses = feed.losses
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
     fetch = _fetch_once if feed.channel.instrument else _fetch_since
     answered = yield from fetch(feed, losses.lost_from + min(shift, 0), theirs)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
     answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
-    if losses.count == count and not feed.channel.instrument:
+    if losses.newer_from is None and not feed.channel.instrument:
         losses.is_checked = answered  # one alone is checked once its trade before the loss has been seen again
     return answered
 
@@ -161,7 +161,7 @@ def _fetch_all(feed: TradeFeed, start: int, end: int, pause: float) -> Fetch:
     if channel.instrument:
         subjects = [{"instrument_name": channel.instrument}]
     else:
-        kinds = KINDS if channel.kind == "any" else (channel.kind,)
+        kinds = SINGLE_KINDS if channel.kind == "any" else (channel.kind,)
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency, "kind": kind} for currency in currencies for kind in kinds]
     for subject in subjects:

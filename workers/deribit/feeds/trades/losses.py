@@ -21,12 +21,10 @@ class Losses:
         """Since when those may lack trades of which nothing has been heard, as not all could be asked for."""
         self.away_from: int | None = None
         """When the connection that was lost stood last."""
-        self.count = 0
-        """How often something may have been lost."""
         self.is_checked = True
         """Unset while the exchange may have begun to count anew in the last of them."""
         self._begun_at = 0
-        self._newer_from: int | None = None
+        self.newer_from: int | None = None
         """Since when trades may be missing that the healing under way does not fetch."""
 
     def confirm(self, now: int) -> None:
@@ -35,12 +33,11 @@ class Losses:
         What was healed before is whole only up to then: a channel may be refused for a while.
         """
         if not self.is_sent:
-            self.count += 1
             if self.healed_to:
                 self.away_from = min(self.away_from or self.healed_to, self.healed_to)
                 self._lower_lost_from(self.healed_to)
             if self._begun_at:  # the healing under way fetches nothing newer
-                self._newer_from = min(self._newer_from or self._begun_at, self._begun_at)
+                self.newer_from = min(self.newer_from or self._begun_at, self._begun_at)
         self.confirmed_at, self.is_sent, self.healed_to = self.confirmed_at or now, True, 0
         self._ledger.cells[self._ledger.find_slot(self._channel) + FIRST] = self.confirmed_at
 
@@ -54,7 +51,6 @@ class Losses:
 
     def add(self, now: int, last_ts: int, newest: int) -> None:
         """All after the last trade is lost: that was read at `last_ts`, and `newest` was its own time (0: none)."""
-        self.count += 1
         self.is_checked = False
         if self.confirmed_at:
             self.away_from = min(self.away_from or now, now)
@@ -63,18 +59,17 @@ class Losses:
 
     def add_since(self, since: int) -> None:
         """Trades may be missing from then on, though the connection stood."""
-        self.count += 1
         self._lower_lost_from(since)
 
     def _lower_lost_from(self, since: int) -> None:
         """All that was traded since then must be fetched; by a later life, if this one is killed before."""
         self._ledger.lower(self._ledger.find_slot(self._channel), UNHEALED, since)
         self.lost_from = min(self.lost_from or since, since)
-        self._newer_from = min(self._newer_from or since, since)
+        self.newer_from = min(self.newer_from or since, since)
 
     def begin_healing(self, now: int) -> None:
         """What was lost by `now` is fetched; what is lost from now on is for the next healing."""
-        self._begun_at, self._newer_from = now, None
+        self._begun_at, self.newer_from = now, None
 
     def end(self, is_whole: bool = True) -> None:
         """All that can be had by time of what was lost before the healing began has come.
@@ -87,7 +82,7 @@ class Losses:
             self.healed_to = self._begun_at
         if not is_whole:
             self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
-        self.lost_from = self._newer_from
+        self.lost_from = self.newer_from
         if self.away_from is not None:  # what is newer was lost while the connection stood, at first
             self.away_from = None if self.lost_from is None else max(self.away_from, self._begun_at)
         open_from = [since for since in (self.unsure_from, self.lost_from) if since is not None]
