@@ -154,6 +154,9 @@ class BookFeed(Feed):
         self.stream.due, self.stream.gap = None, gap
         return [(self.stream, gap)]
 
+    def skip(self, frame: bytes, now: int) -> None:
+        """A frame could not be read: the next change will not follow the last one."""
+
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone, or the channel was left for a resync: the next snapshot is for what follows."""
         super().lose(reason, now)

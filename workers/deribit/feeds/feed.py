@@ -72,10 +72,9 @@ class Feed(ABC):
         """What a frame of this channel says. Raises Malformed if it is not one."""
 
     def skip(self, frame: bytes, now: int) -> None:
-        """A frame could not be read: announced where no numbers of the exchange's own will show it."""
-        if self.channel.type not in ("book", "trade") or self.channel.grouped:
-            for stream in self.streams.values():
-                stream.lose("sequence", self.topics, now)
+        """A frame could not be read: announced. Feeds whose frames the exchange numbers see it by that."""
+        for stream in self.streams.values():
+            stream.lose("sequence", self.topics, now)
 
     def lose(self, reason: str, now: int) -> None:
         """All that was on its way has been lost (`now` in ns)."""

@@ -4,8 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from collector.channels import ENDED, Channel
-from workers.deribit.feeds.frames import read_any
-from workers.deribit.feeds.normalise import EventFeed
+from workers.deribit.feeds.normalise import EventFeed, read_map
 from workers.deribit.publishing.streams import Published, Stream, Topics
 
 MAX_EVENTS = 20_000
@@ -37,10 +36,10 @@ class ListingFeed(EventFeed):
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """Note one event."""
-        row = read_any(frame)
-        if isinstance(row, dict) and len(self._events) + len(self.ended) < MAX_EVENTS:
+        row = read_map(frame)
+        if len(self._events) + len(self.ended) < MAX_EVENTS:
             members = {key: row[key] for key in _MEMBERS if isinstance(row.get(key), (str, int, float))}
             has_ended = members.get("state") in ENDED and isinstance(members.get("instrument_name"), str)
             (self.ended if has_ended else self._events).append({"event": "instrument", "row": members})
             self.changed = self.changed or (has_ended and len(self.ended) == 1)
-        return super().take(frame, receive_ts) if self.is_asked else []
+        return self.build_event(row, receive_ts) if self.is_asked else []

@@ -153,7 +153,7 @@ class PlainFeed(Feed):
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One message."""
-        data = _read_map(frame)
+        data = read_map(frame)
         stream = self.stream
         message = stream.build_envelope(receive_ts, take_timestamp(data))
         for key, kind in self._keys.items():
@@ -217,7 +217,10 @@ class EventFeed(Feed):
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One message."""
-        data = _read_map(frame)
+        return self.build_event(read_map(frame), receive_ts)
+
+    def build_event(self, data: dict[str, Any], receive_ts: int) -> Published:
+        """The message of what was read. Raises Malformed if it says not of what it is."""
         if self.channel.type == "platform":
             subject = data.get("price_index") or "all"
         else:
@@ -257,7 +260,8 @@ def check_encodable(data: Any) -> None:
         raise Malformed(f"cannot be encoded: {error}") from None
 
 
-def _read_map(frame: bytes) -> dict[str, Any]:
+def read_map(frame: bytes) -> dict[str, Any]:
+    """The data of a frame. Raises Malformed unless it is an object."""
     data = read_any(frame)
     if not isinstance(data, dict):
         raise Malformed(f"data is {data!r:.60}, not an object")
