@@ -537,6 +537,9 @@ async def test_healing_goes_on_on_a_connection_that_asks_for_the_channel_no_more
         (repair,) = await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])
         assert (repair["missing"], client.reconnects) == ([], 1)
         assert client.get_state()["channels"]["confirmed"] == []
+        await run.hearer.hear_of(TRADED, type="status", state="expired")
+        assert run.hearer.find(TRADED)[-1]["state"] == "expired", "nothing comes after that"
+        check_stream(run.hearer.messages)
 
 
 @in_loop

@@ -21,6 +21,7 @@ from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
 from workers.deribit.publishing.ledger import LAST_TS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
+from workers.deribit.watching.statuses import REPEAT
 from workers.deribit.worker import Worker, create_worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -341,6 +342,31 @@ def test_what_an_interrupted_healing_has_not_asked_for_of_a_new_instrument_is_sa
         _, gap, repair, _ = subscriber.find("deribit.trade.")
         assert (gap["reason"], gap["missing_from"], gap["missing_to"]) == ("disconnect", 1, 4)
         assert (repair["gap"], repair["missing"]) == (gap["id"], [[1, 4]])
+
+
+def test_one_of_many_instruments_is_not_over_while_what_was_lost_of_it_is_fetched() -> None:
+    """The connection was lost over its end; what is lost later on changes nothing."""
+    channel, name = "trades.option.any.100ms", "BTC-6NOV20-1-C"
+    trade = {"instrument_name": name, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        feed = find_trades(worker)
+        feed.confirm(50)
+        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 1}])], 100)
+        worker.change_state("backoff", "for a loss")
+        worker.confirm_channels([channel])
+        feed.losses.begin_healing(time.time_ns())
+        feed.losses.end()
+        worker.statuses.repeat([feed], hash(feed.streams[name].topic) % REPEAT)
+        worker.change_state("backoff", "for another")
+        said = [subscriber.wait_for("deribit.trade.", type="status", state=state) for state in ("recovering", "live")]
+        subscriber.wait_for("deribit.trade.", type="status", state="expired", seq=said[-1]["seq"] + 2)
+        states = [body["state"] for body in subscriber.find("deribit.trade.", type="status")]
+        assert states == ["recovering", "live", "expired", "expired"]
 
 
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from collector.messages import EXCHANGE
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Stream, Topics
@@ -90,11 +91,19 @@ class Statuses:
 
     def _tell_topic(self, feed: Feed, stream: Stream) -> None:
         """The channel's state; but of trades of many instruments each has its own end."""
-        is_one_of_many = feed.channel.type == "trade" and not feed.channel.instrument
-        if is_one_of_many and stream.has_expired(self._read_exchange_clock() - LAST_TRADES):
-            self._say(stream, "expired", EXPIRED)
+        if isinstance(feed, TradeFeed) and not feed.channel.instrument and self._is_over(feed, stream):
+            self._say(stream, *OVER)
         else:
             self._say(stream, *feed.condition)
+
+    def _is_over(self, feed: TradeFeed, stream: Stream) -> bool:
+        """Whether nothing comes any more of an instrument: it has ended, and all that was lost of it has been fetched.
+
+        It stays so whatever the channel loses later.
+        """
+        if not stream.has_expired(self._read_exchange_clock() - LAST_TRADES):
+            return False
+        return (stream.status is not None and stream.status.state == OVER[0]) or not feed.awaits_healing(stream)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
         stream.status = self._build(stream, state, reason)

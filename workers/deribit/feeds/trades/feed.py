@@ -154,6 +154,10 @@ class TradeFeed(Feed):
         last_ts = max((stream.last_ts for stream in streams), default=0)
         self.losses.add(now, last_ts, max((cells[stream.slot + NEWEST] for stream in streams), default=0) * MS)
 
+    def awaits_healing(self, stream: Stream) -> bool:
+        """Whether trades that are still to be fetched may be missing on one of its topics."""
+        return self.losses.lost_from is not None or bool(self.tapes[stream.instrument].holes)
+
     def count_healing(self) -> int:
         """How many gaps have their repair still to come."""
         return sum(hole.gap is not None for tape in self.tapes.values() for hole in tape.holes)
