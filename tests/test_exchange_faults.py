@@ -8,14 +8,19 @@ import time
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import aiohttp
 import pytest
 
 from collector.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
-from tests.exchange_client import Client, connect, exchange, get
+from tests.exchange_client import Client, apply_book, connect, exchange, get
 from tests.support import collector, running, wait_until
+from workers.exchange.channels.account import Account
+from workers.exchange.channels.hub import Frame, Hub
+from workers.exchange.market.market import Market
+from workers.exchange.protocol.distort import Distortion
 
 BOOK = "book.BTC-PERPETUAL.100ms"
 
@@ -404,6 +409,40 @@ def test_odd_but_legal_book_frames(url: str) -> None:
             assert max(bids) < min(asks) or crossings >= 2
 
     asyncio.run(act())
+
+
+class Follower:
+    """A client of the hub with a book as its faults leave it; `wrong` counts where it stays other than the true one."""
+
+    def __init__(self, faults: str) -> None:
+        self.crossings = self.wrong = 0
+        self._levels: dict[str, dict[float, float]] = {"bids": {}, "asks": {}}
+        self._distortion = Distortion(parse_faults(faults), Random(1), self._note)
+
+    def _note(self, fault: str, frame: Frame) -> None:
+        self._crossed = fault == "crossed"
+
+    def deliver(self, frame: Frame) -> None:
+        self._crossed = False
+        for text in self._distortion.apply(frame):
+            apply_book(self._levels, json.loads(text)["params"]["data"])
+        assert frame.feed is not None
+        true = frame.feed.open()[0]
+        wanted = {side: {price: amount for _, price, amount in true[side]} for side in ("bids", "asks")}
+        self.crossings += self._crossed
+        self.wrong += not self._crossed and self._levels != wanted
+
+
+@pytest.mark.parametrize("faults", ["crossed:2", "crossed:2,resnapshot:3"])
+def test_a_crossed_book_is_put_right_and_keeps_its_true_levels(faults: str) -> None:
+    market = Market(1, 1_765_541_474_000, options=0, rate=600)
+    hub, client = Hub(market, Account(market)), Follower(faults)
+    for frame in hub.subscribe("book.BTC-PERPETUAL.agg2", client):
+        client.deliver(frame)
+    for _ in range(120):
+        hub.advance(market.now + 1000)
+    assert client.crossings > 20
+    assert client.wrong == 0
 
 
 def test_a_snapshot_is_missing_and_a_channel_is_left_out_of_the_ack(url: str) -> None:

@@ -33,7 +33,7 @@ class Distortion:
         self._seen: Counter[tuple[str, str]] = Counter()
         self._times: Counter[str] = Counter()
         self._held: dict[str, Frame] = {}
-        self._uncross: dict[str, tuple[str, float]] = {}
+        self._crossed: dict[str, float] = {}  # channel -> price of the false bid
         self.repeatable: dict[str, bytes] = {}
 
     def end(self) -> None:
@@ -93,7 +93,7 @@ class Distortion:
     def _change_book(self, frame: Frame) -> Frame | None:
         data = frame.data
         if data["type"] == "snapshot":
-            self._uncross.pop(frame.channel, None)
+            self._crossed.pop(frame.channel, None)
             self._times["no_snapshot"] += 1
             if self._times["no_snapshot"] <= self._faults.number("no_snapshot"):
                 self._report("no_snapshot", frame)
@@ -102,17 +102,23 @@ class Distortion:
         if self._hits("gap", frame):
             return None
         if self._hits("resnapshot", frame) and frame.feed is not None:
+            self._crossed.pop(frame.channel, None)
             return self._finish(frame, frame.feed.open()[0])
         if self._hits("prev0", frame):
             data = {**data, "prev_change_id": 0}
-        if frame.channel in self._uncross:
-            side, price = self._uncross.pop(frame.channel)
-            data = {**data, side: [*data[side], ["delete", price, 0.0]]}
-        elif data["bids"] and self._hits("crossed", frame):
-            price = self._find_crossing(frame)
-            self._uncross[frame.channel] = ("bids", price)
-            data = {**data, "bids": [["new", price, 10.0], *data["bids"]]}
-        return self._finish(frame, data)
+        bids = self._cross(frame)
+        return self._finish(frame, data if bids is data["bids"] else {**data, "bids": bids})
+
+    def _cross(self, frame: Frame) -> list[Any]:
+        """The bids of a change, with a false one among them, or without that of the frame before."""
+        bids: list[Any] = frame.data["bids"]
+        false = self._crossed.pop(frame.channel, None)
+        if false is not None:  # a true level of that price has taken its place
+            return bids if any(level[1] == false for level in bids) else [*bids, ["delete", false, 0.0]]
+        if not bids or not self._hits("crossed", frame):
+            return bids
+        price = self._crossed[frame.channel] = self._find_crossing(frame)
+        return [["new", price, 10.0], *(level for level in bids if level[1] != price)]
 
     def _find_crossing(self, frame: Frame) -> float:
         full = frame.feed.open()[0] if frame.feed is not None else frame.data
