@@ -3,12 +3,16 @@
 import math
 from itertools import pairwise
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from workers.exchange.channels.account import Account
+from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.market.instruments import FOREVER, format_date, list_expiries
 from workers.exchange.market.market import QUANTUM, Event, Market
 from workers.exchange.market.pricing import imply_volatility, value_option
+from workers.exchange.protocol.session import Credits, Heartbeat
 
 START = 1_765_541_474_000
 
@@ -21,6 +25,16 @@ def live(market: Market, seconds: float) -> list[Event]:
         assert market.step(market.now + QUANTUM)
         events += list(market.move())
     return events
+
+
+class Listener:
+    """Keeps the frames of its channels."""
+
+    def __init__(self) -> None:
+        self.seen: list[Frame] = []
+
+    def deliver(self, frame: Frame) -> None:
+        self.seen.append(frame)
 
 
 def describe(events: list[Event]) -> list[object]:
@@ -87,6 +101,33 @@ def test_what_has_reached_its_time_expires_by_itself() -> None:
     assert all(not any(market.books[name].sides) for name in doomed)
     assert all(of.expiry > eight for of in market.catalogue.by_name.values())
     assert any(of.expiry == FOREVER for of in market.catalogue.by_name.values())
+
+
+@pytest.mark.parametrize("step", [3_600_000, -3_600_000])
+def test_a_clock_that_is_set_or_stood_still_is_followed_at_once(step: int) -> None:
+    market = Market(1, START, options=0)
+    hub, frames = Hub(market, Account(market)), Listener()
+    hub.subscribe("ticker.BTC-PERPETUAL.100ms", frames)
+    hub.subscribe("deribit_price_index.btc_usd", frames)
+    hub.advance(START + 5000)
+    frames.seen.clear()
+    hub.advance(START + 5000 + step)
+    assert len(frames.seen) < 5
+    hub.advance(START + 7000 + step)
+    assert {frame.channel for frame in frames.seen} == {"ticker.BTC-PERPETUAL.100ms", "deribit_price_index.btc_usd"}
+    assert abs(frames.seen[-1].data["timestamp"] - (START + 7000 + step)) < 2000
+
+
+def test_credits_and_heartbeats_outlive_a_clock_that_is_set() -> None:
+    credits = Credits(100_000.0)
+    assert credits.spend("public/subscribe", 100_000.0)
+    assert credits.spend("public/subscribe", 10.0)
+    for step in (-3600.0, 3600.0):
+        heartbeat, now = Heartbeat(10.0, 100_000.0), 100_000.0 + step
+        due = [heartbeat.find_due(now + tick / 2, now) for tick in range(60)]
+        assert next(filter(None, due))[0] == "test_request"
+        assert len([kinds for kinds in due if kinds and kinds != ["close"]]) <= 3
+        assert ["close"] in due
 
 
 @settings(max_examples=200)

@@ -93,8 +93,9 @@ class Exchange:
         events = self.hub.advance(now)
         if not self.market.frozen:
             for name, change in (("listing", self._list), ("expiry", self._expire)):
-                if name in self.faults and now >= self._next[name]:
-                    self._next[name] = now + self._find_period(name)
+                period = self._find_period(name)
+                if name in self.faults and not 0 < self._next[name] - now <= period:  # the clock may be set back
+                    self._next[name] = now + period
                     events += change()
         self.oracle.note_market(events)
         if self.replay is not None:

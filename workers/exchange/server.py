@@ -327,7 +327,7 @@ class _Socket:
                 while outbox:
                     late = outbox[0].due - time.time()
                     if late > 0:
-                        await asyncio.sleep(late)
+                        await asyncio.sleep(min(late, self._delay))  # the clock may be set back
                     frame = outbox.popleft()
                     if frame.opcode == CLOSE:
                         return await self._close(frame.code, frame.payload)

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.feeds import Feed
 from workers.exchange.channels.names import open_feed
-from workers.exchange.market.market import Event, Market
+from workers.exchange.market.market import MAX_BEHIND, Event, Market
 from workers.exchange.protocol.rpc import encode_notification
 
 
@@ -117,7 +117,10 @@ class Hub:
                 self._note(line)
 
     def _catch_up(self) -> None:
-        while self._boundary < self._market.now // 100:
+        end = self._market.now // 100
+        if abs(end - self._boundary) > MAX_BEHIND // 100:  # as the market does
+            self._boundary = end - 1
+        while self._boundary < end:
             self._boundary += 1
             self._tick(self._boundary * 100)
 

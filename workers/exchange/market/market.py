@@ -22,7 +22,7 @@ QUANTUM = 20
 """ms."""
 
 MAX_BEHIND = 2000
-"""ms: after a longer standstill of the process the market does not catch up, it goes on from now."""
+"""ms: after a longer standstill of the process, or where the clock was set, the market goes on from now."""
 
 _VOLATILITY = {"BTC": 0.45, "ETH": 0.65, "USDT": 0.01}
 _WEIGHTS = {"future": 12.0, "option": 0.5, "spot": 6.0, "future_combo": 2.0, "option_combo": 1.0}
@@ -126,7 +126,7 @@ class Market:
 
     def step(self, now: int) -> bool:
         """Move the market's clock one quantum on, if it is not yet `now`; say whether it was moved."""
-        if now - self.now > MAX_BEHIND:
+        if abs(now - self.now) > MAX_BEHIND:
             self.now = now - QUANTUM
         if self.now + QUANTUM > now:
             return False

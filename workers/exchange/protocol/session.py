@@ -39,6 +39,8 @@ class Heartbeat:
 
     def find_due(self, now: float, last_sent: float) -> list[str]:
         """What is due at `now`: test_request, with heartbeat beside it where nothing else was sent; or close."""
+        if abs(now - self._next) > 2 * self.interval:  # a standstill, or the clock was set: it goes on from now
+            self._next, self._unanswered = now, None
         if self._unanswered is not None and now - self._unanswered >= self._grace:
             return ["close"]
         if now < self._next:
@@ -63,7 +65,7 @@ class Credits:
         pool = method.partition("/")[2] if method in _COSTS else ""
         full = size if self._limit is None else min(float(size), self._limit)
         left, since = self._pools.get(pool, (full, self._start))
-        left = min(full, left + (now - since) * REFILL)
+        left = min(full, left + max(0.0, now - since) * REFILL)  # the clock may be set back
         self._pools[pool] = (left - cost if left >= cost else left, now)
         return left >= cost
 
