@@ -89,7 +89,7 @@ CONNECTION_FAULTS = (
     Fault("wrong_types", "RATE@TIMES", "20", "in data frames one known field has another type"),
     Fault("unknown_fields", "", "", "results, data and envelopes have members that nobody knows"),
     Fault("exponents", "", "", "numbers are spelled with exponents (2.2e3)"),
-    Fault("clock", "MS", "3000", "get_time and all timestamps are off by this"),
+    Fault("clock", "MS", "3000", "get_time and all timestamps are off by this, those of requests too; not expiries"),
     Fault("flood", "RATE", "1000", "so many more frames a second: repeats of tickers, quotes and indices"),
     Fault("credits", "N", "6000", "pools of so many credits, for all that say the same; 10028 and the cut come soon"),
     Fault("ban", "CODE", "12005", "public/auth is answered with this error"),

@@ -544,6 +544,28 @@ def test_the_clock_is_off(url: str) -> None:
     asyncio.run(act())
 
 
+def test_a_clock_that_is_off_is_so_in_all_that_is_asked_for(url: str) -> None:
+    off, page = 3_600_000, {"instrument_name": "BTC-PERPETUAL", "count": 1000}
+    trades = wait_until(lambda: get(url, "public/get_last_trades_by_instrument", **page)[1]["result"]["trades"], "some")
+    page |= {"start_seq": trades[-1]["trade_seq"], "end_seq": trades[0]["trade_seq"], "sorting": "desc"}
+    wanted = [{**trade, "timestamp": trade["timestamp"] + off} for trade in trades]
+    span = {"start_timestamp": wanted[-1]["timestamp"], "end_timestamp": wanted[0]["timestamp"]}
+    ways = {"public/get_last_trades_by_instrument": {}, "public/get_last_trades_by_instrument_and_time": span}
+
+    async def act() -> None:
+        async with connect(url, f"clock:{off}") as client:
+            for method, more in ways.items():
+                over_http = get(url, method, **page, **more, faults=f"clock:{off}")[1]
+                for answer in (await client.ask(method, {**page, **more}), over_http):
+                    assert answer["result"]["trades"] == wanted
+                    assert off - 60_000 < answer["usIn"] / 1000 - time.time() * 1000 < off + 60_000
+            row = (await client.ask("public/get_instrument", page))["result"]
+            true = get(url, "public/get_instrument", **page)[1]["result"]
+            assert row == {**true, "creation_timestamp": true["creation_timestamp"] + off}
+
+    asyncio.run(act())
+
+
 def test_a_flood(url: str) -> None:
     async def act() -> None:
         async with connect(url, "flood:20000") as client:

@@ -11,6 +11,7 @@ from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.market.market import Market
 from workers.exchange.oracle import Oracle
 from workers.exchange.protocol.auth import LIFE, Authority
+from workers.exchange.protocol.distort import shift_times
 from workers.exchange.protocol.methods import MARKET_METHODS
 from workers.exchange.protocol.rpc import RpcError
 from workers.exchange.protocol.session import Credits
@@ -123,14 +124,15 @@ class Exchange:
 
     def ask(self, method: str, params: dict[str, Any], now: int, faults: Faults) -> Any:
         """Answer a method that needs no socket. Raises RpcError."""
+        clock = int(faults.number("clock"))
         if method == "public/get_time":
-            return now + int(faults.number("clock"))
+            return now + clock
         if method == "practice/state":
             played = (self.replay.played, len(self.replay.frames)) if self.replay else (0, 0)
             return {"opened": self.opened, "played": played[0], "recorded": played[1], "relayed": self.relayed}
         if method not in MARKET_METHODS:
             raise RpcError(-32601)
-        return MARKET_METHODS[method](self.market, params)
+        return MARKET_METHODS[method](self.market, shift_times(params, -clock) if clock else params)
 
 
 def find_failure(faults: Faults, kind: str, method: str, counts: Counter[tuple[str, str]]) -> Setting | None:

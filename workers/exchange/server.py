@@ -122,20 +122,19 @@ class Server:
     # HTTP
 
     async def _serve_http(self, request: web.Request) -> web.Response:
-        now = time.time()
-        us_in, skew = int(now * 1e6), 0
+        now, clock = time.time(), 0
         call = Call(NO_ID, "", {})
         try:
             call = await _read_http(request)
             faults = self._find_http_faults(request)
-            skew = int(faults.number("clock") * 1000)
+            clock = int(faults.number("clock") * 1000)
             slow = find_failure(faults, "slow", call.method, self._counts)
             await asyncio.sleep((slow.value if slow else 0.0) + 2 * faults.number("delay") / 1000.0)
             outcome: Any = self._ask(request, call, faults, int(now * 1000))
         except RpcError as error:
             outcome = error
-        us_out = max(us_in + 1, int(time.time() * 1e6))
-        body = encode_answer(call.id, outcome, us_in + skew, us_out + skew)
+        us_in, us_out = int(now * 1e6), int(time.time() * 1e6)
+        body = encode_answer(call.id, outcome, us_in + clock, max(us_in + 1, us_out) + clock)
         status = 400 if isinstance(outcome, RpcError) else 200
         return web.Response(
             body=body, status=status, content_type="application/json", headers={"cache-control": "no-store"}

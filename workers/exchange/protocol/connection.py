@@ -231,8 +231,6 @@ class Connection:
     def _answer(self, id: Any, outcome: Any, now: float) -> None:
         skew = int(self._faults.number("clock") * 1000)
         us_in = int(now * 1e6) + skew
-        if self._distortion is not None:
-            outcome = self._distortion.skew(outcome)
         self._send(encode_answer(id, outcome, us_in, us_in + 60 + self.session.number % 40))
 
     # Time

@@ -59,12 +59,6 @@ class Distortion:
             self.repeatable[changed.channel] = texts[0]
         return texts
 
-    def skew(self, result: Any) -> Any:
-        """A result, or data, with members that nobody knows, if that is a fault."""
-        if "unknown_fields" in self._faults and isinstance(result, dict):
-            return {**result, "never_seen_before": {"nested": [1, "two", None]}}
-        return result
-
     def respell(self, text: bytes) -> bytes:
         """The text with numbers spelled with exponents, if that is a fault."""
         if "exponents" not in self._faults:
@@ -129,9 +123,7 @@ class Distortion:
         if not frame.recorded:
             if self._hits("wrong_types", frame):
                 data = self._mistype(deepcopy(data))
-            data = self.skew(data)
-            if "clock" in self._faults:
-                data = shift_times(data, int(self._faults.number("clock")))
+            data = distort_result(data, self._faults)
         return frame if data is frame.data else Frame(frame.channel, data, frame.feed)
 
     def _mistype(self, data: Any) -> Any:
@@ -141,13 +133,24 @@ class Distortion:
         return data
 
 
+def distort_result(result: Any, faults: Faults) -> Any:
+    """The result of a request, or data, as faults of its content leave it."""
+    if "unknown_fields" in faults and isinstance(result, dict):
+        result = {**result, "never_seen_before": {"nested": [1, "two", None]}}
+    return shift_times(result, int(faults.number("clock"))) if "clock" in faults else result
+
+
 def shift_times(data: Any, by: int) -> Any:
-    """A copy of the data with each `timestamp` moved by so many ms."""
+    """A copy of the data with each timestamp moved by so many ms. An expiry is no reading of a clock."""
     if isinstance(data, list):
         return [shift_times(item, by) for item in data]
     if isinstance(data, dict):
-        return {k: v + by if k == "timestamp" and isinstance(v, int) else shift_times(v, by) for k, v in data.items()}
+        return {key: value + by if _is_time(key, value) else shift_times(value, by) for key, value in data.items()}
     return data
+
+
+def _is_time(key: str, value: Any) -> bool:
+    return key.endswith("timestamp") and key != "expiration_timestamp" and isinstance(value, int | float)
 
 
 def _spell_exponent(match: re.Match[bytes]) -> bytes:

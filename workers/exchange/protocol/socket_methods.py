@@ -12,6 +12,7 @@ from workers.exchange.channels.hub import Frame, Subscriber
 from workers.exchange.channels.names import is_private, is_raw
 from workers.exchange.exchange import Exchange
 from workers.exchange.market.market import Event
+from workers.exchange.protocol.distort import distort_result
 from workers.exchange.protocol.methods import VERSION, find_instrument
 from workers.exchange.protocol.rpc import RpcError, refuse_param
 from workers.exchange.protocol.session import FLOOR, Heartbeat, Session
@@ -264,9 +265,9 @@ def carry_out(method: str, call: Context) -> Reply:
     elif "routed_spot" in call.faults and _has_spot_trades(method, call.params):
         raise RpcError(11060)
     act = SOCKET_METHODS.get(method) or LOGIN_METHODS.get(method)
-    if act is not None:
-        return act(call)
-    return Reply(call.exchange.ask(method, call.params, call.now, call.faults))
+    reply = act(call) if act else Reply(call.exchange.ask(method, call.params, call.now, call.faults))
+    reply.result = distort_result(reply.result, call.faults)
+    return reply
 
 
 def _check_login(call: Context) -> None:
