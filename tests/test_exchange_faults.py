@@ -512,7 +512,14 @@ def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:
                 await follow(client, ticker)
             whole = await more.wait_data(ticker, 2)
             assert "never_seen_before" in whole[0]
-            assert "never_seen_before" in (await more.ask("public/test"))["result"]
+            answer = await more.ask("public/test")
+            assert "never_seen_before" in answer
+            assert "never_seen_before" in answer["result"]
+            await follow(more, "trades.any.any.100ms")
+            assert all("never_seen_before" in trade for trade in (await more.wait_data("trades.any.any.100ms"))[0])
+            assert all("never_seen_before" in message for message in more.messages())
+            listed = get(url, "public/get_currencies", faults="unknown_fields")[1]
+            assert all("never_seen_before" in item for item in (listed, *listed["result"]))
             plain = {key: type(value) for key, value in whole[0].items()}
             kinds = [{k: type(v) for k, v in frame.items()} for frame in await odd.wait_data(ticker, 12)]
             numbers: dict[type, type] = {int: float, float: float}

@@ -18,6 +18,7 @@ from aiohttp import WSCloseCode, WSMsgType, web
 from collector.faults import Faults, parse_faults
 from workers.exchange.exchange import Exchange, find_failure
 from workers.exchange.protocol.connection import CLOSE, TEXT, Connection
+from workers.exchange.protocol.distort import distort_envelope
 from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
 from workers.exchange.protocol.session import Session
 from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, carry_out
@@ -122,19 +123,19 @@ class Server:
     # HTTP
 
     async def _serve_http(self, request: web.Request) -> web.Response:
-        now, clock = time.time(), 0
+        now, faults = time.time(), Faults()
         call = Call(NO_ID, "", {})
         try:
             call = await _read_http(request)
             faults = self._find_http_faults(request)
-            clock = int(faults.number("clock") * 1000)
             slow = find_failure(faults, "slow", call.method, self._counts)
             await asyncio.sleep((slow.value if slow else 0.0) + 2 * faults.number("delay") / 1000.0)
             outcome: Any = self._ask(request, call, faults, int(now * 1000))
         except RpcError as error:
             outcome = error
-        us_in, us_out = int(now * 1e6), int(time.time() * 1e6)
+        clock, us_in, us_out = int(faults.number("clock") * 1000), int(now * 1e6), int(time.time() * 1e6)
         body = encode_answer(call.id, outcome, us_in + clock, max(us_in + 1, us_out) + clock)
+        body = distort_envelope(body, faults)
         status = 400 if isinstance(outcome, RpcError) else 200
         return web.Response(
             body=body, status=status, content_type="application/json", headers={"cache-control": "no-store"}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from collector.faults import FOREVER, Faults
 from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Exchange, find_failure
-from workers.exchange.protocol.distort import Distortion, distorts, make_nonsense
+from workers.exchange.protocol.distort import Distortion, distort_envelope, distorts, make_nonsense
 from workers.exchange.protocol.lateness import Lateness, delays
 from workers.exchange.protocol.rpc import (
     NO_ID,
@@ -109,6 +109,9 @@ class Connection:
     def _release(self, lateness: Lateness, until: float) -> None:
         for text in lateness.take_due(until):
             self._send(text)
+
+    def _say(self, text: bytes) -> None:
+        self._send(distort_envelope(text, self._faults))
 
     def _send(self, payload: bytes, opcode: int = TEXT, code: int = 0) -> None:
         if self.silent or self.session.ended:
@@ -231,7 +234,7 @@ class Connection:
     def _answer(self, id: Any, outcome: Any, now: float) -> None:
         skew = int(self._faults.number("clock") * 1000)
         us_in = int(now * 1e6) + skew
-        self._send(encode_answer(id, outcome, us_in, us_in + 60 + self.session.number % 40))
+        self._say(encode_answer(id, outcome, us_in, us_in + 60 + self.session.number % 40))
 
     # Time
 
@@ -248,7 +251,7 @@ class Connection:
                 if kind == "close":
                     self.close(4000, "heartbeat close")
                 else:
-                    self._send(encode_heartbeat(kind))
+                    self._say(encode_heartbeat(kind))
         elif self.session.is_idle(now, self._faults.number("idle", IDLE)):
             self.cut("idle")
 
@@ -298,7 +301,7 @@ class Connection:
 
     def _maintain(self, since: float) -> None:
         if self._once("maintenance") and "platform_state" in self.session.subscriptions:
-            self._send(encode_notification("platform_state", {"maintenance": True}))
+            self._say(encode_notification("platform_state", {"maintenance": True}))
         if since >= 1.0:
             self.cut("maintenance")
 

@@ -17,6 +17,7 @@ _FRAME_FAULTS = {
 }  # fmt: skip
 _REPEATABLE = ("ticker.", "quote.", "deribit_price_index.", "perpetual.")
 _NUMBER = re.compile(rb"(?<=[:,\[])(-?)(\d+)(?:\.(\d+))?(?=[,\]}])")
+_UNKNOWN = {"never_seen_before": {"nested": [1, "two", None]}}
 _ODD_VALUES: tuple[Any, ...] = ("text", None, True, [], {}, "12.5", -1, 1e308)
 
 
@@ -54,16 +55,14 @@ class Distortion:
         elif self._hits("reorder", changed):
             self._held[changed.channel] = changed
             return []
-        texts = [self.respell(frame.text) for frame in frames]
+        texts = [self._respell(frame) for frame in frames]
         if changed.channel.startswith(_REPEATABLE):
             self.repeatable[changed.channel] = texts[0]
         return texts
 
-    def respell(self, text: bytes) -> bytes:
-        """The text with numbers spelled with exponents, if that is a fault."""
-        if "exponents" not in self._faults:
-            return text
-        return _NUMBER.sub(_spell_exponent, text)
+    def _respell(self, frame: Frame) -> bytes:
+        text = frame.text if frame.recorded else distort_envelope(frame.text, self._faults)
+        return _NUMBER.sub(_spell_exponent, text) if "exponents" in self._faults else text
 
     def _hits(self, name: str, frame: Frame) -> bool:
         for setting in self._faults.all(name):
@@ -135,9 +134,18 @@ class Distortion:
 
 def distort_result(result: Any, faults: Faults) -> Any:
     """The result of a request, or data, as faults of its content leave it."""
-    if "unknown_fields" in faults and isinstance(result, dict):
-        result = {**result, "never_seen_before": {"nested": [1, "two", None]}}
+    if "unknown_fields" in faults:
+        result = [_add_unknown(item) for item in result] if isinstance(result, list) else _add_unknown(result)
     return shift_times(result, int(faults.number("clock"))) if "clock" in faults else result
+
+
+def distort_envelope(text: bytes, faults: Faults) -> bytes:
+    """A message with one more member, that nobody knows, if that is a fault."""
+    return text[:-1] + b"," + encode(_UNKNOWN)[1:] if "unknown_fields" in faults else text
+
+
+def _add_unknown(item: Any) -> Any:
+    return {**item, **_UNKNOWN} if isinstance(item, dict) else item
 
 
 def shift_times(data: Any, by: int) -> Any:
