@@ -664,23 +664,51 @@ def test_delay_is_added_each_way(url: str) -> None:
     asyncio.run(act())
 
 
-def test_a_client_that_does_not_read_is_cut(url: str, oracle: Path) -> None:
+async def open_deaf(url: str, faults: str) -> asyncio.StreamWriter:
+    """A client that subscribes to a ticker and never reads what comes."""
+    host, port = url.split("/")[2].split(":")
+    _, writer = await asyncio.open_connection(host, int(port), limit=1000)
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.write(
+        f"GET /ws/api/v2?faults={faults} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+    )
+    body = b'{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["ticker.BTC-PERPETUAL.100ms"]}}'
+    writer.write(struct.pack("!BB4s", 0x81, 0x80 | len(body), b"\0\0\0\0") + body)
+    return writer
+
+
+@pytest.mark.parametrize("more", ["", "fragments:0,"])
+def test_a_client_that_does_not_read_is_cut(url: str, oracle: Path, more: str) -> None:
+    faults = f"{more}slow_reader:20000000,flood:20000"  # more than one step of the flood
+
     async def act() -> None:
-        host, port = url.split("/")[2].split(":")
-        _, writer = await asyncio.open_connection(host, int(port), limit=1000)
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
-        writer.write(
-            b"GET /ws/api/v2?faults=slow_reader:200000,flood:100000 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\n"
-            b"Connection: Upgrade\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        body = (
-            b'{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["ticker.BTC-PERPETUAL.100ms"]}}'
-        )
-        writer.write(struct.pack("!BB4s", 0x81, 0x80 | len(body), b"\0\0\0\0") + body)
+        writer = await open_deaf(url, faults)
         async with connect(url) as other:
             await follow(other)
-            await other.wait(lambda: read_oracle(oracle, event="ended", reason="connection_too_slow"), "the cut", 30)
+            opened = await other.wait(lambda: read_oracle(oracle, event="opened", faults=faults), "the connection")
+            ended = {"event": "ended", "reason": "connection_too_slow", "connection": opened[-1]["connection"]}
+            await other.wait(lambda: read_oracle(oracle, **ended), "the cut", 30)
         writer.close()
+
+    asyncio.run(act())
+
+
+async def write_on(writer: asyncio.StreamWriter, other: Client) -> None:
+    for _ in range(300):
+        writer.write(b"\x8a\x80\0\0\0\0")
+        await writer.drain()
+        await other.wait_data(BOOK, len(other.data(BOOK)) + 1)
+
+
+def test_a_client_that_does_not_read_is_cut_also_where_it_is_to_be_closed(url: str, oracle: Path) -> None:
+    async def act() -> None:
+        writer = await open_deaf(url, "flood:20000,close:4001@2")
+        async with connect(url) as other:
+            await follow(other)
+            await other.wait(lambda: read_oracle(oracle, event="ended", reason="closed on request"), "the close", 30)
+            with pytest.raises(ConnectionError):
+                await write_on(writer, other)
 
     asyncio.run(act())
 

@@ -31,6 +31,9 @@ STEP = 0.02
 CLOSE_TIMEOUT = 1.0
 """Seconds that a client gets to answer our close frame."""
 
+ROOM = 1 << 16
+"""Bytes that the transport may hold of fragments."""
+
 _FINAL = (WSMsgType.CLOSING, WSMsgType.CLOSED, WSMsgType.ERROR)
 
 
@@ -262,11 +265,13 @@ class _Socket:
             transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         transport.abort()
 
-    def _send_fragments(self, payload: bytes) -> None:
-        """aiohttp sends whole frames only."""
+    async def _send_fragments(self, payload: bytes) -> None:
+        """aiohttp sends whole frames only; and it alone is told when there is room again."""
         first, second = payload[: len(payload) // 2], payload[len(payload) // 2 :]
         if (transport := self._request.transport) is not None:
             transport.write(_build_frame(0x01, first) + _build_frame(0x89, b"") + _build_frame(0x80, second))
+            while transport.get_write_buffer_size() > ROOM and not transport.is_closing():
+                await asyncio.sleep(STEP)
 
     async def _read(self) -> None:
         while True:
@@ -332,7 +337,7 @@ class _Socket:
                     if frame.opcode == CLOSE:
                         return await self._close(frame.code, frame.payload)
                     if frame.opcode == TEXT and self.connection.is_fragmenting:
-                        self._send_fragments(frame.payload)
+                        await self._send_fragments(frame.payload)
                     else:
                         await self.response.send_frame(frame.payload, WSMsgType(frame.opcode))
                     self.connection.waiting -= len(frame.payload)

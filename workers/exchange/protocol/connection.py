@@ -28,6 +28,9 @@ TEXT, BINARY, CLOSE = 1, 2, 8
 MAX_WAITING = 32 << 20
 """Bytes that may wait for a client that does not read; more and it is cut."""
 
+LAST_WORDS = 5.0
+"""Seconds that a client gets to read what comes before a close frame."""
+
 _NONSENSE = ("garbage", "bad_json", "deep_json", "odd_json")
 
 
@@ -60,7 +63,7 @@ class Connection:
         self.outbox: deque[Outgoing] = deque()
         self.waiting = 0
         self.silent = False
-        self._now = now
+        self._now, self._cut_at = now, FOREVER
         self._address = address
         self._limit = faults.number("credits") if "credits" in faults else None
         self._own = Credits(now, self._limit) if exchange.settings.own_credits else None
@@ -128,8 +131,9 @@ class Connection:
             self._transport.cut(False)
 
     def close(self, code: int, reason: str) -> None:
-        """Send a close frame behind what waits already."""
+        """Send a close frame behind what waits already; a client that does not come to read it is cut in the end."""
         self._send(reason.encode(), CLOSE, code)
+        self._cut_at = FOREVER if self.silent else self._now + LAST_WORDS
         self.end(reason or f"close {code}")
 
     def cut(self, reason: str, reset: bool = False) -> None:
@@ -241,6 +245,8 @@ class Connection:
     def tick(self, now: float) -> None:
         """Do what is due: heartbeats, the idle cut, timed faults."""
         self._now = now
+        if now >= self._cut_at:
+            self._transport.cut(False)
         if self.session.ended:
             return
         if self._faults:
