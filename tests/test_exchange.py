@@ -336,6 +336,49 @@ def test_the_33rd_connection_gets_429() -> None:
         asyncio.run(act())
 
 
+def test_the_limit_holds_also_for_upgrades_that_come_at_once_and_for_each_address() -> None:
+    with exchange("--faults", "connections:3") as (url, _):
+
+        async def open_one(session: aiohttp.ClientSession) -> int:
+            try:
+                await session.ws_connect(f"{url}?faults=slow_open:0.3")
+            except aiohttp.WSServerHandshakeError as error:
+                return error.status
+            return 0
+
+        async def act() -> None:
+            connector = aiohttp.TCPConnector(limit=0)
+            async with aiohttp.ClientSession(connector=connector) as session:
+                seen = await asyncio.gather(*(open_one(session) for _ in range(9)))
+                assert sorted(seen) == [0, 0, 0, 429, 429, 429, 429, 429, 429]
+                other = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
+                async with aiohttp.ClientSession(connector=other) as elsewhere:
+                    assert await open_one(elsewhere) == 0
+
+        asyncio.run(act())
+
+
+def test_who_does_not_become_a_websocket_was_no_connection(tmp_path: Path) -> None:
+    told = tmp_path / "oracle.jsonl"
+    with exchange("--oracle", str(told)) as (url, program):
+
+        async def act() -> None:
+            async with aiohttp.ClientSession() as session:
+                async with session.get(url.replace("ws", "http", 1)) as answer:
+                    assert answer.status == 400
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(session.ws_connect(f"{url}?faults=slow_open:1"), 0.2)
+                async with session.ws_connect(f"{url}?faults=slow_open:2"):
+                    pass
+
+        asyncio.run(act())
+        program.process.send_signal(signal.SIGTERM)
+        assert program.wait_exit() == 0
+        assert program.err == []
+        events = [json.loads(line) for line in told.read_text().splitlines()]
+        assert [e["connection"] for e in events if e["event"] in ("opened", "ended")] == [1, 1]
+
+
 def test_heartbeats_follow_deribits_rhythm_and_silence_is_closed_with_4000(url: str) -> None:
     async def act() -> None:
         async with connect(url, "heartbeat_floor:0.2") as client:

@@ -101,6 +101,17 @@ def test_the_upgrade_is_refused(url: str, faults: str, status: int) -> None:
     asyncio.run(act())
 
 
+def test_a_refusal_is_late_too(url: str) -> None:
+    async def act() -> None:
+        began = time.monotonic()
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
+            async with connect(url, "slow_open:0.5,refuse"):
+                pass
+        assert time.monotonic() - began >= 0.5
+
+    asyncio.run(act())
+
+
 def test_first_and_skip_say_which_connections_have_the_faults(url: str) -> None:
     async def act() -> None:
         for faults, wanted in (("refuse:418,first:2", [418, 418, 0, 0]), ("refuse:418,skip:1,first:1", [0, 418, 0, 0])):

@@ -44,6 +44,7 @@ class Server:
         self.exchange = exchange
         self.port = 0
         self._sockets: set[_Socket] = set()
+        self._opening: Counter[str] = Counter()  # upgrades that are being answered, by client address
         self._counts: Counter[tuple[str, str]] = Counter()
         self._runner: web.AppRunner | None = None
 
@@ -108,20 +109,32 @@ class Server:
         except ValueError as error:
             log.warning("a connection refused: %s", error)
             return web.Response(status=400, text=f"{error}\n")
-        limit = self.exchange.max_connections
-        if "429" in faults or (limit and self.connections >= limit):
+        address = request.remote or ""
+        if self._is_full(address):
             return web.Response(status=429, text="Too Many Requests\n")
-        if "refuse" in faults:
-            return web.Response(status=int(faults.number("refuse")), text="refused on request\n")
-        await asyncio.sleep(faults.number("slow_open") + 2 * faults.number("delay") / 1000.0)
-        served = _Socket(request, self.exchange, faults)
-        await served.prepare()
-        self._sockets.add(served)
+        self._opening[address] += 1  # before anything else may come in between
+        try:
+            await asyncio.sleep(faults.number("slow_open") + 2 * faults.number("delay") / 1000.0)
+            if "429" in faults:
+                return web.Response(status=429, text="Too Many Requests\n")
+            if "refuse" in faults or request.transport is None:
+                return web.Response(status=int(faults.number("refuse", 503)), text="refused on request\n")
+            response = await _open_response(request)
+            served = _Socket(request, response, self.exchange, faults)
+            self._sockets.add(served)
+        finally:
+            self._opening[address] -= 1
         try:
             await served.serve()
         finally:
             self._sockets.discard(served)
-        return served.response
+        return response
+
+    def _is_full(self, address: str) -> bool:
+        """Whether a client address has as many connections as it may, those that are just being opened among them."""
+        limit = self.exchange.max_connections
+        held = sum(not s.connection.session.ended for s in self._sockets if s.connection.address == address)
+        return bool(limit) and held + self._opening[address] >= limit
 
     # HTTP
 
@@ -225,23 +238,27 @@ def _log_in(exchange: Exchange, session: Session, header: str, now: int) -> None
         session.login = exchange.authority.grant(params, now, 0, 60.0)[0]
 
 
+async def _open_response(request: web.Request) -> web.WebSocketResponse:
+    """Answer the upgrade; HTTP 400 (by aiohttp's exception) to what is none."""
+    response = web.WebSocketResponse(autoping=False, autoclose=False, timeout=1.0, max_msg_size=4 << 20)
+    await response.prepare(request)
+    if (transport := request.transport) is not None:
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return response
+
+
 class _Socket:
     """Moves the bytes of one connection: a reader, and a writer that empties its outbox."""
 
-    def __init__(self, request: web.Request, exchange: Exchange, faults: Faults) -> None:
-        self.response = web.WebSocketResponse(autoping=False, autoclose=False, timeout=1.0, max_msg_size=4 << 20)
+    def __init__(
+        self, request: web.Request, response: web.WebSocketResponse, exchange: Exchange, faults: Faults
+    ) -> None:
+        self.response = response
         self.connection = Connection(exchange, faults, self, time.time(), request.remote or "")
         self._request = request
         self._delay = faults.number("delay") / 1000.0
         self._ready = asyncio.Event()
         self._closing = False
-
-    async def prepare(self) -> None:
-        """Answer the upgrade."""
-        await self.response.prepare(self._request)
-        transport = self._request.transport
-        if transport is not None:
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     async def serve(self) -> None:
         """Read and write until either side ends."""

@@ -64,7 +64,7 @@ class Connection:
         self.waiting = 0
         self.silent = False
         self._now, self._cut_at = now, FOREVER
-        self._address = address
+        self.address = address
         self._limit = faults.number("credits") if "credits" in faults else None
         self._own = Credits(now, self._limit) if exchange.settings.own_credits else None
         self._delay = faults.number("delay") / 1000.0
@@ -224,7 +224,7 @@ class Connection:
     def _find_credits(self, now: float) -> Credits:
         """The pools that pay: the account's where somebody is logged in, else the address's."""
         login = self.session.login if self.session.is_logged_in(int(now * 1000)) else None
-        payer = f"account {login.client_id}" if login else f"address {self._address}"
+        payer = f"account {login.client_id}" if login else f"address {self.address}"
         return self._own or self._exchange.find_credits(payer, self._limit, now)
 
     def _make_context(self, call: Call, now: float) -> Context:
