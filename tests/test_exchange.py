@@ -99,6 +99,41 @@ def test_errors_have_deribits_codes_words_and_key_order(
     asyncio.run(act())
 
 
+HUGE = "9" * 400
+LAST = "public/get_last_trades_by_instrument"
+ODD_NUMBERS = [
+    (LAST, {"instrument_name": "BTC-PERPETUAL", "start_seq": "\u00b2"}, "start_seq"),
+    (LAST, {"instrument_name": "BTC-PERPETUAL", "start_seq": "9" * 5000}, "start_seq"),
+    (LAST, {"instrument_name": "BTC-PERPETUAL", "count": int(HUGE)}, "count"),
+    ("public/get_last_trades_by_currency", {"currency": "BTC", "start_id": "\u00b2"}, "start_id"),
+    ("public/get_last_trades_by_currency", {"currency": "BTC", "end_id": "9" * 5000}, "end_id"),
+    ("public/set_heartbeat", {"interval": int(HUGE)}, "interval"),
+    ("private/buy", {"instrument_name": "BTC-PERPETUAL", "amount": int(HUGE)}, "amount"),
+    ("private/sell", {"instrument_name": "BTC-PERPETUAL", "amount": 10, "price": int(HUGE)}, "price"),
+]
+
+
+@pytest.mark.parametrize(("method", "params", "name"), ODD_NUMBERS)
+def test_numbers_that_cannot_be_are_refused(url: str, method: str, params: dict[str, Any], name: str) -> None:
+    async def act() -> None:
+        async with connect(url) as client:
+            await client.log_in()
+            error = (await client.ask(method, params))["error"]
+            assert (error["code"], error["data"]["param"]) == (-32602, name)
+
+    asyncio.run(act())
+
+
+def test_lives_and_times_of_odd_spelling_are_no_error(url: str) -> None:
+    keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
+    for scope in ("expires:\u00b2", f"expires:{HUGE}"):
+        assert get(url, "public/auth", {"method": "public/auth", "params": {**keys, "scope": scope}})[0] == 200
+    named = {"instrument_name": "BTC-PERPETUAL", "count": 1}
+    everything = get(url, LAST, **named, start_seq=1)
+    for odd in ({"start_seq": -5}, {"start_timestamp": "1.0"}, {"start_timestamp": f"{time.time() * 1e3 - 3.6e6:.1f}"}):
+        assert get(url, LAST, **named, **odd)[1]["result"] == everything[1]["result"]
+
+
 def test_text_that_is_no_json_and_frames_that_are_too_big_leave_the_socket_open(url: str) -> None:
     async def act() -> None:
         async with connect(url) as client:

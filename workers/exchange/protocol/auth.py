@@ -85,7 +85,7 @@ class Authority:
         client_id, given = _require(params, "client_id"), _require(params, "signature")
         nonce, timestamp = _require(params, "nonce"), _require(params, "timestamp")
         secret = self._keys.get(client_id)
-        if secret is None or not timestamp.isdigit():
+        if secret is None or not timestamp.isdecimal() or len(timestamp) > 20:
             raise RpcError(13004)
         message = f"{timestamp}\n{nonce}\n{params.get('data') or ''}"
         wanted = hmac.new(secret.encode(), message.encode(), hashlib.sha256).hexdigest()
@@ -111,7 +111,7 @@ class Authority:
     ) -> tuple[Login, dict[str, Any]]:
         session = next((word[8:] for word in scope.split() if word.startswith("session:")), None)
         for word in scope.split():
-            if word.startswith("expires:") and word[8:].isdigit():
+            if word.startswith("expires:") and word[8:].isdecimal():
                 life = min(life, float(word[8:]))
         expires = now + int(life * 1000)
         granted = _grant_scope(scope, session is None)

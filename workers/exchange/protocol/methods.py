@@ -48,7 +48,7 @@ def _read_int(params: Params, key: str, default: int | None) -> int | None:
         return default
     try:
         return int(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # infinity
         raise refuse_param(key, "must be an integer") from None
 
 
@@ -133,9 +133,6 @@ def get_trades_by_currency(market: Market, params: Params) -> Data:
     currency = _read_choice(params, "currency", CURRENCIES, None)
     kind = _read_choice(params, "kind", KINDS, "any")
     trades = [trade for of, trade in market.all_trades if of.matches(kind, currency)]
-    for key in ("start_id", "end_id"):
-        if params.get(key) is not None:
-            _count_id(str(params[key]), key)
     return _select_trades(trades, params, "id", lambda trade: _count_id(trade["trade_id"], ""))
 
 
@@ -146,8 +143,8 @@ def get_recent(select: Callable[[Market, Params], Data]) -> Callable[[Market, Pa
     """
 
     def get(market: Market, params: Params) -> Data:
-        start = params.get("start_timestamp")
-        if start is not None and _count_id(str(start), "start_timestamp") < market.now - market.retention:
+        start = _read_int(params, "start_timestamp", None)
+        if start is not None and start < market.now - market.retention:
             return {"trades": [], "has_more": False}
         return select(market, params)
 
@@ -155,10 +152,17 @@ def get_recent(select: Callable[[Market, Params], Data]) -> Callable[[Market, Pa
 
 
 def _count_id(text: str, key: str) -> int:
+    """The number in a trade id (`ETH-123`), by which ids are in order."""
     digits = text.rpartition("-")[2]
-    if not digits.isdigit():
+    if not digits.isdecimal() or len(digits) > 20:
         raise refuse_param(key, "invalid trade id")
     return int(digits)
+
+
+def _read_edge(params: Params, key: str) -> int | None:
+    if key.endswith("_id") and params.get(key) is not None:
+        return _count_id(str(params[key]), key)
+    return _read_int(params, key, None)
 
 
 def _select_trades(trades: list[Data], params: Params, unit: str, place: Callable[[Data], int]) -> Data:
@@ -170,9 +174,8 @@ def _select_trades(trades: list[Data], params: Params, unit: str, place: Callabl
         (f"start_{unit}", 1, place), (f"end_{unit}", -1, place),
         ("start_timestamp", 1, _read_time), ("end_timestamp", -1, _read_time),
     ):  # fmt: skip
-        limit = params.get(key)
-        if limit is not None:
-            edge = _count_id(str(limit), key)
+        edge = _read_edge(params, key)
+        if edge is not None:
             trades = [trade for trade in trades if (of(trade) - edge) * bound >= 0]
     forward = params.get(f"start_{unit}") is not None or params.get("start_timestamp") is not None
     if sorting == "asc" or (sorting == "default" and forward):

@@ -17,6 +17,9 @@ from workers.exchange.protocol.methods import VERSION, find_instrument
 from workers.exchange.protocol.rpc import RpcError, refuse_param
 from workers.exchange.protocol.session import FLOOR, Heartbeat, Session
 
+MOST = 10**15
+"""The largest number that a parameter may be; a float holds it exactly."""
+
 
 @dataclass(slots=True)
 class Reply:
@@ -71,6 +74,8 @@ def set_heartbeat(call: Context) -> Reply:
         raise refuse_param("interval", "must be a number")
     if interval < call.faults.number("heartbeat_floor", FLOOR):
         raise refuse_param("interval", "must be at least 10")
+    if interval > MOST:
+        raise refuse_param("interval", "is too large")
     call.session.heartbeat = Heartbeat(float(interval), call.now / 1000.0)
     return Reply("ok")
 
@@ -200,7 +205,7 @@ def place_order(call: Context, direction: str) -> Reply:
     of = find_instrument(call.exchange.market, call.params, expired=False)
     amount, price = call.params.get("amount"), call.params.get("price", call.exchange.market.round_mark(of))
     for key, value in (("amount", amount), ("price", price)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST:
             raise refuse_param(key, "must be a positive number")
     label = str(call.params.get("label", ""))
     event = call.exchange.account.place(of, direction, float(amount or 0), float(price), label, call.session.number)
