@@ -593,6 +593,41 @@ def test_a_flood(url: str) -> None:
     asyncio.run(act())
 
 
+def test_what_is_left_or_mute_comes_neither_from_a_flood_nor_from_what_was_held(url: str) -> None:
+    ticker, quote, index = "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL", "deribit_price_index.btc_usd"
+
+    async def act() -> None:
+        async with connect(url, f"flood:500,mute:{quote}@3") as client:
+            for channel in (ticker, quote, index):
+                await follow(client, channel)
+            for channel in (ticker, quote, index):
+                await client.wait_data(channel, 10)
+            await client.ask("public/unsubscribe", channels=[ticker])
+            count = len(client.data(ticker))
+            await client.wait(lambda: set(list_channels(client)[-100:]) == {index}, "the index alone")
+            assert len(client.data(ticker)) == count
+
+    asyncio.run(act())
+
+
+def list_channels(client: Client) -> list[str]:
+    return [m["params"]["channel"] for m in client.messages() if m.get("method") == "subscription"]
+
+
+def test_a_frame_that_was_held_is_forgotten_with_its_channel(url: str) -> None:
+    async def act() -> None:
+        async with connect(url, "reorder:1@1") as client:
+            index = "deribit_price_index.btc_usd"
+            await follow(client, index)  # whose first frame is held
+            await client.ask("public/unsubscribe", channels=[index])
+            count = len(client.data(index))
+            await follow(client, index)
+            times = [frame["timestamp"] for frame in (await client.wait_data(index, count + 3))[count:]]
+            assert times == sorted(set(times))
+
+    asyncio.run(act())
+
+
 def test_small_pools_of_credits(url: str) -> None:
     async def act() -> None:
         async with connect(url, "credits:6000") as client:

@@ -201,6 +201,8 @@ class Connection:
         if reply.silent:
             self.close(1000, "")
             return
+        if self._distortion is not None:
+            self._distortion.forget_others(self.session.subscriptions)
         late = "ack_late" in self._faults
         if not late:
             self._answer(self._find_id(call), reply.result, now)
@@ -322,7 +324,8 @@ class Connection:
         self._exchange.oracle.note("fault", connection=self.session.number, fault=kind)
 
     def _flood(self, now: float) -> None:
-        texts = list(self._distortion.repeatable.values()) if self._distortion else []
+        repeatable = self._distortion.repeatable if self._distortion else {}
+        texts = [text for channel, text in repeatable.items() if not self._is_mute(channel)]
         due = int((now - self._flooded) * self._faults.number("flood"))
         if texts and due and not self.session.ended:
             self._flooded += due / self._faults.number("flood")

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from copy import deepcopy
 from random import Random
 from typing import Any
@@ -36,6 +36,12 @@ class Distortion:
         self._held: dict[str, Frame] = {}
         self._crossed: dict[str, float] = {}  # channel -> price of the false bid
         self.repeatable: dict[str, bytes] = {}
+
+    def forget_others(self, channels: Container[str]) -> None:
+        """Forget what was begun or kept of all channels but these."""
+        for state in (self._held, self._crossed, self.repeatable):
+            for channel in [channel for channel in state if channel not in channels]:
+                del state[channel]
 
     def end(self) -> None:
         """No more faults; what has been begun is ended with the next frames."""
