@@ -324,6 +324,46 @@ def test_an_oversized_frame(url: str) -> None:
     asyncio.run(act())
 
 
+def test_a_fault_that_is_named_more_than_once_holds_each_time(url: str) -> None:
+    twice = f"drop_subscribe:{BOOK}@1,drop_subscribe:*@1,oversized:4000000@0.1,oversized:5000000@0.3"
+
+    async def act() -> None:
+        async with connect(url, f"error:public/test=13028@1,error:public/test=11094@2,{twice}") as client:
+            codes = [(await client.ask("public/test")).get("error", {}).get("code") for _ in range(4)]
+            assert codes == [13028, 11094, 11094, None]
+            acks = [(await client.ask("public/subscribe", channels=[BOOK]))["result"] for _ in range(3)]
+            assert acks == [[], [], [BOOK]]
+            await client.wait(lambda: any(len(text) > 5_000_000 for text in client.texts), "the second frame")
+            assert any(4_000_000 < len(text) < 5_000_000 for text in client.texts)
+
+    asyncio.run(act())
+
+
+def test_what_waits_comes_also_at_the_end_of_a_silence(url: str) -> None:
+    async def act() -> None:
+        async with connect(url) as true, connect(url, "lag:1000@0,half_open:1,until:2") as late:
+            await follow(true)
+            await follow(late)
+            frames = await late.wait_data(BOOK, 15)
+            assert frames[0]["type"] == "snapshot"
+            assert find_breaks(frames) == []
+
+    asyncio.run(act())
+
+
+@pytest.mark.parametrize("faults", ["duplicate:1", "clock:1000"])
+def test_labels_stay_whatever_happens_to_the_data(url: str, faults: str) -> None:
+    async def act() -> None:
+        async with connect(url, faults) as client:
+            await client.log_in()
+            await client.ask("private/subscribe", channels=["user.portfolio.BTC"], label="mine")
+            await client.wait_data("user.portfolio.BTC")
+            labels = [m["params"].get("label") for m in client.messages() if m.get("method") == "subscription"]
+            assert set(labels) == {"mine"}
+
+    asyncio.run(act())
+
+
 def test_answers_that_go_wrong(url: str) -> None:
     async def act() -> None:
         faults = "wrong_id:public/test@1,error:public/get_time=11094@2,no_reply:public/hello@1,slow:public/status=0.4"

@@ -135,11 +135,18 @@ class Exchange:
         return MARKET_METHODS[method](self.market, shift_times(params, -clock) if clock else params)
 
 
-def find_failure(faults: Faults, kind: str, method: str, counts: Counter[tuple[str, str]]) -> Setting | None:
-    """The setting of a fault such as `error:METHOD=CODE@TIMES` for this call of the method, if it holds."""
-    for setting in faults.all(kind):
-        if setting.text in (method, "*"):
-            counts[kind, method] += 1
-            if counts[kind, method] <= setting.at:
-                return setting
+Counts = Counter[tuple[str, str, int]]
+"""How often each setting of a fault has held: (all the faults, the fault, its place among those of its name)."""
+
+
+def find_failure(faults: Faults, kind: str, name: str, counts: Counts) -> Setting | None:
+    """The setting of a fault such as `error:METHOD=CODE@TIMES` for this call of the method (or channel), if one holds.
+
+    One that has held so often as it may leaves the next call to the next one.
+    """
+    for place, setting in enumerate(faults.all(kind)):
+        key = (faults.text, kind, place)
+        if setting.text in (name, "*") and counts[key] < setting.at:
+            counts[key] += 1
+            return setting
     return None

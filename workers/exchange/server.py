@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import WSCloseCode, WSMsgType, web
 
 from collector.faults import Faults, parse_faults
-from workers.exchange.exchange import Exchange, find_failure
+from workers.exchange.exchange import Counts, Exchange, find_failure
 from workers.exchange.protocol.connection import CLOSE, TEXT, Connection
 from workers.exchange.protocol.distort import distort_envelope
 from workers.exchange.protocol.rpc import MAX_REQUEST, NO_ID, Call, RpcError, encode_answer, read_call
@@ -45,7 +45,7 @@ class Server:
         self.port = 0
         self._sockets: set[_Socket] = set()
         self._opening: Counter[str] = Counter()  # upgrades that are being answered, by client address
-        self._counts: Counter[tuple[str, str]] = Counter()
+        self._counts: Counts = Counter()
         self._runner: web.AppRunner | None = None
 
     @property
@@ -171,7 +171,7 @@ class Server:
             raise RpcError(10030)
         session = Session(0, now / 1000.0)
         _log_in(self.exchange, session, request.headers.get("Authorization", ""), now)
-        context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, {})
+        context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, self._counts)
         return carry_out(call.method, context).result
 
 

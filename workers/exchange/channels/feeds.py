@@ -166,8 +166,6 @@ class TradesFeed(Feed):
 class TickerFeed(InstrumentFeed):
     """`ticker.*`: the full ticker."""
 
-    refresh = 1000
-
     def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
         super().__init__(channel, market, instrument)
         self.refresh = 3000 if instrument.kind == "option" else 1000

@@ -10,19 +10,21 @@ from workers.exchange.protocol.rpc import encode_notification
 
 
 class Frame:
-    """One notification: its data, or its text if it is a recorded one."""
+    """One notification: its data, or its text if it is a recorded one. One with a label is for one subscriber alone."""
 
-    __slots__ = ("_text", "channel", "data", "feed")
+    __slots__ = ("_text", "channel", "data", "feed", "label")
 
-    def __init__(self, channel: str, data: Any, feed: Feed | None = None, text: bytes | None = None) -> None:
-        self.channel, self.data, self.feed = channel, data, feed
+    def __init__(
+        self, channel: str, data: Any, feed: Feed | None = None, text: bytes | None = None, label: str | None = None
+    ) -> None:
+        self.channel, self.data, self.feed, self.label = channel, data, feed, label
         self._text = text
 
     @property
     def text(self) -> bytes:
         """The encoded notification."""
         if self._text is None:
-            self._text = encode_notification(self.channel, self.data)
+            self._text = encode_notification(self.channel, self.data, self.label)
         return self._text
 
     @property
@@ -132,8 +134,6 @@ class Hub:
     def _tick(self, now: int) -> None:
         for line in list(self._lines.values()):
             feed = line.feed
-            if feed.channel in self._recorded:
-                continue
             alive = feed.instrument is None or feed.instrument.state == "open"
             if feed.refresh and alive and now % feed.refresh == 0:
                 self._note(line)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 from collector.faults import FOREVER, Faults
 from workers.exchange.channels.hub import Frame
-from workers.exchange.exchange import Exchange, find_failure
+from workers.exchange.exchange import Counts, Exchange, find_failure
 from workers.exchange.protocol.distort import Distortion, distort_envelope, distorts, make_nonsense
 from workers.exchange.protocol.lateness import Lateness, delays
 from workers.exchange.protocol.rpc import (
@@ -20,6 +20,7 @@ from workers.exchange.protocol.rpc import (
     encode_heartbeat,
     encode_notification,
     read_call,
+    refuse_param,
 )
 from workers.exchange.protocol.session import IDLE, Credits, Session
 from workers.exchange.protocol.socket_methods import Context, carry_out, end_session
@@ -71,8 +72,7 @@ class Connection:
         self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
         self._distortion = Distortion(faults, self._rng, self._report) if distorts(faults) else None
         self._lateness = Lateness(faults, now) if delays(faults) else None
-        self._counts: Counter[tuple[str, str]] = Counter()
-        self._dropped: dict[str, int] = {}
+        self._counts: Counts = Counter()
         self._done: set[str] = set()
         self._periodic = {name: now + faults.number(name) for name in _NONSENSE if name in faults}
         self._flooded = now
@@ -84,12 +84,11 @@ class Connection:
         """Take a data frame for the client."""
         if self.session.ended or self._is_mute(frame.channel):
             return
-        if self._distortion is not None:
-            for text in self._distortion.apply(frame):
-                self._send_data(text)
-            return
         label = self.session.subscriptions.get(frame.channel)
-        self._send_data(frame.text if label is None else encode_notification(frame.channel, frame.data, label))
+        if label is not None and not frame.recorded:
+            frame = Frame(frame.channel, frame.data, frame.feed, label=label)
+        for text in [frame.text] if self._distortion is None else self._distortion.apply(frame):
+            self._send_data(text)
 
     def _is_mute(self, channel: str) -> bool:
         age = self._now - self.session.opened
@@ -221,7 +220,7 @@ class Connection:
         if "maintenance" in self._done:
             raise RpcError(11051)
         if call.params is None:
-            raise refuse_positional()
+            raise refuse_param("params", "must be an object")  # its form on the wire is not known
 
     def _find_credits(self, now: float) -> Credits:
         """The pools that pay: the account's where somebody is logged in, else the address's."""
@@ -231,7 +230,7 @@ class Connection:
 
     def _make_context(self, call: Call, now: float) -> Context:
         ms = int(now * 1000)
-        return Context(self._exchange, self.session, self, self._faults, call.params or {}, ms, self._dropped)
+        return Context(self._exchange, self.session, self, self._faults, call.params or {}, ms, self._counts)
 
     def _find_id(self, call: Call) -> Any:
         wrong = find_failure(self._faults, "wrong_id", call.method, self._counts)
@@ -277,14 +276,14 @@ class Connection:
             if now >= due:
                 self._periodic[name] = now + max(0.05, self._faults.number(name))
                 self._send_nonsense(name)
-        for setting in self._faults.all("oversized"):
-            if age >= setting.at and self._once("oversized"):
+        for place, setting in enumerate(self._faults.all("oversized")):
+            if age >= setting.at and self._once(f"oversized {place}"):
                 self._send_nonsense("oversized", setting.value)
         if "flood" in self._faults and self._distortion is not None:
             self._flood(now)
 
     def _recover(self) -> None:
-        self._faults = Faults()
+        self._faults, self.silent = Faults(), False
         if self._distortion is not None:
             self._distortion.end()
         if self._lateness is not None:
@@ -292,7 +291,6 @@ class Connection:
             self._lateness = None
         self._periodic.clear()
         self._done.clear()
-        self.silent = False
 
     def _run_endings(self, age: float) -> None:
         for setting in self._faults.all("close"):
@@ -331,8 +329,3 @@ class Connection:
             self._flooded += due / self._faults.number("flood")
             for place in range(min(due, 20_000)):
                 self._send_data(texts[place % len(texts)])
-
-
-def refuse_positional() -> RpcError:
-    """The error for params that are no object (its form on the wire is not known)."""
-    return RpcError(-32602, {"reason": "must be an object", "param": "params"})

@@ -129,7 +129,7 @@ class Distortion:
             if self._hits("wrong_types", frame):
                 data = self._mistype(deepcopy(data))
             data = distort_result(data, self._faults)
-        return frame if data is frame.data else Frame(frame.channel, data, frame.feed)
+        return frame if data is frame.data else Frame(frame.channel, data, frame.feed, label=frame.label)
 
     def _mistype(self, data: Any) -> Any:
         target = data[0] if isinstance(data, list) and data and isinstance(data[0], dict) else data

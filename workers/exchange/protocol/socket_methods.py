@@ -10,7 +10,7 @@ from typing import Any
 from collector.faults import Faults
 from workers.exchange.channels.hub import Frame, Subscriber
 from workers.exchange.channels.names import is_private, is_raw
-from workers.exchange.exchange import Exchange
+from workers.exchange.exchange import Counts, Exchange, find_failure
 from workers.exchange.market.market import Event
 from workers.exchange.protocol.distort import distort_result
 from workers.exchange.protocol.methods import VERSION, find_instrument
@@ -40,7 +40,7 @@ class Context:
     faults: Faults
     params: dict[str, Any]
     now: int
-    dropped: dict[str, int]
+    counts: Counts
 
 
 def say_hello(call: Context) -> Reply:
@@ -107,7 +107,7 @@ def _subscribe(call: Context, channels: list[str]) -> Reply:
     if any(map(is_raw, channels)) and not session.is_logged_in(call.now):
         raise RpcError(13778)
     label = call.params.get("label")
-    offered = [channel for channel in channels if not _is_dropped(call, channel) and hub.offers(channel)]
+    offered = [channel for channel in channels if not _drops(call, channel) and hub.offers(channel)]
     reply = Reply(sorted(offered, reverse=True))
     for channel in reply.result:
         if channel not in session.subscriptions:
@@ -118,12 +118,8 @@ def _subscribe(call: Context, channels: list[str]) -> Reply:
     return reply
 
 
-def _is_dropped(call: Context, channel: str) -> bool:
-    for setting in call.faults.all("drop_subscribe"):
-        if setting.text in (channel, "*"):
-            call.dropped[setting.text] = call.dropped.get(setting.text, 0) + 1
-            return call.dropped[setting.text] <= setting.at
-    return False
+def _drops(call: Context, channel: str) -> bool:
+    return find_failure(call.faults, "drop_subscribe", channel, call.counts) is not None
 
 
 def unsubscribe(call: Context) -> Reply:
