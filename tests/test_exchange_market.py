@@ -37,6 +37,18 @@ class Listener:
         self.seen.append(frame)
 
 
+@pytest.mark.parametrize("days", [0, 5])
+def test_options_are_listed_for_as_long_as_it_runs(days: int) -> None:
+    market = Market(1, START, options=60)
+    market.now += days * 86_400_000
+    for _ in range(450):
+        made = [event.instrument for event in market.list_option()]
+        assert len(made) == 2
+        assert all(of.expiry > market.now and of.strike > 0 for of in made)
+        for of in made:
+            market.catalogue.retire(of)
+
+
 def describe(events: list[Event]) -> list[object]:
     return [(e.instrument.name, e.timestamp, e.changes, e.trades, e.state) for e in events]
 

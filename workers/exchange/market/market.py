@@ -14,7 +14,15 @@ from random import Random
 from typing import Any
 
 from workers.exchange.market.book import ASK, Book, Change
-from workers.exchange.market.instruments import COINS, FOREVER, INVERSE, STRIKE_STEPS, Catalogue, Instrument
+from workers.exchange.market.instruments import (
+    COINS,
+    FOREVER,
+    INVERSE,
+    STRIKE_STEPS,
+    Catalogue,
+    Instrument,
+    list_expiries,
+)
 from workers.exchange.market.participants import STYLES, Fill, act_once, fill_book
 from workers.exchange.market.pricing import YEAR_MS, Valuation, smile, value_option
 
@@ -229,15 +237,14 @@ class Market:
     # Listing and expiry
 
     def list_option(self) -> list[Event]:
-        """List a new strike, call and put, for the first expiry of the next base in turn."""
+        """List a new strike, call and put, of the next base in turn, for the first expiry that has room."""
         base = INVERSE[len(self.catalogue.by_name) // 2 % len(INVERSE)]
         step = STRIKE_STEPS[base]
         money = round(self.coins[base] / step) * step
-        made: list[Instrument] = []
-        for offset in range(400):
-            if not made:
-                expiry, period = self.catalogue.expiries[1]
-                made = self.catalogue.add_option_pair(base, expiry, period, money + offset * step)
+        offsets = (*range(400), *range(-1, -round(money / step), -1))  # up from the money, then down
+        places = ((*expiry, money + by * step) for expiry in list_expiries(self.now)[1:] for by in offsets)
+        add = self.catalogue.add_option_pair
+        made: list[Instrument] = next(filter(None, (add(base, *place) for place in places)), [])
         for instrument in made:
             instrument.created = instrument.row["creation_timestamp"] = self.now
             self._open(instrument)
