@@ -7,6 +7,8 @@ import json
 import re
 import signal
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -245,6 +247,35 @@ def test_signed_logins_are_checked_and_nonces_count_once(url: str) -> None:
             assert (await client.ask("public/auth", old))["error"]["code"] == 13009
 
     asyncio.run(act())
+
+
+def test_http_takes_logins_by_header(url: str) -> None:
+    base, path = url.replace("ws", "http", 1).removesuffix("/ws/api/v2"), "/api/v2/private/get_account_summary"
+    stamp = int(time.time() * 1000)
+    body = b'{"method":"private/get_account_summary","params":{"currency":"BTC"}}'
+
+    def ask(target: str, header: str, data: bytes | None = None) -> int:
+        request = urllib.request.Request(f"{base}{target}", data, {"Authorization": header})
+        try:
+            with urllib.request.urlopen(request, timeout=15) as response:
+                return 0 if json.load(response)["result"]["currency"] == "BTC" else 1
+        except urllib.error.HTTPError as error:
+            with error:
+                code: int = json.load(error)["error"]["code"]
+                return code
+
+    def sign_request(method: str, target: str, nonce: str, data: str = "", secret: str = "practice") -> str:
+        signature = sign(secret, stamp, nonce, f"{method}\n{target}\n{data}\n")
+        return f"deri-hmac-sha256 id=practice,ts={stamp},nonce={nonce},sig={signature}"
+
+    target = f"{path}?currency=BTC&extended=true"
+    assert ask(target, sign_request("GET", target, "a")) == 0
+    assert ask(path, sign_request("POST", path, "b", body.decode()), body) == 0
+    assert ask(target, "Basic cHJhY3RpY2U6cHJhY3RpY2U=") == 0
+    assert ask(target, sign_request("GET", target, "a")) == 13009  # a nonce counts once
+    assert ask(target, sign_request("GET", path, "c")) == 13004
+    assert ask(target, sign_request("GET", target, "d", secret="other")) == 13004
+    assert ask(target, "deri-hmac-sha256 id=practice") == -32602
 
 
 def test_tokens_renew_and_belong_to_their_connection_unless_they_have_a_session(url: str) -> None:

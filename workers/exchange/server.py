@@ -146,7 +146,7 @@ class Server:
             faults = self._find_http_faults(request)
             slow = find_failure(faults, "slow", call.method, self._counts)
             await asyncio.sleep((slow.value if slow else 0.0) + 2 * faults.number("delay") / 1000.0)
-            outcome: Any = self._ask(request, call, faults, int(now * 1000))
+            outcome: Any = await self._ask(request, call, faults, int(now * 1000))
         except RpcError as error:
             outcome = error
         clock, us_in, us_out = int(faults.number("clock") * 1000), int(now * 1e6), int(time.time() * 1e6)
@@ -163,14 +163,14 @@ class Server:
         except ValueError as error:
             raise RpcError(10001, str(error)) from None
 
-    def _ask(self, request: web.Request, call: Call, faults: Faults, now: int) -> Any:
+    async def _ask(self, request: web.Request, call: Call, faults: Faults, now: int) -> Any:
         failure = find_failure(faults, "error", call.method, self._counts)
         if failure is not None:
             raise RpcError(int(failure.value))
         if call.method in SOCKET_METHODS:
             raise RpcError(10030)
         session = Session(0, now / 1000.0)
-        _log_in(self.exchange, session, request.headers.get("Authorization", ""), now)
+        await _log_in(request, self.exchange, session, now)
         context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, self._counts)
         return carry_out(call.method, context).result
 
@@ -225,17 +225,34 @@ def _read_query_value(value: str) -> Any:
     return read if isinstance(read, int | float | bool) else value
 
 
-def _log_in(exchange: Exchange, session: Session, header: str, now: int) -> None:
-    kind, _, text = header.partition(" ")
+async def _log_in(request: web.Request, exchange: Exchange, session: Session, now: int) -> None:
+    kind, _, text = request.headers.get("Authorization", "").partition(" ")
     if kind.lower() == "bearer":
         session.login = exchange.authority.check_token(text.strip(), now, 0)
-    elif kind.lower() == "basic":
-        try:
-            client_id, _, secret = base64.b64decode(text.strip()).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
-            raise RpcError(13004) from None
-        params = {"grant_type": "client_credentials", "client_id": client_id, "client_secret": secret}
-        session.login = exchange.authority.grant(params, now, 0, 60.0)[0]
+        return
+    if kind.lower() == "basic":
+        params = _read_basic(text)
+    elif kind.lower() == "deri-hmac-sha256":
+        params = _read_signature(text)
+        params["data"] = f"{request.method}\n{request.raw_path}\n{(await request.read()).decode(errors='replace')}\n"
+    else:
+        return
+    session.login = exchange.authority.grant(params, now, 0, 60.0)[0]
+
+
+def _read_basic(text: str) -> dict[str, Any]:
+    try:
+        client_id, _, secret = base64.b64decode(text.strip()).decode().partition(":")
+    except (binascii.Error, UnicodeDecodeError):
+        raise RpcError(13004) from None
+    return {"grant_type": "client_credentials", "client_id": client_id, "client_secret": secret}
+
+
+def _read_signature(text: str) -> dict[str, Any]:
+    """Read `id=ID,ts=MS,nonce=NONCE,sig=HEX`; what is signed is signed as in a login over WebSocket."""
+    given = dict(part.strip().partition("=")[::2] for part in text.split(","))
+    names = {"client_id": "id", "timestamp": "ts", "nonce": "nonce", "signature": "sig"}
+    return {"grant_type": "client_signature", **{name: given.get(key) for name, key in names.items()}}
 
 
 async def _open_response(request: web.Request) -> web.WebSocketResponse:
