@@ -270,9 +270,9 @@ def test_a_connection_is_well_again_in_the_end(url: str) -> None:
     async def act() -> None:
         async with (
             connect(url) as true,
-            connect(url, "lag:1000@0,until:1") as late,
-            connect(url, f"mute:{BOOK}@0,garbage:0.1,until:1") as mute,
-            connect(url, "half_open:2,until:3") as silent,
+            connect(url, "lag:1000@0,until:4") as late,
+            connect(url, f"mute:{BOOK}@0,garbage:0.1,until:4") as mute,
+            connect(url, "half_open:2,until:4") as silent,
         ):
             for client in (true, late, mute, silent):
                 await follow(client)
