@@ -52,6 +52,7 @@ async def test_a_fresh_connection_goes_through_its_states_to_live(practice: str)
         assert state["since"] <= time.time_ns()
         assert await client.send("private/get_cancel_on_disconnect") == {"scope": "connection", "enabled": True}
         await ear.wait_frames([BOOK, QUOTE])
+        assert client.bytes_read > 0, "this aiohttp has no place for the tap: frames take the slow way"
     assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
 
 
