@@ -2,12 +2,13 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Program:
     def __init__(self, *argv: str, env: dict[str, str] | None = None, cwd: Path | None = None) -> None:
         self.process = subprocess.Popen(
             argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}, cwd=cwd or REPOSITORY,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})}, cwd=cwd or REPOSITORY, start_new_session=True,
         )  # fmt: skip
         self.out: list[str] = []
         self.err: list[str] = []
@@ -87,13 +88,13 @@ class Program:
         return "\n".join([*self.out, *self.err])
 
     def end(self) -> None:
-        """Make sure that it is gone."""
+        """Make sure that it is gone, and all that it has started."""
         if self.process.poll() is None:
             self.process.terminate()
-            try:
+            with suppress(subprocess.TimeoutExpired):
                 self.process.wait(8)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)  # a shell goes without those that it runs
         self.wait_exit()
 
 

@@ -4,9 +4,11 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 
-from tests.support import REPOSITORY
+from tests.collected import is_alive
+from tests.support import REPOSITORY, running, wait_until
 
 FAILS_ONCE = """#!/bin/sh
 printf '%s\\n' "$*" >> calls
@@ -39,3 +41,9 @@ def test_only_failed_tests_get_another_chance(tmp_path: Path, failing: str, is_g
     assert (done.returncode == 0) == is_good, done
     made = tmp_path / "calls"
     assert (made.read_text().splitlines() if made.exists() else []) == calls
+
+
+def test_a_program_of_a_test_goes_with_all_that_it_has_started() -> None:
+    with running("sh", "-c", "sleep 1000 & echo $!; wait") as shell:
+        child = psutil.Process(int(shell.wait_line(r"^\d+$")[0]))
+    wait_until(lambda: not is_alive(child), "the end of what the shell runs")
