@@ -367,7 +367,9 @@ def test_python_client_asks_by_name(control: str) -> None:
         assert asked.subscribe("index", ["quote.BTC_USDC-PERPETUAL"]) == {
             "channels": {"quote.BTC_USDC-PERPETUAL": True}
         }
-        assert asked.unsubscribe("index", ["quote.BTC_USDC-PERPETUAL"])["channels"]
+        assert asked.unsubscribe("index", ["quote.BTC_USDC-PERPETUAL"]) == {
+            "channels": {"quote.BTC_USDC-PERPETUAL": True}
+        }
         with pytest.raises(ControlError) as raised:
             asked.send("futures", "public/ticker", {"instrument_name": "NONE"})
         assert raised.value.code == "exchange_error"

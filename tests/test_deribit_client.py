@@ -354,15 +354,15 @@ async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("close:1000@0.3", "closed by the exchange: 1000"),
-        ("close:1001@0.3", "closed by the exchange: 1001"),
-        ("close:1011@0.3", "closed by the exchange: 1011"),
-        ("close:4000@0.3", "closed by the exchange: 4000"),
-        ("close:0@0.3", "closed by the exchange: no code"),
-        ("reset:0.3", ""),
-        ("drop:0.3", "broke off"),
-        ("maintenance:0.3", "broke off"),
-        ("oversized:17000000@0.3", "broken frame"),
+        ("close:1000@1", "closed by the exchange: 1000"),
+        ("close:1001@1", "closed by the exchange: 1001"),
+        ("close:1011@1", "closed by the exchange: 1011"),
+        ("close:4000@1", "closed by the exchange: 4000"),
+        ("close:0@1", "closed by the exchange: no code"),
+        ("reset:1", ""),
+        ("drop:1", "broke off"),
+        ("maintenance:1", "broke off"),
+        ("oversized:17000000@1", "broken frame"),
     ],
 )
 @in_loop
@@ -607,7 +607,7 @@ def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:
 
 @in_loop
 async def test_lives_that_do_not_last_are_attempts_like_any_other(practice: str) -> None:
-    async with connected(practice, "drop:0.2", retry_count=3) as (client, ear):
+    async with connected(practice, "drop:1", retry_count=3) as (client, ear):
         await wait_for(lambda: client.machine.state == "failed", "the end")
         assert len(ear.find("live")) == 3
         assert client.exit == Exit.GAVE_UP
@@ -661,7 +661,8 @@ async def test_slow_answers_are_waited_for(practice: str) -> None:
 @in_loop
 async def test_frames_that_are_no_messages_are_counted_and_survived(practice: str, fault: str) -> None:
     async with connected(practice, fault, channels=[BOOK, QUOTE]) as (client, ear):
-        await wait_for(lambda: ear.malformed or len(ear.frames) > 300, "nonsense", 10)
+        # What looks like data is handed on as it is.
+        await wait_for(lambda: ear.malformed or any(not f.endswith(b"}") for f in ear.frames), "nonsense")
         await ear.wait_frames([BOOK, QUOTE], 5)
         assert client.get_state()["malformed"] == len(ear.malformed)
         assert (client.machine.state, client.reconnects) == ("live", 0)

@@ -138,7 +138,7 @@ async def test_a_lost_connection_is_one_gap_on_each_topic_before_its_new_data(pr
 @in_loop
 async def test_two_losses_with_no_data_between_are_one_gap(practice: str) -> None:
     """The second connection carries no data and is lost as well."""
-    async with collecting(practice, "skip:1,mute:*@0,drop:0.5,first:1", *TOPICS.values()) as run:
+    async with collecting(practice, "skip:1,mute:*@0,drop:1.5,first:1", *TOPICS.values()) as run:
         await hear_more(run, TOPICS)
         run.worker.client.cut("the test wants it so")
         await wait_for(lambda: run.worker.client.reconnects == 2, "the second loss")
@@ -174,7 +174,7 @@ async def test_many_losses_are_each_told_once_and_nothing_else_is_lost(practice:
 
 @in_loop
 async def test_a_silent_connection_without_data_has_no_gap(practice: str) -> None:
-    async with collecting(practice, "mute:*@0,drop:0.4,first:1", *TOPICS.values()) as run:
+    async with collecting(practice, "mute:*@0,drop:1.5,first:1", *TOPICS.values()) as run:
         await hear_more(run, TOPICS)
         assert run.worker.client.reconnects == 1
         assert not [body for _, body in run.hearer.messages if body["type"] == "gap"]

@@ -131,11 +131,11 @@ def test_comparison_names_only_what_there_is() -> None:
 
 
 def test_log_lines_are_those_of_the_code() -> None:
-    code = "\n".join(
-        path.read_text() for folder in ("collector", "workers") for path in (REPOSITORY / folder).rglob("*.py")
-    )
+    paths = [path for folder in ("collector", "workers") for path in (REPOSITORY / folder).rglob("*.py")]
+    code = re.sub(r'"\s+f?"', "", "\n".join(path.read_text() for path in paths))  # a string in two parts is one
     for line, *_ in read_table(DOCS / "operating.md", "line", "level", "meaning", "what to do"):
-        missing = [word for word in re.findall(r"[a-z_]{4,}", line) if word not in code]
+        told = re.sub(r"\bN channels\b|\b[A-Z]{2,}\b", "\n", line)  # what is another each time
+        missing = [phrase for phrase in re.findall(r"[a-z_][a-z_' ]*[a-z]", told) if phrase not in code]
         assert not missing, f"{line}: no log line has {missing}"
 
 

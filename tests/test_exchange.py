@@ -475,7 +475,7 @@ def test_heartbeats_follow_deribits_rhythm_and_silence_is_closed_with_4000(url: 
 
 def test_an_idle_socket_is_dropped_without_a_close_frame_but_not_a_subscribed_one(url: str) -> None:
     async def act() -> None:
-        async with connect(url, "idle:0.3") as quiet, connect(url, "idle:0.3") as listening:
+        async with connect(url, "idle:2") as quiet, connect(url, "idle:2") as listening:
             await listening.ask("public/subscribe", channels=["announcements"])
             await quiet.wait(lambda: quiet.closed, "the drop")
             assert quiet.closed is not None

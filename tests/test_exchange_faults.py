@@ -272,7 +272,7 @@ def test_a_connection_is_well_again_in_the_end(url: str) -> None:
             connect(url) as true,
             connect(url, "lag:1000@0,until:4") as late,
             connect(url, f"mute:{BOOK}@0,garbage:0.1,until:4") as mute,
-            connect(url, "half_open:2,until:4") as silent,
+            connect(url, "half_open:3,until:4") as silent,
         ):
             for client in (true, late, mute, silent):
                 await follow(client)
@@ -456,8 +456,7 @@ def test_odd_but_legal_book_frames(url: str) -> None:
                         if not amount:
                             del levels[price]
                 crossings += max(bids) >= min(asks)
-            assert crossings >= 2
-            assert max(bids) < min(asks) or crossings >= 2
+            assert 2 <= crossings <= 10, "the next change uncrosses the book"
 
     asyncio.run(act())
 
@@ -724,7 +723,7 @@ def test_heartbeats_that_are_missing_or_not_taken_as_answered(url: str) -> None:
 
 def test_maintenance(url: str) -> None:
     async def act() -> None:
-        async with connect(url, "maintenance:0.4") as client:
+        async with connect(url, "maintenance:1.5") as client:
             await follow(client, "platform_state")
             await client.wait(lambda: {"maintenance": True} in client.data("platform_state"), "the announcement")
             assert (await client.ask("public/test"))["error"] == {"code": 11051, "message": "system_maintenance"}
