@@ -12,14 +12,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 
-from collector import Control, ControlError, Subscriber
+from collector import Control, ControlError, Subscriber, __version__
 from collector.cli.control import print_facts
 from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
-from collector.client.verify import Finding, Verifier
+from collector.client.verify import RULES, Finding, Verifier
 from collector.messages import encode
 from tests.collected import QUICK, collected
 from tests.support import collector, running, wait_until
@@ -301,6 +302,18 @@ def test_verify_finds_nothing_wrong_with_a_running_collector(control: str) -> No
     assert verdict["unchecked"] == ["duplicate", "hole", "repair"]
 
 
+def test_verify_says_at_ctrl_c_what_it_has_found_so_far() -> None:
+    with zmq.Context() as context, context.socket(zmq.XPUB) as publisher:
+        publisher.bind("tcp://127.0.0.1:*")
+        endpoint = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
+        with running(*collector("verify", "--endpoint", endpoint, "--for", "1h", "--json")) as program:
+            assert publisher.poll(20_000)
+            wait_until(lambda: psutil.Process(program.pid).status() == psutil.STATUS_SLEEPING, "it to listen")
+            program.process.send_signal(signal.SIGINT)
+            assert program.wait_exit() == 1, program.text()  # nothing came
+            assert set(json.loads(program.out[0])["rules"]) == set(RULES)
+
+
 def test_verify_says_when_nothing_came(control: str) -> None:
     done = call(control, "verify", "--for", "1.5s", "deribit.nonsense.")
     assert done.returncode == 1
@@ -359,6 +372,11 @@ def test_commands_start_without_what_they_do_not_need() -> None:
         "print(*{'asyncio', 'aiohttp', 'rich', 'workers', 'tomllib', 'collector.config'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+def test_it_says_its_version() -> None:
+    told = subprocess.run(collector("--version"), capture_output=True, text=True, check=True).stdout
+    assert told == f"collector, version {__version__}\n"
 
 
 def test_python_client_asks_by_name(control: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from collector.lifecycle import BACKOFF_CAP, Exit, backoff_delay
+from collector.planning.catalogue import Catalogue
 from tests.certificate import HAS_OPENSSL, make_certificate
 from tests.deribit_support import (
     BOOK,
@@ -390,6 +391,15 @@ async def test_a_refused_upgrade_is_tried_again(practice: str, fault: str, words
         assert [words in reason for reason in ear.find("backoff")] == [True, True]
         assert (client.attempts, client.reconnects) == (3, 0)
         await ear.wait_frames([QUOTE])
+
+
+@in_loop
+async def test_proxies_of_the_environment_are_not_used(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for kind in ("http", "https", "ws", "wss", "all", "no"):
+        monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9" if kind != "no" else "")
+    assert await Catalogue(practice, {}, 10.0).fetch_one("BTC-PERPETUAL")
+    async with connected(practice, retry_count=1) as (client, _):
+        assert client.is_live
 
 
 REFUSED, NO_ANSWER = "HTTP 403 instead of a WebSocket", "the answer is no WebSocket's"

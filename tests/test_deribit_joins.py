@@ -10,7 +10,19 @@ from typing import Any
 import pytest
 import zmq
 
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.deribit_support import (
+    BOOK,
+    LOGIN,
+    QUOTE,
+    TICKER,
+    TRADES,
+    Collecting,
+    Hearer,
+    collecting,
+    in_loop,
+    make_spec,
+    wait_for,
+)
 from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
@@ -20,6 +32,7 @@ from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
+from workers.deribit.worker import create_worker
 
 CURRENT = {
     "deribit.quote.BTC-PERPETUAL.raw": QUOTE,
@@ -43,6 +56,19 @@ def joined(run: Collecting, *prefixes: str) -> Iterator[Hearer]:
         yield hearer
     finally:
         hearer.close()
+
+
+@in_loop
+async def test_subscribers_of_an_earlier_life_that_stay_away_are_not_waited_for_long() -> None:
+    with short_directory() as directory:
+        ledger = Ledger(directory / "w.ledger", fresh=True)
+        ledger.subscriptions = 3
+        ledger.close()
+        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), [QUOTE], fresh=False))
+        await worker.start()
+        assert worker.publisher.is_holding
+        await wait_for(lambda: not worker.publisher.is_holding, "the end of its patience")
+        await worker._end()
 
 
 def list_joins(hearer: Hearer, topic: str) -> list[dict[str, Any]]:

@@ -2,14 +2,20 @@
 
 import asyncio
 import time
-from itertools import pairwise
+from collections.abc import Iterator
+from functools import partial
+from itertools import count, pairwise
 
-from tests.deribit_support import in_loop, make_spec
+import pytest
+
+from tests.deribit_support import QUOTE, Collecting, collecting, in_loop, make_spec, wait_for
 from tests.pipeline import short_directory
 from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import SLICE
-from workers.deribit.worker import create_worker
+from workers.deribit.watching.statuses import REPEAT
+from workers.deribit.watching.watch import RECONNECT_ONCE_IN
+from workers.deribit.worker import Worker, create_worker
 
 CHANNELS = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
 
@@ -17,6 +23,67 @@ CHANNELS = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
 def build_quote(channel: str) -> bytes:
     """A frame of a quote without a price."""
     return DATA_PREFIX + channel.encode() + b'","data":{"timestamp":1700000000000}}}'
+
+
+@pytest.fixture
+def worker() -> Iterator[Worker]:
+    """A worker that is not connected, with a message on the topic of each of its channels."""
+    # Its own status is said again in the first second of each minute.
+    name = next(f"w{n}" for n in count() if hash(f"deribit.status.w{n}.connection") % REPEAT == 0)
+    with short_directory() as directory:
+        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), CHANNELS) | {"name": name})
+        worker.take_frames([build_quote(channel) for channel in CHANNELS], time.time_ns())
+        yield worker
+        worker.publisher.close()
+        worker.ledger.close()
+
+
+@in_loop
+async def test_each_status_is_said_again_once_a_minute(worker: Worker) -> None:
+    for _ in range(2):  # they are told at the first look
+        before = [feed.stream.seq for feed in worker.feeds.values()]
+        for part in range(REPEAT):
+            await worker.patrol._look_at_all(part)
+    assert [feed.stream.seq for feed in worker.feeds.values()] == [seq + 1 for seq in before]
+
+
+@in_loop
+async def test_what_is_due_is_said_again_each_second(worker: Worker) -> None:
+    worker.statuses.tell_connection("connecting", "")
+    worker.statuses.repeat(worker.feeds.values(), -1)
+    patrol = asyncio.create_task(worker.patrol.run())
+    own = worker.topics.find("status", worker.name, "connection")
+    await wait_for(lambda: own.seq == 2, "the connection's own")
+    due = [feed.stream for feed in worker.feeds.values() if hash(feed.stream.topic) % REPEAT == 0]
+    await wait_for(lambda: all(stream.seq == 3 for stream in due), "those of the first second")
+    patrol.cancel()
+    await asyncio.wait([patrol])
+
+
+def test_lag_is_corrected_by_the_clock_offset() -> None:
+    with short_directory() as directory:
+        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), CHANNELS[:1]))
+        worker.client.session.clock_offset = 7 * SECOND
+        worker.take_frames([build_quote(CHANNELS[0])], (1_700_000_000 - 5) * SECOND)
+        assert worker.patrol.lag.newest == 2 * SECOND
+        worker.publisher.close()
+        worker.ledger.close()
+
+
+def has_lost(run: Collecting, losses: int) -> bool:
+    """Whether its connection was lost so often."""
+    return run.worker.client.reconnects == losses
+
+
+@in_loop
+async def test_a_connection_is_left_for_what_only_we_think_of_it_once_a_minute(practice: str) -> None:
+    async with collecting(practice, "", QUOTE) as run:
+        for number, (later, losses) in enumerate(((0, 1), (RECONNECT_ONCE_IN, 1), (RECONNECT_ONCE_IN + 1, 2))):
+            await wait_for(lambda: run.worker.client.is_live, "the connection")
+            run.worker.patrol._reconnect(SECOND * 1000 + later, f"reason {number}")
+            await wait_for(partial(has_lost, run, losses), "the loss")
+        told = await run.hearer.hear_of("deribit.status.w.connection", 2, state="backoff")
+        assert [status["reason"][:8] for status in told] == ["reason 0", "reason 2"]
 
 
 @in_loop

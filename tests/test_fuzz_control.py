@@ -89,6 +89,11 @@ def test_any_channel_name_feeds_a_topic_or_is_refused(name: str) -> None:
         assert parse_topic(channel.topic).interval == channel.interval
 
 
+@pytest.mark.parametrize("part", ["", "a b", "a\t", "a\n", "a.b", "*", "a*", ">", "\0"])
+def test_what_no_nats_subject_may_hold_stands_in_no_topic(part: str) -> None:
+    assert isinstance(attempt(parse_topic, f"deribit.quote.{part}.raw"), ValueError)
+
+
 @bounded
 @given(st.text(max_size=60) | st.from_regex(r"[a-z.]{0,12}\.[A-Z-]{0,12}\.\w{0,5}"))
 def test_any_topic_is_parsed_back_or_refused(text: str) -> None:
@@ -122,10 +127,21 @@ def test_any_message_is_decoded_or_refused(data: bytes) -> None:
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_a_request_of_10_mb_is_refused(op: str) -> None:
-    error = attempt(decode_request, encode({"op": op, "connection": "a", "padding": "x" * 10_000_000}), NOW)
+def test_a_request_of_more_than_1_mib_is_refused(op: str) -> None:
+    def build(size: int) -> bytes:
+        connection: Any = {} if op == "connect" else "a"
+        request = {"op": op, "connection": connection, "channels": ["a"], "method": "public/test", "padding": ""}
+        return encode(request | {"padding": "x" * (size - len(encode(request)) - 4)})  # four more for its length
+
+    assert len(build(1 << 20)) == 1 << 20
+    assert isinstance(attempt(decode_request, build(1 << 20), NOW), Request)
+    error = attempt(decode_request, build((1 << 20) + 1), NOW)
     assert isinstance(error, ControlError)
     assert error.code == "bad_request"
+
+
+def test_a_request_without_a_deadline_has_5_s() -> None:
+    assert decode_request(encode({"op": "get_state"}), NOW).deadline == NOW + 5_000_000_000
 
 
 async def pass_over_link(chunks: list[bytes]) -> tuple[list[Any], list[str]]:

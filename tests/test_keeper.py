@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from collector.lifecycle import MAX_RESTARTS, Exit
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
 from tests.support import REPOSITORY, no_more_threads
@@ -30,6 +31,18 @@ def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_th
         assert keeper.is_live
 
     asyncio.run(check())
+
+
+def test_who_has_been_live_once_is_tried_for_ever() -> None:
+    keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
+    keeper.machine.apply("start")
+    keeper._receive({"kind": "ready", "endpoints": {}})
+    assert keeper._is_hopeless(Exit.GAVE_UP, MAX_RESTARTS + 1)
+    assert keeper._is_hopeless(Exit.BAD_SPEC, 1)
+    keeper._receive({"kind": "beat", "report": {"state": "live"}})
+    assert not keeper._is_hopeless(Exit.GAVE_UP, 1_000_000)
+    assert not keeper._is_hopeless(Exit.BAD_SPEC, 1)
+    assert keeper._is_hopeless(Exit.CREDENTIALS, 1)
 
 
 def test_a_worker_that_no_thread_can_start_is_started_again_later() -> None:

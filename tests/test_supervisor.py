@@ -1,5 +1,6 @@
 """The supervisor as a whole program: starts, restarts, gives up, stops, leaves nothing behind."""
 
+import asyncio
 import os
 import re
 import resource
@@ -7,6 +8,7 @@ import shutil
 import signal
 import socket
 import stat
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -19,9 +21,10 @@ import pytest
 
 from collector import Control
 from collector.cli.run import ONE_WISH
-from collector.config import ConfigError
+from collector.config import Config, ConfigError, load_config
 from collector.messages import ControlError
 from collector.supervisor.runtime import EPOCH_AT, FILES, FILES_EACH, RuntimeDir
+from collector.supervisor.supervisor import Supervisor
 from tests.collected import QUICK, Collected, collected, is_alive
 from tests.pipeline import find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
@@ -93,6 +96,32 @@ def test_a_free_port_that_another_program_took_meanwhile_is_left_to_it() -> None
         after = run.wait_state("a", restarts=2)
         assert after["publish"].startswith("tcp://127.0.0.1:")
         assert after["publish"] != before["publish"]
+
+
+def test_what_the_file_says_of_a_connection_reaches_its_worker() -> None:
+    keys = {"headers.X-Desk": "7", "queue": 7, "timeout": 6.0, "retry_count": 8, "retry_delay": 9.0}
+    with short_directory() as directory:
+        path = write_config(directory, {"a": {**DEAD, "heartbeat_interval": 11.0, **keys}})
+        head = '[collector]\nscheduling = "batch"\nread_pause = 0.005'
+        path.write_text(path.read_text().replace("[collector]", head))
+        spec = asyncio.run(build_spec(load_config(path, {})))
+        # In a process of its own, which becomes one that interrupts no others.
+        code = (
+            "import os, sys; from workers.deribit.worker import create_worker; "
+            f"worker = create_worker({spec!r}); client = worker.client; "
+            "print([client.headers, client.timeout, client.retry_count, client.retry_delay, client.heartbeat_interval, "
+            "client._pace.pause, worker.publisher._socket._queue, os.sched_getscheduler(0) == os.SCHED_BATCH])"
+        )
+        (directory / "run").mkdir(mode=0o700)
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert done.stdout == "[{'X-Desk': '7'}, 6.0, 8, 9.0, 11.0, 0.005, 7, True]\n"
+
+
+async def build_spec(config: Config) -> dict[str, Any]:
+    """What the worker of the first connection would be told; it is not started: nothing is waited for."""
+    supervisor = Supervisor(config, "info", time.time_ns)
+    entry = supervisor.start_connection(config.connections[0], from_file=True)
+    return supervisor._build_connection_spec(entry.keeper)
 
 
 def take_port(other: socket.socket, endpoint: str) -> None:
@@ -531,6 +560,16 @@ def set_files(soft: int, hard: int) -> str:
     return f"import resource; resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))"
 
 
+def test_no_more_than_65536_files_are_allowed_to_be_open() -> None:
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    code = (
+        f"{set_files(300, hard)}; from collector.supervisor.runtime import allow_files; allow_files(1); "
+        "print(resource.getrlimit(resource.RLIMIT_NOFILE)[0])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert int(done.stdout) == (65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536))
+
+
 def test_too_few_open_files_for_the_connections_are_told_before_anything_starts() -> None:
     workers = 11 + 1
     needed = FILES + FILES_EACH * workers
@@ -670,6 +709,13 @@ def test_what_goes_on_without_end_ends_the_collector_if_it_ends_by_a_fault(first
         run.wait_gone()
 
 
+def test_its_files_are_touched_from_time_to_time() -> None:
+    with collected(first="import collector.cli.run; collector.cli.run.REFRESH = 1") as run:
+        run.wait_state("a")
+        os.utime(run.runtime_dir / "lock", (1, 1))
+        wait_until(lambda: (run.runtime_dir / "lock").stat().st_mtime > 1, "its look at them")
+
+
 def test_what_it_makes_is_for_its_owner_alone() -> None:
     with collected() as run:
         run.wait_state("a")
@@ -686,7 +732,8 @@ def test_a_worker_that_does_not_stop_is_killed_and_the_stop_stays_in_order() -> 
         run.wait_gone()
 
 
-def test_a_second_signal_forces_the_end() -> None:
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_forces_the_end(number: signal.Signals) -> None:
     with collected() as run:
         psutil.Process(run.wait_state("a")["pid"]).suspend()  # else it would be over before the second one comes
         run.find_processes()
@@ -694,8 +741,8 @@ def test_a_second_signal_forces_the_end() -> None:
         run.program.wait_line("SIGINT: stopping")
         asked = time.monotonic()
         wait_until(lambda: time.monotonic() - asked > ONE_WISH, "the end of the time in which it is the same wish")
-        run.program.process.send_signal(signal.SIGTERM)
-        assert run.program.wait_exit() == 143
+        run.program.process.send_signal(number)
+        assert run.program.wait_exit() == 128 + number
         run.wait_gone()
         assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
 
