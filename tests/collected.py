@@ -19,6 +19,9 @@ QUICK: dict[str, Any] = {"url": "practice", "retry_delay": 0.05, "channels": ["q
 MANY = [f"other.channel.{number}" for number in range(2000)]
 """Channels enough for the start of their worker to take a moment."""
 
+PATIENT = "from collector.supervisor import keeper; keeper.BEATS_MISSED = 60.0"
+"""What may run `first`: a worker that a test stops is not killed before the test lets it go on."""
+
 
 class Collected:
     """A `collector run` of some connections; its runtime directory is `directory`/run.

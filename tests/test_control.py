@@ -18,7 +18,7 @@ import zmq
 from collector.messages import ControlError, decode_reply, encode
 from collector.supervisor.commands import explain_forbidden, is_sendable
 from collector.supervisor.control import MAX_PENDING
-from tests.collected import MANY, QUICK, Collected, collected, held_at_start
+from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
 from tests.support import wait_until
 
 SLOW = {**QUICK, "url": "practice?faults=slow:public/get_currencies=3", "channels": []}
@@ -154,7 +154,7 @@ def test_get_state_tells_what_the_design_lists(shared: Collected) -> None:
 def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
     """Else two workers would feed one topic."""
     channel = "quote.BTC-PERPETUAL"
-    with collected({"a": QUICK, "b": QUICK | {"channels": []}}) as run:
+    with collected({"a": QUICK, "b": QUICK | {"channels": []}}, first=PATIENT) as run:
         worker = psutil.Process(run.wait_state("a")["pid"])
         run.wait_state("b")
         worker.suspend()
@@ -170,7 +170,7 @@ def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
 def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_same_connection() -> None:
     """The worker is told both in order."""
     narrow, wide = "trades.BTC-PERPETUAL.100ms", "trades.future.BTC.100ms"
-    with collected({"a": QUICK | {"channels": [narrow]}}) as run:
+    with collected({"a": QUICK | {"channels": [narrow]}}, first=PATIENT) as run:
         worker = psutil.Process(run.wait_state("a")["pid"])
         worker.suspend()
         soon = time.time_ns() + 300_000_000
@@ -312,13 +312,13 @@ def test_more_requests_than_are_worked_on_at_a_time_are_refused_at_once_and_that
 
 def test_an_old_request_is_never_carried_out_by_a_worker_that_was_stopped() -> None:
     allowed = {**QUICK, "send_allow": ["public/unsubscribe_all"]}
-    with collected({"a": allowed}) as run:
+    with collected({"a": allowed}, first=PATIENT) as run:
         worker = psutil.Process(run.wait_state("a")["pid"])
         worker.suspend()
         deadline = time.time_ns() + 500_000_000
         error = run.refuse("send", connection="a", method="public/unsubscribe_all", deadline=deadline)
         assert error.code == "timeout"
-        worker.resume()  # within its four seconds: it finds the request in its link, too late
+        worker.resume()  # it finds the request in its link, too late
         run.program.wait_line("a: a late answer: expired")
         before = run.get_state("a")
         assert before["pid"] == worker.pid
@@ -330,7 +330,7 @@ def test_an_old_request_is_never_carried_out_by_a_worker_that_was_stopped() -> N
 
 def test_a_request_that_a_dying_worker_owes_is_answered_at_once_and_not_by_the_next_life() -> None:
     allowed = {**QUICK, "send_allow": ["public/unsubscribe_all"]}
-    with collected({"a": allowed}) as run, connected(run, zmq.REQ) as client:
+    with collected({"a": allowed}, first=PATIENT) as run, connected(run, zmq.REQ) as client:
         worker = psutil.Process(run.wait_state("a")["pid"])
         worker.suspend()
         deadline = time.time_ns() + 60_000_000_000
@@ -400,7 +400,7 @@ def test_what_is_wished_while_the_worker_starts_is_carried_out_by_it() -> None:
 
 def test_a_wish_that_a_worker_cannot_be_asked_since_it_owes_answers_is_kept() -> None:
     request = encode({"op": "send", "connection": "a", "method": "public/test"})
-    with collected() as run, connected(run) as client:
+    with collected(first=PATIENT) as run, connected(run) as client:
         worker = psutil.Process(run.wait_state("a")["pid"])
         worker.suspend()
         for _ in range(80):
@@ -408,7 +408,7 @@ def test_a_wish_that_a_worker_cannot_be_asked_since_it_owes_answers_is_kept() ->
         assert [read_code(client.recv_multipart()[-1]) for _ in range(16)] == ["not_connected"] * 16
         answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])["channels"]
         assert "kept" in answer["quote.ETH-PERPETUAL"]["message"]
-        worker.resume()  # within its four seconds
+        worker.resume()
         wait_until(lambda: "quote.ETH-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the channel")
         assert run.get_state("a")["pid"] == worker.pid
 
@@ -417,13 +417,13 @@ def test_a_wish_that_a_worker_cannot_be_asked_since_it_owes_answers_is_kept() ->
     ("op", "confirmed"), [("subscribe", ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]), ("unsubscribe", [])]
 )
 def test_a_wish_that_a_stopped_worker_sees_too_late_is_kept(op: str, confirmed: list[str]) -> None:
-    with collected() as run:
+    with collected(first=PATIENT) as run:
         worker = psutil.Process(run.wait_state("a")["pid"])
         worker.suspend()
         channel = "quote.ETH-PERPETUAL" if op == "subscribe" else "quote.BTC-PERPETUAL"
         deadline = time.time_ns() + 300_000_000
         assert run.refuse(op, connection="a", channels=[channel], deadline=deadline).code == "timeout"
-        worker.resume()  # within its four seconds
+        worker.resume()
         run.program.wait_line("a: a late answer: expired")
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == confirmed, "what was wished")
         assert run.get_state("a")["pid"] == worker.pid

@@ -16,7 +16,7 @@ import pytest
 from collector.channels import LISTINGS
 from collector.planning.catalogue import Catalogue
 from collector.supervisor.follower import CHECK, MARKS, find_next_check
-from tests.collected import MANY, QUICK, Collected, collected, held_at_start
+from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
 from tests.pipeline import Subscriber, exchange, find_port, subscribed
 from tests.support import collector, wait_until
 
@@ -275,7 +275,8 @@ def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(h
         series = {name.rsplit("-", 2)[0] for name in listed}
         coming = {f"{each}-{strike}-C" for each in series for strike in range(80_000, 105_000, 1000)} - listed
         early = {**table, "channels": [f"quote.{name}" for name in coming]}
-        with collected({"a": {**table, "channels": OPTIONS["channels"]}, "b": early}, exchange=None) as run:
+        tables = {"a": {**table, "channels": OPTIONS["channels"]}, "b": early}
+        with collected(tables, exchange=None, first=PATIENT) as run:
             run.wait_state("a")
             words = r"a: (quote\.\S+) is not asked for now: quote\.\S+ of b feeds the same topics"
             left = run.program.wait_line(words)[1]
