@@ -8,9 +8,10 @@ import functools
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from itertools import count
+from pathlib import Path
 from typing import Any
 
 import msgpack
@@ -236,6 +237,17 @@ def make_spec(url: str, directory: str, channels: Iterable[str], **settings: Any
         "channels": list(channels), "connection": connection, "credentials": login and login._asdict(),
         "scheduling": "normal", "read_pause": 0.0, "log_level": "debug", **more,
     }  # fmt: skip
+
+
+@contextmanager
+def living(directory: Path, *channels: str, fresh: bool = False, **spec: Any) -> Iterator[Worker]:
+    """One more life of a worker, that is not connected."""
+    worker = create_worker(make_spec("ws://127.0.0.1:9/ws/api/v2", str(directory), channels, fresh=fresh) | spec)
+    try:
+        yield worker
+    finally:
+        worker.publisher.close()
+        worker.ledger.close()
 
 
 @asynccontextmanager

@@ -5,17 +5,17 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from itertools import count, pairwise
+from pathlib import Path
 
 import pytest
 
-from tests.deribit_support import QUOTE, Collecting, collecting, in_loop, make_spec, wait_for
-from tests.pipeline import short_directory
+from tests.deribit_support import QUOTE, Collecting, collecting, in_loop, living, wait_for
 from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import SLICE
 from workers.deribit.watching.statuses import REPEAT
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN
-from workers.deribit.worker import Worker, create_worker
+from workers.deribit.worker import Worker
 
 CHANNELS = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
 
@@ -26,16 +26,13 @@ def build_quote(channel: str) -> bytes:
 
 
 @pytest.fixture
-def worker() -> Iterator[Worker]:
+def worker(tmp_path: Path) -> Iterator[Worker]:
     """A worker that is not connected, with a message on the topic of each of its channels."""
     # Its own status is said again in the first second of each minute.
     name = next(f"w{n}" for n in count() if hash(f"deribit.status.w{n}.connection") % REPEAT == 0)
-    with short_directory() as directory:
-        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), CHANNELS) | {"name": name})
+    with living(tmp_path, *CHANNELS, fresh=True, name=name) as worker:
         worker.take_frames([build_quote(channel) for channel in CHANNELS], time.time_ns())
         yield worker
-        worker.publisher.close()
-        worker.ledger.close()
 
 
 @in_loop
@@ -60,14 +57,11 @@ async def test_what_is_due_is_said_again_each_second(worker: Worker) -> None:
     await asyncio.wait([patrol])
 
 
-def test_lag_is_corrected_by_the_clock_offset() -> None:
-    with short_directory() as directory:
-        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), CHANNELS[:1]))
+def test_lag_is_corrected_by_the_clock_offset(tmp_path: Path) -> None:
+    with living(tmp_path, CHANNELS[0], fresh=True) as worker:
         worker.client.session.clock_offset = 7 * SECOND
         worker.take_frames([build_quote(CHANNELS[0])], (1_700_000_000 - 5) * SECOND)
         assert worker.patrol.lag.newest == 2 * SECOND
-        worker.publisher.close()
-        worker.ledger.close()
 
 
 def has_lost(run: Collecting, losses: int) -> bool:
@@ -87,29 +81,23 @@ async def test_a_connection_is_left_for_what_only_we_think_of_it_once_a_minute(p
 
 
 @in_loop
-async def test_between_looks_at_some_channels_the_loop_turns() -> None:
+async def test_between_looks_at_some_channels_the_loop_turns(worker: Worker) -> None:
     """Topics that have spoken and were told no state yet are all told theirs at the next look."""
-    with short_directory() as directory:
-        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), CHANNELS))
-        worker.take_frames([build_quote(channel) for channel in CHANNELS], time.time_ns())
-        told = [worker.publisher.published]
-        patrol = asyncio.create_task(worker.patrol.run())
-        while worker.publisher.published < 2 * len(CHANNELS):
-            await asyncio.sleep(0)  # one turn of the loop, as a read would have
-            told.append(worker.publisher.published)
-        patrol.cancel()
-        await asyncio.wait([patrol])
-        assert all(feed.stream.status for feed in worker.feeds.values())
-        steps = [after - before for before, after in pairwise(told)]
-        assert max(steps) <= SLICE + 1  # and a heartbeat
-        worker.publisher.close()
-        worker.ledger.close()
+    told = [worker.publisher.published]
+    patrol = asyncio.create_task(worker.patrol.run())
+    while worker.publisher.published < 2 * len(CHANNELS):
+        await asyncio.sleep(0)  # one turn of the loop, as a read would have
+        told.append(worker.publisher.published)
+    patrol.cancel()
+    await asyncio.wait([patrol])
+    assert all(feed.stream.status for feed in worker.feeds.values())
+    steps = [after - before for before, after in pairwise(told)]
+    assert max(steps) <= SLICE + 1  # and a heartbeat
 
 
-def test_what_comes_after_the_clock_was_set_back_ends_a_silence_too() -> None:
+def test_what_comes_after_the_clock_was_set_back_ends_a_silence_too(tmp_path: Path) -> None:
     now, hour = time.time_ns(), 3600 * SECOND
-    with short_directory() as directory:
-        worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), CHANNELS[:1]))
+    with living(tmp_path, CHANNELS[0], fresh=True) as worker:
         (feed,) = worker.feeds.values()
         worker.take_frames([build_quote(CHANNELS[0])], now)
         feed.mute_since = feed.last_ts
@@ -119,5 +107,3 @@ def test_what_comes_after_the_clock_was_set_back_ends_a_silence_too() -> None:
         worker.take_frames([build_quote(CHANNELS[0])], now - hour)
         worker.patrol._judge_feeds([feed], now - hour)
         assert feed.condition == ("live", "")
-        worker.publisher.close()
-        worker.ledger.close()

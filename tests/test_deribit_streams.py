@@ -3,8 +3,7 @@
 import asyncio
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import msgspec
 import pytest
 
 from collector.channels import LISTINGS, guess_expiry
-from tests.deribit_support import BOOK, QUOTE, TRADES, make_spec
+from tests.deribit_support import BOOK, QUOTE, TRADES, living
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.feeds.frames import TradeData
@@ -22,7 +21,7 @@ from workers.deribit.publishing.ledger import LAST_TS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import REPEAT
-from workers.deribit.worker import Worker, create_worker
+from workers.deribit.worker import Worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""
@@ -128,18 +127,6 @@ INSTRUMENT = {"instrument_name": "BTC-6NOV26", "state": "settlement", "timestamp
 def make_frame(channel: str, data: Any) -> bytes:
     body = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": channel, "data": data}}
     return json.dumps(body, separators=(",", ":")).encode()
-
-
-@contextmanager
-def living(directory: Path, *channels: str, follow: bool = False, fresh: bool = False) -> Iterator[Worker]:
-    """One more life of a worker, that is not connected."""
-    spec = make_spec("ws://127.0.0.1:9/ws/api/v2", str(directory), channels, fresh=fresh)
-    worker = create_worker(spec | {"follow": follow})
-    try:
-        yield worker
-    finally:
-        worker.publisher.close()
-        worker.ledger.close()
 
 
 def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
