@@ -323,7 +323,21 @@ def test_what_comes_while_some_waits_stays_behind_it() -> None:
                 peer.write_more()
             heard += theirs.recv(1 << 16)
         assert heard == b"a" * size + b"end"
-        assert (peer.waiting, len(peer.unsent), len(peer.marks)) == (0, 0, 0)
+        assert (peer.waiting, peer.unsent, len(peer.marks)) == (0, 0, 0)
+
+
+def test_what_waits_is_never_moved_as_a_whole() -> None:
+    """However much it is: it lies in blocks, each of which goes out, and is let go, by itself."""
+    with one_peer(queue=0) as (peer, theirs):
+        for _ in range(40 * STEP // 100_000):
+            peer.write(bytes(100_000), 1)
+        assert len(peer.blocks) > 20
+        assert max(len(block) for block in peer.blocks) < STEP + 100_000
+        assert sum(len(block) for block in peer.blocks) == peer.unsent
+        while peer.unsent:
+            read_until_writable(peer, theirs)
+            peer.write_more()
+        assert not peer.blocks
 
 
 def test_each_time_that_a_subscriber_is_too_slow_is_told_by_itself(caplog: pytest.LogCaptureFixture) -> None:
@@ -347,7 +361,7 @@ def test_large_messages_do_not_pile_up_for_one_that_reads_nothing(caplog: pytest
         for _ in range(6):
             peer.write(large, 1)
         assert peer.dropped == 1  # some of the first lies in the system's buffer, so that five are held
-        assert len(peer.unsent) < MAX_UNSENT + len(large)
+        assert peer.unsent < MAX_UNSENT + len(large)
         assert "a subscriber is too slow, 5 messages wait for it: it will miss some" in caplog.messages
 
 
@@ -428,13 +442,13 @@ def test_who_asks_for_answers_and_reads_none_does_not_fill_the_memory() -> None:
         serve(pub, lambda: pub._peers and pub._peers[0].conversation.is_ready, "its greeting")
         hostile.settimeout(5)
         (peer,) = pub._peers
-        while len(peer.unsent) <= STEP:
+        while peer.unsent <= STEP:
             hostile.sendall(ping)
             pub.poll()
         for _ in range(200):
             hostile.sendall(ping)
             pub.poll()
-        assert len(peer.unsent) < STEP + 200_000
+        assert peer.unsent < STEP + 200_000
 
 
 def test_who_subscribes_without_end_is_let_go(caplog: pytest.LogCaptureFixture) -> None:

@@ -7,7 +7,8 @@ from collections import Counter, deque
 from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
 
 STEP = 1 << 20
-"""Bytes that are sent at once to a subscriber that is behind: the loop must not be held up."""
+"""Bytes that are sent at once to a subscriber that is behind, and about those of one block that waits for it: the loop
+must not be held up."""
 
 MAX_UNSENT = 256 << 20
 """Bytes that may wait for one subscriber, however few messages they are: one that was stopped must not eat the memory.
@@ -26,13 +27,14 @@ class Peer:
     """One subscriber. `queue` messages may wait for it (0: any number), and MAX_UNSENT bytes; what is more it misses.
 
     `batch` (what is to be written) and `is_behind` (whether room is waited for) belong to the one who holds it.
-    `unsent` is what the system has not yet taken, `marks` where messages end in that. Each method that reads or sends
-    raises OSError once the other end is gone.
+    `unsent` counts the bytes that the system has not yet taken. They lie in `blocks`: of one long bytearray Python
+    would move all that is left from time to time. `marks` says where messages end in them. Each method that reads or
+    sends raises OSError once the other end is gone.
     """
 
     __slots__ = (
-        "batch", "conversation", "dropped", "is_behind", "lengths", "marks", "prefixes", "queue", "sent", "since",
-        "socket", "unsent", "waiting",
+        "batch", "blocks", "conversation", "dropped", "is_behind", "lengths", "marks", "prefixes", "queue", "sent",
+        "since", "socket", "unsent", "waiting",
     )  # fmt: skip
 
     def __init__(self, end: socket.socket, queue: int, now: float) -> None:
@@ -43,7 +45,8 @@ class Peer:
         self.prefixes: set[bytes] = set()
         self.lengths: Counter[int] = Counter()
         self.batch: list[bytes] = []
-        self.unsent = bytearray()
+        self.blocks: deque[bytearray] = deque()
+        self.unsent = 0
         self.marks: deque[tuple[int, int]] = deque()
         self.sent = 0
         self.waiting = 0
@@ -94,22 +97,29 @@ class Peer:
         sent = 0 if self.unsent else self._send(data)
         if sent == len(data):
             return
-        if count and (self.waiting >= self.queue > 0 or len(self.unsent) >= MAX_UNSENT):
+        if count and (self.waiting >= self.queue > 0 or self.unsent >= MAX_UNSENT):
             if not self.dropped:
                 log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", self.waiting)
             self.dropped += count
             return
-        if not count and len(self.unsent) > STEP:
+        if not count and self.unsent > STEP:
             return  # who reads nothing needs no answers, and must not pile them up
-        self.unsent += memoryview(data)[sent:]
+        if not self.blocks or len(self.blocks[-1]) >= STEP:
+            self.blocks.append(bytearray())
+        self.blocks[-1] += memoryview(data)[sent:]
+        self.unsent += len(data) - sent
         self.waiting += count
-        self.marks.append((self.sent + len(self.unsent), count))
+        self.marks.append((self.sent + self.unsent, count))
 
     def write_more(self) -> None:
         """Send some of what waits."""
-        with memoryview(self.unsent) as unsent, unsent[:STEP] as step:
+        block = self.blocks[0]
+        with memoryview(block) as whole, whole[:STEP] as step:
             sent = self._send(step)
-        del self.unsent[:sent]
+        del block[:sent]
+        if not block:
+            self.blocks.popleft()
+        self.unsent -= sent
         self.sent += sent
         while self.marks and self.marks[0][0] <= self.sent:
             self.waiting -= self.marks.popleft()[1]
@@ -120,7 +130,8 @@ class Peer:
     def forget(self) -> None:
         """It is gone: what waits for it is waste, and what it wants too."""
         self.prefixes, self.lengths = set(), Counter()
-        self.unsent, self.batch, self.waiting = bytearray(), [], 0
+        self.unsent, self.batch, self.waiting = 0, [], 0
+        self.blocks.clear()
         self.marks.clear()
 
     def _send(self, data: bytes | memoryview) -> int:
