@@ -125,9 +125,9 @@ class Patrol:
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
         kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
-        gone = self._topics.forget_expired(time.time_ns(), kept)
+        gone = set(self._topics.forget_expired(time.time_ns(), kept))
         for feed in self._feeds.values():
-            for stream in gone:
+            for stream in gone.intersection(feed.streams.values()):
                 feed.forget(stream)
 
     def _end_expired(self) -> None:
