@@ -168,7 +168,7 @@ def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed(
     async def lose_twice(*offsets: int) -> Session:
         session = Session(answer_nothing, None, 30.0, False)
         for offset in offsets:
-            session.clock_offset, session.clock_error = offset, 1
+            session.measured_offset, session.clock_error = offset, 1
             session.end()
         return session
 
@@ -181,6 +181,27 @@ def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed(
     session._sync_at = 0.0
     asyncio.run(session.keep_up(1.0))
     assert session.earlier_offset is None
+
+
+def test_the_exchange_s_clock_goes_on_though_ours_is_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    hour = 3600 * 1_000_000_000
+    theirs = time.time_ns() + 24 * hour
+
+    async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
+        return theirs // 1_000_000
+
+    session = Session(answer_time, None, 30.0, False)
+    assert session.clock_offset == 0
+    session._sync_at = 0.0
+    asyncio.run(session.keep_up(1.0))
+    measured = session.clock_offset
+    for step in (hour, -hour):
+        ours = time.time_ns() + step
+        with monkeypatch.context() as system:
+            system.setattr(time, "time_ns", lambda ours=ours: ours)
+            assert abs(session.read_exchange_clock() - theirs) < hour / 2
+            assert abs(session.clock_offset - (measured - step)) < hour / 2
+            assert abs(session.measured_offset - measured) < hour / 2
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -42,9 +42,9 @@ NEVER = float("inf")
 class Session:
     """The settings of the bootstrap, and what came of it on the connection that is up now.
 
-    `clock_offset` is the exchange's clock less ours and `clock_error` how far off that may be, in ns; `earlier_offset`
-    is the least that it was on the connections before, so long as what they lost may still be healed (our clock may
-    have been set since); None if there is none.
+    `measured_offset` is the exchange's clock less ours when that was measured, and `clock_error` how far off it may be,
+    in ns; `earlier_offset` is the least that it was on the connections before, so long as what they lost may still be
+    healed (our clock may have been set since); None if there is none.
     """
 
     def __init__(self, send: Send, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool) -> None:
@@ -58,7 +58,8 @@ class Session:
         self._token_ends = NEVER
         self._sync_at = NEVER
         self.logged_in_at = 0.0  # monotonic; 0: this connection has not
-        self.clock_offset = 0
+        self._ahead: int | None = None  # the exchange's clock less the monotonic one
+        self.measured_offset = 0
         self.clock_error = 0
         self.earlier_offset: int | None = None
 
@@ -75,14 +76,23 @@ class Session:
     def end(self) -> None:
         """The connection is gone, and the login with it."""
         if self.clock_error:
-            earlier = self.clock_offset if self.earlier_offset is None else self.earlier_offset
-            self.earlier_offset = min(self.clock_offset, earlier)
+            earlier = self.measured_offset if self.earlier_offset is None else self.earlier_offset
+            self.earlier_offset = min(self.measured_offset, earlier)
         self.logged_in_at = 0.0
         self._refresh_at = self._sync_at = NEVER
 
     def read_exchange_clock(self) -> int:
         """The exchange's time now, in ns since 1970, as far as it is known."""
         return time.time_ns() + self.clock_offset
+
+    @property
+    def clock_offset(self) -> int:
+        """The exchange's clock less ours, in ns, as far as it is known; else 0.
+
+        It goes on by the monotonic clock: ours may be set at any moment, and what it says of the exchange's must not
+        be wrong until that is measured again.
+        """
+        return 0 if self._ahead is None else self._ahead + time.monotonic_ns() - time.time_ns()
 
     async def take_round(self, number: int) -> None:
         """Send the requests of one round of the bootstrap together. Raises Lost or Refused."""
@@ -162,10 +172,11 @@ class Session:
 
     async def _sync_time(self) -> None:
         self._sync_at = time.monotonic() + TIME_SYNC
-        sent = time.time_ns()
+        sent = time.monotonic_ns()
         theirs = await self._send("public/get_time", {})
-        received = time.time_ns()
+        received = time.monotonic_ns()
         if type(theirs) is int and 0 <= theirs <= MAX_MS:
             # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
-            self.clock_offset = theirs * 1_000_000 + 500_000 - (sent + received) // 2
+            self._ahead = theirs * 1_000_000 + 500_000 - (sent + received) // 2
+            self.measured_offset = self.clock_offset
             self.clock_error = (received - sent) // 2 + 500_000

@@ -125,7 +125,7 @@ class Patrol:
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
         kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
-        gone = set(self._topics.forget_expired(time.time_ns(), kept))
+        gone = set(self._topics.forget_expired(self._client.session.read_exchange_clock(), kept))
         for feed in self._feeds.values():
             for stream in gone.intersection(feed.streams.values()):
                 feed.forget(stream)
