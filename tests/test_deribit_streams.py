@@ -14,6 +14,7 @@ from collector.channels import LISTINGS, guess_expiry
 from tests.deribit_support import BOOK, QUOTE, TRADES, living
 from tests.pipeline import short_directory, subscribed
 from tests.support import wait_until
+from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
@@ -431,6 +432,22 @@ def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_p
         (stream,) = feed.streams.values()
         assert (feed.channel.name, stream.is_left, stream.last_id) == (wide, False, 6)
         assert stream.epoch > worker.epoch
+
+
+def test_a_channel_that_has_expired_and_is_asked_for_again_begins_anew(tmp_path: Path) -> None:
+    """It was left: whatever changed until it is sent again is lost, though nothing of it was seen to be."""
+    with living(tmp_path, BOOK, fresh=True) as worker:
+        snapshot = {"type": "snapshot", "bids": [], "asks": [], "change_id": 1, "timestamp": 1}
+        worker.take_frames([make_frame(BOOK, snapshot)], 5)
+        (old,) = worker.feeds.values()
+        worker.client.reconciler.expire([BOOK])
+        assert old.condition == ("expired", EXPIRED)
+        ask(worker, "subscribe", BOOK)
+        (feed,) = worker.feeds.values()
+        assert feed.stream.epoch > old.stream.epoch
+        assert (feed.is_complete, feed.condition) == (False, ("recovering", "subscribe"))
+        assert feed.stream.status is not None
+        assert feed.stream.status.state == "recovering"
 
 
 def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import time
 from typing import Any
 
 from collector.channels import LISTINGS, parse_channel, share_topic
-from workers.deribit.connection.subscriptions import OWN, Subscriptions, is_same
+from workers.deribit.connection.subscriptions import EXPIRED, OWN, Subscriptions, is_same
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.normalise import EventFeed, create_feed
@@ -84,9 +84,12 @@ class Channels:
     def take_up(self, names: list[str], epoch: int) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.
 
-        What was said to be `closed` on a topic must not be followed by data before it is said to be asked for.
+        Where a topic was said to be `closed` or `expired`, that it is asked for must be said before its next data.
         """
         channels = [parse_channel(name) for name in names]
+        over = [name for name in names if self._subscriptions.refused.get(name) == EXPIRED]
+        self._subscriptions.drop(over)
+        self.leave(over, *OVER)
         topics = {channel.topic for channel in channels} - {None}
         wide = [channel for channel in channels if channel.topic is None]
         leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
