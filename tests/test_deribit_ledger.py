@@ -10,6 +10,7 @@ from collector.messages import Topic
 from tests.pipeline import short_directory, write_config
 from tests.support import REPOSITORY, collector
 from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, TOPICS, UNHEALED, Ledger
+from workers.deribit.publishing.streams import Topics
 
 ON_SMALL_DISK = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
 """Runs a shell that may mount what only it sees."""
@@ -63,12 +64,32 @@ def test_a_place_that_was_freed_in_an_earlier_life_serves_another(tmp_path: Path
     again.close()
 
 
-def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(tmp_path: Path) -> None:
+def test_a_place_of_which_nothing_is_known_serves_another_in_the_next_life(tmp_path: Path) -> None:
+    """Of a topic that was left, or on which nothing was said, before its life was killed."""
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    topics = Topics(1, ledger)
+    left, silent = (topics.find("trade", name, "100ms") for name in ("BTC-6NOV26", "BTC-7NOV26"))
+    kept, *_ = fill(ledger, range(1, 2))
+    ledger.cells[left.slot + LAST_TS] = 5
+    topics.leave(left, 10)
+    topics.forget_left(10 + 60 * 1_000_000_000)
+    ledger.close()
+    again = Ledger(tmp_path / "a.ledger", fresh=False)
+    assert {again.find_slot(name_topic(number)) for number in range(10, 12)} == {left.slot, silent.slot}
+    assert again.find_slot(name_topic(1)) == kept
+    again.close()
+
+
+def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
     for number in range(TOPICS):
         assert ledger.find_slot(name_topic(number))
     assert ledger.find_slot(name_topic(TOPICS)) == 0
     assert ledger.find_slot("x" * 500) == 0
+    assert ledger.find_slot(name_topic(TOPICS + 1)) == 0
+    assert caplog.text.count("no room for more topics in the ledger") == 1
     ledger.subscriptions = 6
     fill(ledger, range(TOPICS, TOPICS + 1))
     ledger.clear(0)

@@ -150,6 +150,8 @@ class Ledger:
             if not length or length > RECORD - TEXT:
                 return
             self._records = number
+            if length > 0 and not any(cells[slot + cell] for cell in _WORDS if cell != EPOCH):
+                length = cells[slot + LENGTH] = -1  # nothing was said there, or it was left: nobody else would free it
             if length < 0:
                 self._free.append(number)
                 continue
@@ -190,7 +192,7 @@ class Ledger:
         if len(topic) > RECORD - TEXT:
             return 0
         number = self._free.pop() if self._free else self._records + 1
-        if number > TOPICS or not self._has_room(number):
+        if not self._has_room(number):
             return 0
         self._records = max(self._records, number)
         start = number * RECORD + TEXT
@@ -203,6 +205,8 @@ class Ledger:
         if number < self.cells[ROOM]:
             return True
         try:
+            if number > TOPICS:
+                raise OSError(f"it holds {TOPICS}")
             _write(self._file, number * RECORD, bytes(STEP * RECORD))
         except OSError as error:
             if not self._is_full:
