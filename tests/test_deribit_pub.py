@@ -488,6 +488,19 @@ def test_a_socket_of_another_type_is_let_go_and_the_log_says_why(caplog: pytest.
         serve(pub, lambda: "it is a PULL" in caplog.text and not pub._peers, "it to be let go")
 
 
+def test_strangers_that_come_again_and_again_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    """A ZeroMQ socket of a wrong type connects anew for ever, five times a second."""
+    with publishing() as (pub, endpoint):
+        for _ in range(15):
+            with socket.socket(socket.AF_UNIX) as stranger:
+                stranger.connect(endpoint[6:])
+                serve(pub, lambda: pub._peers, "the stranger")
+                stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+                serve(pub, lambda: not pub._peers, "the stranger to be let go")
+    assert caplog.text.count("a peer is no subscriber, and is let go: it speaks no ZMTP") == 10
+    assert "; 10 so far" in caplog.text
+
+
 def test_who_never_says_what_it_is_goes_when_another_comes() -> None:
     with publishing(patience=0.0) as (pub, endpoint), socket.socket(socket.AF_UNIX) as silent:
         silent.connect(endpoint[6:])

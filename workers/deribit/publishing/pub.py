@@ -64,6 +64,7 @@ class PubSocket:
         self._listener: socket.socket | None = None
         self._endpoint = ""
         self._is_full = False
+        self._strangers = 0
 
     def bind(self, endpoint: str) -> str:
         """Listen; return the endpoint really bound. Raises OSError if it is taken."""
@@ -170,7 +171,9 @@ class PubSocket:
         if peer not in self._peers:
             return
         if reason:
-            log.warning("a peer is no subscriber, and is let go: %s", reason)
+            self._strangers += 1
+            if self._strangers <= 10 or self._strangers % 1000 == 0:  # ZeroMQ's come again and again
+                log.warning("a peer is no subscriber, and is let go: %s; %d so far", reason, self._strangers)
         self._peers.remove(peer)
         self._selector.unregister(peer.socket)
         peer.socket.close()
