@@ -199,7 +199,8 @@ class Worker(Listener):
 
     async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
-        self.channels.take_up(names, arguments["epoch"])
+        with self.publisher.gather():
+            self.channels.take_up(names, arguments["epoch"])
         return {"channels": await self.client.subscribe(names)}
 
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -213,7 +214,8 @@ class Worker(Listener):
                 await self._heal_last(names)
             return {"channels": left}
         finally:
-            self.channels.leave(names, *condition)
+            with self.publisher.gather():
+                self.channels.leave(names, *condition)
 
     async def _heal_last(self, names: list[str]) -> None:
         """The last trades of instruments that have ended may have been lost: fetch them, if that can be soon."""
@@ -362,12 +364,13 @@ class Worker(Listener):
         """Say on the topic of each that it will not come."""
         log.warning("%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
         ended: list[TradeFeed] = []
-        for name in names:
-            feed = self.feeds.get(name.encode())
-            if reason == EXPIRED and isinstance(feed, TradeFeed):
-                ended.append(feed)
-            elif feed is not None:
-                self.statuses.tell(feed, "expired" if reason == EXPIRED else "refused", reason)
+        with self.publisher.gather():
+            for name in names:
+                feed = self.feeds.get(name.encode())
+                if reason == EXPIRED and isinstance(feed, TradeFeed):
+                    ended.append(feed)
+                elif feed is not None:
+                    self.statuses.tell(feed, "expired" if reason == EXPIRED else "refused", reason)
         if ended:
             self._spawn(self._end_trades(ended))
 
@@ -402,9 +405,10 @@ class Worker(Listener):
         """Their instruments have ended, and their last trades may have been lost: nothing may follow the word."""
         await self.healer.finish(feeds)
         refused = self.client.reconciler.subscriptions.refused
-        for feed in feeds:
-            if not feed.is_ended and refused.get(feed.channel.name) == EXPIRED:
-                self.statuses.tell(feed, *OVER)
+        with self.publisher.gather():
+            for feed in feeds:
+                if not feed.is_ended and refused.get(feed.channel.name) == EXPIRED:
+                    self.statuses.tell(feed, *OVER)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
