@@ -183,6 +183,18 @@ async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(
 
 
 @in_loop
+async def test_what_is_asked_of_a_worker_that_has_ended_is_refused_in_plain_words(practice: str) -> None:
+    """Its ledger is closed by then: nothing may be written there, nor said."""
+    async with collecting(practice, "", QUOTE) as run:
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+    for op in ("subscribe", "unsubscribe"):
+        with pytest.raises(ControlError, match="has ended") as refusal:
+            await run.ask(op, channels=[QUOTE])
+        assert refusal.value.code == "not_connected"
+    assert (await run.get_state())["state"] == "closed"
+
+
+@in_loop
 async def test_a_worker_that_is_stopped_says_so_on_each_topic_and_what_stays_missing(practice: str) -> None:
     faults = "lost_trades:4@1,no_reply:public/get_last_trades_by_instrument"
     async with collecting(practice, faults, QUOTE, BOOK, TRADES, EXPIRED_QUOTE) as run:

@@ -42,6 +42,9 @@ LAST_WORDS = 2.0
 LAST_HEALING = 10.0
 """Seconds that trades of an instrument that has ended may still be healed once the supervisor gives its channel up."""
 
+WINDING_UP = 2.0
+"""Seconds that what was cancelled may take at the end: a socket waits one for the exchange's close frame."""
+
 SAMPLE_EVERY = 20_000_000
 """Time between samples of latency and lag, in ns."""
 
@@ -110,6 +113,7 @@ class Worker(Listener):
         self._sampled = 0
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
+        self._has_ended = False
         self.publisher = Publisher(spec["connection"]["publish"], spec["connection"]["queue"], self.ledger)
         self.joins = Joins(self.publisher, self.topics)
         self.client = create_client(spec, self)
@@ -142,12 +146,16 @@ class Worker(Listener):
             for task in done:
                 task.result()
         finally:
-            for task in (life, *others, *self._tasks):
+            tasks = life, *others, *self._tasks
+            for task in tasks:
                 task.cancel()
+            await asyncio.wait(tasks, timeout=WINDING_UP)
             await self._end()
         return self.client.exit
 
     async def _end(self) -> None:
+        """Close all: from now on nothing is said, for the publisher is closed by a thread of its own."""
+        self._has_ended = True
         self.joins.end()
         self.healer.close()
         try:
@@ -186,6 +194,8 @@ class Worker(Listener):
         }  # fmt: skip
         if op not in commands:
             raise ControlError("unknown_op", f"a connection has no op {op!r}")
+        if self._has_ended and op != "get_state":
+            raise ControlError("not_connected", "the connection has ended")
         try:
             return await commands[op](arguments)
         except ExchangeError as error:
@@ -214,8 +224,9 @@ class Worker(Listener):
                 await self._heal_last(names)
             return {"channels": left}
         finally:
-            with self.publisher.gather():
-                self.channels.leave(names, *condition)
+            if not self._has_ended:  # else a later life says it, if this one has not
+                with self.publisher.gather():
+                    self.channels.leave(names, *condition)
 
     async def _heal_last(self, names: list[str]) -> None:
         """The last trades of instruments that have ended may have been lost: fetch them, if that can be soon."""
