@@ -109,6 +109,17 @@ def test_a_fresh_one_leaves_the_old_one_alone_for_who_has_it_still(tmp_path: Pat
     old.close()
 
 
+def test_a_fresh_one_takes_the_old_one_s_place_only_once_it_is_whole(tmp_path: Path) -> None:
+    """Where nothing lies meanwhile, an orphan that still has the old one would put it there again."""
+    fill(Ledger(tmp_path / "a.ledger", fresh=True), range(1, 10))
+    (tmp_path / "a.ledger.new").mkdir()
+    with pytest.raises(OSError, match=r"a\.ledger\.new"):
+        Ledger(tmp_path / "a.ledger", fresh=True)
+    assert len(Ledger(tmp_path / "a.ledger", fresh=False).earlier) == 9
+    (tmp_path / "a.ledger.new").rmdir()
+    assert Ledger(tmp_path / "a.ledger", fresh=True).earlier == []
+
+
 def test_what_is_removed_is_written_again(tmp_path: Path) -> None:
     path = tmp_path / "a.ledger"
     ledger = Ledger(path, fresh=True)

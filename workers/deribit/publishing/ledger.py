@@ -80,9 +80,7 @@ class Ledger:
 
     def __init__(self, path: Path, fresh: bool) -> None:
         self._path = path
-        if fresh:
-            path.unlink(missing_ok=True)
-        if not self._find():
+        if fresh or not self._find():
             self._make(EMPTY)
             if not fresh:
                 lost = "nothing is known of earlier lives, and what was lost since then is not told"
