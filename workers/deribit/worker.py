@@ -111,6 +111,7 @@ class Worker(Listener):
         self.unknown = 0
         self.latency = Samples()
         self._sampled = 0
+        self._connected_at = 0  # ns, monotonic
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_ended = False
@@ -324,10 +325,12 @@ class Worker(Listener):
         if self._newest:
             message = self._newest[-1][1]
             exchange_ts = message["exchange_ts"] if isinstance(message, dict) else message.exchange_ts
-            # A snapshot that was asked for bears the time of the book's last change, which may be any.
-            is_old = isinstance(message, Book) and message.reason in ("subscribe", "resync")
+            lag = receive_ts + self.client.session.clock_offset - exchange_ts
+            # What was asked for bears the time of its last change, which may be any: on a new connection, or of a book.
+            is_old = lag > time.monotonic_ns() - self._connected_at
+            is_old |= isinstance(message, Book) and message.reason in ("subscribe", "resync")
             if exchange_ts and not is_old:
-                self.patrol.take_lag(receive_ts + self.client.session.clock_offset - exchange_ts)
+                self.patrol.take_lag(lag)
             self._newest = []
 
     def change_state(self, state: str, reason: str) -> None:
@@ -337,6 +340,8 @@ class Worker(Listener):
         with self.publisher.gather():
             if state in ("backoff", "failed"):
                 self._lose_all()
+            elif state == "bootstrapping":
+                self._connected_at = time.monotonic_ns()
             elif state == "live":
                 self.patrol.begin()
                 self.healer.resume()
