@@ -73,13 +73,12 @@ class Channels:
                 feed.losses.recall()
             feed.lose("restart", self._topics.epoch)
         held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
-        for stream in restored:
+        for stream, epoch in restored.items():
             if stream not in held:  # given up while no worker was there to say so
-                self._topics.go_back(stream)
+                self._topics.go_back(stream, epoch)
                 self._statuses.end(stream)
                 self._statuses.note_left(stream)
                 self._topics.leave(stream, time.time_ns())
-        self._topics.end_restoring()
 
     def take_up(self, names: list[str], epoch: int) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.

@@ -141,7 +141,6 @@ class Topics:
         self._latest = epoch
         self._streams: dict[tuple[str, str, str], Stream] = {}
         self._left: dict[Stream, int] = {}
-        self._earlier: dict[Stream, int] = {}
 
     def begin_epoch(self, epoch: int) -> None:
         """What is made from now on has this epoch at least. The supervisor's is newer than all that anybody said."""
@@ -172,17 +171,18 @@ class Topics:
         left.is_left = False
         return stream
 
-    def restore(self) -> list[Stream]:
-        """The streams of which an earlier life had carried data; those that it left as ended have no `last_ts`."""
-        restored = []
+    def restore(self) -> dict[Stream, int]:
+        """The streams of which an earlier life had carried data, with the epoch that each had there; those that it left
+        as ended have no `last_ts`.
+        """
+        restored = {}
         for entry in self.ledger.earlier:
             try:
                 topic = parse_topic(entry.topic)
             except ValueError:  # the life before was killed while it wrote this
                 continue
             stream = self.find(topic.type, topic.instrument, topic.interval)
-            restored.append(stream)
-            self._earlier[stream] = entry.epoch
+            restored[stream] = entry.epoch
             if entry.last_ts == HAS_ENDED:
                 continue
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
@@ -224,13 +224,11 @@ class Topics:
             self.ledger.cells[stream.slot + LAST_TS] = HAS_ENDED
         self._left[stream] = now
 
-    def go_back(self, stream: Stream) -> None:
-        """What is said of a topic of an earlier life that nobody asks for is older than what others may say by now."""
-        stream.epoch = self.ledger.cells[stream.slot + EPOCH] = self._earlier.pop(stream) + 1
-
-    def end_restoring(self) -> None:
-        """All that an earlier life had is taken over, or said to be closed."""
-        self._earlier.clear()
+    def go_back(self, stream: Stream, epoch: int) -> None:
+        """What is said of a topic that had this epoch in an earlier life, and for which nobody asks, is older than what
+        others may say by now.
+        """
+        stream.epoch = self.ledger.cells[stream.slot + EPOCH] = epoch + 1
 
     def forget_left(self, now: int) -> None:
         """Let a later life know nothing of the topics whose last word is surely out."""
