@@ -9,7 +9,7 @@ import pytest
 from collector.messages import Topic
 from tests.pipeline import short_directory, write_config
 from tests.support import REPOSITORY, collector
-from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, TOPICS, UNHEALED, Ledger
+from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, SUBSCRIPTIONS, TOPICS, UNHEALED, Ledger
 from workers.deribit.publishing.streams import Topics
 
 ON_SMALL_DISK = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
@@ -90,10 +90,10 @@ def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(
     assert ledger.find_slot("x" * 500) == 0
     assert ledger.find_slot(name_topic(TOPICS + 1)) == 0
     assert caplog.text.count("no room for more topics in the ledger") == 1
-    ledger.subscriptions = 6
+    ledger.cells[SUBSCRIPTIONS] = 6
     fill(ledger, range(TOPICS, TOPICS + 1))
     ledger.clear(0)
-    assert ledger.subscriptions == 6
+    assert ledger.cells[SUBSCRIPTIONS] == 6
     ledger.close()
 
 

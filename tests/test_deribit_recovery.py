@@ -30,7 +30,7 @@ from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
-from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.ledger import HEARD, Ledger
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.rpc.errors import ExchangeError
@@ -825,7 +825,7 @@ def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
 async def test_a_later_life_is_told_when_the_connection_stood_last(practice: str) -> None:
     async with collecting(practice, "", QUOTE) as run:
         start = time.time_ns()
-        await wait_for(lambda: run.worker.ledger.heard_at > start, "the look of the second")
+        await wait_for(lambda: run.worker.ledger.cells[HEARD] > start, "the look of the second")
 
 
 @pytest.mark.parametrize("is_late", [False, True])

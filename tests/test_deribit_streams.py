@@ -18,7 +18,7 @@ from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
-from workers.deribit.publishing.ledger import LAST_TS, Ledger
+from workers.deribit.publishing.ledger import LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import REPEAT
@@ -164,7 +164,7 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
         with living(directory, QUOTE, fresh=True) as worker:
             worker.take_frames([make_frame(QUOTE, quote)], 5)
             epoch = worker.epoch
-            worker.ledger.subscriptions = 1  # it waits for its subscriber to come back
+            worker.ledger.cells[SUBSCRIPTIONS] = 1  # it waits for its subscriber to come back
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             closed = subscriber.wait_for("deribit.quote.")
@@ -220,7 +220,7 @@ def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_onc
         with living(directory):
             pass  # killed at once as well
         with living(directory) as worker:
-            worker.ledger.subscriptions = 1
+            worker.ledger.cells[SUBSCRIPTIONS] = 1
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             assert subscriber.wait_for("deribit.quote.BTC-PERPETUAL.")["state"] == "closed"

@@ -214,24 +214,6 @@ class Ledger:
         self.cells[ROOM] = number + STEP
         return True
 
-    @property
-    def heard_at(self) -> int:
-        """When the connection stood last, in ns; 0 if it never did."""
-        return self.cells[HEARD]
-
-    @heard_at.setter
-    def heard_at(self, value: int) -> None:
-        self.cells[HEARD] = value
-
-    @property
-    def subscriptions(self) -> int:
-        """How many subscriptions the latest life had."""
-        return self.cells[SUBSCRIPTIONS]
-
-    @subscriptions.setter
-    def subscriptions(self, value: int) -> None:
-        self.cells[SUBSCRIPTIONS] = value
-
     def close(self) -> None:
         """Let go of the file; it stays."""
         _close(self._file, self._map, self.cells)

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from workers.deribit.publishing.ledger import LAST_ID, Ledger
+from workers.deribit.publishing.ledger import LAST_ID, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.payloads import Book, ConnectionHeartbeat, Gap, Payload, Repair, Status, Trade
 from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.streams import Message, Published, Stream
@@ -37,7 +37,7 @@ class Publisher:
         self.endpoint = endpoint
         self.published = 0
         self._ledger = ledger
-        self._expected = ledger.subscriptions
+        self._expected = ledger.cells[SUBSCRIPTIONS]
         self._waiting: Published = []
         self._socket = PubSocket(queue)
         self.is_holding = self._expected > 0
@@ -153,7 +153,7 @@ class Publisher:
             if self.subscriptions >= self._expected:
                 self.release()
         else:
-            self._ledger.subscriptions = self.subscriptions
+            self._ledger.cells[SUBSCRIPTIONS] = self.subscriptions
         return prefixes
 
     @property

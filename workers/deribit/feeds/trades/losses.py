@@ -1,6 +1,6 @@
 """Since when the instruments of one channel may lack trades: these are fetched by time. Pure."""
 
-from workers.deribit.publishing.ledger import FIRST, UNHEALED, Ledger
+from workers.deribit.publishing.ledger import FIRST, HEARD, UNHEALED, Ledger
 
 
 class Losses:
@@ -47,7 +47,7 @@ class Losses:
         if ledger.had(self._channel):
             slot = ledger.find_slot(self._channel)
             self.confirmed_at, self.lost_from = ledger.cells[slot + FIRST], ledger.cells[slot + UNHEALED] or None
-            self.away_from = (self.confirmed_at and ledger.heard_at) or None
+            self.away_from = (self.confirmed_at and ledger.cells[HEARD]) or None
 
     def add(self, now: int, last_ts: int, newest: int) -> None:
         """All after the last trade is lost: that was read at `last_ts`, and `newest` was its own time (0: none)."""
