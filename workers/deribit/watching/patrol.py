@@ -71,7 +71,6 @@ class Patrol:
         self._late = LagWatch()
         self._budget = Credits(RESYNCS, REFILL, time.monotonic())
         self._reconnected = 0  # by a clock that may be set back
-        self._was_lagging = False
         self._ask_at = 0.0
         self._unrestored = 0
         self.lag = Samples()
@@ -166,21 +165,20 @@ class Patrol:
     def lose(self) -> None:
         """The connection is gone, and what was thought of its lag."""
         self._late = LagWatch()
-        self._was_lagging = False
 
     # -- lag ----------------------------------------------------------------------------------------------------------
 
     def _judge_lag(self, now: int) -> None:
+        was_lagging = self._late.is_lagging
         hopeless = self._late.end_second()
-        if self._late.is_lagging != self._was_lagging:
-            self._was_lagging = self._late.is_lagging
-            log.warning("lag %.1f s" if self._was_lagging else "lag is over, %.1f s", self.lag.newest / SECOND)
+        if self._late.is_lagging != was_lagging:
+            log.warning("lag is over, %.1f s" if was_lagging else "lag %.1f s", self.lag.newest / SECOND)
         if hopeless:
             self._reconnect(now, f"data come {self.lag.newest / SECOND:.0f} s late, and later and later")
 
     def _tell_lag(self, feeds: list[Feed]) -> None:
         fine, late = ("live", ""), ("stale", "lag")
-        before, after = (fine, late) if self._was_lagging else (late, fine)
+        before, after = (fine, late) if self._late.is_lagging else (late, fine)
         for feed in feeds:  # each second: some may have come into step only now
             if feed.condition == before:
                 self._statuses.tell(feed, *after)
