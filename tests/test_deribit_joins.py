@@ -27,7 +27,7 @@ from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
 from tests.support import wait_until
-from workers.deribit.publishing.joins import MAX_PREFIXES, Joins
+from workers.deribit.publishing.joins import MAX_WAITING, Joins
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import Publisher
@@ -355,7 +355,7 @@ async def test_topics_are_answered_while_many_prefixes_are_still_to_be_looked_up
 
 @in_loop
 async def test_more_prefixes_than_are_kept_mean_all_topics() -> None:
-    prefixes = [f"deribit.quote.Y-{number}" for number in range(MAX_PREFIXES + 200)]
+    prefixes = [f"deribit.quote.Y-{number}" for number in range(MAX_WAITING + 200)]
     with short_directory() as directory, joining(directory, 10) as (joins, publisher):
         half = len(prefixes) // 2  # libzmq drops what is beyond 1,000 at once
         hearers = [Hearer(publisher.endpoint, prefixes=each) for each in (prefixes[:half], prefixes[half:])]
@@ -366,7 +366,7 @@ async def test_more_prefixes_than_are_kept_mean_all_topics() -> None:
             return publisher.subscriptions > len(prefixes)
 
         wait_until(look, "all subscriptions")  # the loop does not come to look them up meanwhile
-        assert len(joins._prefixes) < MAX_PREFIXES
+        assert len(joins._prefixes) < MAX_WAITING
         await hearers[-1].hear(lambda: hearers[-1].joins, "what was asked for")
         for hearer in hearers:
             hearer.close()

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
-from workers.deribit.publishing.peer import MAX_LENGTH, MAX_PREFIXES, MAX_UNSENT, STEP, Peer
+from workers.deribit.publishing.peer import BLOCK, MAX_LENGTH, MAX_PREFIXES, MAX_UNSENT, Peer
 from workers.deribit.publishing.pub import PubSocket, Route
 from workers.deribit.publishing.zmtp import (
     GREETING,
@@ -329,10 +329,10 @@ def test_what_comes_while_some_waits_stays_behind_it() -> None:
 def test_what_waits_is_never_moved_as_a_whole() -> None:
     """However much it is: it lies in blocks, each of which goes out, and is let go, by itself."""
     with one_peer(queue=0) as (peer, theirs):
-        for _ in range(40 * STEP // 100_000):
+        for _ in range(40 * BLOCK // 100_000):
             peer.write(bytes(100_000), 1)
         assert len(peer.blocks) > 20
-        assert max(len(block) for block in peer.blocks) < STEP + 100_000
+        assert max(len(block) for block in peer.blocks) < BLOCK + 100_000
         assert sum(len(block) for block in peer.blocks) == peer.unsent
         while peer.unsent:
             read_until_writable(peer, theirs)
@@ -442,13 +442,13 @@ def test_who_asks_for_answers_and_reads_none_does_not_fill_the_memory() -> None:
         serve(pub, lambda: pub._peers and pub._peers[0].conversation.is_ready, "its greeting")
         hostile.settimeout(5)
         (peer,) = pub._peers
-        while peer.unsent <= STEP:
+        while peer.unsent <= BLOCK:
             hostile.sendall(ping)
             pub.poll()
         for _ in range(200):
             hostile.sendall(ping)
             pub.poll()
-        assert peer.unsent < STEP + 200_000
+        assert peer.unsent < BLOCK + 200_000
 
 
 def test_who_subscribes_without_end_is_let_go(caplog: pytest.LogCaptureFixture) -> None:

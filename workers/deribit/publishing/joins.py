@@ -19,7 +19,7 @@ ONCE_IN = 0.250
 HOLD = 0.5
 """Seconds that the first messages wait for the subscribers of an earlier life."""
 
-MAX_PREFIXES = 1000
+MAX_WAITING = 1000
 """Prefixes that wait to be matched; one more, and all topics are answered instead."""
 
 
@@ -50,7 +50,7 @@ class Joins:
     def notice(self) -> None:
         """Take in new subscriptions and see to it that they are answered soon."""
         self._prefixes.update(dict.fromkeys(self._publisher.take_subscriptions()))
-        if len(self._prefixes) > MAX_PREFIXES:
+        if len(self._prefixes) > MAX_WAITING:
             self._prefixes = {b"": None}
         if self._prefixes and self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(GATHER, self._answer)

@@ -6,7 +6,7 @@ from collections import Counter, deque
 
 from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
 
-STEP = 1 << 20
+BLOCK = 1 << 20
 """Bytes that are sent at once to a subscriber that is behind, and about those of one block that waits for it: the loop
 must not be held up."""
 
@@ -102,9 +102,9 @@ class Peer:
                 log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", self.waiting)
             self.dropped += count
             return
-        if not count and self.unsent > STEP:
+        if not count and self.unsent > BLOCK:
             return  # who reads nothing needs no answers, and must not pile them up
-        if not self.blocks or len(self.blocks[-1]) >= STEP:
+        if not self.blocks or len(self.blocks[-1]) >= BLOCK:
             self.blocks.append(bytearray())
         self.blocks[-1] += memoryview(data)[sent:]
         self.unsent += len(data) - sent
@@ -114,7 +114,7 @@ class Peer:
     def write_more(self) -> None:
         """Send some of what waits."""
         block = self.blocks[0]
-        with memoryview(block) as whole, whole[:STEP] as step:
+        with memoryview(block) as whole, whole[:BLOCK] as step:
             sent = self._send(step)
         del block[:sent]
         if not block:
