@@ -28,7 +28,7 @@ from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
 from tests.support import wait_until
 from workers.deribit.publishing.joins import MAX_WAITING, Joins
-from workers.deribit.publishing.ledger import Ledger
+from workers.deribit.publishing.ledger import SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
@@ -62,7 +62,7 @@ def joined(run: Collecting, *prefixes: str) -> Iterator[Hearer]:
 async def test_subscribers_of_an_earlier_life_that_stay_away_are_not_waited_for_long() -> None:
     with short_directory() as directory:
         ledger = Ledger(directory / "w.ledger", fresh=True)
-        ledger.subscriptions = 3
+        ledger.cells[SUBSCRIPTIONS] = 3
         ledger.close()
         worker = create_worker(make_spec("ws://127.0.0.1:9", str(directory), [QUOTE], fresh=False))
         await worker.start()
