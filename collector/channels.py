@@ -50,6 +50,11 @@ class Channel(NamedTuple):
         return self.is_private or self.name.endswith(".raw")
 
     @property
+    def has_intervals(self) -> bool:
+        """Whether Deribit offers it as `raw` and, without login, as `100ms`."""
+        return self.type in _TYPES.values()
+
+    @property
     def is_private(self) -> bool:
         """Whether it is subscribed by private/subscribe."""
         return self.name.startswith(("user.", "block_rfq.maker", "block_rfq.taker", "block_trade_confirmations"))
@@ -121,12 +126,13 @@ def _parse_many(name: str, family: str, parts: list[str]) -> Channel | None:
             return Channel(name, "trade", "", _check("interval", interval, INTERVALS, name), kind, currency)
         case "instrument", ["state" | "creation", kind, currency]:
             return Channel(name, "instrument", "", "raw", _check("kind", kind, KINDS, name), currency)
-        case "platform_state", _:
+        case "platform_state", [""] | ["public_methods_state"]:
             return Channel(name, "platform", "", "raw")
     return None
 
 
 _TYPES = {"trades": "trade", "book": "book", "ticker": "ticker", "perpetual": "funding"}
+"""The families of which Deribit offers each channel in INTERVALS."""
 
 _FORMS = {
     "trades": "trades.INSTRUMENT.INTERVAL or trades.KIND.CURRENCY.INTERVAL",
@@ -135,6 +141,11 @@ _FORMS = {
     "perpetual": "perpetual.INSTRUMENT.INTERVAL",
     "quote": "quote.INSTRUMENT",
     "incremental_ticker": "incremental_ticker.INSTRUMENT",
+    "chart": "chart.trades.INSTRUMENT.RESOLUTION",
+    "markprice": "markprice.options.INDEX",
+    "instrument": "instrument.state.KIND.CURRENCY or instrument.creation.KIND.CURRENCY",
+    "platform_state": "platform_state or platform_state.public_methods_state",
+    **{family: f"{family}.INDEX" for family in _SIMPLE if family != "quote"},
 }
 
 

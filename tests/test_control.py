@@ -509,14 +509,14 @@ def test_connect_checks_the_table_as_the_file_is_checked(shared: Collected, chan
 
 def test_requests_with_very_many_channels_are_answered(shared: Collected) -> None:
     """Each within the ten seconds that a client of these tests waits: comparing each pair takes minutes."""
-    many = [f"platform_state.{number}" for number in range(20_001)]
+    many = [f"quote.X{number}" for number in range(20_001)]
     table = {**QUICK, "name": "c", "url": "ws://127.0.0.1:9/", "retry_count": 1000}
     error = shared.refuse("connect", connection={**table, "channels": many})
     assert (error.code, error.message) == ("bad_request", "c: 20001 channels; ask for at most 20000")
     deadline = time.time_ns() + 1_000_000_000
     assert shared.refuse("connect", connection={**table, "channels": many[1:]}, deadline=deadline).code == "timeout"
-    answer = shared.ask("subscribe", connection="a", channels=many)["channels"]
-    assert {value["message"] for value in answer.values()} == {f"{many[-1]} of c feeds the same topics"}
+    answer = shared.ask("subscribe", connection="a", channels=many[1:])["channels"]
+    assert all(value["message"] == f"{name} of c feeds the same topics" for name, value in answer.items())
     assert shared.ask("close", connection="c")["state"] == "closed"
 
 

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from collector.channels import Channel, guess_currencies, parse_channel, share_topic
 from collector.config.endpoints import Endpoint, parse_endpoint
@@ -14,6 +14,12 @@ if TYPE_CHECKING:
 
 Placed = tuple[str, Channel]
 """A channel with the name of its connection."""
+
+_Key = tuple[str, str, str]
+"""Type, interval and currency."""
+
+_EACH = "*"
+"""Stands for each currency, where all channels of a type and interval are wanted."""
 
 
 def check_together(
@@ -104,19 +110,17 @@ class Rivals:
 
     def __init__(self) -> None:
         self._topics: dict[str, Placed] = {}
-        self._narrow: dict[_Key, dict[Any, Placed]] = defaultdict(dict)
-        self._wide: dict[_Key, dict[Any, Placed]] = defaultdict(dict)
+        self._narrow: dict[_Key, list[Placed]] = defaultdict(list)
+        self._wide: dict[_Key, list[Placed]] = defaultdict(list)
 
     def add(self, placed: Placed) -> None:
         """Add a channel of a connection."""
-        owner, channel = placed
+        channel = placed[1]
         if channel.topic is not None:
             self._topics[channel.topic] = placed
         index = self._wide if channel.topic is None else self._narrow
-        # Those of the platform clash with all of another connection, and with none of their own: one stands for all.
-        which = owner if channel.type == "platform" else placed
         for currency in (*_list_currencies(channel), _EACH):
-            index[channel.type, channel.interval, currency][which] = placed
+            index[channel.type, channel.interval, currency].append(placed)
 
     def find(self, channel: Channel) -> list[Placed]:
         """Those that feed a topic of the channel too."""
@@ -126,17 +130,10 @@ class Rivals:
         is_any = channel.currency == "any"
         for currency in [_EACH] if is_any else [*_list_currencies(channel), "any"]:
             key = channel.type, channel.interval, currency
-            near += self._wide[key].values() if key in self._wide else ()
+            near += self._wide.get(key, ())
             if channel.topic is None:
-                near += self._narrow[key].values() if key in self._narrow else ()
+                near += self._narrow.get(key, ())
         return [other for other in dict.fromkeys(near) if share_topic(other[1], channel)]  # some stand in two places
-
-
-_Key = tuple[str, str, str]
-"""Type, interval and currency."""
-
-_EACH = "*"
-"""Stands for each currency, where all channels of a type and interval are wanted."""
 
 
 def _list_currencies(channel: Channel) -> frozenset[str]:

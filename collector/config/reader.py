@@ -297,9 +297,10 @@ def check_login(channel: Channel, written: str, login: bool) -> None:
     """Raise ValueError for a channel that needs a login where there is none."""
     if login or not channel.needs_login:
         return
-    if channel.is_private:
-        raise ValueError(f"{written} is private; write credentials = ... or leave it out")
-    raise ValueError(f"{written} needs a login; write {written[:-3]}100ms, or credentials = ...")
+    if channel.has_intervals:
+        raise ValueError(f"{written} needs a login; write {written[:-3]}100ms, or credentials = ...")
+    what = "is private" if channel.is_private else "needs a login"
+    raise ValueError(f"{written} {what}; write credentials = ... or leave it out")
 
 
 def _check_sending(values: Mapping[str, Any], where: str) -> None:
