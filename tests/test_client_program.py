@@ -21,7 +21,7 @@ from collector.cli.control import print_facts
 from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
 from collector.client.verify import RULES, Finding, Verifier
-from collector.messages import encode
+from collector.messages import encode, encode_reply
 from tests.collected import QUICK, collected
 from tests.support import collector, running, wait_until
 
@@ -214,14 +214,40 @@ def test_a_file_without_the_table_is_refused_in_one_line(tmp_path: Path, text: s
     assert re.fullmatch(rf"collector: {tmp_path}/file.toml: .*{re.escape(said)}.*\n", done.stderr)
 
 
-@pytest.mark.parametrize("command", ["state", "tail", "verify"])
+@pytest.mark.parametrize("command", ["state", "tail", "verify", "subscribe a b", "unsubscribe a b"])
 def test_nobody_there_is_said_at_once(tmp_path: Path, command: str) -> None:
-    done = call(f"ipc://{tmp_path}/none", command)
+    done = call(f"ipc://{tmp_path}/none", *command.split())
     assert (done.returncode, done.stdout) == (1, "")
     words = (
         f"collector: no collector runs at ipc://{tmp_path}/none: there is no such socket file; start one (collector run"
     )
     assert done.stderr.startswith(words)
+    assert "the wish is kept" not in done.stderr
+
+
+def answer_in_turn(endpoint: str, command: str, *replies: bytes) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command to which a socket gives these replies."""
+    context = zmq.Context()
+    with context.socket(zmq.REP) as socket:
+        socket.bind(endpoint)
+        with running(*collector(*command.split(), "--control", endpoint)) as program:
+            for reply in replies:
+                assert socket.poll(20_000), "it has asked"
+                socket.recv()
+                socket.send(reply)
+            code = program.wait_exit()
+    context.term()
+    return code, "\n".join(program.out), "\n".join(program.err)
+
+
+def test_a_wish_is_said_to_be_kept_only_where_it_was_heard(tmp_path: Path) -> None:
+    late = encode_reply(error=ControlError("timeout", "late"))
+    state = encode_reply({"channels": {"asked": ["b"]}})
+    kept = "collector: timeout: late (the wish is kept; collector state NAME shows what comes of it)"
+    endpoint = f"ipc://{tmp_path}/control"
+    assert answer_in_turn(endpoint, "subscribe a b", late) == (1, "", kept)
+    assert answer_in_turn(endpoint, "unsubscribe a b", late) == (1, "", "collector: timeout: late")
+    assert answer_in_turn(endpoint, "unsubscribe a b", state, late) == (1, "", kept)
 
 
 @pytest.mark.parametrize(

@@ -99,12 +99,13 @@ def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeo
 
     Ends with 1 if one was not asked for, or may not be given up.
     """
-    with exit_on_error(timeout=KEPT), Control(control, timeout) as asked:
+    with exit_on_error(), Control(control, timeout) as asked:
         # To give up what nobody asked for is no error to the collector: only the names say whether it was meant.
         known = asked.get_state(name).get("channels") or {"asked": channels}
         unasked = f"was not asked for; what is, says: collector state {name}"
         notes = {channel: unasked for channel in channels if channel not in known["asked"]}
-        print_channels(asked.unsubscribe(name, channels), "unsubscribed", as_json, notes)
+        with exit_on_error(timeout=KEPT):
+            print_channels(asked.unsubscribe(name, channels), "unsubscribed", as_json, notes)
 
 
 @click.command()

@@ -97,7 +97,7 @@ def exit_on_error(interrupted: int = INTERRUPTED, **advice: str) -> Iterator[Non
             yield
     except ControlError as error:
         raw = f" {json.dumps(error.data, default=str)}" if error.data is not None else ""
-        cure = (ADVICE | advice).get(error.code)
+        cure = (ADVICE | advice).get(error.code) if type(error) is ControlError else ""  # else nobody has heard it
         fail(f"{error}{raw}" + (f" ({cure})" if cure else ""))
     except ValueError as error:
         fail(str(error), 2)
