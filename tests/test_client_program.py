@@ -240,6 +240,27 @@ def answer_in_turn(endpoint: str, command: str, *replies: bytes) -> tuple[int, s
     return code, "\n".join(program.out), "\n".join(program.err)
 
 
+ESCAPE = "\x1b]0;ours\x07"
+HOSTILE = {"name": ESCAPE, "state": ESCAPE, "publish": ESCAPE, "last_error": ESCAPE, ESCAPE: ESCAPE, "x": {ESCAPE: [1]}}
+
+
+@pytest.mark.parametrize(
+    ("command", "reply"),
+    [
+        ("state", encode_reply({ESCAPE: HOSTILE})),
+        ("state a", encode_reply(HOSTILE)),
+        ("state a", encode_reply(error=ControlError(ESCAPE, ESCAPE, ESCAPE))),
+        ("subscribe a b", encode_reply({"channels": {ESCAPE: True}})),
+        ("subscribe a b", encode_reply({"channels": {ESCAPE: {"code": ESCAPE, "message": ESCAPE}}})),
+        ("tail --for 0.1s", encode_reply({"a": {"publish": f"ipc:///nowhere/{ESCAPE}"}})),
+    ],
+)
+def test_what_others_wrote_does_not_steer_the_terminal(tmp_path: Path, command: str, reply: bytes) -> None:
+    _, out, err = answer_in_turn(f"ipc://{tmp_path}/control", command, reply)
+    assert "?]0;ours?" in out + err
+    assert "\x1b" not in out + err
+
+
 def test_a_wish_is_said_to_be_kept_only_where_it_was_heard(tmp_path: Path) -> None:
     late = encode_reply(error=ControlError("timeout", "late"))
     state = encode_reply({"channels": {"asked": ["b"]}})

@@ -38,6 +38,7 @@ class Market(threading.Thread):
         self.ended = threading.Event()
         self.ready = threading.Event()
         self.seq: dict[str, int] = {}
+        self.others: dict[str, Any] = {}
         self.publisher: Any = None
 
     def run(self) -> None:
@@ -50,7 +51,7 @@ class Market(threading.Thread):
         while not self.ended.is_set():
             if replier.poll(10):
                 replier.recv()
-                replier.send(encode({"ok": True, "result": {"futures": {"publish": endpoint}}}))
+                replier.send(encode({"ok": True, "result": {"futures": {"publish": endpoint}, **self.others}}))
             self.publish_all()
         self.context.destroy(linger=0)
 
@@ -223,6 +224,16 @@ def test_on_a_terminal_that_cannot_draw_it_writes_lines(market: Market) -> None:
             terminal.wait(rf"\d\d:\d\d:\d\d\.\d\d\d  {kind} ")
         assert terminal.end(signal.SIGINT) == 0
         assert "\x1b" not in terminal.written
+
+
+@pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
+def test_what_others_wrote_does_not_steer_the_terminal(market: Market, term: str) -> None:
+    title = "\x1b]0;ours\x07"
+    market.others = {f"other{title}": {"publish": f"ipc:///nowhere/{title}"}}
+    with on_terminal(*collector("tail", "--control", market.control), term=term) as terminal:
+        terminal.wait(r"other\?]0;ours\?.* publishes at ipc:///nowhere/\?]0;ours\?")
+        assert terminal.end(signal.SIGINT) == 0
+        assert title not in terminal.written
 
 
 VIEW = """

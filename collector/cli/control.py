@@ -190,9 +190,9 @@ def print_channels(result: dict[str, Any], done: str, as_json: bool, notes: Mapp
         print_json(result)
     for name in channels:
         if words := [said[name] for said in (refused, notes) if name in said]:
-            click.echo(f"collector: {name}: {'; '.join(words)}", err=True)
+            click.echo(printable(f"collector: {name}: {'; '.join(words)}"), err=True)
         elif not as_json:
-            click.echo(f"{name}  {done}")
+            click.echo(printable(f"{name}  {done}"))
     if refused or notes:
         sys.exit(1)
 
@@ -209,7 +209,7 @@ def print_table(states: dict[str, Any]) -> None:
     if not states:
         click.echo("no connections (`collector connect` adds one)")
         return
-    rows = [[show(state) for show in COLUMNS.values()] for _, state in sorted(states.items())]
+    rows = [[printable(show(state)) for show in COLUMNS.values()] for _, state in sorted(states.items())]
     widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
     click.echo("  ".join(title.ljust(width) for title, width in zip(COLUMNS, widths, strict=True)).rstrip())
     for row in rows:
@@ -218,7 +218,7 @@ def print_table(states: dict[str, Any]) -> None:
         click.echo("  ".join(cells).rstrip())
     for name, found in sorted(states.items()):
         if found.get("last_error"):
-            click.echo(f"{name}: last error: {show_error(found['last_error'])}")
+            click.echo(printable(f"{name}: last error: {show_error(found['last_error'])}"))
         if refused := (found.get("channels") or {}).get("refused"):
             channel, reason = next(iter(refused.items()))
             click.echo(printable(f"{name}: {say_count(len(refused), 'channel')} refused: {channel}: {reason}"))
@@ -229,10 +229,10 @@ def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     lines = {key: show_fact(key, value) for key, value in facts.items() if not _is_long(key, value)}
     width = max(map(len, lines), default=0)
     for key in sorted(lines, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST)):
-        click.echo(f"{indent}{key.ljust(width)}  {lines[key]}")
+        click.echo(printable(f"{indent}{key.ljust(width)}  {lines[key]}"))
     for key, value in facts.items():
         if _is_long(key, value):
-            click.echo(f"{indent}{key}{_show_number(value)}")
+            click.echo(printable(f"{indent}{key}{_show_number(value)}"))
             if isinstance(value, Mapping):
                 print_facts(value, indent + "  ")
             else:
@@ -274,7 +274,7 @@ def show_fact(key: str, value: Any) -> str:
         return f"{value:,.1f} messages/s"
     if key == "cpu":
         return f"{value:.1%} of a core"
-    return show_error(value) if key == "last_error" else printable(str(value))
+    return show_error(value) if key == "last_error" else str(value)
 
 
 def show_time(ns: int) -> str:
@@ -301,7 +301,7 @@ def show_milliseconds(seconds: float) -> str:
 def show_error(error: Any) -> str:
     """An error on one line: the exchange's as it came, ours in its words."""
     ours = error["message"] if isinstance(error, Mapping) and set(error) == {"message"} else error
-    return printable(ours if isinstance(ours, str) else json.dumps(error, default=str))[:300]
+    return (ours if isinstance(ours, str) else json.dumps(error, default=str))[:300]
 
 
 def _show_channels(state: Mapping[str, Any]) -> str:

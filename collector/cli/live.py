@@ -36,7 +36,7 @@ class Row:
         if self.book is not None:
             self.book.apply(message)
         if message.type == "status":
-            self.state = message["state"]
+            self.state = printable(message["state"])
         elif message.type not in EVENTS:
             self.message = message
             self.count += 0 if message.is_join else 1
@@ -138,14 +138,14 @@ class Board:
 
     def _draw_connection(self, name: str, width: int) -> Text:
         heartbeat = self.connections.get(name)
-        state = heartbeat["state"] if heartbeat is not None else "no heartbeat yet"
+        state = printable(heartbeat["state"]) if heartbeat is not None else "no heartbeat yet"
         silent = heartbeat is not None and time.time_ns() - heartbeat.receive_ts > 3_000_000_000
         line = Text.assemble(f"  {printable(name).ljust(width)}  ", (state, STYLES.get(state, "yellow")))
         if heartbeat is not None and silent:
             line.append(f"  silent for {(time.time_ns() - heartbeat.receive_ts) / 1e9:.0f} s", "red")
         elif heartbeat is not None:
             line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
-        return line.append(f"  publishes at {self.endpoints[name]}" if name in self.endpoints else "")
+        return line.append(printable(f"  publishes at {self.endpoints[name]}") if name in self.endpoints else "")
 
     def _draw_topics(self, room: int) -> Table:
         table = Table(box=None, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import click
 
 from collector.cli import INTERRUPTED
+from collector.cli.render import printable
 from collector.messages import ControlError
 
 ADVICE = {
@@ -66,7 +67,7 @@ def for_option(default: str | None) -> Callable[[Any], Any]:
 
 def fail(message: str, code: int = 1) -> NoReturn:
     """End with one line on stderr."""
-    click.echo(f"collector: {message}", err=True)
+    click.echo(printable(f"collector: {message}"), err=True)
     sys.exit(code)
 
 

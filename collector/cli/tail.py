@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import click
 
 from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
-from collector.cli.render import format_line
+from collector.cli.render import format_line, printable
 from collector.client.stream import Loss, Message
 from collector.client.subscriber import Subscriber
 
@@ -105,7 +105,7 @@ class Silence:
         advice = (
             "a topic is like deribit.trade.BTC-PERPETUAL.100ms; `collector state` shows what is collected, and where"
         )
-        click.echo(f"collector: {said}{wanted} from {where}; {advice}", err=True)
+        click.echo(printable(f"collector: {said}{wanted} from {where}; {advice}"), err=True)
 
 
 def write_json(items: Items) -> None:
@@ -118,7 +118,7 @@ def write_json(items: Items) -> None:
         if isinstance(item, Message):
             out.write(encode({"topic": str(item.topic), **item.payload}) + b"\n")
         elif item is not None:
-            click.echo(f"collector: {item}", err=True)
+            click.echo(printable(f"collector: {item}"), err=True)
         else:
             out.flush()
     out.flush()
@@ -162,7 +162,7 @@ def write_lines(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
         for name, endpoint in subscriber.found.items():
             if told.get(name) != endpoint:
                 told[name] = endpoint
-                click.echo(f"{name} publishes at {endpoint}")
+                click.echo(printable(f"{name} publishes at {endpoint}"))
         if item is not None and not (isinstance(item, Message) and item.is_join):
             waiting[item.topic] = item
         if waiting and time.monotonic() >= due:
