@@ -261,6 +261,14 @@ def test_what_others_wrote_does_not_steer_the_terminal(tmp_path: Path, command: 
     assert "\x1b" not in out + err
 
 
+def test_a_channel_named_like_a_fact_is_no_fact(capsys: pytest.CaptureFixture[str]) -> None:
+    """The practice exchange refuses them; each of these words has a unit where it is a key of the state."""
+    words = ("rate", "since", "cpu", "bytes", "clock_offset", "x_ts")
+    print_facts({"channels": {"refused": dict.fromkeys(words, "not confirmed")}})
+    shown = capsys.readouterr().out.splitlines()
+    assert sorted(line.split(maxsplit=1) for line in shown[2:]) == [[word, "not confirmed"] for word in sorted(words)]
+
+
 def test_a_wish_is_said_to_be_kept_only_where_it_was_heard(tmp_path: Path) -> None:
     late = encode_reply(error=ControlError("timeout", "late"))
     state = encode_reply({"channels": {"asked": ["b"]}})

@@ -226,7 +226,8 @@ def print_table(states: dict[str, Any]) -> None:
 
 def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:
     """Print a map as a person reads it: first what fits on a line each, then maps and lists below their key."""
-    lines = {key: show_fact(key, value) for key, value in facts.items() if not _is_long(key, value)}
+    # Only at the top are keys ours: further down stand names of channels, which imply no unit.
+    lines = {key: show_fact("" if indent else key, value) for key, value in facts.items() if not _is_long(key, value)}
     width = max(map(len, lines), default=0)
     for key in sorted(lines, key=lambda key: _FIRST.index(key) if key in _FIRST else len(_FIRST)):
         click.echo(printable(f"{indent}{key.ljust(width)}  {lines[key]}"))
