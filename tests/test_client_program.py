@@ -23,7 +23,7 @@ from collector.client.stream import Loss, Message, read_envelope
 from collector.client.verify import RULES, Finding, Verifier
 from collector.messages import encode, encode_reply
 from tests.collected import QUICK, collected
-from tests.support import collector, running, wait_until
+from tests.support import REPOSITORY, collector, running, wait_until
 
 CONFIG = """
 [collector]
@@ -322,6 +322,17 @@ def test_a_plan_that_nobody_reads_to_its_end_is_no_failure(command: str) -> None
     done = subprocess.run(collector(*command.split(), "configs/demo.toml"), stdout=writing, stderr=subprocess.PIPE)
     os.close(writing)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("command", ["plan configs/demo.toml", "state", "tail"])
+def test_output_that_cannot_be_written_is_told_in_one_line(control: str, command: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            collector(*command.split()), stdout=full, stderr=subprocess.PIPE, text=True, timeout=60, cwd=REPOSITORY,
+            env={**os.environ, "COLLECTOR_CONTROL": control},
+        )  # fmt: skip
+    said = "collector: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
 
 
 def test_connections_come_and_go(control: str, tmp_path: Path) -> None:

@@ -73,12 +73,18 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 @contextmanager
 def exit_unread() -> Iterator[None]:
-    """End with 0, and quietly, if the reader of our output has gone, as `| head` does: there is nobody left to tell."""
+    """End with 0, and quietly, if the reader of our output has gone, as `| head` does: there is nobody left to tell.
+
+    With 1 and a word on stderr if it cannot be written otherwise, as on a full disk.
+    """
     try:
         yield
     except BrokenPipeError:
         drop_output()
         sys.exit(0)
+    except OSError as error:
+        drop_output()
+        fail(f"the output cannot be written: {error.strerror or error}")
 
 
 def drop_output() -> None:
