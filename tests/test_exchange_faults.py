@@ -90,6 +90,13 @@ def test_faults_that_cannot_be_read_are_refused_in_one_line(url: str, text: str,
     asyncio.run(act())
 
 
+@pytest.mark.parametrize("option", ["--rate", "--speed"])
+def test_a_pace_without_end_is_refused(option: str) -> None:
+    with running(*collector("exchange", option, "inf")) as program:
+        assert program.wait_exit() == 2
+        assert "inf is not in the range 0<=x<=100000" in program.text()
+
+
 @pytest.mark.parametrize(("faults", "status"), [("refuse", 503), ("refuse:403", 403), ("429", 429)])
 def test_the_upgrade_is_refused(url: str, faults: str, status: int) -> None:
     async def act() -> None:

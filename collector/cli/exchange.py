@@ -8,6 +8,10 @@ from typing import Any
 import click
 
 
+PACE = click.FloatRange(0, 100_000)
+"""More than any machine can do; without a bound the first step of the market might have no end."""
+
+
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), show_default=True, help="Port; 0 is any free one.")
@@ -19,16 +23,14 @@ import click
 @click.option(
     "--rate",
     default=200.0,
-    type=click.FloatRange(0),
+    type=PACE,
     show_default=True,
     help="Book events a second, all instruments together.",
 )
 @click.option("--options", default=240, type=click.IntRange(0), show_default=True, help="How many options are listed.")
 @click.option("--oracle", type=click.Path(dir_okay=False), help="Append to this file what really happens (JSON lines).")
 @click.option("--replay", multiple=True, type=click.Path(dir_okay=False), help="Send the recorded frames of this file.")
-@click.option(
-    "--speed", default=1.0, type=click.FloatRange(0), show_default=True, help="Pace of the replay; 0 is all at once."
-)
+@click.option("--speed", default=1.0, type=PACE, show_default=True, help="Pace of the replay; 0 is all at once.")
 @click.option("--own-credits", is_flag=True, help="No connection draws on another's request credits.")
 @click.option(
     "--certificate", type=click.Path(dir_okay=False), help="Serve TLS with this PEM file (certificate and key)."
