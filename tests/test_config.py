@@ -392,8 +392,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     # URL and headers
     "scheme": (HEAD.replace("wss", "https"), "url begins with https://; write wss://www.deribit.com/ws/api/v2"),
     "scheme at home": (
-        HEAD.replace(URL, "http://127.0.0.1:80/"),
-        "url begins with http://; write ws://127.0.0.1/ws/api/v2",
+        HEAD.replace(URL, "http://[::1]:8080/"),
+        "url begins with http://; write ws://[::1]:8080/ws/api/v2",
     ),
     "no URL": (
         HEAD.replace(URL, "www.deribit.com"),

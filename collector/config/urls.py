@@ -60,13 +60,13 @@ def _check_parts(url: str, login: bool, where: str) -> None:
         raise ConfigError(f"{where}: a user or password stands before the host; {SECRET_ADVICE}")
     if parts.scheme not in ("ws", "wss"):
         instead = "ws" if is_loopback(host) else "wss"
-        raise ConfigError(f"{where} begins with {show(parts.scheme)}://; write {instead}://{host}/ws/api/v2")
+        raise ConfigError(f"{where} begins with {show(parts.scheme)}://; write {instead}://{parts.netloc}/ws/api/v2")
     if not host or port == 0 or parts.fragment:
         raise ConfigError(f"{where} needs a host, no port 0 and no #; write for example {_EXAMPLE}")
     if login and parts.scheme == "ws" and not is_loopback(host):
-        raise ConfigError(f"{where} would send credentials without encryption; write wss://{host}/ws/api/v2")
+        raise ConfigError(f"{where} would send credentials without encryption; write wss://{parts.netloc}/ws/api/v2")
     if parts.path in ("", "/") and host.endswith("deribit.com"):
-        raise ConfigError(f"{where} has no path; write {parts.scheme}://{host}/ws/api/v2")
+        raise ConfigError(f"{where} has no path; write {parts.scheme}://{parts.netloc}/ws/api/v2")
 
 
 def name_host(url: str) -> str:
