@@ -79,8 +79,8 @@ def channel_command(act: Callable[..., None]) -> click.Command:
 def subscribe(name: str, channels: tuple[str, ...], control: str | None, timeout: float, as_json: bool) -> None:
     """Subscribe a connection to further channels.
 
-    Ends with 1 if one is refused. What the exchange refuses stays asked for, and is tried again on the next connection,
-    until it is given up with unsubscribe.
+    Ends with 1 if one is refused, or only kept because the connection is not live. What the exchange refuses stays
+    asked for, and is tried again every ten minutes and on the next connection, until it is given up with unsubscribe.
     """
     with exit_on_error(timeout=KEPT), Control(control, timeout) as asked:
         result = asked.subscribe(name, channels)

@@ -7,7 +7,6 @@ from typing import Any
 
 import click
 
-
 PACE = click.FloatRange(0, 100_000)
 """More than any machine can do; without a bound the first step of the market might have no end."""
 
