@@ -407,6 +407,23 @@ def test_verify_ends_with_1_on_a_broken_stream() -> None:
         context.destroy(linger=0)
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_verify_that_is_ended_early_gives_its_verdict(tmp_path: Path, number: signal.Signals) -> None:
+    context = zmq.Context()
+    with context.socket(zmq.REP) as socket:
+        socket.bind(f"ipc://{tmp_path}/control")
+        with running(*collector("verify", "--control", f"ipc://{tmp_path}/control")) as program:
+            assert socket.poll(20_000), "it has asked where to read"
+            socket.recv()
+            socket.send(encode_reply({"a": {"publish": f"ipc://{tmp_path}/a"}}))
+            assert socket.poll(20_000), "it reads: it asks again"
+            program.process.send_signal(number)
+            assert program.wait_exit() == 1
+    context.term()
+    assert program.out[-1].startswith("0 messages in ")
+    assert program.err == ["collector: nothing came; does a collector publish at these endpoints?"]
+
+
 def test_subscriber_keeps_the_exchanges_book(control: str) -> None:
     seen: dict[int, Any] = {}
     book = OrderBook()

@@ -203,7 +203,8 @@ def test_losses_go_to_stderr(market: Market) -> None:
         assert program.wait_exit() == 0
 
 
-def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market, number: signal.Signals) -> None:
     with on_terminal(*collector("tail", "--control", market.control)) as terminal:
         terminal.wait(r"\x1b\[\?1049h")
         terminal.wait(r"messages/s on [1-9]\d* topics")
@@ -211,7 +212,7 @@ def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market) -> N
         terminal.wait(r"sell 10 @ 92,294.5")
         terminal.wait(r"futures.*live")
         terminal.wait("Ctrl-C leaves; the collector goes on")
-        assert terminal.end(signal.SIGINT) == 0
+        assert terminal.end(number) == 0
         assert "\x1b[?1049l" in terminal.written
         assert terminal.written.rindex("\x1b[?25h") > terminal.written.rindex("\x1b[?25l")
         assert "Traceback" not in terminal.written

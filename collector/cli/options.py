@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -63,6 +64,11 @@ def for_option(default: str | None) -> Callable[[Any], Any]:
         "--for", "duration", type=read_duration, metavar="TIME", default=default, show_default=default is not None,
         help="How long to read, e.g. 60s or 5m.",
     )  # fmt: skip
+
+
+def heed_sigterm() -> None:
+    """Take SIGTERM as Ctrl-C: who draws on a terminal gives it back, and a verdict so far is worth having then too."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -8,7 +8,14 @@ from collections.abc import Callable, Iterator
 
 import click
 
-from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
+from collector.cli.options import (
+    control_option,
+    endpoint_option,
+    exit_on_error,
+    for_option,
+    heed_sigterm,
+    json_option,
+)
 from collector.cli.render import format_line, printable
 from collector.client.stream import Loss, Message
 from collector.client.subscriber import Subscriber
@@ -45,6 +52,7 @@ def tail(
     collector tail deribit.trade. deribit.book.BTC-PERPETUAL.
     collector tail --for 2s deribit.ticker.BTC-PERPETUAL. | jq '.last_price // empty'
     """
+    heed_sigterm()
     with (
         exit_on_error(interrupted=0),
         Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber,

@@ -7,7 +7,14 @@ from collections import Counter
 
 import click
 
-from collector.cli.options import control_option, endpoint_option, exit_on_error, for_option, json_option
+from collector.cli.options import (
+    control_option,
+    endpoint_option,
+    exit_on_error,
+    for_option,
+    heed_sigterm,
+    json_option,
+)
 from collector.cli.render import printable, say_count
 from collector.client.subscriber import Subscriber
 from collector.client.verify import RULES, Finding, Verifier
@@ -33,6 +40,7 @@ def verify(
     Ends with 1 if a rule is broken, or if nothing came for one of the PREFIXes. A rule for which no message came is not
     checked, and said to be so: that alone is no fault.
     """
+    heed_sigterm()
     wanted = (*prefixes, *ALWAYS) if prefixes else ("",)
     with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
         verdict = Verdict(prefixes or ("",))
@@ -54,7 +62,7 @@ class Verdict:
         self.seconds = 0.0
 
     def read(self, subscriber: Subscriber, duration: float) -> None:
-        """Check what comes for so long, or until Ctrl-C."""
+        """Check what comes for so long, or until Ctrl-C or SIGTERM."""
         start = time.monotonic()
         began, there = time.time_ns(), list(subscriber.found)
         try:
