@@ -26,6 +26,8 @@ answers = {
     "moved": b"HTTP/1.0 301 Moved\\r\\nLocation: http://elsewhere/\\r\\n\\r\\n",
     "banned": b'HTTP/1.0 403 No\\r\\n\\r\\n{"error": {"code": 12005, "message": "ip_banned"}}',
     "endless": b'HTTP/1.0 200 OK\\r\\n\\r\\n' + b" " * (65 << 20), "trickle": b'HTTP/1.0 200 OK\\r\\n\\r\\n',
+    "trickling headers": b'HTTP/1.0 200 OK\\r\\nX-Slow: ',
+    "trickling chunks": b'HTTP/1.1 200 OK\\r\\nTransfer-Encoding: chunked\\r\\n\\r\\n5;slow=',
 }
 def trickle(peer):
     for _ in range(600):
@@ -40,7 +42,7 @@ while True:
     print(peer.recv(65536).decode(), flush=True)
     try:
         peer.sendall(answers[kind])
-        if kind == "trickle":
+        if kind.startswith("trickl"):
             trickle(peer)
     except OSError:
         pass
@@ -72,14 +74,16 @@ ANSWERS = {
     "moved": "answered with HTTP 301 and no list",
     "banned": "answered 12005 ip_banned",
     "endless": "cannot be reached (the answer had no end after",
-    "trickle": "cannot be reached (the answer had no end after",
+    "trickle": "cannot be reached (the answer had no end after 0.5 s)",
+    "trickling headers": "cannot be reached (the answer had no end after 0.5 s)",
+    "trickling chunks": "cannot be reached (the answer had no end after 0.5 s)",
 }
 
 
 @pytest.mark.parametrize("kind", ANSWERS)
 def test_a_bad_answer_is_one_line_that_names_the_host(kind: str) -> None:
     with rude(kind) as (catalogue, program):
-        if kind == "trickle":
+        if kind.startswith("trickl"):
             catalogue.max_seconds = 0.5  # the server goes on for 30 s
         with pytest.raises(Unreachable) as caught:
             catalogue.read_all()
@@ -132,6 +136,8 @@ def test_where_no_thread_can_be_started_another_attempt_may_help() -> None:
     catalogue = Catalogue("ws://127.0.0.1:9/", {}, 1.0)
     with no_more_threads(), pytest.raises(Unreachable, match="cannot be asked for"):
         asyncio.run(catalogue.fetch())
+    with rude("null") as (listening, _), no_more_threads(), pytest.raises(Unreachable, match="cannot be reached"):
+        listening.read_all()
     with pytest.raises(Unreachable, match="cannot be reached"):
         asyncio.run(catalogue.fetch())
 

@@ -6,6 +6,7 @@ the workers need. The thread is a daemon, so that an exchange which never answer
 
 import asyncio
 import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -88,7 +89,7 @@ class Catalogue:
         """The `result` of a GET; None where the exchange says that there is no such thing."""
         try:
             status, body = self._get(f"/api/v2/public/{question}")
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: a host that is no host
+        except (OSError, HTTPException, ValueError, RuntimeError) as error:  # a host that is no host; no more threads
             why = getattr(error, "strerror", None) or error or type(error).__name__
             raise Unreachable(f"{self.host} cannot be reached ({why})") from None
         try:
@@ -108,21 +109,31 @@ class Catalogue:
         raise Unreachable(f"{self.host} answered with HTTP {status} and no list")
 
     def _get(self, path: str) -> tuple[int, bytes]:
-        end = time.monotonic() + self.max_seconds
         connection = (HTTPSConnection if self._secure else HTTPConnection)(self.host, timeout=self._timeout)
+        connection.connect()
+        # The timeout is that of one read: who sends a byte now and then, of the headers too, would hold us for ever.
+        is_late = threading.Event()
+        guard = threading.Timer(self.max_seconds, _shut, (connection.sock, is_late))
+        guard.daemon = True
+        guard.start()
         try:
             connection.request("GET", path, headers=self._headers)
             response = connection.getresponse()
-            chunks: list[bytes] = []
-            size = 0
-            while chunk := response.read1(1 << 16):  # what is there: a full 64 KiB might be waited for without end
-                chunks.append(chunk)
-                size += len(chunk)
-                if size > MAX_ANSWER or time.monotonic() > end:
-                    raise OSError(f"the answer had no end after {size} bytes")
-            return response.status, b"".join(chunks)
+            body = response.read(MAX_ANSWER + 1)
+            if len(body) > MAX_ANSWER:
+                raise OSError(f"the answer had no end after {MAX_ANSWER} bytes")
+            return response.status, body
         finally:
+            guard.cancel()
             connection.close()
+            if is_late.is_set():
+                raise TimeoutError(f"the answer had no end after {self.max_seconds:g} s")
+
+
+def _shut(end: socket.socket, is_late: threading.Event) -> None:
+    is_late.set()
+    with suppress(OSError):  # the other end was faster
+        end.shutdown(socket.SHUT_RDWR)
 
 
 async def _run_aside(work: Callable[[], Result]) -> Result:
