@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
@@ -141,29 +142,17 @@ async def _run_aside(work: Callable[[], Result]) -> Result:
 
     Raises Unreachable where the system allows no further thread.
     """
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-
-    def settle(result: Result | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(result)  # type: ignore[arg-type]
+    done: Future[Result] = Future()
+    done.set_running_or_notify_cancel()  # who waits may be cancelled, the work is not
 
     def run() -> None:
-        result: Result | None = None
-        caught: BaseException | None = None
         try:
-            result = work()
+            done.set_result(work())
         except Exception as error:
-            caught = error
-        with suppress(RuntimeError):  # the loop has ended meanwhile, nobody waits
-            loop.call_soon_threadsafe(settle, result, caught)
+            done.set_exception(error)
 
     try:
         threading.Thread(target=run, name="catalogue", daemon=True).start()
     except RuntimeError as error:
         raise Unreachable(f"the list cannot be asked for ({error})") from None
-    return await done
+    return await asyncio.wrap_future(done)
