@@ -259,6 +259,27 @@ def test_watching_holds_the_log_back_and_prints_it_at_the_end(market: Market) ->
         assert left < terminal.written.index("a line of the log") < terminal.written.index("after the end")
 
 
+@pytest.mark.parametrize("trouble", ["gone", "held"])
+def test_a_terminal_that_takes_nothing_more_does_not_hinder_the_end(tmp_path: Path, trouble: str) -> None:
+    tmp_path.chmod(0o700)
+    file = tmp_path / "config.toml"
+    file.write_text(
+        f'[collector]\nruntime_dir = "{tmp_path}"\n[exchange]\n[[connection]]\nname = "a"\nurl = "practice"\n'
+        'channels = ["quote.BTC-PERPETUAL"]\n'
+    )
+    with on_terminal(*collector("run", str(file), "--watch")) as terminal:
+        terminal.wait(r"messages/s on [1-9]\d* topics")
+        if trouble == "held":
+            os.write(terminal.master, b"\x13")  # Ctrl-S
+            assert terminal.end(signal.SIGTERM) == 0
+        else:
+            os.close(terminal.master)
+            terminal.process.send_signal(signal.SIGHUP)
+            assert terminal.process.wait(20) == 0
+            terminal.master = os.open(os.devnull, os.O_RDONLY)
+    assert not (tmp_path / "control").exists()
+
+
 def test_watching_waits_for_the_collector_and_prints_lines_into_a_pipe(tmp_path: Path) -> None:
     market = Market(tmp_path)
     with subprocess.Popen(

@@ -72,14 +72,17 @@ async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_v
     try:
         code = await supervisor.run()
     finally:
-        if view is not None:
-            view.close()
         serving.cancel()
         guarding.cancel()
         control.close()
         remove_socket(config.control)
+        is_shown = view is None or view.close()
     log.info("ended")
-    return stopping.forced or code
+    code = stopping.forced or code
+    if not is_shown:  # the interpreter would wait for output that nobody takes
+        logging.shutdown()
+        os._exit(code)
+    return code
 
 
 async def _guard_files(directory: RuntimeDir, control: ControlServer) -> None:

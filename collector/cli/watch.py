@@ -4,11 +4,13 @@ import os
 import sys
 import threading
 from collections import deque
+from contextlib import suppress
 from typing import TextIO
 
 from collector.cli.options import drop_output
 from collector.cli.tail import choose_view, draw_live, read
 from collector.client.subscriber import Subscriber
+from collector.log import write_all
 from collector.messages import ControlError
 
 NOTES = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade.", "Ctrl-C stops everything"]
@@ -18,21 +20,31 @@ MAX_HELD = 500
 """Lines of the log that are kept while the view has the terminal: the last ones."""
 
 
+LINGER = 2.0
+"""Seconds that the end of the collector waits for the view's; a terminal that is held, or dead, takes nothing more."""
+
+
 class View:
     """Watches from its creation to `close`. Where it takes the whole terminal, the log is held back until then."""
 
     def __init__(self, control: str) -> None:
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=watch, args=(control, self._stop), name="view", daemon=True)
+        self._thread = threading.Thread(target=self._watch, args=(control,), name="view", daemon=True)
         self._log = HeldLog() if choose_view() is draw_live and sys.stderr.isatty() else None
         self._thread.start()
 
-    def close(self) -> None:
-        """End the view, give the terminal back, and print the log that was held."""
+    def _watch(self, control: str) -> None:
+        try:
+            watch(control, self._stop)
+        finally:
+            if self._log is not None:
+                self._log.release()
+
+    def close(self) -> bool:
+        """End the view, give the terminal back, print the log that was held; return whether that came to its end."""
         self._stop.set()
-        self._thread.join(3)
-        if self._log is not None:
-            self._log.release()
+        self._thread.join(LINGER)
+        return not self._thread.is_alive()
 
 
 def watch(control: str, stop: threading.Event) -> None:
@@ -66,7 +78,7 @@ class HeldLog:
         for line in pipe:
             with self._lock:
                 if self._released:
-                    os.write(2, line.encode())
+                    _print(line)
                 else:
                     self._lines.append(line)
 
@@ -77,4 +89,9 @@ class HeldLog:
         os.close(self._terminal)
         with self._lock:
             self._released = True
-            os.write(2, "".join(self._lines).encode())
+            _print("".join(self._lines))
+
+
+def _print(text: str) -> None:
+    with suppress(OSError):  # the terminal is gone
+        write_all(2, text.encode())
