@@ -303,6 +303,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         HEAD + 'channels = ["book.*{kind=spot}.raw"]',
         "channels: book.*{kind=spot}.raw needs a login; write book.*{kind=spot}.100ms, or credentials = ...",
     ),
+    "many patterns": (
+        HEAD + f"channels = {[f'quote.{number}*' for number in range(101)]}",
+        "desk.toml: [[connection]] a: channels: there are 101 patterns; write at most 100, each for more",
+    ),
     "pattern twice": (
         two('channels = ["quote.*"]', 'channels = ["quote.*"]'),
         "desk.toml: [[connection]] b: channels: quote.* stands in connection a too; write it once",

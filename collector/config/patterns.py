@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from fnmatch import fnmatchcase
+from fnmatch import filter as filter_names
 from typing import Any, NamedTuple
 
 from collector.channels import ENDED, Channel, parse_channel
@@ -222,10 +222,8 @@ def _parse_word(key: str, value: str, pattern: str) -> str:
     return value.lower()
 
 
-def matches(pattern: Pattern, instrument: Instrument, now: int) -> bool:
-    """Whether a pattern stands for an instrument at `now` (ms)."""
-    if not fnmatchcase(instrument.name, pattern.glob):
-        return False
+def meets(instrument: Instrument, pattern: Pattern, now: int) -> bool:
+    """Whether an instrument whose name fits meets all other conditions of a pattern at `now` (ms)."""
     if pattern.head == "perpetual." and not instrument.is_perpetual:
         return False
     return all(_holds(condition, instrument, now) for condition in pattern.conditions)
@@ -271,11 +269,12 @@ def expand(patterns: Iterable[str], listed: Mapping[str, Instrument], now: int) 
 
     Returns {pattern: {channel: instrument}}, in the order of the patterns, instruments by name.
     """
-    living = [listed[name] for name in sorted(listed) if listed[name].is_listed(now)]
+    living = [name for name in sorted(listed) if listed[name].is_listed(now)]
     found: dict[str, dict[str, str]] = {}
     for text in patterns:
         pattern = parse_pattern(text)
-        found[text] = {pattern.write_channel(each.name): each.name for each in living if matches(pattern, each, now)}
+        named = filter_names(living, pattern.glob)
+        found[text] = {pattern.write_channel(name): name for name in named if meets(listed[name], pattern, now)}
     return found
 
 

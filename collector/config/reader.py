@@ -5,7 +5,7 @@ Whatever is wrong is refused before anything starts, in one line: file, table, k
 
 import os
 import re
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,9 @@ from collector.faults import parse_faults
 
 MAX_FILE = 16 << 20
 """Bytes of a configuration file."""
+
+MAX_PATTERNS = 100
+"""Patterns of one connection: each is held against all instruments, again and again."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9-]*\Z")
 _PREFIX = re.compile(r"[A-Z][A-Z0-9_]*\Z")
@@ -239,17 +242,11 @@ def read_connection(
     values["credentials"] = _check_credentials(table.get("credentials"), where, secrets)
     check_url(values["url"], bool(values["credentials"]), where)
     check_headers(values["headers"], where)
-    for name in values["channels"]:
-        _check_channel(name, bool(values["credentials"]), where)
-    values["channels"], values["patterns"] = split_channels(values["channels"])
+    values["patterns"] = tuple(filter(is_pattern, values["channels"]))
+    _check_channels(values, where)
+    values["channels"] = tuple(name for name in values["channels"] if not is_pattern(name))
     _check_sending(values, where)
     return Connection(**{**values, "headers": dict(values["headers"])})
-
-
-def split_channels(names: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Tell channels from patterns."""
-    names = tuple(names)
-    return tuple(name for name in names if not is_pattern(name)), tuple(filter(is_pattern, names))
 
 
 def _check_name(name: str, where: str) -> None:
@@ -276,12 +273,15 @@ def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Cre
     return prefix
 
 
-def _check_channel(name: str, login: bool, where: str) -> None:
+def _check_channels(values: Mapping[str, Any], where: str) -> None:
     where = f"{where}: channels"
+    if (number := len(values["patterns"])) > MAX_PATTERNS:
+        raise ConfigError(f"{where}: there are {number} patterns; write at most {MAX_PATTERNS}, each for more")
     try:
-        check_family(name)
-        channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
-        check_login(channel, name, login)
+        for name in values["channels"]:
+            check_family(name)
+            channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
+            check_login(channel, name, bool(values["credentials"]))
     except ValueError as error:
         raise ConfigError(f"{where}: {error}") from None
 
