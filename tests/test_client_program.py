@@ -17,7 +17,7 @@ import pytest
 import zmq
 
 from collector import Control, ControlError, Subscriber, __version__
-from collector.cli.control import print_facts
+from collector.cli.facts import print_facts
 from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
 from collector.client.verify import RULES, Finding, Verifier

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import click
 
 from collector.cli.options import exit_unread, fail
-from collector.cli.render import say_count
+from collector.cli.render import pad_rows, say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
 
@@ -56,10 +56,10 @@ def write_plan(plan: Plan) -> Iterator[str]:
     used = f"{len(plan.connections)} of {plan.connections_limit} connections"
     yield f"{plan.path}: {used} (REST requests in flight count too)"
     yield ""
-    yield from _write_table([_HEADINGS, *map(_write_row, plan.connections)])
+    yield from map(_join, pad_rows([_HEADINGS, *map(_write_row, plan.connections)]))
     yield ""
     if plan.patterns:
-        yield from _write_table([("pattern", "connection", "channels"), *map(_write_pattern, plan.patterns)])
+        yield from map(_join, pad_rows([("pattern", "connection", "channels"), *map(_write_pattern, plan.patterns)]))
         yield ""
     yield f"quiet market {_QUIET}"
     yield f"control      {plan.control}"
@@ -98,10 +98,8 @@ def _write_row(connection: PlannedConnection) -> tuple[str, ...]:
     )
 
 
-def _write_table(rows: list[tuple[str, ...]]) -> Iterator[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+def _join(cells: list[str]) -> str:
+    return "  ".join(cells).rstrip()
 
 
 def _say_seconds(seconds: float) -> str:

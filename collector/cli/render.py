@@ -1,7 +1,7 @@
 """Messages and numbers as text for a person: the value of each type in a few words, and one line for a message."""
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from collector.client.stream import Loss, Message
@@ -39,6 +39,14 @@ def describe(message: Message) -> str:
 def printable(text: str) -> str:
     """The text without characters that could steer a terminal."""
     return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+
+
+def pad_rows(rows: Iterable[Iterable[str]]) -> Iterator[list[str]]:
+    """The cells of each row, as wide as their column and without what could steer a terminal."""
+    cells = [[printable(text) for text in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for row in cells:
+        yield [text.ljust(width) for text, width in zip(row, widths, strict=True)]
 
 
 def format_line(item: Message | Loss) -> str:
