@@ -20,9 +20,9 @@ REQUIRED: Any = object()
 
 
 class Key(NamedTuple):
-    """One key: `kind` is one of KINDS, `example` a TOML literal, `low` and `high` bound a number or a text's length."""
+    """One key: `type` is one of TYPES, `example` a TOML literal, `low` and `high` bound a number or a text's length."""
 
-    kind: str
+    type: str
     default: Any
     example: str
     meaning: str
@@ -30,7 +30,7 @@ class Key(NamedTuple):
     high: float = float("inf")
 
 
-KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
     "string": ((str,), "a string"),
     "seconds": ((int, float), "a number of seconds"),
     "integer": ((int,), "a whole number"),
@@ -38,10 +38,6 @@ KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "list of strings": ((list,), "a list of strings"),
     "table of strings": ((dict,), "a table of strings"),
 }
-
-PUBLISH_DEFAULT = "ipc://<runtime_dir>/<name>.pub"
-CONTROL_DEFAULT = "ipc://<runtime_dir>/control"
-RUNTIME_DIR_DEFAULT = "$XDG_RUNTIME_DIR/collector, else /tmp/collector-<uid>"
 
 KEYS: dict[str, dict[str, Key]] = {
     "collector": {
@@ -79,9 +75,9 @@ KEYS: dict[str, dict[str, Key]] = {
 }
 
 _DEFAULT_WORDS = {
-    ("collector", "runtime_dir"): RUNTIME_DIR_DEFAULT,
-    ("collector", "control"): CONTROL_DEFAULT,
-    ("connection", "publish"): PUBLISH_DEFAULT,
+    ("collector", "runtime_dir"): "$XDG_RUNTIME_DIR/collector, else /tmp/collector-<uid>",
+    ("collector", "control"): "ipc://<runtime_dir>/control",
+    ("connection", "publish"): "ipc://<runtime_dir>/<name>.pub",
     ("connection", "credentials"): "none",
 }
 
@@ -97,7 +93,7 @@ SECRET_ADVICE = (
 def describe_keys() -> list[tuple[str, str, str, str]]:
     """Return (name, type, default, meaning) of each key, as documentation shows them; the name is `table.key`."""
     return [
-        (f"{table}.{name}", key.kind, _describe_default(table, name, key), key.meaning)
+        (f"{table}.{name}", key.type, _describe_default(table, name, key), key.meaning)
         for table, keys in KEYS.items()
         for name, key in keys.items()
     ]
@@ -168,33 +164,33 @@ def _read_value(table: Mapping[str, Any], name: str, key: Key, where: str) -> An
             raise ConfigError(f"{where} is missing; write for example {name} = {key.example}")
         return key.default
     _check_type(value, name, key, where)
-    if key.kind in ("seconds", "integer"):
+    if key.type in ("seconds", "integer"):
         return _read_number(value, key, where)
-    if key.kind == "list of strings":
+    if key.type == "list of strings":
         return _read_list(value, name, key, where)
-    if key.kind == "string" and len(value) > key.high:
+    if key.type == "string" and len(value) > key.high:
         raise ConfigError(f"{where} is {len(value)} characters long; write at most {key.high:.0f}")
     return value
 
 
 def _check_type(value: Any, name: str, key: Key, where: str) -> None:
-    types, words = KINDS[key.kind]
+    types, words = TYPES[key.type]
     if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
         raise ConfigError(f"{where} must be {words}; write for example {name} = {key.example}")
 
 
 def _read_number(value: float, key: Key, where: str) -> float:
     if not key.low <= value <= key.high:  # also catches nan
-        if key.kind == "seconds" and value >= 100 and 1000 * key.low <= value <= 1000 * key.high:
+        if key.type == "seconds" and value >= 100 and 1000 * key.low <= value <= 1000 * key.high:
             raise ConfigError(f"{where} = {value} looks like milliseconds; times are in seconds, write {value / 1000}")
         raise ConfigError(
             f"{where} = {show(value)} is out of range; write {_say_range(key)}, for example {key.example}"
         )
-    return float(value) if key.kind == "seconds" else value
+    return float(value) if key.type == "seconds" else value
 
 
 def _say_range(key: Key) -> str:
-    unit = " seconds" if key.kind == "seconds" else ""
+    unit = " seconds" if key.type == "seconds" else ""
     return f"{key.low:.10g} to {key.high:.10g}{unit}"
 
 

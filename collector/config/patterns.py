@@ -14,13 +14,14 @@ from datetime import UTC, datetime
 from fnmatch import filter as filter_names
 from typing import Any, NamedTuple
 
-from collector.channels import ENDED, Channel, parse_channel
+from collector.channels import ENDED, KINDS, Channel, parse_channel
 from collector.config.keys import show, suggest
 
-FAMILIES = ("trades", "book", "ticker", "incremental_ticker", "quote", "perpetual", "chart")
+PER_INSTRUMENT = ("trades", "book", "ticker", "incremental_ticker", "quote", "perpetual", "chart")
 """First words of the channels that stand for one instrument each."""
 
-KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo")
+_KINDS = KINDS[:-1]  # without any, which says nothing of an instrument
+
 SETTLING = 60_000
 """Ms after its expiry in which an instrument may still say its last word."""
 
@@ -40,7 +41,7 @@ _EQUAL = ("=",)
 _ORDERED = ("<", ">", "<=", ">=", "=")
 
 CONDITIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
-    "kind": (_EQUAL, "kind=option", f"the kind: {', '.join(KINDS)}"),
+    "kind": (_EQUAL, "kind=option", f"the kind: {', '.join(_KINDS)}"),
     "currency": (_EQUAL, "currency=ETH", "the settlement currency; of spot either side"),
     "base": (_EQUAL, "base=BTC", "the base currency"),
     "quote": (_EQUAL, "quote=USDC", "the quote currency"),
@@ -138,9 +139,9 @@ def parse_pattern(text: str) -> Pattern:
         raise ValueError(f"{show(text)}: one part may be a pattern, the instrument; write for example book.BTC-*.100ms")
     head, glob, braces, tail = match.groups()
     family = head.split(".")[0]
-    if family not in FAMILIES:
-        meant = f"; did you mean {close}?" if (close := suggest(family, FAMILIES, 0.7)) else ""
-        raise ValueError(f"{show(text)}: patterns go over instruments, in {', '.join(FAMILIES)}{meant}")
+    if family not in PER_INSTRUMENT:
+        meant = f"; did you mean {close}?" if (close := suggest(family, PER_INSTRUMENT, 0.7)) else ""
+        raise ValueError(f"{show(text)}: patterns go over instruments, in {', '.join(PER_INSTRUMENT)}{meant}")
     channel = _parse_example(head, tail, text)
     if channel.instrument != "INSTRUMENT" or len(head + tail) > MAX_AROUND:
         raise ValueError(f"{show(text)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms")
@@ -207,7 +208,7 @@ def _parse_expiry(sign: str, value: str, pattern: str) -> Condition:
     )
 
 
-_CHOICES = {"kind": KINDS, "option_type": ("call", "put")}
+_CHOICES = {"kind": _KINDS, "option_type": ("call", "put")}
 
 
 def _parse_word(key: str, value: str, pattern: str) -> str:

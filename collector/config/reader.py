@@ -39,7 +39,7 @@ _PREFIX = re.compile(r"[A-Z][A-Z0-9_]*\Z")
 _METHOD = re.compile(r"(public|private)/[a-z0-9_]+\Z")
 _RESERVED = ("exchange", "collector", "supervisor")
 
-FAMILIES = (
+DOCUMENTED = (
     "trades", "book", "ticker", "quote", "incremental_ticker", "perpetual", "chart", "markprice", "instrument",
     "deribit_price_index", "deribit_price_ranking", "deribit_price_statistics", "deribit_volatility_index",
     "estimated_expiration_price", "platform_state", "announcements", "block_rfq", "block_trade_confirmations", "user",
@@ -289,7 +289,7 @@ def _check_channels(values: Mapping[str, Any], where: str) -> None:
 def check_family(name: str) -> None:
     """Raise ValueError for a channel whose first word is nearly one of Deribit's."""
     family = name.partition(".")[0]
-    if family not in FAMILIES and (meant := suggest(family, FAMILIES, 0.7)):
+    if family not in DOCUMENTED and (meant := suggest(family, DOCUMENTED, 0.7)):
         raise ValueError(f"{show(name)}: no channels are called {show(family)}; did you mean {meant}?")
 
 
