@@ -2,15 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Container, Sequence
-from typing import TYPE_CHECKING
 
 from collector.channels import Channel, guess_currencies, parse_channel, share_topic
 from collector.config.endpoints import Endpoint, parse_endpoint
 from collector.config.keys import ConfigError
+from collector.config.values import Connection
 from collector.limits import MAX_CONNECTIONS
-
-if TYPE_CHECKING:
-    from collector.config.reader import Connection
 
 Placed = tuple[str, Channel]
 """A channel with the name of its connection."""
@@ -23,7 +20,7 @@ _EACH = "*"
 
 
 def check_together(
-    connections: Sequence["Connection"], where: str = "", control: str = "", exchange_port: int | None = 0,
+    connections: Sequence[Connection], where: str = "", control: str = "", exchange_port: int | None = 0,
     running: Container[str] = (),
 ) -> None:  # fmt: skip
     """Check what only shows across connections. Raises ConfigError.
@@ -48,7 +45,7 @@ def check_together(
     _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix, running)
 
 
-def _check_names(connections: Sequence["Connection"], prefix: str) -> None:
+def _check_names(connections: Sequence[Connection], prefix: str) -> None:
     seen: set[str] = set()
     for connection in connections:
         if connection.name in seen:
@@ -57,7 +54,7 @@ def _check_names(connections: Sequence["Connection"], prefix: str) -> None:
         seen.add(connection.name)
 
 
-def _check_endpoints(connections: Sequence["Connection"], prefix: str, control: str, exchange_port: int | None) -> None:
+def _check_endpoints(connections: Sequence[Connection], prefix: str, control: str, exchange_port: int | None) -> None:
     owners: dict[Endpoint, str] = {}
     if exchange_port:
         owners[Endpoint("tcp", "127.0.0.1", exchange_port)] = "port under [exchange]"
@@ -78,7 +75,7 @@ def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None
     owners[endpoint] = who
 
 
-def _check_patterns(connections: Sequence["Connection"], prefix: str) -> None:
+def _check_patterns(connections: Sequence[Connection], prefix: str) -> None:
     """A pattern written twice; patterns that meet in some instrument are found once they are expanded."""
     owners: dict[str, str] = {}
     for connection in connections:

@@ -6,7 +6,6 @@ Whatever is wrong is refused before anything starts, in one line: file, table, k
 import os
 import re
 from collections.abc import Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,8 @@ from collector.config.keys import (
     suggest,
 )
 from collector.config.patterns import is_pattern, parse_pattern
-from collector.config.urls import PRACTICE, check_headers, check_url
+from collector.config.urls import check_headers, check_url
+from collector.config.values import Config, Connection, Exchange
 from collector.defaults import default_runtime_dir
 from collector.faults import parse_faults
 
@@ -45,62 +45,6 @@ DOCUMENTED = (
     "estimated_expiration_price", "platform_state", "announcements", "block_rfq", "block_trade_confirmations", "user",
 )  # fmt: skip
 """First words of the channels that Deribit documents; a near miss of one is taken for a slip of the pen."""
-
-
-@dataclass(frozen=True, slots=True)
-class Connection:
-    """One [[connection]] table: one worker process, one WebSocket. Times are in seconds.
-
-    `channels` are those that the file names one by one; `patterns` stand for more (see collector.config.patterns).
-    """
-
-    name: str
-    url: str
-    channels: tuple[str, ...]
-    publish: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    timeout: float = 5.0
-    retry_count: int = 3
-    retry_delay: float = 1.0
-    heartbeat_interval: float = 30.0
-    credentials: str | None = None
-    cancel_on_disconnect: bool = False
-    send_allow: tuple[str, ...] = ()
-    queue: int = 100_000
-    patterns: tuple[str, ...] = ()
-
-    def to_map(self) -> dict[str, Any]:
-        """Return it as a plain dict, as it stands in the file and travels to a worker."""
-        table = {**asdict(self), "channels": [*self.channels, *self.patterns], "send_allow": list(self.send_allow)}
-        del table["patterns"]
-        return table
-
-    @property
-    def is_practice(self) -> bool:
-        """Whether it goes to the practice exchange of [exchange]."""
-        return self.url.partition("?")[0] == PRACTICE
-
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """The [exchange] table: the practice exchange that the supervisor runs too. Port 0 is any free one."""
-
-    port: int = 0
-    faults: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Config:
-    """One configuration file and the secrets of the environment, checked."""
-
-    path: Path
-    runtime_dir: Path
-    control: str
-    scheduling: str
-    read_pause: float
-    exchange: Exchange | None
-    connections: tuple[Connection, ...]
-    secrets: Mapping[str, Credentials] = field(repr=False)
 
 
 def load_config(path: str | os.PathLike[str], environ: MutableMapping[str, str]) -> Config:
