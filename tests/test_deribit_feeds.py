@@ -10,10 +10,10 @@ from collector.channels import parse_channel
 from tests.faults.exchange import Line
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
-from workers.deribit.feeds.normalise import TickerFeed
+from workers.deribit.feeds.normalise import MAX_DEPTH, TickerFeed, create_feed
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Book
-from workers.deribit.publishing.streams import Published, Topics
+from workers.deribit.publishing.streams import Malformed, Published, Topics
 
 NAME = "BTC-PERPETUAL"
 
@@ -107,3 +107,18 @@ def test_a_ticker_that_could_not_be_read_or_was_lost_is_a_gap_and_an_incremental
         assert gap.reason == ("sequence" if number == 1 else "disconnect")
         assert len(feed.take(part, 6)) == (0 if is_incremental else 1)
         assert (feed.is_complete, feed.dropped) == ((False, number) if is_incremental else (True, 0))
+
+
+@pytest.mark.parametrize("channel", ["user.changes.any.any.raw", f"ticker.{NAME}.100ms", f"incremental_ticker.{NAME}"])
+def test_what_is_nested_too_deep_for_readers_is_malformed(topics: Topics, channel: str) -> None:
+    feed = create_feed(parse_channel(channel), topics)
+    for depth in (MAX_DEPTH - 1, MAX_DEPTH):
+        nested: list[Any] = []
+        for _ in range(depth - 1):
+            nested = [nested]
+        frame = encode(feed, {"type": "snapshot", "state": "open", "new": nested})
+        if depth == MAX_DEPTH:  # with the map around it it is one more
+            with pytest.raises(Malformed, match="nested more than 100 deep"):
+                feed.take(frame, 1)
+        else:
+            assert len(feed.take(frame, 1)) == 1

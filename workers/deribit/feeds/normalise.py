@@ -82,13 +82,13 @@ class TickerFeed(Feed):
 
     def _merge(self, data: dict[str, Any]) -> dict[str, Any]:
         """The full ticker that a change makes; empty while a full one is awaited."""
+        check_encodable(data)  # what is kept must not spoil all that follows
         if data.pop("type", None) != "snapshot":
             if not self.is_complete:
                 self.dropped += 1
                 return {}
             data = self._merged | data
         _complete_ticker(data)
-        check_encodable(data)  # what is kept must not spoil all that follows
         self._merged = data
         if not self.is_complete:
             self.is_complete = self.changed = True
@@ -139,6 +139,10 @@ def _complete_ticker(data: dict[str, Any]) -> None:
     data.pop("instrument_name", None)
     data.pop("join", None)  # ours to say
 
+
+MAX_DEPTH = 100
+"""How deep lists and maps of a message may be nested; Deribit's are at 4. Readers give up somewhere, Python's msgpack
+after 1,024; and what Python itself takes differs from version to version."""
 
 PLAIN_TYPES = ("index", "volatility", "expiration_price", "funding", "candle")
 """The small types: their keys are those of the wire's table."""
@@ -253,10 +257,19 @@ class OtherFeed(Feed):
 
 
 def check_encodable(data: Any) -> None:
-    """Raise Malformed for what MessagePack cannot hold: integers beyond 64 bits, a depth without end."""
+    """Raise Malformed for what MessagePack cannot hold, or its readers may not take: integers beyond 64 bits, more than
+    MAX_DEPTH lists and maps in each other.
+    """
+    level: list[Any] = [[data]]
+    for _ in range(MAX_DEPTH + 1):
+        inner = (each for outer in level for each in (outer.values() if outer.__class__ is dict else outer))
+        if not (level := [each for each in inner if each.__class__ is dict or each.__class__ is list]):
+            break
+    else:
+        raise Malformed(f"it is nested more than {MAX_DEPTH} deep")
     try:
         msgspec.msgpack.encode(data)
-    except (TypeError, OverflowError, RecursionError) as error:
+    except (TypeError, OverflowError) as error:
         raise Malformed(f"cannot be encoded: {error}") from None
 
 
