@@ -232,9 +232,10 @@ import collector, gc
 def fail(**where):
     try:
         collector.Subscriber(**where)
-    except (ValueError, collector.ControlError) as error:
+    except (TypeError, ValueError, collector.ControlError) as error:
         kept = error
 
+fail(prefix="misspelt")
 fail(endpoints="nonsense")
 fail(control="ipc:///nowhere/control")
 for kind in (collector.Control, collector.Subscriber):
@@ -381,6 +382,36 @@ def test_a_topic_can_be_asked_for_again_and_is_at_once_only_once(context: Any) -
         for wish in (b"\x01" + TOPIC.encode(), b"\x00" + TOPIC.encode(), b"\x01" + other.encode()):
             assert publisher.poll(10_000)
             assert publisher.recv() == wish
+
+
+def test_what_may_not_be_asked_for_yet_is_asked_for_later_though_its_topic_is_quiet(context: Any) -> None:
+    publisher = context.socket(zmq.XPUB)
+    publisher.setsockopt(zmq.XPUB_VERBOSE, 1)
+    publisher.bind("tcp://127.0.0.1:*")
+    with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
+        wait_subscribed(publisher)
+        for frames in (index_message(1), index_message(3), index_message(3, join=True), index_message(5)):
+            publisher.send_multipart(frames)
+        items = [subscriber.receive(10) for _ in range(6)]
+        assert [isinstance(item, Loss) for item in items] == [False, True, False, False, True, False]
+        for wish in (b"\x01", b"\x00"):  # for the first loss
+            assert publisher.poll(10_000)
+            assert publisher.recv() == wish + TOPIC.encode()
+        wait_until(lambda: subscriber.receive(0.1) is None and publisher.poll(0), "the question for the second one")
+        publisher.recv_multipart()
+        publisher.send_multipart(index_message(5, join=True))
+        assert (answer := subscriber.receive(10)) is not None
+        assert (answer.topic, subscriber._questions.put_off) == (parse_topic(TOPIC), {})
+
+
+def test_what_is_not_read_any_more_does_not_come_from_what_waited(publisher: Any) -> None:
+    with Subscriber([endpoint_of(publisher)], on_loss="report", prefixes=["deribit.index."]) as subscriber:
+        wait_subscribed(publisher)
+        for seq in (1, 3):
+            publisher.send_multipart(index_message(seq))
+        assert [isinstance(subscriber.receive(10), Loss) for _ in range(2)] == [False, True]
+        subscriber.unsubscribe("deribit.index.")  # the message behind the loss waits still
+        assert subscriber.receive(0.1) is None
 
 
 def test_who_loses_on_and_on_asks_ever_more_rarely_and_soon_again_once_that_is_over() -> None:

@@ -43,7 +43,8 @@ class OwnSocket:
         self._context.destroy(linger=0)
 
     def __del__(self) -> None:
-        self.disconnect()
+        if hasattr(self, "socket"):  # else it was never made
+            self.disconnect()
 
     def __enter__(self) -> Self:
         return self

@@ -178,11 +178,15 @@ class SequenceCheck:
         last = self._last.get(message.topic)
         return last is not None and message.type == "status" and message.epoch < last[0]
 
-    def forget(self, prefix: str, kept: Iterable[str]) -> None:
-        """Forget the topics that begin so, but for those that begin as one of `kept`: they are read no more."""
-        for topic in [topic for topic in self._last if str(topic).startswith(prefix)]:
-            if not str(topic).startswith(tuple(kept)):
-                del self._last[topic]
+    def forget(self, prefix: str, kept: Iterable[str]) -> list[Topic]:
+        """Forget, and return, the topics that begin so, but for those that begin as one of `kept`: they are read no
+        more.
+        """
+        begun = [topic for topic in self._last if str(topic).startswith(prefix)]
+        gone = [topic for topic in begun if not str(topic).startswith(tuple(kept))]
+        for topic in gone:
+            del self._last[topic]
+        return gone
 
     def _start(self, topic: Topic, epoch: int, seq: int) -> None:
         if len(self._last) >= MAX_TOPICS:

@@ -101,7 +101,9 @@ class Subscriber(OwnSocket):
             raise ValueError(f"{text!r} is no prefix that is subscribed to")
         self._prefixes.remove(text)
         self.socket.unsubscribe(text)
-        self._sequence.forget(text, self._prefixes)
+        for topic in self._sequence.forget(text, self._prefixes):
+            self._questions.settle(topic)
+        self._waiting = deque(each for each in self._waiting if str(each.topic).startswith(tuple(self._prefixes)))
 
     def _connect(self, endpoints: Iterable[str]) -> None:
         for endpoint in sorted(set(endpoints) - self.endpoints):
@@ -160,7 +162,7 @@ class Subscriber(OwnSocket):
         loss = self._sequence.follow(message)
         is_lost = loss is not None and loss.reason == "sequence"
         if message.is_join:
-            self._questions.unanswered.discard(message.topic)
+            self._questions.settle(message.topic)
         elif (is_lost or message.topic in self._questions.unanswered) and message.topic.type != "heartbeat":
             self.ask_again(message.topic)  # heartbeats are not said again
         if loss is None:
@@ -180,6 +182,10 @@ class Subscriber(OwnSocket):
             self.socket.subscribe(str(topic))
             self.socket.unsubscribe(str(topic))
 
+    def _ask_put_off(self) -> None:
+        for topic in self._questions.list_due(time.monotonic()):
+            self.ask_again(topic)
+
     def _report(self, loss: Loss) -> Loss:
         if self._raises:
             raise LossError(loss)
@@ -193,9 +199,12 @@ class Subscriber(OwnSocket):
             try:
                 return self.socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
-                if self._unnamed:  # rarely; this is the way of each message that comes alone
+                # Both rarely; this is the way of each message that comes alone.
+                if self._unnamed:
                     self._leave_unnamed()
-            longest = 3600.0 if self._finder is None else LOOK_EVERY
+                if self._questions.put_off:
+                    self._ask_put_off()
+            longest = LOOK_EVERY if self._finder is not None or self._questions.put_off else 3600.0
             rest = longest if end is None else min(end - time.monotonic(), longest)
             if rest <= 0:
                 return None
