@@ -642,7 +642,7 @@ def test_the_command_ends_in_order_and_refuses_what_it_does_not_know() -> None:
     [
         ("--faults", "nope:1", 2, "no fault 'nope'"),
         ("--port", "99999", 2, "0<=x<=65535"),
-        ("--rate", "-1", 2, "x>=0"),
+        ("--rate", "-1", 2, "0<=x<=100000"),
         ("--certificate", "/no/such.pem", 1, "certificate /no/such.pem: No such file"),
         ("--certificate", __file__, 1, f"certificate {__file__}: "),
         ("--replay", "/no/such.jsonl", 1, "No such file or directory: '/no/such.jsonl'"),

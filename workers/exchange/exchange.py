@@ -135,8 +135,8 @@ class Exchange:
         return MARKET_METHODS[method](self.market, shift_times(params, -clock) if clock else params)
 
 
-Counts = Counter[tuple[str, str, int]]
-"""How often each setting of a fault has held: (all the faults, the fault, its place among those of its name)."""
+Counts = Counter[tuple[str, str, int, str]]
+"""How often each setting has held: (all the faults, the fault, its place among those of its name, the method)."""
 
 
 def find_failure(faults: Faults, kind: str, name: str, counts: Counts) -> Setting | None:
@@ -145,7 +145,8 @@ def find_failure(faults: Faults, kind: str, name: str, counts: Counts) -> Settin
     One that has held so often as it may leaves the next call to the next one.
     """
     for place, setting in enumerate(faults.all(kind)):
-        key = (faults.text, kind, place)
+        # `*` is each method by itself, but all channels of a subscribe together.
+        key = (faults.text, kind, place, "" if kind == "drop_subscribe" else name)
         if setting.text in (name, "*") and counts[key] < setting.at:
             counts[key] += 1
             return setting

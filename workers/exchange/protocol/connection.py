@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 from collector.faults import FOREVER, Faults
 from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Counts, Exchange, find_failure
+from workers.exchange.market.market import MAX_BEHIND
 from workers.exchange.protocol.distort import Distortion, distort_envelope, distorts, make_nonsense
 from workers.exchange.protocol.lateness import Lateness, delays
 from workers.exchange.protocol.rpc import (
@@ -245,6 +246,8 @@ class Connection:
 
     def tick(self, now: float) -> None:
         """Do what is due: heartbeats, the idle cut, timed faults."""
+        if abs(now - self._now) * 1000 > MAX_BEHIND:
+            self._go_on(now - self._now)
         self._now = now
         if now >= self._cut_at:
             self._transport.cut(False)
@@ -261,6 +264,15 @@ class Connection:
                     self._say(encode_heartbeat(kind))
         elif self.session.is_idle(now, self._faults.number("idle", IDLE)):
             self.cut("idle")
+
+    def _go_on(self, by: float) -> None:
+        """The clock was set, or all stood still: as for the market, no time has gone by."""
+        session = self.session
+        session.opened, session.last_request, session.last_sent = (
+            each + by for each in (session.opened, session.last_request, session.last_sent)
+        )
+        self._cut_at, self._flooded = self._cut_at + by, self._flooded + by
+        self._periodic = {name: due + by for name, due in self._periodic.items()}
 
     def _run_timed_faults(self, now: float) -> None:
         age = now - self.session.opened
