@@ -709,6 +709,20 @@ def test_what_goes_on_without_end_ends_the_collector_if_it_ends_by_a_fault(first
         run.wait_gone()
 
 
+def test_a_fault_of_the_watch_ends_the_collector_also_with_a_worker_that_does_not_stop() -> None:
+    first = (
+        "from collector.supervisor.keeper import Keeper; watch = Keeper.watch; Keeper.watch = "
+        "lambda self, now, pause: (watch(self, now, pause), self._heard_at and 1 / (now < self._heard_at + 2))"
+    )
+    with collected(first=first) as run:
+        run.wait_state("a")
+        worker = psutil.Process(run.get_state("a")["pid"])
+        worker.suspend()
+        assert run.program.wait_exit() == 1
+        run.program.wait_line("ZeroDivisionError")
+        wait_until(lambda: not worker.is_running(), "the end of the worker")
+
+
 def test_its_files_are_touched_from_time_to_time() -> None:
     with collected(first="import collector.cli.run; collector.cli.run.REFRESH = 1") as run:
         run.wait_state("a")

@@ -83,8 +83,9 @@ class Commands:
         if self._supervisor.is_stopping:
             raise ControlError("not_connected", STOPPING)
         connection = self._check_connection(request.arguments["connection"])
-        known = self._entries.get(connection.name)  # it has failed, and may be one of the file: it stays that
-        entry = self._supervisor.start_connection(connection, from_file=known is not None and known.from_file)
+        known = self._entries.get(connection.name)  # it has failed
+        in_file = any(connection.name == each.name for each in self._supervisor.config.connections)
+        entry = self._supervisor.start_connection(connection, from_file=in_file)
         keeper = entry.keeper
         log.info("%s: connected by a control request", connection.name)
         try:

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from collector.config import Config, Connection, Credentials, check_together
 from collector.config.urls import name_host
-from collector.lifecycle import Exit
+from collector.lifecycle import STOP_GRACE, Exit
 from collector.planning.catalogue import Catalogue
 from collector.sockets import remove_socket
 from collector.supervisor.follower import Follower
@@ -86,6 +86,8 @@ class Supervisor:
                 self.start_connection(connection, from_file=True)
             return await self._ended
         finally:
+            if watching.done():  # by a fault: then nobody kills who does not stop
+                asyncio.get_running_loop().call_later(STOP_GRACE, self.kill)
             await self._stop()
             watching.cancel()
             self._spawner.close()
