@@ -506,15 +506,24 @@ def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
         assert worker.patrol.lag.describe() != Samples().describe()
 
 
-def test_the_lag_does_not_count_what_is_older_than_the_connection(tmp_path: Path) -> None:
+def test_the_lag_does_not_count_what_a_channel_says_first(tmp_path: Path) -> None:
     """The first quote of a quiet market bears the time of its last change."""
     with living(tmp_path, QUOTE) as worker:
+
+        def say(late: int) -> None:
+            now = time.time_ns()
+            worker.take_frames([make_frame(QUOTE, {"timestamp": now // 1_000_000 - late})], now + worker.unknown)
+
+        def sample() -> float:
+            say(40_000)
+            return worker.patrol.lag.describe().get("p50", 0)
+
         worker.change_state("bootstrapping", "")
-        now = time.time_ns()
-        worker.take_frames([make_frame(QUOTE, {"timestamp": now // 1_000_000 - 600_000})], now)
+        say(600_000)
+        worker.confirm_channels([QUOTE])
+        say(600_000)
         assert worker.patrol.lag.describe() == {}
-        worker.take_frames([make_frame(QUOTE, {"timestamp": now // 1_000_000 + 1000})], now + 30_000_000)
-        assert worker.patrol.lag.newest < 0
+        assert wait_until(sample, "the first sample") == pytest.approx(40, abs=5)
 
 
 def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import share_pools
 from workers.deribit.connection.listener import Listener
+from workers.deribit.connection.session import NEVER
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
@@ -44,6 +45,9 @@ LAST_HEALING = 10.0
 
 WINDING_UP = 2.0
 """Seconds that what was cancelled may take at the end: a socket waits one for the exchange's close frame."""
+
+FIRST_VALUES = 1.0
+"""Seconds in which what a channel says first may come, once the exchange has confirmed it."""
 
 SAMPLE_EVERY = 20_000_000
 """Time between samples of latency and lag, in ns."""
@@ -111,7 +115,7 @@ class Worker(Listener):
         self.unknown = 0
         self.latency = Samples()
         self._sampled = 0
-        self._connected_at = 0  # ns, monotonic
+        self._sample_from = 0.0  # monotonic
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_ended = False
@@ -326,8 +330,8 @@ class Worker(Listener):
             message = self._newest[-1][1]
             exchange_ts = message["exchange_ts"] if isinstance(message, dict) else message.exchange_ts
             lag = receive_ts + self.client.session.clock_offset - exchange_ts
-            # What was asked for bears the time of its last change, which may be any: on a new connection, or of a book.
-            is_old = lag > time.monotonic_ns() - self._connected_at
+            # What was asked for bears the time of its last change, which may be any.
+            is_old = time.monotonic() < self._sample_from
             is_old |= isinstance(message, Book) and message.reason in ("subscribe", "resync")
             if exchange_ts and not is_old:
                 self.patrol.take_lag(lag)
@@ -341,7 +345,7 @@ class Worker(Listener):
             if state in ("backoff", "failed"):
                 self._lose_all()
             elif state == "bootstrapping":
-                self._connected_at = time.monotonic_ns()
+                self._sample_from = NEVER
             elif state == "live":
                 self.patrol.begin()
                 self.healer.resume()
@@ -367,6 +371,7 @@ class Worker(Listener):
                     self._confirm(feed)
 
     def _confirm(self, feed: Feed) -> None:
+        self._sample_from = time.monotonic() + FIRST_VALUES
         feed.rhythm.restart(time.time_ns())
         if feed.is_complete:
             self.statuses.tell(feed, "live", "")

@@ -38,6 +38,13 @@ RENEW_AGAIN, RENEW_LEAST = 60.0, 1.0
 
 NEVER = float("inf")
 
+_STEADY = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+"""A clock that nobody sets; on Linux one that goes on while the machine sleeps."""
+
+
+def _read_steady() -> int:
+    return time.clock_gettime_ns(_STEADY)
+
 
 class Session:
     """The settings of the bootstrap, and what came of it on the connection that is up now.
@@ -58,7 +65,7 @@ class Session:
         self._token_ends = NEVER
         self._sync_at = NEVER
         self.logged_in_at = 0.0  # monotonic; 0: this connection has not
-        self._ahead: int | None = None  # the exchange's clock less the monotonic one
+        self._ahead: int | None = None  # the exchange's clock less the steady one
         self.measured_offset = 0
         self.clock_error = 0
         self.earlier_offset: int | None = None
@@ -89,10 +96,10 @@ class Session:
     def clock_offset(self) -> int:
         """The exchange's clock less ours, in ns, as far as it is known; else 0.
 
-        It goes on by the monotonic clock: ours may be set at any moment, and what it says of the exchange's must not
+        It goes on by the steady clock: ours may be set at any moment, and what it says of the exchange's must not
         be wrong until that is measured again.
         """
-        return 0 if self._ahead is None else self._ahead + time.monotonic_ns() - time.time_ns()
+        return 0 if self._ahead is None else self._ahead + _read_steady() - time.time_ns()
 
     async def take_round(self, number: int) -> None:
         """Send the requests of one round of the bootstrap together. Raises Lost or Refused."""
@@ -172,9 +179,9 @@ class Session:
 
     async def _sync_time(self) -> None:
         self._sync_at = time.monotonic() + TIME_SYNC
-        sent = time.monotonic_ns()
+        sent = _read_steady()
         theirs = await self._send("public/get_time", {})
-        received = time.monotonic_ns()
+        received = _read_steady()
         if type(theirs) is int and 0 <= theirs <= MAX_MS:
             # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
             self._ahead = theirs * 1_000_000 + 500_000 - (sent + received) // 2
