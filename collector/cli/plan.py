@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-import time
 from collections.abc import Iterator
 
 import click
@@ -42,13 +41,15 @@ def _list_instruments(config: Config) -> Listing:
         return Listing()
     from collector.planning.catalogue import Catalogue, Unreachable  # what speaks HTTP is dear to load
 
-    listing = Listing(time.time_ns() // 1_000_000, listed := {}, failures := {})
+    now, listed, failures = 0, {}, {}
     for url, connection in patterned.items():
+        catalogue = Catalogue(url, connection.headers, connection.timeout)
         try:
-            listed[url] = Catalogue(url, connection.headers, connection.timeout).read_all()
+            listed[url] = catalogue.read_all()
+            now = catalogue.read_ms()  # as `run` does it
         except Unreachable as error:
             failures[url] = str(error)
-    return listing
+    return Listing(now, listed, failures)
 
 
 def write_plan(plan: Plan) -> Iterator[str]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -80,6 +81,7 @@ async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_v
     log.info("ended")
     code = stopping.forced or code
     if not is_shown:  # the interpreter would wait for output that nobody takes
+        multiprocessing.util._run_finalizers()  # type: ignore[attr-defined]  # the forkserver's directory
         logging.shutdown()
         os._exit(code)
     return code
