@@ -384,16 +384,13 @@ class Worker(Listener):
     def refuse_channels(self, names: list[str], reason: str) -> None:
         """Say on the topic of each that it will not come."""
         log.warning("%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
-        ended: list[TradeFeed] = []
         with self.publisher.gather():
             for name in names:
                 feed = self.feeds.get(name.encode())
                 if reason == EXPIRED and isinstance(feed, TradeFeed):
-                    ended.append(feed)
+                    self._spawn(self._end_trades(feed))
                 elif feed is not None:
                     self.statuses.tell(feed, "expired" if reason == EXPIRED else "refused", reason)
-        if ended:
-            self._spawn(self._end_trades(ended))
 
     # -- what follows from it -----------------------------------------------------------------------------------------
 
@@ -422,14 +419,11 @@ class Worker(Listener):
             self.channels.events += events
             del listing.ended[:count]
 
-    async def _end_trades(self, feeds: list[TradeFeed]) -> None:
-        """Their instruments have ended, and their last trades may have been lost: nothing may follow the word."""
-        await self.healer.finish(feeds)
-        refused = self.client.reconciler.subscriptions.refused
-        with self.publisher.gather():
-            for feed in feeds:
-                if not feed.is_ended and refused.get(feed.channel.name) == EXPIRED:
-                    self.statuses.tell(feed, *OVER)
+    async def _end_trades(self, feed: TradeFeed) -> None:
+        """Its instrument has ended, and its last trades may have been lost: nothing may follow the word."""
+        await self.healer.finish([feed])
+        if not feed.is_ended and self.client.reconciler.subscriptions.refused.get(feed.channel.name) == EXPIRED:
+            self.statuses.tell(feed, *OVER)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)

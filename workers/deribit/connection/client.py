@@ -152,6 +152,7 @@ class Client:
         cannot be a channel, and Lost once it was closed or has given up.
         """
         names = list_names(channels)
+        self._raise_end()
         self.reconciler.subscriptions.ask(names)
         await self._settle(names)
         return {name: self.reconciler.describe_wish(name) for name in names}
@@ -159,14 +160,12 @@ class Client:
     async def unsubscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
         """Want these channels no more. Returns {name: True} for each. Raises Lost as subscribe does."""
         names = list_names(channels)
+        self._raise_end()
         self.reconciler.subscriptions.drop(names)
         await self._settle([])
         return dict.fromkeys(names, True)
 
     async def _settle(self, channels: list[str]) -> None:
-        self._raise_failure()
-        if self._life is not None and self._life.done():
-            raise Lost(self.failure)
         if self.is_live:
             with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
                 await self.reconciler.settle(channels)
@@ -204,6 +203,11 @@ class Client:
             if self._life is not None:
                 await self._life
 
+    def _raise_end(self) -> None:
+        self._raise_failure()
+        if self._life is not None and self._life.done():
+            raise Lost(self.failure)
+
     def _raise_failure(self) -> None:
         """Nobody awaits the life of a client: what broke it is told by each call that follows."""
         if self._life is not None and self._life.done() and not self._life.cancelled():
@@ -239,9 +243,10 @@ class Client:
             await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             closing.cancel()
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.gather(task, return_exceptions=True)
+            if not task.done():  # to wait for what is done would be to miss who cancels meanwhile
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await asyncio.gather(task, return_exceptions=True)
         if not task.cancelled():  # not above: there it would be raised in the place of a cancellation
             task.result()
 

@@ -131,7 +131,10 @@ class Reconciler:
             raise Refused(f"{call.method}: {error}", Exit.BANNED)
         wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
         if reaction is Reaction.RETRY or (wants_login and self._session.awaits_login):
+            ended = self._ended
             await asyncio.sleep(RETRY_PAUSE)
+            if ended != self._ended:  # the next connection may have asked for the same by now
+                raise Lost("the connection ended before the call was repeated")
             if call.leaves:
                 return self.subscriptions.refuse_leaving(call, RETRIES)
             return self._count_refusal(list(call.channels), error, RETRIES)

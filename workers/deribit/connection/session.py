@@ -56,7 +56,7 @@ class Session:
 
     def __init__(self, send: Send, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool) -> None:
         self._send = send
-        self._login = login
+        self._login = self._given = login
         self._heartbeat_interval = heartbeat_interval
         self._cancel_on_disconnect = cancel_on_disconnect
         self.credits: Pool = Credits(CALL_BURST, CALL_REFILL, time.monotonic())
@@ -167,13 +167,13 @@ class Session:
             if not may_pass or self._login is None or params["grant_type"] == PLAIN:
                 raise
             # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
-            login, self._login = self._login, self._login._replace(signed=False)  # for the next, if this one ends now
-            tokens = await self._send("public/auth", build_plain(login))
-            self._login = login
+            self._login = self._login._replace(signed=False)  # for the next, if this one ends now
+            tokens = await self._send("public/auth", build_plain(self._login))
         try:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
         except (TypeError, KeyError, ValueError, OverflowError):
             raise Lost("public/auth: there are no tokens in the answer") from None
+        self._login = self._given
         self.logged_in_at = now = time.monotonic()
         self._refresh_at, self._token_ends = now + max(RENEW_LEAST, life * REFRESH_AT), now + life
 

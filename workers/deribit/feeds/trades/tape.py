@@ -133,16 +133,23 @@ class Tape:
         """What may have come after all that was fetched of a tail, and will not be asked for any more."""
         gap = self.describe_gap(now)
         gap.missing_from = self.stream.last_id + 1
-        gap.reason = gap.reason if tail.gap is None else tail.gap.reason
+        if tail.gap is not None:
+            gap.reason = tail.gap.reason
+        else:
+            self._date_back(gap, now)
         return gap
 
     def _describe_missing(self, first: int, last: int, now: int) -> Gap:
         """What may have come before the first trade of an instrument, or before the subscription: that is not known."""
-        gap, unsure_from = self.describe_gap(now), self.losses.unsure_from
+        gap = self.describe_gap(now)
         gap.missing_from, gap.missing_to = first, last
-        if unsure_from is not None:
-            gap.reason, gap.from_ts = "disconnect", min(unsure_from, gap.from_ts or now)
+        self._date_back(gap, now)
         return gap
+
+    def _date_back(self, gap: Gap, now: int) -> None:
+        """An instrument that is new to us may have traded first while the connection was lost."""
+        if (since := self.losses.unsure_from) is not None:
+            gap.reason, gap.from_ts = "disconnect", min(since, gap.from_ts or now)
 
     # -- holes --------------------------------------------------------------------------------------------------------
 
