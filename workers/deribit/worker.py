@@ -47,7 +47,7 @@ WINDING_UP = 2.0
 """Seconds that what was cancelled may take at the end: a socket waits one for the exchange's close frame."""
 
 FIRST_VALUES = 1.0
-"""Seconds in which what a channel says first may come, once the exchange has confirmed it."""
+"""Seconds in which what a channel says first may come, once the exchange has confirmed it; what is no older counts."""
 
 SAMPLE_EVERY = 20_000_000
 """Time between samples of latency and lag, in ns."""
@@ -115,7 +115,7 @@ class Worker(Listener):
         self.unknown = 0
         self.latency = Samples()
         self._sampled = 0
-        self._sample_from = 0.0  # monotonic
+        self._first_until = 0.0  # monotonic
         self._newest: Published = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._has_ended = False
@@ -331,7 +331,7 @@ class Worker(Listener):
             exchange_ts = message["exchange_ts"] if isinstance(message, dict) else message.exchange_ts
             lag = receive_ts + self.client.session.clock_offset - exchange_ts
             # What was asked for bears the time of its last change, which may be any.
-            is_old = time.monotonic() < self._sample_from
+            is_old = lag > FIRST_VALUES * 1e9 and time.monotonic() < self._first_until
             is_old |= isinstance(message, Book) and message.reason in ("subscribe", "resync")
             if exchange_ts and not is_old:
                 self.patrol.take_lag(lag)
@@ -345,7 +345,7 @@ class Worker(Listener):
             if state in ("backoff", "failed"):
                 self._lose_all()
             elif state == "bootstrapping":
-                self._sample_from = NEVER
+                self._first_until = NEVER
             elif state == "live":
                 self.patrol.begin()
                 self.healer.resume()
@@ -371,7 +371,7 @@ class Worker(Listener):
                     self._confirm(feed)
 
     def _confirm(self, feed: Feed) -> None:
-        self._sample_from = time.monotonic() + FIRST_VALUES
+        self._first_until = time.monotonic() + FIRST_VALUES
         feed.rhythm.restart(time.time_ns())
         if feed.is_complete:
             self.statuses.tell(feed, "live", "")
