@@ -382,6 +382,21 @@ async def test_a_refused_unsubscribe_costs_no_connection(practice: str, times: i
         assert client.reconnects == 0
 
 
+@pytest.mark.parametrize("code", [13028, 11051])
+@in_loop
+async def test_an_exchange_that_wants_a_pause_before_an_unsubscribe_is_not_left(practice: str, code: int) -> None:
+    """Neither for a wish, nor for what the upkeep does by itself when an instrument has ended."""
+    faults = f"error:public/unsubscribe={code}@2"
+    async with connected(practice, faults, channels=[QUOTE, TICKER, BOOK]) as (client, ear):
+        client.reconciler.expire([QUOTE])
+        await wait_for(lambda: client.last_error, "the first refusal")
+        assert await client.unsubscribe([TICKER]) == {TICKER: True}
+        await wait_for(lambda: client.reconciler.subscriptions.confirmed == {BOOK}, "both unsubscribes")
+        assert client.last_error["code"] == code
+        await ear.wait_frames([BOOK])
+        assert client.reconnects == 0
+
+
 @in_loop
 async def test_an_unsubscribe_that_the_exchange_wants_again_and_again_is_given_up(practice: str) -> None:
     """Else nothing else of the upkeep would be done any more."""

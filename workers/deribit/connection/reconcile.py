@@ -12,7 +12,15 @@ from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
 from workers.deribit.connection.together import do_together
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
+from workers.deribit.rpc.errors import (
+    TOO_MANY_REQUESTS,
+    ExchangeError,
+    Lost,
+    NotConnected,
+    Reaction,
+    Refused,
+    find_reaction,
+)
 
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
@@ -130,7 +138,9 @@ class Reconciler:
         if reaction is Reaction.BANNED:
             raise Refused(f"{call.method}: {error}", Exit.BANNED)
         wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
-        if reaction is Reaction.RETRY or (wants_login and self._session.awaits_login):
+        # What is left can wait, and is worth no connection; only 10028 ends that, whatever we do.
+        may_wait = call.leaves and reaction is Reaction.BACK_OFF and error.code != TOO_MANY_REQUESTS
+        if reaction is Reaction.RETRY or may_wait or (wants_login and self._session.awaits_login):
             ended = self._ended
             await asyncio.sleep(RETRY_PAUSE)
             if ended != self._ended:  # the next connection may have asked for the same by now
