@@ -831,6 +831,15 @@ async def test_close_waits_for_the_answer_no_longer_than_the_peer_is_given(pract
         assert client.exit == Exit.STOPPED
 
 
+@in_loop
+async def test_the_error_of_the_last_attempt_is_told_during_the_next_one(practice: str) -> None:
+    async with connected(practice, "slow_open:30,first:1", live=False, timeout=0.5) as (client, ear):
+        await wait_for(lambda: len(ear.find("connecting")) == 2, "the second attempt")
+        assert "within 0.5 s" in client.get_state()["last_error"]["message"]
+        await wait_for(lambda: client.is_live, "life")
+        assert client.get_state()["last_error"] is None
+
+
 @pytest.mark.parametrize("faults", ["refuse:503", "slow_open:30", "no_reply:public/hello"])
 @in_loop
 async def test_close_interrupts_whatever_is_under_way(practice: str, faults: str) -> None:

@@ -281,10 +281,10 @@ class Client:
 
     async def _run_session(self) -> None:
         self.attempts += 1
-        self.last_error = None
         tasks: list[asyncio.Task[None]] = []
         try:
             self._socket = await Socket.open(self.url, self.headers, self.timeout)
+            self.last_error = None  # not before: an attempt may take long, and why it is made must be told meanwhile
             self._apply("opened", "")
             tasks = [asyncio.create_task(self._socket.follow(self._take)), asyncio.create_task(self._serve())]
             self._verdict = asyncio.get_running_loop().create_future()
