@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sized
 from contextlib import suppress
 from dataclasses import replace
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 from collector.channels import parse_channel
@@ -81,18 +82,19 @@ class Follower:
         """
         connection = self._connection
         self._catalogue = self._supervisor.find_catalogue(connection)
-        failure = ""
-        for attempt in range(1, connection.retry_count * (MAX_RESTARTS + 1) + 1):
+        attempts = connection.retry_count * (MAX_RESTARTS + 1)
+        for attempt in count(1):
             try:
                 self._listed = await self._catalogue.share()  # who asked first goes on first, and stays where two meet
-                return self._put_in_place()
+                break
             except Unreachable as error:
-                failure = str(error)
+                if attempt == attempts:
+                    return self._give_up(Exit.GAVE_UP, f"the exchange's list of instruments could not be had: {error}")
                 delay = backoff_delay(attempt, connection.retry_delay, random.random())
-                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, failure, delay)
-                self._entry.keeper.report["last_error"] = {"message": failure}
+                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
+                self._entry.keeper.report["last_error"] = {"message": str(error)}
                 await asyncio.sleep(delay)
-        return self._give_up(Exit.GAVE_UP, f"the exchange's list of instruments could not be had: {failure}")
+        return self._put_in_place()
 
     def _put_in_place(self) -> Exit | None:
         # What was wished while the list was waited for, somebody was told to be kept.
