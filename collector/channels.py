@@ -15,7 +15,7 @@ from collector.messages import EXCHANGE, Topic
 INTERVALS = ("raw", "100ms", "agg2")
 KINDS = ("future", "option", "spot", "future_combo", "option_combo", "combo", "any")
 RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720", "1D")
-GROUPS = re.compile(r"(none|\d+(d\d+)?)\Z")
+GROUPS = ("none", "1", "2", "5", "10", "25", "100", "250")
 DEPTHS = ("1", "10", "20")
 
 ENDED = frozenset({"delivered", "archivized", "closed", "terminated"})
@@ -104,8 +104,7 @@ def _parse_one(name: str, family: str, parts: list[str]) -> Channel | None:
         case "book", [instrument, group, depth, interval]:
             _check("depth", depth, DEPTHS, name)
             _check("interval", interval, INTERVALS[1:], name)
-            if not GROUPS.match(group):
-                raise ValueError(f"{name!r}: group {group!r} is not offered (none, 1, 2, 5, 10, 25, 100, 250)")
+            _check("group", group, GROUPS, name)
             return Channel(name, "book", instrument, f"{group}-{depth}-{interval}", grouped=True)
         case "incremental_ticker", [instrument] if instrument:
             return Channel(name, "ticker", instrument, "incremental")

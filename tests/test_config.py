@@ -701,7 +701,7 @@ def test_a_channel_of_a_known_family_that_does_not_exist_is_refused_with_the_for
         parse_channel(name)
 
 
-@pytest.mark.parametrize("group", ["nonesuch", "none1", "d5", "5d", "all"])
+@pytest.mark.parametrize("group", ["nonesuch", "none1", "d5", "0d5", "0", "3", "1000", "all"])
 def test_a_group_that_is_not_offered_is_refused(group: str) -> None:
     with pytest.raises(ValueError, match=f"group '{group}' is not offered"):
         parse_channel(f"book.BTC-PERPETUAL.{group}.10.100ms")
