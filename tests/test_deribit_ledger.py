@@ -10,6 +10,7 @@ from collector.messages import Topic
 from tests.pipeline import short_directory, write_config
 from tests.support import REPOSITORY, collector
 from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, SUBSCRIPTIONS, TOPICS, UNHEALED, Ledger
+from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 
 ON_SMALL_DISK = ("unshare", "--user", "--map-root-user", "--mount", "sh", "-c")
@@ -44,6 +45,21 @@ def test_it_grows_with_its_topics_and_all_are_read_again(tmp_path: Path) -> None
     fresh = Ledger(tmp_path / "a.ledger", fresh=True)
     assert fresh.earlier == []
     fresh.close()
+
+
+def test_the_first_data_of_a_topic_are_noted_before_they_are_sent(tmp_path: Path) -> None:
+    """A worker may be killed between the two: on a topic of which its successor knows nothing it tells no gap."""
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    publisher = Publisher("", 1000, ledger)
+    stream = Topics(1, ledger).find("quote", "BTC-PERPETUAL", "raw")
+    with publisher.gather():
+        publisher.publish([(stream, {"receive_ts": 7})], 7)
+        assert (publisher.published, stream.seq) == (0, 0)
+        later = Ledger(tmp_path / "a.ledger", fresh=False)
+        assert [(entry.topic, entry.last_ts) for entry in later.earlier] == [("deribit.quote.BTC-PERPETUAL.raw", 7)]
+        later.close()
+    publisher.close()
+    ledger.close()
 
 
 def test_it_is_small_on_the_disk_as_long_as_it_is_little_used(tmp_path: Path) -> None:

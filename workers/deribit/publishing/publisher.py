@@ -72,7 +72,9 @@ class Publisher:
                 gap = stream.resume(message, receive_ts)
                 if gap is not None:
                     waiting.append((stream, gap))
-            if not is_fetched or not stream.last_ts:
+            if not stream.last_ts:  # noted before it goes out: killed in between, a later life would tell no gap here
+                stream.last_ts = self._ledger.cells[stream.slot] = receive_ts
+            elif not is_fetched:
                 stream.last_ts = receive_ts
             waiting.append(said)
         if not self.is_gathering:
