@@ -877,10 +877,81 @@ async def test_who_is_cancelled_just_as_the_connection_is_lost_is_cancelled() ->
             break
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
-            await waiting
-    assert turns > 2
-    with pytest.raises(Lost, match="just now"):
-        await waiting
+            await life
+        if closing is not None:
+            await closing
+
+
+@in_loop
+async def test_who_gives_up_waiting_for_the_close_is_cancelled_and_it_closes_all_the_same(practice: str) -> None:
+    async with connected(practice, "half_open:0.1") as (client, ear):
+        frames = -1
+        while frames != client.frames:  # until nothing has come for a while
+            frames = client.frames
+            await asyncio.sleep(0.2)
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await client.close()
+        assert client.machine.state == "closing"
+        await wait_for(lambda: ear.find("closed"), "the end")
+
+
+@in_loop
+async def test_who_asks_while_it_closes_is_not_told_that_the_wish_is_kept(practice: str) -> None:
+    async with connected(practice) as (client, _):
+        closing = asyncio.create_task(client.close())
+        await wait_for(lambda: client.machine.state == "closing", "the close")
+        for call in (client.subscribe([QUOTE]), client.unsubscribe([QUOTE]), client.connect()):
+            with pytest.raises(Lost, match="closed"):
+                await call
+        await closing
+
+
+@pytest.mark.parametrize("how", ["fin", "rst"])
+@in_loop
+async def test_a_ping_before_a_broken_connection_is_a_loss_like_another(how: str) -> None:
+    """With a request that we answer before it, in one read: the answer finds the socket gone, and so does the pong."""
+    asked = b'{"params":{"type":"test_request"},"method":"heartbeat","jsonrpc":"2.0"}'
+    is_followed, is_closed = threading.Event(), threading.Event()
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with connection:
+            request = b""
+            while not request.endswith(b"\r\n\r\n"):
+                request += connection.recv(4096)
+            (key,) = re.findall(rb"(?i)sec-websocket-key: (\S+)", request)
+            accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+            head = b"HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
+            connection.sendall(head + accept + b"\r\n\r\n")
+            assert is_followed.wait(10)
+            connection.sendall(bytes([0x81, len(asked)]) + asked + b"\x89\x00")
+            if how == "rst":
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        is_closed.set()
+
+    class Held(Ear):
+        """Holds the loop, once the socket is followed, until all of it has come and the other end is gone."""
+
+        def change_state(self, state: str, reason: str) -> None:
+            super().change_state(state, reason)
+            if state == "bootstrapping":
+                holding.append(asyncio.create_task(self.hold()))
+
+        async def hold(self) -> None:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            is_followed.set()
+            assert is_closed.wait(10)
+
+    holding: list[asyncio.Task[None]] = []
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        server = asyncio.create_task(asyncio.to_thread(serve))
+        client = Client(f"ws://127.0.0.1:{listening.getsockname()[1]}/", retry_count=1, listener=Held())
+        with pytest.raises(Lost):
+            await client.connect()
+        await asyncio.gather(server, *holding)
+    assert client.exit is Exit.GAVE_UP
 
 
 # -- a listener that fails --------------------------------------------------------------------------------------------

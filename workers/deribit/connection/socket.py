@@ -147,9 +147,15 @@ class Socket:
         tap = self._socket.tap
         try:
             tap.open(take)
-            while (message := await self._socket.receive()).type in (TEXT, BINARY):
+            while (message := await self._receive()).type in (TEXT, BINARY):
                 take([message.data])  # fragments and the like: no frames of the tap come any more
         finally:
+    async def _receive(self) -> Any:
+        try:
+            return await self._socket.receive()
+        except CUT as error:  # a ping was to be answered on a socket that has just gone
+            raise self._socket.tap.failure or Lost(f"cut while a ping was answered: {error}") from None
+
             tap.shut()
         raise tap.failure or Lost(self._explain_end(message))
 
