@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
-from urllib.parse import unquote_plus, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
@@ -19,9 +19,6 @@ CLOSE_TIMEOUT = 1.0
 
 WORDS, WORDS_TIMEOUT = 200, 0.5
 """Bytes of a refusal's body that are shown, and seconds that they get to come."""
-
-TELLING = 3
-"""So many letters of a secret's beginning are too many to be shown at the end of what has come."""
 
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
@@ -118,7 +115,7 @@ class Socket:
         """Connect within `timeout` seconds. Raises Lost, which says why not."""
         session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response, auto_decompress=False,
-            raise_for_status=_Refusal(headers).tell, trace_configs=[_STAYING],
+            raise_for_status=_explain_refusal if _is_bare(url, headers) else _tell_refusal, trace_configs=[_STAYING],
         )  # fmt: skip
         try:
             async with asyncio.timeout(timeout):
@@ -150,14 +147,14 @@ class Socket:
             while (message := await self._receive()).type in (TEXT, BINARY):
                 take([message.data])  # fragments and the like: no frames of the tap come any more
         finally:
+            tap.shut()
+        raise tap.failure or Lost(self._explain_end(message))
+
     async def _receive(self) -> Any:
         try:
             return await self._socket.receive()
         except CUT as error:  # a ping was to be answered on a socket that has just gone
             raise self._socket.tap.failure or Lost(f"cut while a ping was answered: {error}") from None
-
-            tap.shut()
-        raise tap.failure or Lost(self._explain_end(message))
 
     def _explain_end(self, message: Any) -> str:
         if message.type is aiohttp.WSMsgType.ERROR:
@@ -193,40 +190,31 @@ _STAYING = aiohttp.TraceConfig()
 _STAYING.on_request_redirect.append(_refuse_redirect)
 
 
-class _Refusal:
-    """What a server says instead of opening a WebSocket. It may be any server: little of it is read, and as text."""
+def _is_bare(url: str, headers: Mapping[str, str]) -> bool:
+    """Whether nothing is sent that may be secret: a server could say it again, in other words than ours."""
+    parts = urlsplit(url)
+    keys = {key for key, _ in parse_qsl(parts.query, keep_blank_values=True)}
+    return not headers and "@" not in parts.netloc and keys <= {"faults"}
 
-    def __init__(self, headers: Mapping[str, str]) -> None:
-        self._headers = headers
 
-    async def tell(self, response: aiohttp.ClientResponse) -> None:
-        """Raise Lost for an answer that is no upgrade, with the first line of its text."""
-        if response.status == 101:
-            return
+async def _tell_refusal(response: aiohttp.ClientResponse, words: str = "") -> None:
+    """Raise Lost for an answer that is no upgrade."""
+    if response.status != 101:
         hint = " (32 connections are allowed from one address)" if response.status == 429 else ""
-        words = await self._read_words(response)
         raise Lost(f"HTTP {response.status} instead of a WebSocket{hint}{': ' if words else ''}{words}")
 
-    async def _read_words(self, response: aiohttp.ClientResponse) -> str:
-        body = b""
-        is_text = response.content_type in ("text/plain", "application/json")  # a page begins with its head, no words
-        if is_text and "Content-Encoding" not in response.headers:
-            with suppress(TimeoutError, aiohttp.ClientError):
-                async with asyncio.timeout(WORDS_TIMEOUT):
-                    while part := await response.content.read(WORDS - len(body)):
-                        body += part
-        line = body.strip().partition(b"\n")[0].decode(errors="replace").strip()
-        if self._is_echo(line, response.url.raw_query_string):
-            return ""  # what was sent along may be secret, and would stand in the log
-        return "".join(letter if letter.isprintable() else "?" for letter in line)
 
-    def _is_echo(self, line: str, query: str) -> bool:
-        """Whether a value that was sent stands in the line, or begins where the line was cut off."""
-        pairs = [pair.partition("=")[::2] for pair in query.split("&")]
-        raw = {value for key, value in pairs if key != "faults"}
-        sent = {*self._headers.values(), *raw, *map(unquote_plus, raw)} - {""}
-        begun = tuple(value[:length] for value in sent for length in range(TELLING, WORDS))
-        return any(value in line for value in sent) or line.rstrip("\ufffd").endswith(begun)
+async def _explain_refusal(response: aiohttp.ClientResponse) -> None:
+    """The same, with the first line of its text. It may be any server: little of it is read, and only text."""
+    body = b""
+    is_text = response.content_type in ("text/plain", "application/json")  # a page begins with its head, no words
+    if response.status != 101 and is_text and "Content-Encoding" not in response.headers:
+        with suppress(TimeoutError, aiohttp.ClientError):
+            async with asyncio.timeout(WORDS_TIMEOUT):
+                while part := await response.content.read(WORDS - len(body)):
+                    body += part
+    line = body.strip().partition(b"\n")[0].decode(errors="replace").strip()
+    await _tell_refusal(response, "".join(letter if letter.isprintable() else "?" for letter in line))
 
 
 def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseException:
