@@ -1,9 +1,14 @@
 """The client on one WebSocket: bootstrap, login, heartbeat, loss and return, the five functions."""
 
 import asyncio
+import base64
+import hashlib
 import json
 import logging
 import re
+import socket
+import struct
+import threading
 import time
 from contextlib import suppress
 from itertools import pairwise
@@ -452,11 +457,6 @@ async def test_a_misspelt_fault_is_named_by_the_one_that_asks_for_it(practice: s
 )
 @in_loop
 async def test_what_a_strange_server_says_is_shown_only_as_far_as_is_safe(answer: bytes, said: str) -> None:
-    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        serving.append(asyncio.current_task())
-        await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 403 No\r\nContent-Type: " + answer)
-        with suppress(ConnectionError):
     assert await hear_refusal(answer, "ws://HOST/?faults=x", {}) == said
 
 
@@ -480,13 +480,17 @@ async def test_what_it_says_is_not_shown_where_it_may_repeat_a_secret(target: st
 async def hear_refusal(answer: bytes, target: str, headers: dict[str, str]) -> str:
     """What is told of a server that refuses the upgrade so."""
 
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        serving.append(asyncio.current_task())
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 403 No\r\nContent-Type: " + answer)
+        with suppress(ConnectionError):
             await reader.read()
         writer.close()
 
     serving: list[Any] = []
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
-        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?faults=x&key=hunter2&place=my%20room"
         with pytest.raises(Lost) as lost:
             await Socket.open(target.replace("HOST", f"127.0.0.1:{server.sockets[0].getsockname()[1]}"), headers, 10.0)
         await asyncio.wait(serving)
@@ -865,18 +869,20 @@ async def test_close_leaves_no_socket_open_wherever_a_loss_is_being_wound_up(pra
         assert (client.get_state()["channels"]["confirmed"], ear.states[-1][0]) == ([], "closed")
 
 
+@pytest.mark.parametrize("turns", range(9))
 @in_loop
-async def test_who_is_cancelled_just_as_the_connection_is_lost_is_cancelled() -> None:
-    async def lose() -> None:
-        raise Lost("just now")
-
-    for turns in range(1, 20):
-        waiting = asyncio.create_task(Client("ws://127.0.0.1:1/")._until_closing(lose()))
+async def test_a_life_that_is_cancelled_just_as_the_connection_is_lost_is_cancelled(practice: str, turns: int) -> None:
+    """Also where it is being closed."""
+    for is_closed in (False, True):
+        client = Client(practice, **QUICK)
+        life = client.start()
+        await wait_for(lambda client=client: client.is_live, "life")
+        client.cut("the test wants it so")
         for _ in range(turns):
             await asyncio.sleep(0)
-        if waiting.done():
-            break
-        waiting.cancel()
+        closing = asyncio.create_task(client.close()) if is_closed else None
+        await asyncio.sleep(0)
+        assert life.cancel()
         with pytest.raises(asyncio.CancelledError):
             await life
         if closing is not None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from collector import __version__
 from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
+from collector.limits import Credits
 from workers.deribit import Client
 from workers.deribit.connection.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
 from workers.deribit.connection.session import Session
@@ -166,7 +167,7 @@ def test_the_longest_pause_that_is_asked_for_is_made() -> None:
 
 def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed() -> None:
     async def lose_twice(*offsets: int) -> Session:
-        session = Session(answer_nothing, None, 30.0, False)
+        session = Session(answer_nothing, Credits(), None, 30.0, False)
         for offset in offsets:
             session.measured_offset, session.clock_error = offset, 1
             session.end()
@@ -190,7 +191,7 @@ def test_the_exchange_s_clock_goes_on_though_ours_is_set(monkeypatch: pytest.Mon
     async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
         return theirs // 1_000_000
 
-    session = Session(answer_time, None, 30.0, False)
+    session = Session(answer_time, Credits(), None, 30.0, False)
     assert session.clock_offset == 0
     session._sync_at = 0.0
     asyncio.run(session.keep_up(1.0))
@@ -202,6 +203,33 @@ def test_the_exchange_s_clock_goes_on_though_ours_is_set(monkeypatch: pytest.Mon
             assert abs(session.read_exchange_clock() - theirs) < hour / 2
             assert abs(session.clock_offset - (measured - step)) < hour / 2
             assert abs(session.measured_offset - measured) < hour / 2
+
+
+def test_an_answer_about_the_time_that_came_late_does_not_spoil_what_is_known() -> None:
+    waits = [0.0, 0.5, 0.0, 0.5]
+
+    async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
+        asked = time.time_ns()
+        await asyncio.sleep(waits.pop(0))  # on the way back, behind data that are late
+        return asked // 1_000_000
+
+    async def sync(session: Session) -> int:
+        session._sync_at = 0.0
+        await session.keep_up(1.0)
+        return session.measured_offset
+
+    async def run() -> None:
+        session = Session(answer_time, Credits(), None, 30.0, False)
+        first, late = await sync(session), await sync(session)
+        assert (late, len(waits)) == (first, 2)
+        assert session.clock_error < 250_000_000
+        session.end()  # the next connection begins anew, with whatever it can have
+        await sync(session)
+        session.end()
+        assert await sync(session) < first - 200_000_000
+        assert session.clock_error >= 250_000_000
+
+    asyncio.run(run())
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

@@ -288,7 +288,7 @@ async def test_a_channel_that_the_key_may_not_have_costs_no_connection_when_it_i
         client.session.logged_in_at -= 61
         for wanted in (ear.refused, ear.confirmed):
             assert str(code) in ear.refused.pop(RAW[0])
-            client._chance_at = 0.0
+            client.reconciler._chance_at = 0.0
             await wait_for(functools.partial(wanted.__contains__, RAW[0]), "the answer")
         assert client.reconnects == 0
 
@@ -350,7 +350,7 @@ async def test_data_before_their_ack_are_taken(practice: str) -> None:
 async def test_what_was_refused_gets_another_chance_after_a_while(practice: str) -> None:
     async with connected(practice, f"drop_subscribe:{QUOTE}@2", channels=[QUOTE, BOOK]) as (client, ear):
         assert QUOTE in client.reconciler.subscriptions.refused
-        client._chance_at = 0.0  # the while is over
+        client.reconciler._chance_at = 0.0  # the while is over
         await wait_for(lambda: QUOTE in client.reconciler.subscriptions.confirmed, "the channel")
         assert (list(ear.refused), client.reconnects) == ([QUOTE], 0)
 
@@ -562,6 +562,6 @@ async def test_calls_of_a_life_that_failed_are_not_sent_in_the_next(large: tuple
     faults = "error:public/set_heartbeat=11094,first:1"
     async with connected(url, faults, live=False, channels=names, retry_delay=30) as (_, ear):
         await wait_for(lambda: ear.find("backoff"), "the loss")
-        ours = {"connect", "run", "wait", "_until_closing", "sleep", "run_test"}
+        ours = {"connect", "_live_on", "wait", "run_test"}
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert {getattr(task.get_coro(), "__name__", "") for task in others} <= ours

@@ -76,15 +76,13 @@ def schedule_in_batch() -> None:
 def create_client(spec: dict[str, Any], listener: Listener) -> Client:
     """The WebSocket that a spec describes."""
     settings, login = spec["connection"], spec.get("credentials")
-    client = Client(
+    return Client(
         settings["url"], settings["headers"], settings["timeout"], settings["retry_count"],
         settings["retry_delay"], settings["heartbeat_interval"],
         login=Login(login["client_id"], login["client_secret"]) if login else None,
         cancel_on_disconnect=settings["cancel_on_disconnect"], read_pause=spec["read_pause"], listener=listener,
+        pools=share_pools(pool) if (pool := spec.get("pool")) else None,
     )  # fmt: skip
-    if pool := spec.get("pool"):
-        client.reconciler.credits, client.session.credits = share_pools(pool)
-    return client
 
 
 def cut_burst(frames: list[bytes]) -> list[list[bytes]]:
@@ -144,7 +142,7 @@ class Worker(Listener):
 
     async def run(self) -> Exit:
         """Collect until stopped or failed for good."""
-        life = asyncio.create_task(self.client.run())
+        life = self.client.start()
         others = [asyncio.create_task(self.patrol.run()), asyncio.create_task(self.healer.run())]
         try:
             done, _ = await asyncio.wait((life, *others), return_when=asyncio.FIRST_COMPLETED)

@@ -11,14 +11,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from collector.lifecycle import CONNECTION, Exit, Machine, backoff_delay
+from collector.lifecycle import CONNECTION, FINAL_EXITS, Exit, Machine, backoff_delay
 from collector.messages import list_names
 from workers.deribit.connection.bootstrap import Login
-from workers.deribit.connection.credits import Pool
+from workers.deribit.connection.credits import Pool, create_pools
 from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.pace import Pace
 from workers.deribit.connection.reconcile import Reconciler
@@ -42,11 +42,8 @@ log = logging.getLogger("deribit")
 LASTED = 10.0
 """Seconds live after which failed attempts are forgotten."""
 
-UPKEEP = 0.25
-"""Seconds between looks at silence, tokens and subscriptions."""
-
-SECOND_CHANCE = 600.0
-"""Seconds after which all that was refused is asked for again: what was wrong at the exchange may be well by then."""
+UPKEEP, RECONCILING = 0.25, 1.0
+"""Seconds between looks at silence and tokens, and at subscriptions: a look at these goes through all channels."""
 
 
 class Client:
@@ -54,7 +51,8 @@ class Client:
 
     `read_pause` is rested between reads while frames come fast, one by one (see pace.py).
     `login` is used where given. `retry_count` failed attempts in a row end it: state `failed`, and `exit` says why.
-    So does whatever the listener raises; each later call but get_state raises it again.
+    So does whatever the listener raises; each later call but get_state raises it again. `pools`: the credits of
+    subscribing, and of all other calls, where they are shared with others.
     """
 
     exit = Exit.STOPPED
@@ -64,7 +62,6 @@ class Client:
     frames = 0
     malformed = 0
     last_error: Any = None
-    _chance_at = 0.0
     _reason = ""
     _not_before = 0.0  # monotonic: the exchange wants no other connection until then
     _stamp = 0
@@ -72,6 +69,7 @@ class Client:
     _socket: Socket | None = None
     _life: asyncio.Task[None] | None = None
     _verdict: asyncio.Future[None] | None = None
+    _is_closing = False
 
     def __init__(
         self,
@@ -86,22 +84,25 @@ class Client:
         cancel_on_disconnect: bool = False,
         read_pause: float = 0.0,
         listener: Listener | None = None,
+        pools: tuple[Pool, Pool] | None = None,
     ) -> None:
         self.url = url
         self.headers = dict(headers or {})
         self.timeout = timeout
-        self.retry_count, self.retry_delay = retry_count, retry_delay
+        self.retry_count, self.retry_delay = max(1, retry_count), retry_delay
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
-        self.session = Session(self._send_request, login, heartbeat_interval, cancel_on_disconnect)
+        subscribing, calls = pools or create_pools()
         told = self.listener
-        self.reconciler = Reconciler(self._send_request, self.session, told.confirm_channels, told.refuse_channels)
+        self.session = Session(self._send_request, calls, login, heartbeat_interval, cancel_on_disconnect)
+        self.reconciler = Reconciler(
+            self._send_request, self.session, subscribing, told.confirm_channels, told.refuse_channels
+        )
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
         self.requests = Requests()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._live = asyncio.Event()
-        self._closing = asyncio.Event()
         self._pace = Pace(read_pause)
 
     def cut(self, reason: str) -> None:
@@ -114,20 +115,17 @@ class Client:
     async def connect(self) -> None:
         """Connect and return once live; from then on stay connected. Raises Lost or Refused if that fails for good."""
         if self._life is None:
-            self._life = asyncio.create_task(self.run())
-            self._life.add_done_callback(log_failure)
-        live = asyncio.create_task(self._live.wait())
+            self.start().add_done_callback(log_failure)
+        live, life = asyncio.create_task(self._live.wait()), self.start()
         try:
-            await asyncio.wait({live, self._life}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({live, life}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             live.cancel()
-        self._raise_failure()
-        if self._life.done():
-            raise Lost(self.failure) if self.exit is Exit.GAVE_UP else Refused(self.failure, self.exit)
+        self._raise_end()
 
     async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
-        self._raise_failure()
+        self._raise_breakdown()
         if not self.is_live:  # before, the login may be still to come, and that orders die with the connection
             is_lost = self.machine.state == "live"
             raise NotConnected(f"the connection {'has just been lost' if is_lost else f'is {self.machine.state}'}")
@@ -149,7 +147,7 @@ class Client:
         """Ask for one or more channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
 
         While the connection is not live, or is lost meanwhile, the wish is kept. Raises ValueError for a name that
-        cannot be a channel, and Lost once it was closed or has given up.
+        cannot be a channel, and Lost or Refused once it was closed or has failed for good.
         """
         names = list_names(channels)
         self._raise_end()
@@ -158,7 +156,7 @@ class Client:
         return {name: self.reconciler.describe_wish(name) for name in names}
 
     async def unsubscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
-        """Want these channels no more. Returns {name: True} for each. Raises Lost as subscribe does."""
+        """Want these channels no more. Returns {name: True} for each. Raises Lost or Refused as subscribe does."""
         names = list_names(channels)
         self._raise_end()
         self.reconciler.subscriptions.drop(names)
@@ -194,83 +192,89 @@ class Client:
         }
 
     async def close(self) -> None:
-        """Close in order: close frame, its answer awaited for CLOSE_TIMEOUT at most, then the socket."""
+        """Close in order: close frame, its answer awaited for CLOSE_TIMEOUT at most, then the socket.
+
+        Who gives up waiting for it changes nothing of that.
+        """
         try:
-            if not self._closing.is_set() and self.machine.allows("close"):
+            if not self._is_closing and self.machine.allows("close"):
                 self._apply("close", "asked to")
         finally:
-            self._closing.set()
+            if self._life is not None and not self._is_closing and self.machine.state == "closing":
+                self._life.cancel()
+            self._is_closing = True
             if self._life is not None:
-                await self._life
+                await asyncio.wait({self._life})
+        self._raise_breakdown()
 
     def _raise_end(self) -> None:
-        self._raise_failure()
-        if self._life is not None and self._life.done():
-            raise Lost(self.failure)
+        """Raise what has ended this client, if it has ended, or is about to."""
+        self._raise_breakdown()
+        if self._is_closing or (self._life is not None and self._life.done()):
+            raise Refused(self.failure, self.exit) if self.exit in FINAL_EXITS else Lost(self.failure)
 
-    def _raise_failure(self) -> None:
+    def _raise_breakdown(self) -> None:
         """Nobody awaits the life of a client: what broke it is told by each call that follows."""
         if self._life is not None and self._life.done() and not self._life.cancelled():
             self._life.result()
 
     # -- staying connected --------------------------------------------------------------------------------------------
 
-    async def run(self) -> None:
-        """Live until closed or failed for good; `exit` and `failure` then say why. Raises what the listener raises."""
+    def start(self) -> asyncio.Task[None]:
+        """Begin to live, without waiting for anything: the task ends when it is closed or has failed for good.
+
+        `exit` and `failure` then say why. It raises what the listener raises.
+        """
+        if self._life is None:
+            self._life = asyncio.create_task(self._live_on())
+        return self._life
+
+    async def _live_on(self) -> None:
         try:
-            await self._stay_connected()
+            await self._stay_until_closed()
         except Exception as error:
             self._break(error)
             raise
 
+    async def _stay_until_closed(self) -> None:
+        try:
+            if not self._is_closing:
+                await self._stay_connected()
+        except asyncio.CancelledError:
+            assert self._life is not None
+            if self.machine.state != "closing" or self._life.uncancel():
+                raise  # somebody else wants it ended, too
+        if self.machine.state == "closing":
+            self._apply("ended", "")
+
     async def _stay_connected(self) -> None:
-        if self._closing.is_set():
-            return
         self._apply("connect", "")
-        while not (self._closing.is_set() or self.machine.state == "failed"):
+        while self.machine.state != "failed":
             try:
-                await self._until_closing(self._run_session())
+                await self._run_session()
             except (Lost, NotConnected) as error:
                 await self._back_off(str(error), error.raw if isinstance(error, Lost) else None)
             except Refused as error:
                 self._fail("refused", error.exit, str(error))
-        if self.machine.state == "closing":
-            self._apply("ended", "")
-
-    async def _until_closing(self, work: Coroutine[Any, Any, None]) -> None:
-        task, closing = asyncio.create_task(work), asyncio.create_task(self._closing.wait())
-        try:
-            await asyncio.wait({task, closing}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            closing.cancel()
-            if not task.done():  # to wait for what is done would be to miss who cancels meanwhile
-                task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await asyncio.gather(task, return_exceptions=True)
-        if not task.cancelled():  # not above: there it would be raised in the place of a cancellation
-            task.result()
 
     async def _back_off(self, reason: str, raw: dict[str, Any] | None) -> None:
-        if self._closing.is_set():
-            return
         pause = self._not_before - time.monotonic()
         wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
         self.last_error = raw or wanted or {"message": reason}
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
-        if self.attempts >= max(1, self.retry_count):
-            await self._until_closing(asyncio.sleep(pause))  # who starts the next life knows nothing of it
+        if self.attempts >= self.retry_count:
+            await asyncio.sleep(pause)  # who starts the next life knows nothing of it
             tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts in a row"
             return self._fail("exhausted", Exit.GAVE_UP, f"{tries} came to nothing, the last: {reason}")
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
         delay = max(pause, backoff_delay(max(1, self.attempts), first, random.random()))
-        await self._until_closing(asyncio.sleep(delay))
-        if not self._closing.is_set():
-            self._apply("retry", f"attempt {self.attempts + 1} of {max(1, self.retry_count)}, after {delay:.2f} s")
+        await asyncio.sleep(delay)
+        self._apply("retry", f"attempt {self.attempts + 1} of {self.retry_count}, after {delay:.2f} s")
 
     def _fail(self, event: str, code: Exit, failure: str) -> None:
-        if not self._closing.is_set():
+        if not self._is_closing:
             self.exit, self.failure = code, failure
             self._apply(event, failure)
 
@@ -315,12 +319,18 @@ class Client:
             self.reconciler.end()
 
     async def _serve(self) -> None:
-        reconcile = self.reconciler.reconcile
-        await do_together(self._take_rounds(), reconcile())
+        await do_together(self._take_rounds(), self.reconciler.reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
+        # Side by side, since each may have to wait: for an answer, or for credits.
+        await do_together(
+            self._watch_life(),
+            repeat(self.session.keep_up, UPKEEP),
+            repeat(self.reconciler.keep_up, RECONCILING),
+        )
+
+    async def _watch_life(self) -> None:
         live_since = heard = time.monotonic()
-        self._chance_at = live_since + SECOND_CHANCE
         frames = self.frames
         while True:
             await asyncio.sleep(UPKEEP)
@@ -331,11 +341,6 @@ class Client:
                 frames, heard = self.frames, now
             if now - heard > 1.5 * self.heartbeat_interval:
                 await self._prove_life(heard)
-            if now > self._chance_at:
-                self._chance_at = now + SECOND_CHANCE
-                self.reconciler.subscriptions.give_another_chance()
-            await self.session.keep_up(now)
-            await reconcile()
 
     async def _take_rounds(self) -> None:
         """The rounds of the bootstrap, and what needs the login, whatever of the rest is still to be subscribed to."""
@@ -428,7 +433,7 @@ class Client:
         task.add_done_callback(self._tasks.discard)
 
     def _apply(self, event: str, reason: str) -> None:
-        if self._closing.is_set() and event not in ("ended", "broke"):
+        if self._is_closing and event not in ("ended", "broke"):
             return  # whatever came in the meantime: it is being closed
         self._reason = reason
         self.machine.apply(event)
@@ -436,6 +441,13 @@ class Client:
     def _note_change(self, old: str, event: str, new: str) -> None:
         self.since = time.time_ns()
         self.listener.change_state(new, self._reason)
+
+
+async def repeat(work: Callable[[float], Awaitable[None]], pause: float) -> None:
+    """Do the same again and again, and tell it the (monotonic) time."""
+    while True:
+        await asyncio.sleep(pause)
+        await work(time.monotonic())
 
 
 def log_failure(life: asyncio.Task[None]) -> None:

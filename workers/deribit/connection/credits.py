@@ -73,7 +73,13 @@ class SharedCredits:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
 
+def create_pools() -> tuple[Credits, Credits]:
+    """The pools of one connection alone: of subscribing, and of all other calls."""
+    now = time.monotonic()
+    return Credits(since=now), Credits(CALL_BURST, CALL_REFILL, now)
+
+
 def share_pools(path: str) -> tuple[SharedCredits, SharedCredits]:
-    """The pools that lie beside `path`: of subscribing, and of all other calls."""
+    """The same, shared by all that name this `path`, beside which they lie."""
     subscribing = SharedCredits(f"{path}.subscribe", SUBSCRIBE_BURST, REFILL)
     return subscribing, SharedCredits(f"{path}.calls", CALL_BURST, CALL_REFILL)

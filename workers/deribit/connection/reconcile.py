@@ -7,9 +7,9 @@ from typing import Any
 
 from collector.channels import has_expired
 from collector.lifecycle import Exit
-from collector.limits import CALL_COST, SUBSCRIBE_COST, Credits
+from collector.limits import CALL_COST, SUBSCRIBE_COST
 from workers.deribit.connection.credits import Pool, pay
-from workers.deribit.connection.session import Send, Session
+from workers.deribit.connection.session import NEVER, Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.errors import (
@@ -25,6 +25,9 @@ from workers.deribit.rpc.errors import (
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
 
+SECOND_CHANCE, SOON = 600.0, 60.0
+"""Seconds after which all that was refused is asked for again; and where the exchange had only wanted to be asked later."""
+
 LOGIN_IS_NEW = 60.0
 """Seconds after a login. So soon, "login needed" is said of the channel; later it means that the login has died (the
 key was reset), and a new connection logs in anew."""
@@ -37,6 +40,7 @@ class Reconciler:
         self,
         send: Send,
         session: Session,
+        credits: Pool,
         confirm: Callable[[list[str]], None],
         refuse: Callable[[list[str], str], None],
     ) -> None:
@@ -45,15 +49,17 @@ class Reconciler:
         self._session = session
         self._confirm = confirm
         self._refuse = refuse
-        self.credits: Pool = Credits(since=time.monotonic())
+        self.credits = credits
         self._turn = asyncio.Lock()
         self._answered = asyncio.Event()
         self._ended = 0
+        self._chance_at = NEVER  # monotonic
         self._denied: set[str] = set()  # not what the login may have, said of each soon after it
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
         self._ended += 1
+        self._chance_at = NEVER
         self.subscriptions.forget()
         self._wake()
 
@@ -77,6 +83,17 @@ class Reconciler:
         session = self._session
         while calls := self.subscriptions.plan_calls(session.logged_in, session.awaits_login):
             await do_together(*(self._place(call) for call in calls))
+
+    async def keep_up(self, now: float) -> None:
+        """Ask for what came to nothing, and now and then for what was refused (`now` is monotonic). Raises as before.
+
+        What was wrong at the exchange may be well by then.
+        """
+        if now >= self._chance_at:
+            self._chance_at = NEVER
+            self.subscriptions.give_another_chance()
+        self._chance_at = min(self._chance_at, now + SECOND_CHANCE)
+        await self.reconcile()
 
     async def unsubscribe_once(self, channel: str) -> None:
         """Unsubscribe from a channel that is still wanted, and wait for the answer. Raises Lost or Refused.
@@ -147,6 +164,7 @@ class Reconciler:
                 raise Lost("the connection ended before the call was repeated")
             if call.leaves:
                 return self.subscriptions.refuse_leaving(call, RETRIES)
+            self._chance_at = min(self._chance_at, time.monotonic() + SOON)
             return self._count_refusal(list(call.channels), error, RETRIES)
         if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
             raise Lost(f"{call.method}: {error}", error.raw)

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from collector.lifecycle import Exit
-from collector.limits import CALL_BURST, CALL_COST, CALL_REFILL, Credits
+from collector.limits import CALL_COST
 from workers.deribit.connection.bootstrap import PLAIN, Login, Moment, build_plain, build_refresh, plan_round
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
@@ -20,6 +20,10 @@ Send = Callable[[str, dict[str, Any] | None], Awaitable[Any]]
 
 TIME_SYNC = 60.0
 """Seconds between measurements of the exchange's clock."""
+
+DRIFT = 100e-6
+"""Part by which the steady clock may go wrong. A measurement that is worse than what is known by the one before is passed
+over: an answer that waited behind late data would hide half of how late they are."""
 
 INVALID_CREDENTIALS = 13004
 """Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""
@@ -54,12 +58,14 @@ class Session:
     healed (our clock may have been set since); None if there is none.
     """
 
-    def __init__(self, send: Send, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool) -> None:
+    def __init__(
+        self, send: Send, credits: Pool, login: Login | None, heartbeat_interval: float, cancel_on_disconnect: bool
+    ) -> None:
         self._send = send
+        self.credits = credits
         self._login = self._given = login
         self._heartbeat_interval = heartbeat_interval
         self._cancel_on_disconnect = cancel_on_disconnect
-        self.credits: Pool = Credits(CALL_BURST, CALL_REFILL, time.monotonic())
         self._refresh_token = ""
         self._refresh_at = NEVER
         self._token_ends = NEVER
@@ -68,6 +74,7 @@ class Session:
         self._ahead: int | None = None  # the exchange's clock less the steady one
         self.measured_offset = 0
         self.clock_error = 0
+        self._synced_at = -NEVER  # by the steady clock, on this connection
         self.earlier_offset: int | None = None
 
     @property
@@ -86,6 +93,7 @@ class Session:
             earlier = self.measured_offset if self.earlier_offset is None else self.earlier_offset
             self.earlier_offset = min(self.measured_offset, earlier)
         self.logged_in_at = 0.0
+        self._synced_at = -NEVER
         self._refresh_at = self._sync_at = NEVER
 
     def read_exchange_clock(self) -> int:
@@ -182,8 +190,11 @@ class Session:
         sent = _read_steady()
         theirs = await self._send("public/get_time", {})
         received = _read_steady()
-        if type(theirs) is int and 0 <= theirs <= MAX_MS:
-            # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
+        # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
+        error = (received - sent) // 2 + 500_000
+        known = self.clock_error + (received - self._synced_at) * DRIFT
+        if type(theirs) is int and 0 <= theirs <= MAX_MS and error <= known:
             self._ahead = theirs * 1_000_000 + 500_000 - (sent + received) // 2
             self.measured_offset = self.clock_offset
-            self.clock_error = (received - sent) // 2 + 500_000
+            self.clock_error = error
+            self._synced_at = received
