@@ -19,8 +19,9 @@ from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
 from workers.deribit.connection.subscriptions import EXPIRED
+from workers.deribit.intake import FIRST_PART, Intake, cut_burst
 from workers.deribit.rpc.codec import DATA_PREFIX
-from workers.deribit.worker import FIRST_PART, Worker, cut_burst
+from workers.deribit.worker import Worker
 
 CHANNELS = {
     "book.BTC-PERPETUAL.raw": "book.BTC-PERPETUAL.raw",
@@ -509,14 +510,14 @@ async def test_data_of_channels_that_nobody_asked_for_are_counted(practice: str)
         await run.hearer.hear_of("deribit.quote.", type="quote")
         await wait_for(lambda: run.worker.client.is_live, "the end of the bootstrap: data come before it")
         await run.worker.client.send("public/subscribe", {"channels": [BOOK]})
-        await wait_for(lambda: run.worker.unknown > 2, "unknown data")
+        await wait_for(lambda: run.worker.intake.unknown > 2, "unknown data")
         assert not run.hearer.find("deribit.book.")
 
 
 @in_loop
 async def test_wrong_types_are_counted_and_what_is_published_stays_valid(practice: str) -> None:
     async with collecting(practice, "wrong_types:5", *(c for c in CHANNELS if not c.endswith(".raw"))) as run:
-        await wait_for(lambda: run.worker.malformed > 20, "malformed frames")
+        await wait_for(lambda: run.worker.intake.malformed > 20, "malformed frames")
         await run.hearer.hear_of("deribit.quote.", len(run.hearer.find("deribit.quote.")) + 5, type="quote")
         check_all(run.hearer)
         counts: defaultdict[str, int] = defaultdict(int)
@@ -533,22 +534,23 @@ def test_a_long_burst_goes_out_in_parts_that_grow_and_a_short_one_whole() -> Non
     assert cut_burst(frames[:32]) == [frames[:32]]
 
 
-class Noting(Worker):
-    """A worker that notes how much was out when it met a frame that cannot be read."""
+class Noting(Intake):
+    """Notes how much was out when it met a frame that cannot be read."""
 
     out = 0
 
     def take_malformed(self, frame: bytes, reason: str) -> None:
-        self.out = self.publisher.published
+        self.out = self._publisher.published
 
 
 @in_loop
 async def test_the_first_of_a_burst_is_out_before_the_last_is_looked_at() -> None:
     with short_directory() as directory:
-        worker = Noting(make_spec("ws://127.0.0.1:9", str(directory), [QUOTE]))
+        worker = Worker(make_spec("ws://127.0.0.1:9", str(directory), [QUOTE]))
+        intake = Noting(worker.channels, worker.publisher, worker.patrol, worker.client.session, attend=worker._attend)
         quote = DATA_PREFIX + QUOTE.encode() + b'","data":{"timestamp":1700000000000}}}'
-        worker.take_frames([quote] * 100 + [b"{}"], time.time_ns())
-        assert worker.out == FIRST_PART
+        intake.take_frames([quote] * 100 + [b"{}"], time.time_ns())
+        assert intake.out == FIRST_PART
         assert worker.publisher.published == 100
         worker.publisher.close()
         worker.ledger.close()

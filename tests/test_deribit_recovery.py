@@ -386,7 +386,7 @@ async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(prac
         await run.hearer.hear_of(topic, type="status", state="live")
         data = {"type": "change", "timestamp": START // 10**6, "last_price": "unreadable", "mark_price": 7.0}
         run.worker.take_frames([encode_data("incremental_ticker.BTC-PERPETUAL", data)], time.time_ns())
-        assert run.worker.malformed == 1
+        assert run.worker.intake.malformed == 1
         await run.hearer.hear_of(topic, type="gap", reason="sequence")
         await hear_more(run, [topic, BOOKS])
         changes = [body["state"] for body in run.hearer.find(topic, type="status")]

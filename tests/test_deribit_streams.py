@@ -479,7 +479,7 @@ def test_samples_go_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
         for receive_ts in (later, now):
             quote = {"instrument_name": "BTC-PERPETUAL", "timestamp": receive_ts // 1_000_000}
             worker.take_frames([make_frame(QUOTE, quote)], receive_ts)
-            assert worker._sampled == receive_ts
+            assert worker.intake._sampled == receive_ts
 
 
 def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: Path) -> None:
@@ -512,7 +512,7 @@ def test_the_lag_does_not_count_what_a_channel_says_first(tmp_path: Path) -> Non
 
         def say(late: int) -> None:
             now = time.time_ns()
-            worker.take_frames([make_frame(QUOTE, {"timestamp": now // 1_000_000 - late})], now + worker.unknown)
+            worker.take_frames([make_frame(QUOTE, {"timestamp": now // 1_000_000 - late})], now + worker.intake.unknown)
 
         def sample() -> float:
             say(40_000)
@@ -534,9 +534,9 @@ def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> No
         answers = [subscriptions.take_answer(call, [said, QUOTE.lower()]) for call in calls]
         assert [name for gained, _ in answers for name in gained] == [asked]
         worker.take_frames([make_frame(said, {"currency": "BTC"})], 5)
-        assert (worker.unknown, worker.publisher.published) == (0, 1)
+        assert (worker.intake.unknown, worker.publisher.published) == (0, 1)
         worker.take_frames([make_frame(QUOTE.lower(), {"timestamp": 1})], 6)
-        assert (worker.unknown, worker.publisher.published) == (1, 1)
+        assert (worker.intake.unknown, worker.publisher.published) == (1, 1)
 
 
 def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
 
 SECOND_CHANCE, SOON = 600.0, 60.0
-"""Seconds after which all that was refused is asked for again; and where the exchange had only wanted to be asked later."""
+"""Seconds after which all that was refused is asked for again; and where some was only to be asked for later."""
 
 LOGIN_IS_NEW = 60.0
 """Seconds after a login. So soon, "login needed" is said of the channel; later it means that the login has died (the

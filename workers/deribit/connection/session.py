@@ -22,8 +22,8 @@ TIME_SYNC = 60.0
 """Seconds between measurements of the exchange's clock."""
 
 DRIFT = 100e-6
-"""Part by which the steady clock may go wrong. A measurement that is worse than what is known by the one before is passed
-over: an answer that waited behind late data would hide half of how late they are."""
+"""Part by which the steady clock may go wrong. A measurement that is worse than what is known by the one before is
+passed over: an answer that waited behind late data would hide half of how late they are."""
 
 INVALID_CREDENTIALS = 13004
 """Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""

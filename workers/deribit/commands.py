@@ -1,0 +1,95 @@
+"""The commands that one connection takes from the supervisor: what control asks for, what patterns bring and end."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from typing import Any
+
+from collector.messages import ControlError
+from workers.deribit.channels import Channels
+from workers.deribit.connection.client import Client
+from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.healing.heal import Healer
+from workers.deribit.publishing.publisher import Publisher
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.watching.statuses import OVER, UNSUBSCRIBED
+
+LAST_HEALING = 10.0
+"""Seconds that trades of an instrument that has ended may still be healed once the supervisor gives its channel up."""
+
+
+class Commands:
+    """Carries commands out until `end`; `get_state` says how the connection is, also after that."""
+
+    def __init__(
+        self,
+        client: Client,
+        channels: Channels,
+        healer: Healer,
+        publisher: Publisher,
+        get_state: Callable[[], dict[str, Any]],
+    ) -> None:
+        self._client = client
+        self._channels = channels
+        self._healer = healer
+        self._publisher = publisher
+        self._get_state = get_state
+        self._has_ended = False
+        self._ops: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
+            "subscribe": self._subscribe, "unsubscribe": self._unsubscribe, "send": self._send,
+        }  # fmt: skip
+
+    def end(self) -> None:
+        """The connection has ended: nothing is carried out any more."""
+        self._has_ended = True
+
+    async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
+        """Carry out one command. Raises ControlError."""
+        if op == "get_state":
+            return self._get_state()
+        if op not in self._ops:
+            raise ControlError("unknown_op", f"a connection has no op {op!r}")
+        if self._has_ended:
+            raise ControlError("not_connected", "the connection has ended")
+        try:
+            return await self._ops[op](arguments)
+        except ExchangeError as error:
+            raise ControlError("exchange_error", str(error), error.raw) from None
+        except NotConnected as error:
+            raise ControlError("not_connected", str(error)) from None
+        except Lost as error:
+            raise ControlError("not_connected", f"{error}; whether it was carried out is not known") from None
+        except ValueError as error:
+            raise ControlError("bad_request", str(error)) from None
+
+    async def _subscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        names = arguments["channels"]
+        with self._publisher.gather():
+            self._channels.take_up(names, arguments["epoch"])
+        return {"channels": await self._client.subscribe(names)}
+
+    async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        names = arguments["channels"]
+        condition = OVER if arguments.get("reason") == "expired" else UNSUBSCRIBED
+        if condition is OVER:
+            self._channels.add(names)  # an earlier life may have had them: then it is said all the same
+        try:
+            left = await self._client.unsubscribe(names)
+            if condition is OVER:
+                await self._heal_last(names)
+            return {"channels": left}
+        finally:
+            if not self._has_ended:  # else a later life says it, if this one has not
+                with self._publisher.gather():
+                    self._channels.leave(names, *condition)
+
+    async def _heal_last(self, names: list[str]) -> None:
+        """The last trades of instruments that have ended may have been lost: fetch them, if that can be soon."""
+        feeds = [feed for name in names if isinstance(feed := self._channels.feeds.get(name.encode()), TradeFeed)]
+        with suppress(TimeoutError):
+            async with asyncio.timeout(LAST_HEALING):
+                await self._healer.finish(feeds)
+
+    async def _send(self, arguments: dict[str, Any]) -> Any:
+        # The deadline of the command bounds it, not the connection's own timeout.
+        return await self._client.send(arguments["method"], arguments.get("params"), timeout=3600)
