@@ -58,7 +58,7 @@ async def test_a_fresh_connection_goes_through_its_states_to_live(practice: str)
         assert state["since"] <= time.time_ns()
         assert await client.send("private/get_cancel_on_disconnect") == {"scope": "connection", "enabled": True}
         await ear.wait_frames([BOOK, QUOTE])
-        assert client.bytes_read > 0, "this aiohttp has no place for the tap: frames take the slow way"
+        assert client.traffic.bytes_read > 0, "this aiohttp has no place for the tap: frames take the slow way"
     assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
 
 
@@ -94,7 +94,7 @@ async def test_what_needs_the_login_does_not_wait_for_public_subscriptions(pract
         ear,
     ):
         await wait_for(lambda: ear.confirmed == [OWN], "the private channel")
-        await wait_for(lambda: set(client.requests.methods.values()) == mute, "the two that get no answer")
+        await wait_for(lambda: set(client.traffic.requests.methods.values()) == mute, "the two that get no answer")
 
 
 @in_loop
@@ -126,7 +126,7 @@ async def test_data_come_without_a_greeting_and_without_the_time(practice: str, 
         assert (client.attempts, client.get_state()["clock_offset"]) == (1, 0)
         client.session._sync_at = asked_at = time.monotonic()  # the time is asked for again
         await wait_for(lambda: client.session._sync_at > asked_at, "the next question")
-        requests = client.requests.methods
+        requests = client.traffic.requests.methods
         await wait_for(lambda: "public/get_time" not in requests.values(), "an answer, or the end of patience")
         await ear.wait_frames([QUOTE])
         assert client.reconnects == 0
@@ -336,7 +336,7 @@ async def test_every_test_request_is_answered(practice: str, faults: str, channe
     # On a busy machine the answer to a flood's test_request takes some time, and who gives none in time is cut.
     settings: dict[str, Any] = {"heartbeat_interval": 1.0}
     async with connected(practice, f"{faults}heartbeat_floor:1", channels=channels, **settings) as (client, ear):
-        await wait_for(lambda: client.requests.last > 6 + bool(channels), "answers to test_requests")
+        await wait_for(lambda: client.traffic.requests.last > 6 + bool(channels), "answers to test_requests")
         assert (client.machine.state, client.reconnects, ear.malformed) == ("live", 0, [])
         if channels:
             assert len(ear.frames) > 1000
@@ -368,8 +368,8 @@ async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> 
 @in_loop
 async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None:
     async with connected(practice, "no_heartbeat,heartbeat_floor:0.1", heartbeat_interval=0.1) as (client, ear):
-        sent = client.requests.last
-        await wait_for(lambda: client.requests.last >= sent + 5, "five proofs of life")
+        sent = client.traffic.requests.last
+        await wait_for(lambda: client.traffic.requests.last >= sent + 5, "five proofs of life")
         assert [state for state, _ in ear.states][-1] == "live"
 
 
@@ -725,7 +725,7 @@ async def test_an_answer_that_comes_too_late_is_no_bad_frame(practice: str) -> N
         with pytest.raises(TimeoutError):
             await client.send("public/status", timeout=0.3)
         assert await client.send("public/test")  # comes behind it
-        assert (ear.malformed, client.malformed) == ([], 0)
+        assert (ear.malformed, client.traffic.malformed) == ([], 0)
 
 
 # -- the five functions -----------------------------------------------------------------------------------------------
@@ -757,7 +757,7 @@ async def test_a_hundred_requests_at_once_get_each_its_own_answer(practice: str)
         names = ["BTC-PERPETUAL", "ETH-PERPETUAL"] * 45
         tickers = await asyncio.gather(*(client.send("public/ticker", {"instrument_name": name}) for name in names))
         assert [ticker["instrument_name"] for ticker in tickers] == names
-        assert client.requests.waiting == {}
+        assert client.traffic.requests.waiting == {}
 
 
 @in_loop
@@ -821,11 +821,11 @@ async def test_connect_can_be_given_up_and_leaves_nothing(practice: str) -> None
 @in_loop
 async def test_close_waits_for_the_answer_no_longer_than_the_peer_is_given(practice: str, faults: str) -> None:
     async with connected(practice, faults, live=False, channels=[QUOTE]) as (client, ear):
-        socket = await wait_for(lambda: client._socket, "the socket")
+        socket = await wait_for(lambda: client.traffic._socket, "the socket")
         if "half_open" in faults:
             frames = -1
-            while frames != client.frames:  # until nothing has come for a while
-                frames = client.frames
+            while frames != client.traffic.frames:  # until nothing has come for a while
+                frames = client.traffic.frames
                 await asyncio.sleep(0.2)
         began = time.monotonic()
         await client.close()
@@ -859,7 +859,7 @@ async def test_close_interrupts_whatever_is_under_way(practice: str, faults: str
 @in_loop
 async def test_close_leaves_no_socket_open_wherever_a_loss_is_being_wound_up(practice: str, turns: int) -> None:
     async with connected(practice, channels=[QUOTE]) as (client, ear):
-        socket = client._socket
+        socket = client.traffic._socket
         assert socket is not None
         client.cut("the test wants it so")
         for _ in range(turns):
@@ -894,8 +894,8 @@ async def test_a_life_that_is_cancelled_just_as_the_connection_is_lost_is_cancel
 async def test_who_gives_up_waiting_for_the_close_is_cancelled_and_it_closes_all_the_same(practice: str) -> None:
     async with connected(practice, "half_open:0.1") as (client, ear):
         frames = -1
-        while frames != client.frames:  # until nothing has come for a while
-            frames = client.frames
+        while frames != client.traffic.frames:  # until nothing has come for a while
+            frames = client.traffic.frames
             await asyncio.sleep(0.2)
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
@@ -1014,7 +1014,7 @@ def test_what_a_listener_raises_ends_the_connection_and_is_told(
         await wait_for(lambda: client.get_state()["state"] == "failed", "the end")
         assert client.get_state()["last_error"] == {"message": f"KeyError: '{place}'"}
         assert (client.exit, ear.find("failed")) == (Exit.CRASHED, [f"KeyError: '{place}'"])
-        assert client._socket is None
+        assert client.traffic._socket is None
         await asyncio.gather(connecting, return_exceptions=True)  # it may have been live
         for call in (
             client.connect(), client.send("public/test"), client.subscribe([BOOK]), client.unsubscribe([QUOTE]),
@@ -1036,7 +1036,7 @@ async def test_a_listener_that_fails_while_it_closes_leaves_nothing_open(practic
     await client.connect()
     with pytest.raises(KeyError, match=place):
         await client.close()
-    assert (client._socket, client.get_state()["state"]) == (None, "closed")
+    assert (client.traffic._socket, client.get_state()["state"]) == (None, "closed")
 
 
 # -- secrets ----------------------------------------------------------------------------------------------------------
@@ -1077,7 +1077,7 @@ def test_no_secret_is_told(practice: str, faults: str, caplog: pytest.LogCapture
 async def test_fragments_are_put_together_and_keep_their_place(practice: str) -> None:
     """aiohttp joins them, and from then on hands all frames on: none is lost, doubled or overtaken at the change."""
     async with connected(practice, "fragments:1", channels=[BOOK]) as (client, ear):
-        socket = client._socket
+        socket = client.traffic._socket
         assert socket is not None
         framing = socket._socket.tap._framing
         await ear.wait_frames([BOOK], 3)

@@ -531,7 +531,9 @@ async def test_healing_goes_on_on_a_connection_that_asks_for_the_channel_no_more
     async with collecting(practice, faults, TRADES) as run:
         (gap,) = await run.hearer.hear_of(TRADED, type="gap")
         client = run.worker.client
-        await wait_for(lambda: "public/get_last_trades_by_instrument" in client.requests.methods.values(), "healing")
+        await wait_for(
+            lambda: "public/get_last_trades_by_instrument" in client.traffic.requests.methods.values(), "healing"
+        )
         client.reconciler.expire([TRADES])
         client.cut("for a loss")
         (repair,) = await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])

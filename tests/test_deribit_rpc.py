@@ -159,7 +159,7 @@ def test_the_longest_pause_that_is_asked_for_is_made() -> None:
     async def take_errors() -> float:
         client, began = Client("ws://127.0.0.1:9"), time.monotonic()
         for code in (12998, 11051):
-            client._take_reply(Reply(None, None, ExchangeError({"code": code, "message": ""})), b"{}")
+            client.traffic._take_reply(Reply(None, None, ExchangeError({"code": code, "message": ""})), b"{}")
         return client._not_before - began
 
     assert asyncio.run(take_errors()) >= PAUSES[Reaction.LOCK_OUT]

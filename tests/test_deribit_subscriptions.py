@@ -487,7 +487,7 @@ async def test_all_who_ask_for_a_channel_at_once_get_its_true_answer(practice: s
 async def test_who_waits_for_a_call_of_another_is_told_when_the_connection_is_lost(practice: str) -> None:
     async with connected(practice, "no_reply:public/subscribe,first:1", timeout=60) as (client, ear):
         asking = [asyncio.create_task(client.subscribe([QUOTE])) for _ in range(2)]
-        await wait_for(lambda: client.requests.waiting, "the call")
+        await wait_for(lambda: client.traffic.requests.waiting, "the call")
         client.cut("the test wants it so")
         kept = {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
         assert await asyncio.gather(*asking) == [{QUOTE: kept}] * 2

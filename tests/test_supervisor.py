@@ -110,7 +110,7 @@ def test_what_the_file_says_of_a_connection_reaches_its_worker() -> None:
             "import os, sys; from workers.deribit.worker import create_worker; "
             f"worker = create_worker({spec!r}); client = worker.client; "
             "print([client.headers, client.timeout, client.retry_count, client.retry_delay, client.heartbeat_interval, "
-            "client._pace.pause, worker.publisher._socket._queue, os.sched_getscheduler(0) == os.SCHED_BATCH])"
+            "client.traffic._pace.pause, worker.publisher._socket._queue, os.sched_getscheduler(0) == os.SCHED_BATCH])"
         )
         (directory / "run").mkdir(mode=0o700)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -139,7 +139,7 @@ class Worker(Listener):
         return {
             "state": self.client.machine.state,
             "messages": self.publisher.published,
-            "bytes": self.client.bytes_read,
+            "bytes": self.client.traffic.bytes_read,
             "rate": self.patrol.rate,
             "last_message_ts": self.patrol.last_ts,
             "reconnects": self.client.reconnects,

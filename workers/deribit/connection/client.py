@@ -20,12 +20,11 @@ from collector.messages import list_names
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.credits import Pool, create_pools
 from workers.deribit.connection.listener import Listener
-from workers.deribit.connection.pace import Pace
 from workers.deribit.connection.reconcile import Reconciler
 from workers.deribit.connection.session import Session
 from workers.deribit.connection.socket import Socket
 from workers.deribit.connection.together import do_together
-from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
+from workers.deribit.connection.traffic import Traffic
 from workers.deribit.rpc.errors import (
     PAUSES,
     TOO_MANY_REQUESTS,
@@ -35,7 +34,6 @@ from workers.deribit.rpc.errors import (
     Refused,
     find_reaction,
 )
-from workers.deribit.rpc.requests import Requests
 
 log = logging.getLogger("deribit")
 
@@ -59,14 +57,9 @@ class Client:
     failure = "closed"
     attempts = 0
     reconnects = 0
-    frames = 0
-    malformed = 0
     last_error: Any = None
     _reason = ""
     _not_before = 0.0  # monotonic: the exchange wants no other connection until then
-    _stamp = 0
-    _bytes = 0
-    _socket: Socket | None = None
     _life: asyncio.Task[None] | None = None
     _verdict: asyncio.Future[None] | None = None
     _is_closing = False
@@ -88,22 +81,20 @@ class Client:
     ) -> None:
         self.url = url
         self.headers = dict(headers or {})
-        self.timeout = timeout
         self.retry_count, self.retry_delay = max(1, retry_count), retry_delay
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
         subscribing, calls = pools or create_pools()
+        self.traffic = Traffic(self.listener, self._heed_error, timeout, read_pause)
         told = self.listener
-        self.session = Session(self._send_request, calls, login, heartbeat_interval, cancel_on_disconnect)
+        self.session = Session(self.traffic.send, calls, login, heartbeat_interval, cancel_on_disconnect)
         self.reconciler = Reconciler(
-            self._send_request, self.session, subscribing, told.confirm_channels, told.refuse_channels
+            self.traffic.send, self.session, subscribing, told.confirm_channels, told.refuse_channels
         )
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
-        self.requests = Requests()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._live = asyncio.Event()
-        self._pace = Pace(read_pause)
 
     def cut(self, reason: str) -> None:
         """Give the connection up, and connect anew."""
@@ -129,19 +120,7 @@ class Client:
         if not self.is_live:  # before, the login may be still to come, and that orders die with the connection
             is_lost = self.machine.state == "live"
             raise NotConnected(f"the connection {'has just been lost' if is_lost else f'is {self.machine.state}'}")
-        return await self._send_request(method, params, timeout)
-
-    async def _send_request(self, method: str, params: dict[str, Any] | None, timeout: float | None = None) -> Any:
-        socket = self._socket
-        if socket is None or self.machine.state not in ("bootstrapping", "live"):
-            raise NotConnected(f"the connection is {self.machine.state}")
-        number, answer = self.requests.open(method)
-        try:
-            async with asyncio.timeout(timeout or self.timeout):
-                await socket.send(encode_request(number, method, params or {}))
-                return await answer
-        finally:
-            self.requests.close(number)
+        return await self.traffic.send(method, params, timeout)
 
     async def subscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
         """Ask for one or more channels, also at each later bootstrap. Returns {name: True, or {code, message}}.
@@ -183,9 +162,9 @@ class Client:
                 "confirmed": sorted(subscriptions.confirmed),
                 "refused": dict(subscriptions.refused),
             },
-            "messages": self.frames,
-            "bytes": self.bytes_read,
-            "malformed": self.malformed,
+            "messages": self.traffic.frames,
+            "bytes": self.traffic.bytes_read,
+            "malformed": self.traffic.malformed,
             "clock_offset": self.session.clock_offset,
             "clock_error": self.session.clock_error,
             "last_error": self.last_error,
@@ -287,10 +266,10 @@ class Client:
         self.attempts += 1
         tasks: list[asyncio.Task[None]] = []
         try:
-            self._socket = await Socket.open(self.url, self.headers, self.timeout)
+            await self.traffic.open(self.url, self.headers)
             self.last_error = None  # not before: an attempt may take long, and why it is made must be told meanwhile
             self._apply("opened", "")
-            tasks = [asyncio.create_task(self._socket.follow(self._take)), asyncio.create_task(self._serve())]
+            tasks = [asyncio.create_task(self.traffic.follow()), asyncio.create_task(self._serve())]
             self._verdict = asyncio.get_running_loop().create_future()
             await asyncio.gather(*tasks, self._verdict)
         finally:
@@ -298,8 +277,7 @@ class Client:
 
     async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
         self._live.clear()
-        self.requests.fail(Lost("the connection ended before the answer came"))
-        socket, self._bytes, self._socket = self._socket, self.bytes_read, None
+        socket = self.traffic.end()
         for task in (*tasks, *self._tasks):
             task.cancel()
         try:
@@ -331,14 +309,14 @@ class Client:
 
     async def _watch_life(self) -> None:
         live_since = heard = time.monotonic()
-        frames = self.frames
+        frames = self.traffic.frames
         while True:
             await asyncio.sleep(UPKEEP)
             now = time.monotonic()
             if now - live_since > LASTED:
                 self.attempts = 0
-            if self.frames > frames:
-                frames, heard = self.frames, now
+            if self.traffic.frames > frames:
+                frames, heard = self.traffic.frames, now
             if now - heard > 1.5 * self.heartbeat_interval:
                 await self._prove_life(heard)
 
@@ -358,73 +336,22 @@ class Client:
             raise Lost(f"no frame for {silence:.1f} s and no answer to public/test") from None
 
     @property
-    def bytes_read(self) -> int:
-        """Bytes read from all of its sockets so far."""
-        return self._bytes + (self._socket.bytes_read if self._socket is not None else 0)
-
-    @property
     def is_live(self) -> bool:
         """Whether it is live, and not about to be cut."""
         return self._live.is_set()
 
     def read_clock(self) -> int:
         """Now, in ns since 1970; while a burst is handed out, the time at which it was read."""
-        return self._stamp or time.time_ns()
+        return self.traffic.read_clock()
 
-    # -- frames -------------------------------------------------------------------------------------------------------
-
-    def _take(self, frames: list[bytes]) -> None:
-        """Take the frames that were read together."""
-        self._stamp = stamp = time.time_ns()  # one time for all of them
-        self.frames += len(frames)
-        data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
-        if data:
-            self.listener.take_frames(data, stamp)
-        self._stamp = 0
-        if self._pace.should_pause(self.frames, stamp):
-            # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
-            time.sleep(self._pace.pause)
-
-    def _take_other(self, frame: bytes) -> bool:
-        """Take a frame that does not begin as data do; true if it is data all the same."""
-        try:
-            found = decode_frame(frame)
-        except ValueError as error:
-            self._take_bad(frame, str(error))
-            return False
-        if isinstance(found, Reply):
-            self._take_reply(found, frame)
-        elif isinstance(found, Heartbeat) and found.kind == "test_request":
-            self.spawn(self._answer_test())
-        return isinstance(found, Data)
-
-    def _take_reply(self, reply: Reply, frame: bytes) -> None:
-        if reply.error is not None:  # heeded here, where no cut that follows can come before it
-            self.last_error = reply.error.raw
-            pause = PAUSES.get(find_reaction(reply.error.code), 0.0)
-            self._not_before = max(self._not_before, time.monotonic() + pause)
-            if reply.error.code == TOO_MANY_REQUESTS:
-                self._find_pool(self.requests.methods.get(reply.number, "")).shrink(time.monotonic())
-        if self.requests.take_reply(reply):
-            return
-        if reply.error is not None:
-            self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
-        else:
-            self._take_bad(frame, "an answer to no request of ours")
-
-    def _find_pool(self, method: str) -> Pool:
-        """The credits that a request of ours draws on."""
-        return self.reconciler.credits if method.endswith("/subscribe") else self.session.credits
-
-    def _take_bad(self, frame: bytes, reason: str) -> None:
-        self.malformed += 1
-        # An answer that nobody can place may be the one that holds the tokens.
-        self.listener.take_malformed(b"(not shown)" if b"_token" in frame else frame, reason)
-
-    async def _answer_test(self) -> None:
-        """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
-        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
-            await self._send_request("public/test", {})
+    def _heed_error(self, error: ExchangeError, method: str) -> None:
+        """What an error asks of us, whoever sent the request: at once, since the exchange may cut right behind it."""
+        self.last_error = error.raw
+        pause = PAUSES.get(find_reaction(error.code), 0.0)
+        self._not_before = max(self._not_before, time.monotonic() + pause)
+        if error.code == TOO_MANY_REQUESTS:
+            pool = self.reconciler.credits if method.endswith("/subscribe") else self.session.credits
+            pool.shrink(time.monotonic())
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Do something beside the reading, no longer than this connection lasts."""

@@ -201,7 +201,7 @@ class Patrol:
 
         A connection on which nothing comes, not even the answer, is dead: the heartbeat would show that much later.
         """
-        frames = self._client.frames
+        frames = self._client.traffic.frames
         proven = await self._ask_for_life()
         self._whole.look(self.last_ts)
         now = time.time_ns()
@@ -209,7 +209,7 @@ class Patrol:
         if proven and self._whole.is_broken(now):
             self._whole.admit(now)
             self._reconnect(now, f"no data at all for {silence:.0f} s")
-        elif frames == self._client.frames and self._client.is_live:
+        elif frames == self._client.traffic.frames and self._client.is_live:
             self._client.cut(f"no data for {silence:.0f} s, and no answer to public/test")
 
     def _judge_feeds(self, feeds: list[Feed], now: int) -> list[Feed]:

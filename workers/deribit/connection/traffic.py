@@ -1,0 +1,122 @@
+"""What goes over the sockets of one client, one after the other: requests, their answers, and all frames that come."""
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any
+
+from workers.deribit.connection.listener import Listener
+from workers.deribit.connection.pace import Pace
+from workers.deribit.connection.socket import Socket
+from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.rpc.requests import Requests
+
+
+class Traffic:
+    """Numbers and counts go on over all sockets. `heed(error, method)` hears of each error in an answer, first of all.
+
+    `timeout` bounds the opening of a socket, and each request that names none of its own.
+    """
+
+    frames = 0
+    malformed = 0
+    _stamp = 0
+    _bytes = 0
+    _socket: Socket | None = None
+
+    def __init__(
+        self, listener: Listener, heed: Callable[[ExchangeError, str], None], timeout: float, read_pause: float
+    ) -> None:
+        self.requests = Requests()
+        self._listener = listener
+        self._heed = heed
+        self._timeout = timeout
+        self._pace = Pace(read_pause)
+        self._answering: set[asyncio.Task[None]] = set()
+
+    async def open(self, url: str, headers: Mapping[str, str]) -> None:
+        """Connect. Raises Lost, which says why not."""
+        self._socket = await Socket.open(url, headers, self._timeout)
+
+    async def follow(self) -> None:
+        """Take what comes until the end of the socket. Raises Lost, or what the listener raises."""
+        assert self._socket is not None
+        await self._socket.follow(self._take)
+
+    async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
+        """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
+        if self._socket is None:
+            raise NotConnected("there is no connection")
+        number, answer = self.requests.open(method)
+        try:
+            async with asyncio.timeout(timeout or self._timeout):
+                await self._socket.send(encode_request(number, method, params or {}))
+                return await answer
+        finally:
+            self.requests.close(number)
+
+    def end(self) -> Socket | None:
+        """No answer comes any more; return the socket, which is to be closed."""
+        self.requests.fail(Lost("the connection ended before the answer came"))
+        for task in self._answering:
+            task.cancel()
+        socket, self._bytes, self._socket = self._socket, self.bytes_read, None
+        return socket
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from all sockets so far."""
+        return self._bytes + (self._socket.bytes_read if self._socket is not None else 0)
+
+    def read_clock(self) -> int:
+        """Now, in ns since 1970; while a burst is handed out, the time at which it was read."""
+        return self._stamp or time.time_ns()
+
+    def _take(self, frames: list[bytes]) -> None:
+        """Take the frames that were read together."""
+        self._stamp = stamp = time.time_ns()  # one time for all of them
+        self.frames += len(frames)
+        data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
+        if data:
+            self._listener.take_frames(data, stamp)
+        self._stamp = 0
+        if self._pace.should_pause(self.frames, stamp):
+            # Not asyncio's sleep: its timers know whole ms, and would wake for each frame that comes meanwhile.
+            time.sleep(self._pace.pause)
+
+    def _take_other(self, frame: bytes) -> bool:
+        """Take a frame that does not begin as data do; true if it is data all the same."""
+        try:
+            found = decode_frame(frame)
+        except ValueError as error:
+            self._take_bad(frame, str(error))
+            return False
+        if isinstance(found, Reply):
+            self._take_reply(found, frame)
+        elif isinstance(found, Heartbeat) and found.kind == "test_request":
+            task = asyncio.create_task(self._answer_test())
+            self._answering.add(task)
+            task.add_done_callback(self._answering.discard)
+        return isinstance(found, Data)
+
+    def _take_reply(self, reply: Reply, frame: bytes) -> None:
+        if reply.error is not None:
+            self._heed(reply.error, self.requests.methods.get(reply.number, ""))
+        if self.requests.take_reply(reply):
+            return
+        if reply.error is not None:
+            self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
+        else:
+            self._take_bad(frame, "an answer to no request of ours")
+
+    def _take_bad(self, frame: bytes, reason: str) -> None:
+        self.malformed += 1
+        # An answer that nobody can place may be the one that holds the tokens.
+        self._listener.take_malformed(b"(not shown)" if b"_token" in frame else frame, reason)
+
+    async def _answer_test(self) -> None:
+        """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
+        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
+            await self.send("public/test")
