@@ -890,6 +890,23 @@ async def test_a_life_that_is_cancelled_just_as_the_connection_is_lost_is_cancel
     await closing
 
 
+@pytest.mark.parametrize("turns", range(9))
+@in_loop
+async def test_a_refusal_amid_the_close_does_not_hold_it_up(turns: int) -> None:
+    def refuse(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"error": {"code": 13007}} if asked["method"] == "public/auth" and number == 2 else None
+
+    async with scripted(refuse) as url, connected(url, login=LOGIN) as (client, ear):
+        client.session._refresh_at = 0.0
+        while client.last_error is None:
+            await asyncio.sleep(0)
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        await client.close()
+        assert ear.states[-1][0] in ("closed", "failed")
+        assert len(ear.find("connecting")) == 1
+
+
 @in_loop
 async def test_who_gives_up_waiting_for_the_close_is_cancelled_and_it_closes_all_the_same(practice: str) -> None:
     async with connected(practice, "half_open:0.1") as (client, ear):
@@ -908,7 +925,8 @@ async def test_who_gives_up_waiting_for_the_close_is_cancelled_and_it_closes_all
 async def test_who_asks_while_it_closes_is_not_told_that_the_wish_is_kept(practice: str) -> None:
     async with connected(practice) as (client, _):
         closing = asyncio.create_task(client.close())
-        await wait_for(lambda: client.machine.state == "closing", "the close")
+        while client.machine.state != "closing":
+            await asyncio.sleep(0)
         for call in (client.subscribe([QUOTE]), client.unsubscribe([QUOTE]), client.connect()):
             with pytest.raises(Lost, match="closed"):
                 await call

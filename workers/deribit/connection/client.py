@@ -228,7 +228,7 @@ class Client:
 
     async def _stay_connected(self) -> None:
         self._apply("connect", "")
-        while self.machine.state != "failed":
+        while self.machine.state not in ("failed", "closing"):  # a refusal may come in the place of the cancellation
             try:
                 await self._run_session()
             except (Lost, NotConnected) as error:
@@ -237,6 +237,8 @@ class Client:
                 self._fail("refused", error.exit, str(error))
 
     async def _back_off(self, reason: str, raw: dict[str, Any] | None) -> None:
+        if self._is_closing:
+            return
         pause = self._not_before - time.monotonic()
         wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
         self.last_error = raw or wanted or {"message": reason}
