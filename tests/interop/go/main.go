@@ -1,5 +1,5 @@
 // Subscribes with go-zeromq/zmq4: subscribe ENDPOINT FIRST LATER...
-// Prints each message as its topic and JSON. LATER is asked for after 100 messages, FIRST given up after 200.
+// Prints each message as its topic and JSON. Where there is a LATER, it is asked for after 100 messages, and FIRST left after 200.
 package main
 
 import (
@@ -37,7 +37,7 @@ func main() {
 			for _, prefix := range later {
 				must(socket.SetOption(zmq4.OptionSubscribe, prefix))
 			}
-		} else if count == 200 {
+		} else if count == 200 && len(later) > 0 {
 			must(socket.SetOption(zmq4.OptionUnsubscribe, first))
 		}
 	}

@@ -1,5 +1,5 @@
 // Subscribes with zeromq (libzmq inside): subscribe.mjs ENDPOINT FIRST LATER...
-// Prints each message as its topic and JSON. LATER is asked for after 100 messages, FIRST given up after 200.
+// Prints each message as its topic and JSON. Where there is a LATER, it is asked for after 100 messages, and FIRST left after 200.
 import { decode } from "@msgpack/msgpack"
 import { Subscriber } from "zeromq"
 
@@ -15,6 +15,6 @@ for await (const [topic, payload] of socket) {
   console.log(`${topic} ${text.replace(/"(\d+)n"/g, "$1")}`)
 
   count += 1
-  if (count === 100) socket.subscribe(...later)
-  if (count === 200) socket.unsubscribe(first)
+  if (later.length && count === 100) socket.subscribe(...later)
+  if (later.length && count === 200) socket.unsubscribe(first)
 }

@@ -1,5 +1,5 @@
 //! Subscribes with the crate `zeromq`: subscribe ENDPOINT FIRST LATER...
-//! Prints each message as its topic and JSON. LATER is asked for after 100 messages, FIRST given up after 200.
+//! Prints each message as its topic and JSON. Where there is a LATER, it is asked for after 100 messages, and FIRST left after 200.
 
 use std::{env, error::Error, str};
 use zeromq::{Socket, SocketRecv, SubSocket};
@@ -32,7 +32,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
             for prefix in later {
                 socket.subscribe(prefix).await?;
             }
-        } else if count == 200 {
+        } else if count == 200 && !later.is_empty() {
             socket.unsubscribe(first).await?;
         }
     }

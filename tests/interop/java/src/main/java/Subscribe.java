@@ -6,7 +6,7 @@ import org.zeromq.ZContext;
 
 /**
  * Subscribes with JeroMQ: Subscribe ENDPOINT FIRST LATER...
- * Prints each message as its topic and JSON. LATER is asked for after 100 messages, FIRST given up after 200.
+ * Prints each message as its topic and JSON. Where there is a LATER, it is asked for after 100 messages, and FIRST left after 200.
  */
 public class Subscribe {
     public static void main(String[] arguments) throws Exception {
@@ -28,7 +28,7 @@ public class Subscribe {
                     for (int at = 2; at < arguments.length; at++) {
                         socket.subscribe(arguments[at]);
                     }
-                } else if (count == 200) {
+                } else if (count == 200 && arguments.length > 2) {
                     socket.unsubscribe(first);
                 }
             }
