@@ -43,8 +43,8 @@ def connect(
     """Add a connection to a running collector, and wait until it is live.
 
     \b
-    collector connect options --from configs/deribit.toml
-    collector connect eth ticker.ETH-PERPETUAL.100ms --url wss://www.deribit.com/ws/api/v2
+    collector connect sol quote.SOL_USDC-PERPETUAL --url wss://www.deribit.com/ws/api/v2
+    collector connect options --from configs/deribit.toml      (again, after it was closed or has failed)
     """
     settings_advice = "" if file else "any key of the table can be given: --set KEY=VALUE"
     with exit_on_error(bad_request=settings_advice):
