@@ -139,6 +139,15 @@ def test_log_lines_are_those_of_the_code() -> None:
         assert not missing, f"{line}: no log line has {missing}"
 
 
+def test_every_error_in_the_log_is_told() -> None:
+    rows = read_table(DOCS / "operating.md", "line", "level", "meaning", "what to do")
+    told = " ".join(line for line, level, *_ in rows if "error" in level or "critical" in level)
+    for path in (path for folder in ("collector", "workers") for path in (REPOSITORY / folder).rglob("*.py")):
+        for text in re.findall(r'log\.(?:error|critical|exception)\(\s*"([^"]*)"', path.read_text()):
+            phrases = re.findall(r"[a-z][a-z' ]*[a-z]", re.sub(r"%[.\d]*[a-z]", "\n", text))
+            assert not phrases or any(phrase in told for phrase in phrases), f"{path.name}: {text}"
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_each_part_taken_from_the_code_has_one_end(name: str) -> None:
     assert TEXTS[name].count("<!-- end -->") == TEXTS[name].count("<!-- generated: ")
