@@ -398,6 +398,27 @@ async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(prac
 
 
 @in_loop
+async def test_a_book_of_which_a_change_could_not_be_read_is_out_of_step_at_once(practice: str) -> None:
+    """The next change may be long in coming, or as unreadable: meanwhile the book is wrong."""
+    async with collecting(practice, "", BOOK, OTHER) as run:
+        await run.hearer.hear_of(BOOKS, type="status", state="live")
+        feed = run.worker.feeds[BOOK.encode()]
+        assert isinstance(feed, BookFeed)
+        change = BROKEN | {"prev_change_id": feed.book.change_id, "bids": [["moved", 1.0, 1.0]]}
+        run.worker.take_frames([encode_data(BOOK, change)] * 2, time.time_ns())
+        assert (run.worker.malformed, feed.condition) == (2, ("recovering", "sequence"))
+        (gap,) = await run.hearer.hear_of(BOOKS, type="gap", reason="sequence")
+        snapshot = (await run.hearer.hear_of(BOOKS, type="book", reason="resync"))[0]
+        await hear_more(run, [BOOKS, "deribit.book.ETH-PERPETUAL.100ms"])
+        assert (snapshot["seq"], gap["next_change_id"]) == (gap["seq"] + 1, snapshot["change_id"])
+        changes = [body["state"] for body in run.hearer.find(BOOKS, type="status")]
+        assert [state for state, _ in groupby(changes)] == ["live", "recovering", "live"]
+        state = await run.get_state()
+        assert (state["resyncs"], state["gaps"], state["reconnects"]) == (1, 1, 0)
+        check_stream(run.hearer.messages)
+
+
+@in_loop
 async def test_books_that_break_again_and_again_are_bounded(practice: str) -> None:
     async with collecting(practice, "gap:3,first:1", "book.BTC-PERPETUAL.raw", OTHER, BOOK, login=LOGIN) as run:
         await wait_for(lambda: run.worker.client.reconnects == 1, "a new connection", 40)

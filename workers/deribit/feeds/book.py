@@ -155,7 +155,10 @@ class BookFeed(Feed):
         return [(self.stream, gap)]
 
     def skip(self, frame: bytes, now: int) -> None:
-        """A frame could not be read: the next change will not follow the last one."""
+        """A frame could not be read: what it changed would stay wrong, so a snapshot is asked for."""
+        if self.is_complete:
+            self.lose("sequence", now)
+            self.changed = True
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone, or the channel was left for a resync: the next snapshot is for what follows."""

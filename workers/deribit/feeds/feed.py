@@ -72,7 +72,7 @@ class Feed(ABC):
         """What a frame of this channel says. Raises Malformed if it is not one."""
 
     def skip(self, frame: bytes, now: int) -> None:
-        """A frame could not be read: announced. Feeds whose frames the exchange numbers see it by that."""
+        """A frame could not be read: announced."""
         for stream in self.streams.values():
             stream.lose("sequence", self.topics, now)
 
