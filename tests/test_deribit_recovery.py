@@ -817,8 +817,11 @@ def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_
 def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
     tmp_path: Path, channel: str, is_known: bool
 ) -> None:
-    """To a request for what is older than a day the exchange answers that there is nothing, not even since then."""
-    name, day = "BTC-27MAR27-90000-C", 86_400_000
+    """To a request for what is older than a day the exchange answers that there is nothing, not even since then.
+
+    It may be sent late: here the exchange has asked for half an hour of patience.
+    """
+    name, day, late = "BTC-27MAR27-90000-C", 86_400_000, 1_800_000
     feed = TradeFeed(parse_channel(channel), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
     feed.losses.confirmed_at = START
     line = Line(channel, (name,))
@@ -835,7 +838,7 @@ def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
         while True:
             step, page = healing.send(page), None
             if isinstance(step, Ask):
-                is_late = step.params.get("start_timestamp", now) < now // MS - day
+                is_late = step.params.get("start_timestamp", now) < now // MS + late - day
                 page = Page([] if is_late else [each for each in missed if fits(each, step.params)], False)
                 came += [said.trade_seq for _, said in feed.backfill(page.trades, now) if isinstance(said, Trade)]
     assert came == [2, 3]

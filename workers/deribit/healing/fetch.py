@@ -22,10 +22,10 @@ PAGES = MAX_HELD // PAGE + 1
 SLACK_MS = 5000
 """A fetch by time begins this much before the loss: clocks differ, and repeats are known by their trade_seq."""
 
-KEPT_MS = 86_400_000 - 60_000
-"""How far back the exchange answers a fetch by time: a day (a minute less, for clocks and the request's own way). Asked
-for an earlier start it returns nothing, without an error, not even what it still has (documented for requests by
-currency)."""
+KEPT_MS = 86_400_000 - 3_600_000
+"""How far back a fetch by time goes: the exchange answers for a day. Asked for an earlier start it returns nothing,
+without an error, not even what it still has (documented for requests by currency). An hour less, since a request may be
+sent long after it was made: it waits for credits, behind others, and where the exchange wants it later."""
 
 UNNOTICED_MS = 120_000
 """For so long a connection may have been dead before that was noticed."""
