@@ -18,7 +18,7 @@ from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
-from workers.deribit.publishing.ledger import LAST_TS, SUBSCRIPTIONS, Ledger
+from workers.deribit.publishing.ledger import HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import REPEAT
@@ -374,7 +374,9 @@ def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: P
         assert min(ask.params["start_timestamp"] for ask in asked) > later_ms - 60_000
 
 
-def test_what_was_first_traded_while_a_channel_was_refused_for_days_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_what_was_first_traded_while_a_channel_was_refused_for_days_is_told(tmp_path: Path, is_killed: bool) -> None:
+    """Also by a later life, before which the connection stood again."""
     channel, second = "trades.option.any.100ms", 1_000_000_000
     trade = {"instrument_name": "BTC-6NOV26-1-C", "trade_seq": 50, "trade_id": "1", "price": 1.0, "amount": 1.0}
     with living(tmp_path, channel, fresh=True) as worker:
@@ -385,8 +387,17 @@ def test_what_was_first_traded_while_a_channel_was_refused_for_days_is_told(tmp_
         later = START + 2 * DAY
         feed.losses.confirm(later)
         run_healing(heal_feed(feed, later, 0), Page([], False))
-        worker.take_frames([make_frame(channel, [trade | {"direction": "buy"}])], later + second)
-        assert worker.topics.gaps == 1
+        if not is_killed:
+            worker.take_frames([make_frame(channel, [trade | {"direction": "buy"}])], later + second)
+            assert worker.topics.gaps == 1
+        worker.ledger.cells[HEARD] = later + second
+    if is_killed:
+        with living(tmp_path, channel, epoch=later + 2 * second) as worker:
+            feed = find_trades(worker)
+            feed.losses.confirm(later + 3 * second)
+            run_healing(heal_feed(feed, later + 3 * second, 0), Page([], False))
+            worker.take_frames([make_frame(channel, [trade | {"direction": "buy"}])], later + 4 * second)
+            assert worker.topics.gaps == 1
 
 
 def test_first_trades_while_a_channel_was_refused_are_fetched_or_told(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """Since when the instruments of one channel may lack trades: these are fetched by time. Pure."""
 
-from workers.deribit.publishing.ledger import FIRST, HEARD, UNHEALED, Ledger
+from workers.deribit.publishing.ledger import AWAY, FIRST, HEARD, UNHEALED, Ledger
 
 
 class Losses:
@@ -45,9 +45,9 @@ class Losses:
         """Go on from what an earlier life has told."""
         ledger = self._ledger
         if ledger.had(self._channel):
-            slot = ledger.find_slot(self._channel)
-            self.confirmed_at, self.lost_from = ledger.cells[slot + FIRST], ledger.cells[slot + UNHEALED] or None
-            self.away_from = (self.confirmed_at and ledger.cells[HEARD]) or None
+            cells, slot = ledger.cells, ledger.find_slot(self._channel)
+            self.confirmed_at, self.lost_from = cells[slot + FIRST], cells[slot + UNHEALED] or None
+            self.away_from = (self.confirmed_at and (cells[slot + AWAY] or cells[HEARD])) or None
 
     def add(self, now: int, last_ts: int, newest: int) -> None:
         """All after the last trade is lost: that was read at `last_ts`, and `newest` was its own time (0: none)."""
@@ -63,7 +63,10 @@ class Losses:
 
     def _lower_lost_from(self, since: int) -> None:
         """All that was traded since then must be fetched; by a later life, if this one is killed before."""
-        self._ledger.lower(self._ledger.find_slot(self._channel), UNHEALED, since)
+        slot = self._ledger.find_slot(self._channel)
+        self._ledger.lower(slot, UNHEALED, since)
+        if self.away_from is not None:
+            self._ledger.lower(slot, AWAY, self.away_from)
         self.lost_from = min(self.lost_from or since, since)
         self.newer_from = min(self.newer_from or since, since)
 
@@ -86,4 +89,7 @@ class Losses:
         if self.away_from is not None:  # what is newer was lost while the connection stood, at first
             self.away_from = None if self.lost_from is None else max(self.away_from, self._begun_at)
         open_from = [since for since in (self.unsure_from, self.lost_from) if since is not None]
-        self._ledger.cells[self._ledger.find_slot(self._channel) + UNHEALED] = min(open_from, default=0)
+        cells, slot = self._ledger.cells, self._ledger.find_slot(self._channel)
+        cells[slot + UNHEALED] = min(open_from, default=0)
+        if self.unsure_from is None:
+            cells[slot + AWAY] = self.away_from or 0
