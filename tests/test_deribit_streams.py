@@ -21,7 +21,7 @@ from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
 from workers.deribit.publishing.ledger import HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
-from workers.deribit.watching.statuses import REPEAT
+from workers.deribit.watching.statuses import OVER, REPEAT
 from workers.deribit.worker import Worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -349,12 +349,46 @@ def test_one_of_many_instruments_is_not_over_while_what_was_lost_of_it_is_fetche
         worker.confirm_channels([channel])
         feed.losses.begin_healing(time.time_ns())
         feed.losses.end()
+        feed.losses.is_checked = True
         worker.statuses.repeat([feed], hash(feed.streams[name].topic) % REPEAT)
         worker.change_state("backoff", "for another")
         said = [subscriber.wait_for("deribit.trade.", type="status", state=state) for state in ("recovering", "live")]
         subscriber.wait_for("deribit.trade.", type="status", state="expired", seq=said[-1]["seq"] + 2)
         states = [body["state"] for body in subscriber.find("deribit.trade.", type="status")]
         assert states == ["recovering", "live", "expired", "expired"]
+
+
+@pytest.mark.parametrize("channel", ["trades.option.any.100ms", "trades.BTC-6NOV20-1-C.100ms"])
+@pytest.mark.parametrize("is_refused", [False, True])
+def test_the_last_trades_of_an_instrument_that_could_not_be_fetched_are_told_before_its_end(
+    channel: str, is_refused: bool
+) -> None:
+    """The exchange may know nothing of it any more, and no trade follows."""
+    name = "BTC-6NOV20-1-C"
+    trade = {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        feed = find_trades(worker)
+        feed.confirm(50)
+        worker.take_frames([make_frame(channel, [trade])], 100)
+        worker.change_state("backoff", "for a loss")
+        worker.confirm_channels([channel])
+        healing = heal_feed(feed, time.time_ns(), 0)
+        if is_refused:  # each request is answered with a no
+            assert [step for step in healing if isinstance(step, Ask)]
+        else:
+            assert run_healing(healing, Page([], False))
+            assert feed.backfill(msgspec.convert([trade], list[TradeData]), 200) == []  # the one before the loss
+        worker.statuses.tell(feed, *(OVER if feed.channel.instrument else ("stale", "lag")))
+        subscriber.wait_for("deribit.trade.", type="status", state="expired")
+        kinds = [body.get("state", body["type"]) for body in subscriber.find("deribit.trade.")]
+        assert kinds == ["trade", "recovering", "live", *(["gap"] if is_refused else []), "expired"]
+        for gap in subscriber.find("deribit.trade.", type="gap"):
+            assert (gap["reason"], gap["missing_from"], gap["healing"]) == ("disconnect", 2, False)
 
 
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:

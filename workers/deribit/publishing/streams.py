@@ -97,6 +97,11 @@ class Stream(Route):
             "receive_ts": receive_ts,
         }
 
+    @property
+    def is_over(self) -> bool:
+        """Whether it was said last that its instrument has ended: nothing follows that."""
+        return self.status is not None and self.status.state == "expired"
+
     def has_expired(self, now: int) -> bool:
         """Whether the life of its instrument is over at `now` (ns), by its name alone."""
         return self.expiry is not None and self.expiry < now

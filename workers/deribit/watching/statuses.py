@@ -91,19 +91,22 @@ class Statuses:
 
     def _tell_topic(self, feed: Feed, stream: Stream) -> None:
         """The channel's state; but of trades of many instruments each has its own end."""
-        if isinstance(feed, TradeFeed) and not feed.channel.instrument and self._is_over(feed, stream):
-            self._say(stream, *OVER)
-        else:
-            self._say(stream, *feed.condition)
+        condition = feed.condition
+        if isinstance(feed, TradeFeed):
+            if not feed.channel.instrument and self._is_over(feed, stream):
+                condition = OVER
+            if condition == OVER and not stream.is_over and (gap := feed.take_last(stream, self._read_clock())):
+                self._publisher.say(stream, gap)
+        self._say(stream, *condition)
 
     def _is_over(self, feed: TradeFeed, stream: Stream) -> bool:
-        """Whether nothing comes any more of an instrument: it has ended, and all that was lost of it has been fetched.
+        """Whether nothing comes any more of an instrument: it has ended, and what was lost of it is fetched no more.
 
         It stays so whatever the channel loses later.
         """
         if not stream.has_expired(self._read_exchange_clock() - LAST_TRADES):
             return False
-        return (stream.status is not None and stream.status.state == OVER[0]) or not feed.awaits_healing(stream)
+        return stream.is_over or not feed.awaits_healing(stream)
 
     def _say(self, stream: Stream, state: str, reason: str) -> None:
         stream.status = self._build(stream, state, reason)

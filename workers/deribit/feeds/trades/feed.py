@@ -17,7 +17,7 @@ from workers.deribit.feeds.trades.losses import Losses
 from workers.deribit.feeds.trades.recount import begin_count, find_contradiction, find_count, take_doubt_over
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.publishing.ledger import NEWEST
-from workers.deribit.publishing.payloads import Trade
+from workers.deribit.publishing.payloads import Gap, Trade
 from workers.deribit.publishing.streams import Malformed, Published, Stream, Topics
 
 _NAME = re.compile(rb'"instrument_name":"([A-Za-z0-9_-]{1,200})"')
@@ -157,6 +157,10 @@ class TradeFeed(Feed):
     def awaits_healing(self, stream: Stream) -> bool:
         """Whether trades that are still to be fetched may be missing on one of its topics."""
         return self.losses.lost_from is not None or bool(self.tapes[stream.instrument].holes)
+
+    def take_last(self, stream: Stream, now: int) -> Gap | None:
+        """The gap that is due on one of its topics, though no trade follows; None if all that was lost has come."""
+        return None if self.losses.is_checked else self.tapes[stream.instrument].take_last(now)
 
     def count_healing(self) -> int:
         """How many gaps have their repair still to come."""
