@@ -391,6 +391,29 @@ def test_the_last_trades_of_an_instrument_that_could_not_be_fetched_are_told_bef
             assert (gap["reason"], gap["missing_from"], gap["healing"]) == ("disconnect", 2, False)
 
 
+@pytest.mark.parametrize("channel", ["trades.option.any.100ms", "trades.BTC-6NOV20-1-C.100ms"])
+def test_what_is_lost_after_the_end_of_an_instrument_is_no_loss_of_its(channel: str) -> None:
+    """It traded no more: nobody need ask for what came after that."""
+    trade = {"instrument_name": "BTC-6NOV20-1-C", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        feed = find_trades(worker)
+        feed.confirm(50)
+        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 1}])], 100)
+        worker.statuses.tell(feed, *(OVER if feed.channel.instrument else ("live", "")))
+        worker.change_state("backoff", "for a loss")
+        ask(worker, "unsubscribe", channel)
+        worker.statuses.tell_connection("closed", "")
+        subscriber.wait_for("deribit.status.", state="closed")
+        kinds = {body.get("state", body["type"]) for body in subscriber.find("deribit.trade.")}
+        assert kinds == {"trade", "expired", *(["closed"] if feed.channel.instrument else [])}
+        assert worker.topics.gaps == (0 if feed.channel.instrument else 1)
+
+
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:
     channel, second = "trades.option.any.100ms", 1_000_000_000
     with living(tmp_path, channel, fresh=True) as worker:

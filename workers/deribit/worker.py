@@ -212,8 +212,8 @@ class Worker(Listener):
 
     def _lose_all(self) -> None:
         for feed in self.feeds.values():
-            feed.lose("disconnect", self.client.read_clock())
             if feed.condition[0] != "expired":
+                feed.lose("disconnect", self.client.read_clock())
                 self.statuses.tell(feed, "recovering", "disconnect")
         self.patrol.lose()
 

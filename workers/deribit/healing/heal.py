@@ -136,7 +136,8 @@ class Healer:
         losses.end(is_whole=False)
         for tape in feed.tapes.values():
             tail = tape.tail
-            if is_unfinished and (gap := tape.take_last(self._client.read_clock())) is not None:
+            is_owed = is_unfinished and not tape.stream.is_over
+            if is_owed and (gap := tape.take_last(self._client.read_clock())) is not None:
                 self._publisher.say(tape.stream, gap)
             if tape.holes:
                 self._say_repairs(feed, Healed(tape, tape.holes))
