@@ -19,7 +19,19 @@ from collector.channels import parse_channel
 from collector.lifecycle import Exit
 from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.collected import collected
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, Collecting, Hearer, collecting, in_loop, wait_for
+from tests.deribit_support import (
+    BOOK,
+    LOGIN,
+    QUOTE,
+    TICKER,
+    TRADES,
+    Collecting,
+    Hearer,
+    collecting,
+    in_loop,
+    scripted,
+    wait_for,
+)
 from tests.faults.exchange import Line
 from tests.faults.life import Healer, Life
 from tests.frames_checker import check_numbering
@@ -483,6 +495,28 @@ async def test_who_must_be_patient_does_not_hold_up_the_healing_of_others(practi
                 assert repair["missing"] == []
                 healed += 1
         assert run.hearer.find(TRADED, type="repair") == []
+
+
+@in_loop
+async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() -> None:
+    """The third is not: what the two before it brought need not be fetched again."""
+    channel, asked = "trades.future.any.100ms", list[tuple[str, int]]()
+
+    def script(request: dict[str, Any], count: int) -> dict[str, Any] | None:
+        if not request["method"].startswith("public/get_last_trades"):
+            return None
+        asked.append((request["params"]["currency"], request["params"]["start_timestamp"]))
+        return {"result": {"trades": [], "has_more": False}} | ({"id": 1} if count == 3 else {})
+
+    async with scripted(script) as url, collecting(url, "", channel, timeout=0.5) as run:
+        (feed,) = run.worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        await wait_for(lambda: run.worker.client.is_live and feed.losses.confirmed_at, "the confirmation")
+        run.worker.client.cut("the test wants it so")
+        await wait_for(lambda: feed.losses.lost_from is not None, "the loss")
+        await wait_for(lambda: feed.losses.lost_from is None, "the healing")
+    firsts = [currency for currency, start in asked if start == asked[0][1]]
+    assert firsts == [*CURRENCIES[:3], *CURRENCIES[2:]]
 
 
 @in_loop

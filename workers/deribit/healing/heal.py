@@ -177,17 +177,25 @@ class Healer:
         return page
 
     async def _send_patiently(self, ask: Ask, channel: str) -> Any:
-        """Settlement or maintenance may last: while the exchange asks for patience it gets it."""
+        """Settlement or maintenance may last: while the exchange asks for patience it gets it, and where it is silent:
+        all pages of before would have to be fetched again.
+        """
         for patience in (*PATIENCE, None):
             await pay(self._client.session.credits, CALL_COST, reserve=CALL_BURST / 2)  # bootstraps come first
             try:
                 return await self._client.send(ask.method, ask.params)
-            except ExchangeError as error:
-                if patience is None or find_reaction(error.code) not in (Reaction.RETRY, Reaction.BACK_OFF):
+            except (ExchangeError, TimeoutError) as error:
+                if patience is None or not wants_patience(error):
                     raise
                 if patience == WORTH_SAYING:
-                    log.warning("trades of %s cannot be fetched yet: %s; tried again", channel, error)
+                    reason = str(error) or "no answer"
+                    log.warning("trades of %s cannot be fetched yet: %s; tried again", channel, reason)
                 await asyncio.sleep(patience)
+
+
+def wants_patience(error: ExchangeError | TimeoutError) -> bool:
+    """Whether the same request may be answered later."""
+    return isinstance(error, TimeoutError) or find_reaction(error.code) in (Reaction.RETRY, Reaction.BACK_OFF)
 
 
 def read_page(answer: Any) -> Page:
