@@ -260,6 +260,15 @@ def test_what_no_page_holds_is_fetched_page_by_page_by_number(life: Life) -> Non
     assert life.asked == 4  # 103 to 139
 
 
+def test_but_no_more_of_it_than_is_kept(life: Life, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.deribit.feeds.trades.holes.MAX_HELD", 10)
+    life.page = 10
+    history = [(seq, seq - 83) for seq in range(103, 150)]
+    assert life.take((140, 57)) == [("sequence", 104, 139), 140]
+    assert life.heal(*history) == [*range(-104, -114, -1), [(114, 139)]]
+    assert life.asked == 4
+
+
 def test_and_by_time_where_a_page_may_end_within_a_millisecond(life: Life) -> None:
     life.page = 10
     history = [(seq, 1000 + seq // 4) for seq in range(1, 50)]

@@ -37,13 +37,15 @@ class Hole:
         """Whether a gap has said from where to where trades are missing."""
         return self.gap is not None and self.last is not None
 
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more of it is kept."""
+        return len(self.came) >= MAX_HELD
+
     def holds(self, seq: int) -> bool:
         """Whether this trade is missing here still."""
         return (
-            self.first <= seq
-            and (self.last is None or seq <= self.last)
-            and seq not in self.came
-            and len(self.came) < MAX_HELD
+            self.first <= seq and (self.last is None or seq <= self.last) and seq not in self.came and not self.is_full
         )
 
     def list_missing(self) -> list[tuple[int, int]]:

@@ -226,7 +226,7 @@ class Tape:
         Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time.
         """
         stream, holes = self.stream, self.holes
-        runs = [run for hole in holes for run in hole.list_missing()]
+        runs = [run for hole in holes if not hole.is_full for run in hole.list_missing()]
         # The trade before a hole is fetched too, where nothing else may show whether the exchange counts anew.
         is_open = tails and not self.losses.is_checked
         runs += [(hole.first, hole.first - 1) for hole in holes if hole.is_doubt or (is_open and hole.known[0])]
