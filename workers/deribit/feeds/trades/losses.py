@@ -35,7 +35,7 @@ class Losses:
         if not self.is_sent:
             if self.healed_to:
                 self.away_from = min(self.away_from or self.healed_to, self.healed_to)
-                self._lower_lost_from(self.healed_to)
+                self.add_since(self.healed_to)
             if self._begun_at:  # the healing under way fetches nothing newer
                 self.newer_from = min(self.newer_from or self._begun_at, self._begun_at)
         self.confirmed_at, self.is_sent, self.healed_to = self.confirmed_at or now, True, 0
@@ -55,13 +55,9 @@ class Losses:
         if self.confirmed_at:
             self.away_from = min(self.away_from or now, now)
             last_ts = last_ts or self.confirmed_at
-            self._lower_lost_from(min(last_ts, newest or last_ts))  # the earlier: what came may have come late
+            self.add_since(min(last_ts, newest or last_ts))  # the earlier: what came may have come late
 
     def add_since(self, since: int) -> None:
-        """Trades may be missing from then on, though the connection stood."""
-        self._lower_lost_from(since)
-
-    def _lower_lost_from(self, since: int) -> None:
         """All that was traded since then must be fetched; by a later life, if this one is killed before."""
         slot = self._ledger.find_slot(self._channel)
         self._ledger.lower(slot, UNHEALED, since)

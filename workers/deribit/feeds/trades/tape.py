@@ -242,8 +242,7 @@ class Tape:
 
     def lacks_more(self, tails: bool) -> bool:
         """Whether it is worth it to ask once more for what has been asked for."""
-        missing = self.find_missing(tails)
-        return missing is not None and (missing[1] is not None or bool(self.holes))
+        return bool(self.holes) and self.find_missing(tails) is not None
 
     def end_healing(self, holes: list[Hole], now: int) -> list[Gap | Repair]:
         """All that can be had of these holes has come: say of each of their gaps what stays missing."""
