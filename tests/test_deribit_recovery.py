@@ -418,7 +418,7 @@ async def test_a_book_of_which_a_change_could_not_be_read_is_out_of_step_at_once
         assert isinstance(feed, BookFeed)
         change = BROKEN | {"prev_change_id": feed.book.change_id, "bids": [["moved", 1.0, 1.0]]}
         run.worker.take_frames([encode_data(BOOK, change)] * 2, time.time_ns())
-        assert (run.worker.malformed, feed.condition) == (2, ("recovering", "sequence"))
+        assert (run.worker.intake.malformed, feed.condition) == (2, ("recovering", "sequence"))
         (gap,) = await run.hearer.hear_of(BOOKS, type="gap", reason="sequence")
         snapshot = (await run.hearer.hear_of(BOOKS, type="book", reason="resync"))[0]
         await hear_more(run, [BOOKS, "deribit.book.ETH-PERPETUAL.100ms"])

@@ -81,6 +81,7 @@ class Client:
     ) -> None:
         self.url = url
         self.headers = dict(headers or {})
+        self.timeout = timeout
         self.retry_count, self.retry_delay = max(1, retry_count), retry_delay
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
