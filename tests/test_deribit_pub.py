@@ -1,6 +1,7 @@
 """The PUB socket: what ZeroMQ's own subscribers see of it, and what becomes of those that are slow, wrong or gone."""
 
 import errno
+import fcntl
 import logging
 import os
 import resource
@@ -8,10 +9,11 @@ import select
 import socket
 import struct
 import sys
+import termios
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ from hypothesis import strategies as st
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
 from workers.deribit.publishing.peer import BLOCK, MAX_LENGTH, MAX_PREFIXES, MAX_UNSENT, Peer
-from workers.deribit.publishing.pub import PubSocket, Route
+from workers.deribit.publishing.pub import HEAR_AT_ONCE, PubSocket, Route
 from workers.deribit.publishing.zmtp import (
     GREETING,
     MAX_FRAME,
@@ -435,7 +437,8 @@ def test_a_peer_that_speaks_something_else_is_let_go_and_the_others_stay(kind: s
 
 
 def test_who_asks_for_answers_and_reads_none_does_not_fill_the_memory() -> None:
-    ping = encode_command(b"PING", b"\0\1" + b"x" * 16) * 1000
+    ping = encode_command(b"PING", b"\0\1" + b"x" * 16) * 200
+    assert len(ping) < HEAR_AT_ONCE
     with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as hostile:
         hostile.connect(endpoint[6:])
         hostile.sendall(GREETING + SUB_READY)
@@ -464,6 +467,30 @@ def test_who_subscribes_without_end_is_let_go(caplog: pytest.LogCaptureFixture) 
         serve(pub, lambda: not pub._peers, "it to be let go")
         assert f"it has subscribed to {MAX_PREFIXES} prefixes" in caplog.text
         assert pub.subscriptions == 0
+
+
+def count_unheard(pub: PubSocket) -> int:
+    """Bytes that the system has for it from all peers."""
+    counts = [fcntl.ioctl(peer.socket, termios.FIONREAD, bytes(4)) for peer in pub._peers]
+    return sum(int.from_bytes(count, sys.byteorder) for count in counts)
+
+
+def test_however_many_say_however_much_the_loop_goes_on_soon() -> None:
+    crowd = 20
+    with publishing() as (pub, endpoint), ExitStack() as stack:
+        hostile = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(crowd)]
+        for each in hostile:
+            each.settimeout(10)
+            each.connect(endpoint[6:])
+            each.sendall(GREETING + SUB_READY)
+        serve(pub, lambda: sum(peer.conversation.is_ready for peer in pub._peers) == crowd, "all of them")
+        for each in hostile:
+            each.sendall(frame(b"") * 10_000 + frame(b"\1a"))
+        unheard = count_unheard(pub)
+        assert unheard > 20_000 * crowd
+        pub.poll()
+        assert 0 < unheard - count_unheard(pub) <= HEAR_AT_ONCE + crowd
+        serve(pub, lambda: pub.subscriptions == crowd, "all that they say")
 
 
 def test_a_prefix_that_is_longer_than_any_topic_is_passed_over() -> None:

@@ -59,10 +59,10 @@ class Peer:
         """Whether it has subscribed to a prefix of this topic."""
         return any(topic[:length] in self.prefixes for length in self.lengths)
 
-    def hear(self) -> list[Wish]:
-        """Read what it says, and answer. Raises NoSubscriber if it can be no subscriber."""
+    def hear(self, size: int) -> list[Wish]:
+        """Read `size` bytes of what it says, and answer. Raises NoSubscriber if it can be no subscriber."""
         try:
-            data = self.socket.recv(1 << 16)
+            data = self.socket.recv(size)
         except BlockingIOError:
             return []
         if not data:
