@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
 from workers.deribit.publishing.peer import BLOCK, MAX_LENGTH, MAX_PREFIXES, MAX_UNSENT, Peer
-from workers.deribit.publishing.pub import HEAR_AT_ONCE, PubSocket, Route
+from workers.deribit.publishing.pub import HEAR_AT_ONCE, RESERVE, PubSocket, Route
 from workers.deribit.publishing.zmtp import (
     GREETING,
     MAX_FRAME,
@@ -563,6 +563,24 @@ def test_where_no_more_fit_one_that_leaves_makes_room(caplog: pytest.LogCaptureF
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         serve(pub, lambda: pub._peers and pub._peers != old, "the next one")
+
+
+def test_the_last_descriptors_are_no_subscribers(caplog: pytest.LogCaptureFixture) -> None:
+    """The worker needs one to connect to the exchange again."""
+    with publishing() as (pub, endpoint), ExitStack() as stack:
+        crowd = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        os.close(free := os.dup(0))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1 + RESERVE, hard))
+        try:
+            for each in crowd:
+                each.connect(endpoint[6:])
+            serve(pub, lambda: "no more subscribers until there is room" in caplog.text, "the log to say so")
+            assert len(pub._peers) == 1
+            for _ in range(RESERVE):
+                stack.callback(os.close, os.dup(0))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_where_there_is_room_again_the_next_one_is_let_in_though_nobody_left(caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ subscriber is too slow. On the wire it is ZeroMQ's own XPUB (see zmtp), for this
 import errno
 import logging
 import os
+import resource
 import selectors
 import socket
 import time
@@ -24,6 +25,9 @@ SEND_BUFFER = 4 << 20
 
 HEAR_AT_ONCE = 1 << 13
 """Bytes that are taken in of what all subscribers say, before the loop goes on: 4 ms of work at the worst."""
+
+RESERVE = 16
+"""File descriptors that no subscriber gets: without one the worker could not connect to the exchange again."""
 
 GREET_WITHIN = 30.0
 """Seconds for a peer to say what it is."""
@@ -131,6 +135,10 @@ class PubSocket:
         self._leave_silent()
         try:
             end, _ = self._listener.accept()
+            limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+            if 0 < limit - RESERVE <= end.fileno():  # it is the lowest that was free; a limit below 0 is none
+                end.close()
+                raise OSError(errno.EMFILE, "the last file descriptors are kept for the worker itself")
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):  # it would be asked for again at once
                 if not self._is_full:
