@@ -22,6 +22,7 @@ import pytest
 import zmq
 from hypothesis import given
 from hypothesis import strategies as st
+from zmq.utils.monitor import recv_monitor_message
 
 from tests.pipeline import short_directory
 from tests.support import running, wait_until
@@ -32,6 +33,7 @@ from workers.deribit.publishing.zmtp import (
     MAX_FRAME,
     READY,
     SIGNATURE,
+    WRONG_TYPE,
     Conversation,
     NoSubscriber,
     Wish,
@@ -515,8 +517,24 @@ def test_a_socket_of_another_type_is_let_go_and_the_log_says_why(caplog: pytest.
         serve(pub, lambda: "it is a PULL" in caplog.text and not pub._peers, "it to be let go")
 
 
+def test_a_socket_of_another_type_is_told_and_does_not_come_again() -> None:
+    with publishing() as (pub, endpoint), socket.socket(socket.AF_UNIX) as wrong:
+        wrong.settimeout(10)
+        wrong.connect(endpoint[6:])
+        wrong.sendall(GREETING + encode_command(b"READY", encode_property(b"Socket-Type", b"PULL")))
+        serve(pub, lambda: pub._strangers, "it to be let go")
+        assert wrong.recv(1000) == GREETING + WRONG_TYPE
+        assert wrong.recv(1000) == b""
+    with publishing() as (pub, endpoint), zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
+        seen = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
+        dealer.connect(endpoint)
+        serve(pub, lambda: seen.poll(0), "it to see the end")
+        assert recv_monitor_message(seen)["event"] == zmq.EVENT_DISCONNECTED
+        assert not seen.poll(300)  # else the next attempt would be announced at once
+        dealer.disable_monitor()
+
+
 def test_strangers_that_come_again_and_again_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    """A ZeroMQ socket of a wrong type connects anew for ever, five times a second."""
     with publishing() as (pub, endpoint):
         for _ in range(15):
             with socket.socket(socket.AF_UNIX) as stranger:

@@ -169,6 +169,8 @@ class PubSocket:
         try:
             done = act(*arguments)
         except NoSubscriber as error:
+            with suppress(OSError):
+                peer.write(error.farewell, 0)
             self._leave(peer, str(error))
         except OSError:
             self._leave(peer)
@@ -184,7 +186,7 @@ class PubSocket:
             return
         if reason:
             self._strangers += 1
-            if self._strangers <= 10 or self._strangers % 1000 == 0:  # ZeroMQ's come again and again
+            if self._strangers <= 10 or self._strangers % 1000 == 0:  # some come again and again
                 log.warning("a peer is no subscriber, and is let go: %s; %d so far", reason, self._strangers)
         self._peers.remove(peer)
         self._selector.unregister(peer.socket)

@@ -26,7 +26,11 @@ _SHORT = [bytes((0, size)) for size in range(256)]
 
 
 class NoSubscriber(ValueError):
-    """This peer can not be a subscriber; why."""
+    """This peer can not be a subscriber; why. `farewell` is what it is told before it is let go."""
+
+    def __init__(self, reason: str, farewell: bytes = b"") -> None:
+        super().__init__(reason)
+        self.farewell = farewell
 
 
 class Wish(NamedTuple):
@@ -60,6 +64,11 @@ def encode_property(name: bytes, value: bytes) -> bytes:
 
 
 READY = encode_command(b"READY", encode_property(b"Socket-Type", b"XPUB"))
+
+FOR_SUBSCRIBERS = b"this is read by SUB sockets"
+
+WRONG_TYPE = encode_command(b"ERROR", bytes((len(FOR_SUBSCRIBERS),)) + FOR_SUBSCRIBERS)
+"""To a socket of a wrong type: who hears it does not connect again, where a mere end would be tried again for ever."""
 
 
 class Conversation:
@@ -125,9 +134,8 @@ class Conversation:
     def _check_kind(self, body: bytes) -> None:
         kind = read_properties(body).get(b"socket-type", b"")
         if kind not in SUBSCRIBERS:
-            raise NoSubscriber(
-                f"it is a {kind.decode('ascii', 'replace') or 'socket of no type'}; this is read by SUB sockets"
-            )
+            name = kind.decode("ascii", "replace") or "socket of no type"
+            raise NoSubscriber(f"it is a {name}; {FOR_SUBSCRIBERS.decode()}", WRONG_TYPE)
 
 
 def find_frame(data: bytes, at: int) -> tuple[int, int, int] | None:
