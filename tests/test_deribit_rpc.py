@@ -16,7 +16,7 @@ from workers.deribit import Client
 from workers.deribit.connection.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
 from workers.deribit.connection.session import Session
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
-from workers.deribit.rpc.errors import PAUSES, REACTIONS, ExchangeError, Reaction, find_reaction
+from workers.deribit.rpc.errors import MAX_WORDS, PAUSES, REACTIONS, ExchangeError, Reaction, find_reaction
 from workers.deribit.watching.samples import Samples
 
 # -- requests and frames ----------------------------------------------------------------------------------------------
@@ -70,6 +70,11 @@ def test_an_error_is_kept_as_it_came(error: dict[str, Any], code: int, words: st
     assert isinstance(reply.error, ExchangeError)
     assert (reply.error.raw, reply.error.code) == (error, code)
     assert str(reply.error).endswith(words)
+
+
+@pytest.mark.parametrize("error", [{"message": "x" * 10_000}, {"data": ["x"] * 10_000}])
+def test_of_a_long_error_no_more_is_told_than_one_can_read(error: dict[str, Any]) -> None:
+    assert len(str(ExchangeError(error))) == MAX_WORDS
 
 
 def test_notifications_are_told_apart_whatever_the_order_of_their_keys() -> None:

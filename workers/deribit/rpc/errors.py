@@ -5,6 +5,9 @@ from typing import Any
 
 from collector.lifecycle import Exit
 
+MAX_WORDS = 500
+"""Letters of an error that are told in logs, reasons and messages: the exchange may send as many as a frame holds."""
+
 
 class Lost(Exception):
     """The connection cannot go on, but another attempt may. `raw` is the exchange's own error, if that ended it."""
@@ -41,7 +44,7 @@ class ExchangeError(Exception):
     def __str__(self) -> str:
         data = self.raw.get("data")
         detail = f" ({data})" if data is not None else ""
-        return f"{self.code} {self.raw.get('message', '')}{detail}"
+        return f"{self.code} {self.raw.get('message', '')}{detail}"[:MAX_WORDS]
 
 
 class Reaction(Enum):
