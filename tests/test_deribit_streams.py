@@ -532,12 +532,13 @@ def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency
         assert [list(feed.streams) for feed in feeds] == [["BTC_USDC-PERPETUAL"], ["BTC-PERPETUAL"]]
 
 
-def test_the_place_of_a_channel_whose_instrument_has_ended_serves_another(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [{}, {"reason": "expired"}])
+def test_the_place_of_a_channel_that_was_given_up_serves_another(tmp_path: Path, more: dict[str, str]) -> None:
     channel = "trades.BTC-6NOV20.raw"
     with living(tmp_path, channel) as worker:
         worker.confirm_channels([channel])
         place = worker.ledger.find_slot(channel)
-        ask(worker, "unsubscribe", channel, reason="expired")
+        ask(worker, "unsubscribe", channel, **more)
         assert worker.ledger.find_slot("another") == place
 
 

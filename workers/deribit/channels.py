@@ -121,11 +121,8 @@ class Channels:
         for stream in feed.streams.values():
             self._statuses.note_left(stream)
             self._topics.leave(stream, time.time_ns(), is_over=is_over)
-        ledger = self._topics.ledger  # where a channel of trades has a place of its own
-        if is_over:
-            ledger.free_slot(name)
-        elif isinstance(feed, TradeFeed):
-            ledger.clear(ledger.find_slot(name))
+        if isinstance(feed, TradeFeed):
+            self._topics.ledger.free_slot(name)  # it has a place of its own
 
     def _leave_shared(self, feed: Feed) -> None:
         """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
