@@ -17,6 +17,9 @@ from collector.messages import encode
 MAX_FRAME = 64 << 20
 """Bytes of one message on a link; one more and the link is cut."""
 
+MAX_ITEMS = 8 << 20
+"""Of one list or map: as many as a frame of 16 MiB from the exchange may hold, whose error or answer goes on here."""
+
 MAX_UNSENT = 64 << 20
 """Bytes that may wait for the other side to read; a stopped process must not eat our memory."""
 
@@ -32,7 +35,7 @@ class Link(asyncio.Protocol):
         self._ended = ended
         self._transport: asyncio.Transport | None = None
         self._unpacker = msgpack.Unpacker(
-            max_buffer_size=MAX_FRAME, max_array_len=1 << 20, max_map_len=1 << 20, strict_map_key=True
+            max_buffer_size=MAX_FRAME, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS, strict_map_key=True
         )
         self._fault = "end of file"
 

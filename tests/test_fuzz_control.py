@@ -172,6 +172,13 @@ def test_any_bytes_on_a_link_end_it_once(chunks: list[bytes]) -> None:
     assert all(isinstance(message, dict) for message in received)
 
 
+def test_a_list_as_long_as_the_exchange_may_send_crosses_a_link() -> None:
+    message = {"kind": "reply", "result": [0] * (2 << 20)}
+    stream = encode(message)
+    chunks = [stream[at : at + 65_536] for at in range(0, len(stream), 65_536)]
+    assert asyncio.run(pass_over_link(chunks)) == ([message], ["end of file"])
+
+
 @settings(bounded, max_examples=100)
 @given(st.lists(st.dictionaries(LITTLE, SCALARS, max_size=4), max_size=5), st.lists(st.integers(0, 400), max_size=5))
 def test_messages_cross_a_link_however_they_are_cut(messages: list[dict[str, Any]], cuts: list[int]) -> None:
