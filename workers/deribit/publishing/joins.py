@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from itertools import islice
 
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Stream, Topics
@@ -75,7 +76,7 @@ class Joins:
         """Answer some of the topics that wait for it and were not answered just now."""
         end = time.monotonic() + SLICE_TIME
         with self._publisher.gather():
-            for stream in list(self._waiting)[:SLICE_TOPICS]:
+            for stream in list(islice(self._waiting, SLICE_TOPICS)):
                 now = time.monotonic()
                 if now > end:
                     break
