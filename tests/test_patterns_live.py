@@ -268,6 +268,34 @@ def test_a_shard_that_has_ended_for_good_gets_no_new_listing(end: str) -> None:
     with_exchange(act, "--options", "200", "--faults", "listing:0.5")
 
 
+def test_a_shard_that_is_stuck_keeps_no_listing_from_another() -> None:
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        table["channels"] = ["quote.*", "book.*.agg2", "ticker.*.agg2"]
+        with collected({"options": table}, exchange=None, first=PATIENT) as run:
+            run.program.wait_line("options: spread over options-1, options-2$")
+            stuck = psutil.Process(run.wait_state("options-1")["pid"])
+            run.wait_state("options-2")
+            asked = find_asked(run, "options-1")
+            stuck.suspend()
+
+            def is_told() -> bool:
+                found = [re.search(r"options: .* expired: (\S+) \.\.\.", line) for line in list(run.program.err)]
+                return any(match[1] in asked for match in found if match)
+
+            wait_until(is_told, "an end of which the stuck worker must hear")
+            known = {f"quote.{name}" for name in catalogue.read_all()}
+
+            def find_new() -> list[str]:
+                confirmed = run.get_state("options-2")["channels"]["confirmed"]
+                return [name for name in confirmed if name.startswith("quote.") and name not in known]
+
+            wait_until(find_new, "a listing on the other one")
+            assert stuck.status() == psutil.STATUS_STOPPED
+            stuck.resume()
+
+    with_exchange(act, "--options", "200", "--faults", "listing:1,expiry:1")
+
+
 @pytest.mark.parametrize("how", ["unsubscribe", "unsubscribe unheard", "close"])
 def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(how: str) -> None:
     def act(catalogue: Catalogue, table: dict[str, Any]) -> None:

@@ -184,7 +184,7 @@ class Follower:
                 self._failed = not await self._check()
                 checked = time.monotonic()
                 due = checked + (AGAIN if self._failed else self._find_next_check())
-            await self._adjust(again)
+            self._adjust(again)
 
     def _find_next_check(self) -> float:
         return find_next_check(self._catalogue.read_ms() / 1000)
@@ -231,8 +231,12 @@ class Follower:
             else:
                 self._listed.update({name: instrument} if instrument else {})
 
-    async def _adjust(self, again: set[str]) -> None:
-        """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments."""
+    def _adjust(self, again: set[str]) -> None:
+        """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments.
+
+        Nobody is waited for: a worker may heal for seconds what has expired, or be stuck, and the next rows concern
+        the others too.
+        """
         now = self._catalogue.read_ms()
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._listed, now).values():
@@ -250,11 +254,9 @@ class Follower:
         others = self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
         if placed := self._place(new):
             log.info("%s: %s new: %s ...", self._name, _count(placed), next(iter(placed)))
-        await asyncio.gather(  # side by side: what has expired may have to be healed first
-            self._ask("unsubscribe", expired, "expired"),
-            self._ask("unsubscribe", others),
-            self._ask("subscribe", repeated | placed),
-        )
+        self._ask("unsubscribe", expired, "expired")
+        self._ask("unsubscribe", others)
+        self._ask("subscribe", repeated | placed)
         if gone:
             self._supervisor.tell_freed()
 
@@ -297,7 +299,7 @@ class Follower:
             self._shards[place].channels.pop(name, None)
         return places
 
-    def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> asyncio.Future[list[None]]:
+    def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
         """Have each worker carry out its part; one that does not hear it now is told later (see wishes).
 
         The wishes stand at once: no channel may seem free before its worker has heard that it is given up.
@@ -305,7 +307,8 @@ class Follower:
         groups: dict[int, list[str]] = defaultdict(list)
         for name, place in places.items():
             groups[place].append(name)
-        return asyncio.gather(*(self._shards[place].wishes.tell(op, group, reason) for place, group in groups.items()))
+        for place, group in groups.items():
+            self._shards[place].wishes.tell(op, group, reason)
 
 
 def _count(names: Sized) -> str:

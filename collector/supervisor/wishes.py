@@ -4,7 +4,7 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,12 +53,12 @@ class Wishes:
         """
         return await self._pass_on(self._note(op, names, ""), names, deadline)
 
-    def tell(self, op: str, names: list[str], reason: str = "") -> Coroutine[Any, Any, None]:
-        """The same, for one who needs no answer: the wish stands from now on, and is sent by what is returned.
+    def tell(self, op: str, names: list[str], reason: str = "") -> None:
+        """The same, for one who waits for no answer. The wish stands from now on, and is sent after all before it.
 
         `reason`: why the channels are given up, if not because of a wish.
         """
-        return self._tell(self._note(op, names, reason), names)
+        self._start(self._note(op, names, reason), names)
 
     def _note(self, op: str, names: list[str], reason: str, is_known: bool = False) -> Wish:
         wish = Wish(op, reason, is_known)
@@ -91,6 +91,11 @@ class Wishes:
         for wish in self._unheard.values():
             wish.is_known = True
 
+    def _start(self, wish: Wish, names: list[str]) -> None:
+        task = asyncio.create_task(self._tell(wish, names))
+        self._telling.add(task)
+        task.add_done_callback(self._telling.discard)
+
     async def _tell(self, wish: Wish, names: list[str]) -> None:
         names = [name for name in names if self._unheard.get(name) is wish]  # else the opposite was wanted meanwhile
         if not names:
@@ -116,6 +121,4 @@ class Wishes:
         # Backwards: first it gives up what may stand in the way.
         for (op, reason, is_known), names in sorted(groups.items(), reverse=True):
             log.debug("%s: told now, since it did not hear: %s of %d channels", self._keeper.name, op, len(names))
-            task = asyncio.create_task(self._tell(self._note(op, names, reason, is_known), names))
-            self._telling.add(task)
-            task.add_done_callback(self._telling.discard)
+            self._start(self._note(op, names, reason, is_known), names)
