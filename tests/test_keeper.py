@@ -69,12 +69,10 @@ import asyncio, multiprocessing
 from collector.supervisor.process import Spawner, start_child
 
 async def main():
-    spawner = Spawner()
-    child = await start_child(spawner, "deribit", print)
+    child = await start_child(Spawner(), "deribit", print)
     asked = multiprocessing.active_children()
     child.kill()
     print(asked, await child.wait())
-    spawner.close()
 
 asyncio.run(main())
 """

@@ -272,6 +272,21 @@ def test_a_forkserver_that_hangs_does_not_keep_the_collector_from_stopping() -> 
         run.wait_gone()
 
 
+@pytest.mark.parametrize("exchange", [None, {}])
+def test_a_stop_while_the_forkserver_is_loaded_starts_no_other(tmp_path: Path, exchange: dict[str, Any] | None) -> None:
+    loaded = tmp_path / "loaded"
+    (tmp_path / "slow.py").write_text(f"import time\nopen({str(loaded)!r}, 'a').write('x')\ntime.sleep(60)\n")
+    first = "from collector.supervisor import process; process.PRELOAD = ('slow',)"
+    env = {"PYTHONPATH": str(tmp_path)}
+    with collected(dict.fromkeys("abcd", DEAD), exchange=exchange, first=first, env=env) as run:
+        run.program.wait_line("control on")
+        wait_until(loaded.exists, "the forkserver")
+        assert run.stop(signal.SIGTERM) == 0, run.program.text()
+        run.program.wait_line(r"was not started in [\d.]+ s: the forkserver does not answer, and is killed")
+        assert loaded.read_text() == "x"
+        run.wait_gone()
+
+
 def test_a_forkserver_that_hangs_is_replaced() -> None:
     with collected(first="from collector.supervisor import keeper; keeper.SPAWN_TIMEOUT = 6.0") as run:
         run.wait_state("a")

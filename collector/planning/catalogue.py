@@ -10,13 +10,13 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from collector import __version__
+from collector.aside import run_aside
 from collector.config.patterns import Instrument, read_instrument
 
 MAX_ANSWER = 64 << 20
@@ -138,21 +138,7 @@ def _shut(end: socket.socket, is_late: threading.Event) -> None:
 
 
 async def _run_aside(work: Callable[[], Result]) -> Result:
-    """Run blocking work in a daemon thread; an executor's threads would be waited for at the end of the program.
-
-    Raises Unreachable where the system allows no further thread.
-    """
-    done: Future[Result] = Future()
-    done.set_running_or_notify_cancel()  # who waits may be cancelled, the work is not
-
-    def run() -> None:
-        try:
-            done.set_result(work())
-        except Exception as error:
-            done.set_exception(error)
-
     try:
-        threading.Thread(target=run, name="catalogue", daemon=True).start()
+        return await run_aside(work, "catalogue")
     except RuntimeError as error:
         raise Unreachable(f"the list cannot be asked for ({error})") from None
-    return await asyncio.wrap_future(done)

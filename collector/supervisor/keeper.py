@@ -5,7 +5,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 from collector.lifecycle import (
     BEAT_INTERVAL,
@@ -22,7 +22,9 @@ from collector.lifecycle import (
     backoff_delay,
 )
 from collector.messages import ControlError
-from collector.supervisor.process import UNKNOWN_EXIT, Child, Spawner, describe_exit, start_child
+from collector.supervisor.process import UNKNOWN_EXIT, Child, Spawner, describe_exit, kill_forkserver, start_child
+
+Result = TypeVar("Result")
 
 MAX_ASKED = 64
 """Requests that one worker may owe answers to."""
@@ -74,6 +76,7 @@ class Keeper:
         self._spawner = spawner
         self._build_spec = build_spec
         self._child: Child | None = None
+        self._is_spawning = False
         self._stopping = asyncio.Event()
         self._asked: dict[int, asyncio.Future[Any]] = {}
         self._number = 0
@@ -142,7 +145,7 @@ class Keeper:
 
         Begins when `preparation` is over, if given; fails for good at once with the exit code that this may return.
         """
-        if preparation is not None and (code := await self._prepare(preparation)) is not None:
+        if preparation is not None and (code := await self._until_stopped(preparation)) is not None:
             return self._fail(code)
         failures = 0
         while not self._stopping.is_set():
@@ -155,14 +158,15 @@ class Keeper:
                 return
             await self._back_off(failures)
 
-    async def _prepare(self, preparation: Coroutine[Any, Any, Exit | None]) -> Exit | None:
-        preparing, stopping = asyncio.create_task(preparation), asyncio.create_task(self._stopping.wait())
-        await asyncio.wait((preparing, stopping), return_when=asyncio.FIRST_COMPLETED)
+    async def _until_stopped(self, work: Coroutine[Any, Any, Result]) -> Result | None:
+        """What the work returns; None, and it is given up, if we are stopped before it is done."""
+        working, stopping = asyncio.create_task(work), asyncio.create_task(self._stopping.wait())
+        await asyncio.wait((working, stopping), return_when=asyncio.FIRST_COMPLETED)
         stopping.cancel()
-        if not preparing.done():
-            preparing.cancel()
+        if not working.done():
+            working.cancel()
             return None
-        return preparing.result()
+        return working.result()
 
     def _fail(self, code: Exit) -> None:
         if not self._stopping.is_set():
@@ -175,19 +179,33 @@ class Keeper:
         self._live_since = None
         self._heard_at = 0.0
         self._overdue = ""
-        self._allow(SPAWN_TIMEOUT)
         try:
-            self._child = await start_child(self._spawner, self.kind, self._receive)
+            self._child = await self._start()
         except (OSError, EOFError) as error:
             level = logging.INFO if self._stopping.is_set() else logging.ERROR
             log.log(level, "%s: cannot be started: %s", self.name, error or type(error).__name__)
             return self._end_life(UNKNOWN_EXIT)
+        if self._child is None:
+            return self._end_life(Exit.STOPPED)
         if self._stopping.is_set():
             self._child.kill()
         else:
             self._allow(READY_TIMEOUT)
         self._child.send({"kind": "spec", "spec": self._build_spec(self)})
         return self._end_life(await self._child.wait())
+
+    async def _start(self) -> Child | None:
+        """Start a process once it is our turn; None if we are stopped before. Raises OSError or EOFError."""
+        if not await self._until_stopped(self._spawner.turn.acquire()):
+            return None
+        self._is_spawning = True
+        try:
+            if not self._stopping.is_set():
+                self._allow(SPAWN_TIMEOUT)
+            return await start_child(self._spawner, self.kind, self._receive)
+        finally:
+            self._is_spawning = False
+            self._spawner.turn.release()
 
     def _end_life(self, code: int) -> int:
         self._child = None
@@ -251,7 +269,7 @@ class Keeper:
         """Take its beats; kill it if it is overdue, not counting a `pause` in which the supervisor itself was away."""
         self._due += pause
         if self._child is None:
-            if self.machine.state in ("starting", "stopping") and now >= self._due:
+            if self._is_spawning and now >= self._due:
                 self._end_spawn()
             return
         if now >= self._heard_at + BEAT_READ:
@@ -264,7 +282,7 @@ class Keeper:
         self._allow(self._limit)
 
     def _end_spawn(self) -> None:
-        if self._spawner.kill_stuck(self._limit):  # else another child is being started, and ours has to wait
+        if kill_forkserver():
             self._overdue = f"was not started in {self._limit:g} s"
             level = logging.INFO if self._stopping.is_set() else logging.ERROR  # it may just not be loaded yet
             log.log(level, "%s: %s: the forkserver does not answer, and is killed", self.name, self._overdue)

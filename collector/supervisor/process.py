@@ -12,9 +12,7 @@ import os
 import signal
 import socket
 import sys
-import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from multiprocessing import resource_tracker
@@ -24,6 +22,7 @@ from multiprocessing.process import _children  # type: ignore[attr-defined]
 from types import ModuleType
 from typing import Any
 
+from collector.aside import run_aside
 from collector.lifecycle import Exit
 from collector.link import Link, open_link
 
@@ -49,7 +48,10 @@ def enter(kind: str, end: socket.socket) -> None:
 
 
 class Spawner:
-    """Starts children from a forkserver, one at a time and off the event loop. It restarts a forkserver that died."""
+    """Starts children from a forkserver, off the event loop. It restarts a forkserver that died.
+
+    One at a time: who starts one has the `turn`.
+    """
 
     def __init__(self) -> None:
         # A directory that happens to hold a `workers` package must not stand before ours.
@@ -58,24 +60,15 @@ class Spawner:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
-        self._thread = ThreadPoolExecutor(1, "spawner")
-        self._spawning_since: float | None = None
+        self.turn = asyncio.Lock()
 
     async def spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
         """Start a child of that kind at one end of a link. Raises OSError or EOFError if the forkserver fails."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, self._spawn, kind, end)
-        except RuntimeError as error:  # the thread cannot be started, and with the next one this child would come too
-            self._thread = ThreadPoolExecutor(1, "spawner")
+            return await run_aside(lambda: self._start(kind, end), "spawner")
+        except RuntimeError as error:  # no thread can be started
             end.close()
             raise OSError(str(error)) from None
-
-    def _spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
-        self._spawning_since = time.monotonic()
-        try:
-            return self._start(kind, end)
-        finally:
-            self._spawning_since = None
 
     def _start(self, kind: str, end: socket.socket) -> ForkServerProcess:
         # Ctrl-C reaches the whole group. Children inherit the mask of this thread, so not even one that is just
@@ -88,26 +81,15 @@ class Spawner:
                 child.start()
             _children.discard(child)  # the next start would ask for its exit code, which can be read only once
         except (FileNotFoundError, ConnectionRefusedError):
-            if not _kill_forkserver():
+            if not kill_forkserver():
                 raise
             # Programs that clear out /tmp have removed its socket, and the directory of that: nobody can reach it.
             multiprocessing.current_process()._config["tempdir"] = None  # type: ignore[attr-defined]
             raise OSError("the socket of the forkserver was removed; the next start has a new one") from None
         return child
 
-    def kill_stuck(self, seconds: float) -> bool:
-        """Kill a forkserver that has owed a child for so long: who waits for that gets an error. False if none has."""
-        since = self._spawning_since
-        if since is None or time.monotonic() - since < seconds:
-            return False
-        return _kill_forkserver()
 
-    def close(self) -> None:
-        """Let the thread go; the forkserver ends with this process."""
-        self._thread.shutdown(wait=False)
-
-
-def _kill_forkserver() -> bool:
+def kill_forkserver() -> bool:
     """Kill the forkserver: the next start makes a new one. False if there is none."""
     if (pid := getattr(_forkserver, "_forkserver_pid", None)) is None:
         return False

@@ -90,7 +90,6 @@ class Supervisor:
                 asyncio.get_running_loop().call_later(STOP_GRACE, self.kill)
             await self._stop()
             watching.cancel()
-            self._spawner.close()
             self._remove_pools()
 
     @property
