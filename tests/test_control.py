@@ -4,6 +4,7 @@ import os
 import random
 import re
 import signal
+import socket
 import stat
 import time
 from collections.abc import Iterator
@@ -603,6 +604,25 @@ def test_a_failing_connect_does_not_end_a_collector_whose_connections_were_close
         assert "gave up" in run.refuse("connect", connection=table, deadline=time.time_ns() + 20_000_000_000).message
         assert run.ask("get_state") == {}
         assert run.stop() == 0
+
+
+def test_nor_does_it_where_one_of_the_file_had_failed_but_was_connected_again() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"ws://127.0.0.1:{silent.getsockname()[1]}/"
+        dead = {"url": url, "channels": [], "retry_count": 1, "retry_delay": 0.01}
+        with collected({"a": dead | {"channels": ["quote.*"], "timeout": 60.0}}) as run:
+            silent.settimeout(20)
+            with silent.accept()[0]:  # it waits for the list
+                soon = time.time_ns() + 60_000_000_000
+                run.ask("connect", connection=QUICK | {"name": "b"}, deadline=soon)
+                silent.close()
+            run.wait_state("a", "failed")
+            run.ask("connect", connection=QUICK | {"name": "a", "channels": []}, deadline=soon)
+            for name in ("a", "b"):
+                run.ask("close", connection=name)
+            assert "gave up" in run.refuse("connect", connection=dead | {"name": "c"}, deadline=soon).message
+            assert run.ask("get_state") == {}
+            assert run.stop() == 0
 
 
 def test_a_url_is_shown_without_what_may_be_secret(shared: Collected) -> None:

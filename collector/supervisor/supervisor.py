@@ -71,7 +71,6 @@ class Supervisor:
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._keeping: set[asyncio.Task[None]] = set()
         self._following: set[asyncio.Task[None]] = set()
-        self._lost: int | None = None  # the exit code due when nothing runs: the last one of the file failed for good
         self._logins: dict[str, Credentials] = {}
         self._catalogues: dict[tuple[Any, ...], Catalogue] = {}
 
@@ -255,8 +254,8 @@ class Supervisor:
     def _end_connection(self, entry: Entry) -> None:
         """A connection has ended for good.
 
-        The collector goes on while another one runs. One that was added at run time ends it only if it is the last to
-        fail where the file's connections have failed before.
+        The collector goes on while another one runs. One that was added at run time ends it only where one of the file
+        has failed too, and is neither closed nor connected again since.
         """
         keeper = entry.keeper
         self._remove_left(keeper)
@@ -267,14 +266,12 @@ class Supervisor:
         self.tell_freed()
         if keeper.machine.state != "failed":
             return
-        others = list(self.entries.values())
-        failed = [keeper, *(other.keeper for other in others if other.keeper.is_over)]
-        code = 3 if any(keeper.exit_code == Exit.CREDENTIALS for keeper in failed) else 1
-        if entry.from_file and all(other.keeper.is_over for other in others if other.from_file):
-            self._lost = code
-        if self._lost is not None and all(other.keeper.is_over for other in others):
+        left = [*(each for each in self.entries.values() if each is not entry), entry]  # `connect` may have removed it
+        if not all(each.keeper.is_over for each in left):
+            return
+        if any(each.from_file and each.keeper.machine.state == "failed" for each in left):
             log.error("no connection is left")
-            self.end(max(self._lost, code))
+            self.end(3 if any(each.keeper.exit_code == Exit.CREDENTIALS for each in left) else 1)
 
     def _remove_left(self, keeper: Keeper) -> None:
         """Remove what a killed worker leaves: the file of the socket that it bound, and its ledger."""
