@@ -1,6 +1,7 @@
 """The exchange's list: from the practice exchange as it is, and from servers that are not what they should be."""
 
 import asyncio
+import gc
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -152,6 +153,25 @@ def test_who_asks_while_somebody_waits_shares_the_answer(kind: str) -> None:
             assert [type(outcome) for outcome in asyncio.run(ask(catalogue))] == [Unreachable, Unreachable]
         program.end()
         assert len([line for line in program.out if line.startswith("GET ")]) == 2
+
+
+def test_an_answer_that_fails_when_nobody_waits_for_it_any_more_is_no_fault() -> None:
+    said: list[object] = []
+
+    async def ask(catalogue: Catalogue) -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))
+        waiting = asyncio.create_task(catalogue.share())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        assert catalogue._sharing is not None
+        await asyncio.wait((catalogue._sharing,))
+        catalogue._sharing = None
+        gc.collect()  # a task that nobody has asked for its error says so when it goes
+
+    with rude("silence") as (catalogue, program):
+        asyncio.run(ask(catalogue))
+        program.wait_line("GET ")
+    assert not said
 
 
 def test_it_knows_the_exchanges_clock() -> None:

@@ -68,6 +68,8 @@ class Catalogue:
         """The same as `fetch`, but an answer that somebody waits for already will do. Raises Unreachable."""
         if self._sharing is None or self._sharing.done():
             self._sharing = asyncio.create_task(self.fetch())
+            # Nobody may wait for it any more when it fails.
+            self._sharing.add_done_callback(lambda task: task.cancelled() or task.exception())
         return dict(await asyncio.shield(self._sharing))
 
     async def fetch_one(self, name: str) -> Instrument | None:
