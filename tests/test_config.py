@@ -560,6 +560,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
             load_config(path, {})
 
 
+def test_a_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    assert load(tmp_path, "\ufeff" + HEAD).connections == load(tmp_path, HEAD).connections
+
+
 def test_defaults_are_those_of_the_table(tmp_path: Path) -> None:
     config = load(tmp_path, HEAD)
     (connection,) = config.connections

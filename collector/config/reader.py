@@ -63,7 +63,7 @@ def read_toml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
             text = file.read(MAX_FILE + 1)
         if len(text) > MAX_FILE:
             raise ConfigError(f"{where}: larger than {MAX_FILE >> 20} MiB; is this the right file?")
-        return tomllib.loads(text.decode())
+        return tomllib.loads(text.decode("utf-8-sig"))  # Windows' editors write a BOM
     except FileNotFoundError:
         raise ConfigError(
             f"{where}: no such file; write the path of a configuration, or copy one of configs/"
