@@ -1,5 +1,6 @@
 """Patterns as a whole program: expanded at the start, spread, and kept equal to what the exchange lists."""
 
+import asyncio
 import json
 import re
 import socket
@@ -14,10 +15,12 @@ import psutil
 import pytest
 
 from collector.channels import LISTINGS
+from collector.config import Config, load_config
 from collector.planning.catalogue import Catalogue
 from collector.supervisor.follower import CHECK, MARKS, find_next_check
+from collector.supervisor.supervisor import Supervisor
 from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
-from tests.pipeline import Subscriber, exchange, find_port, subscribed
+from tests.pipeline import Subscriber, exchange, find_port, short_directory, subscribed, write_config
 from tests.support import collector, wait_until
 
 OPTIONS: dict[str, Any] = {**QUICK, "channels": ["quote.{kind=option,currency=BTC}"]}
@@ -430,6 +433,31 @@ def test_it_can_be_closed_and_stopped_while_it_waits() -> None:
         assert run.ask("close", connection="a")["state"] == "closed"
         assert run.ask("get_state").keys() == {"b"}
         assert run.stop() == 0
+
+
+def test_one_that_is_closed_just_as_the_list_comes_starts_nothing() -> None:
+    async def check(config: Config) -> None:
+        supervisor = Supervisor(config, "info", time.time_ns)
+        (connection,) = config.connections
+        catalogue = supervisor.find_catalogue(connection)
+
+        async def close() -> None:
+            await catalogue.share()
+            entry.keeper.stop()
+
+        closing = asyncio.create_task(close())
+        await asyncio.sleep(0)  # it asks first, and so goes on first
+        entry = supervisor.start_connection(connection, from_file=True)
+        await closing
+        await entry.keeping
+        assert not supervisor.entries
+
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        table["channels"] = ["quote.*", "book.*.agg2", "ticker.*.agg2"]
+        with short_directory() as directory:
+            asyncio.run(check(load_config(write_config(directory, {"options": table}), {})))
+
+    with_exchange(act, "--options", "200")
 
 
 def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:

@@ -97,6 +97,8 @@ class Follower:
         return self._put_in_place()
 
     def _put_in_place(self) -> Exit | None:
+        if self._entry.keeper.is_stopping:  # in this very turn of the loop
+            return None
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
         try:

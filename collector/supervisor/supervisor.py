@@ -155,8 +155,6 @@ class Supervisor:
         self.entries[name] = entry
         entry.keeping = self._keep(keeper, self._prepare(entry))
         entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
-        if self.is_stopping:  # a shard whose list came just now: those that are being stopped were counted already
-            keeper.stop()
         return entry
 
     async def _prepare(self, entry: Entry) -> Exit | None:
