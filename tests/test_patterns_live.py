@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import re
 import socket
 import subprocess
@@ -458,6 +459,23 @@ def test_one_that_is_closed_just_as_the_list_comes_starts_nothing() -> None:
             asyncio.run(check(load_config(write_config(directory, {"options": table}), {})))
 
     with_exchange(act, "--options", "200")
+
+
+def test_a_state_that_is_told_before_the_listing_is_no_question(caplog: pytest.LogCaptureFixture) -> None:
+    async def check(config: Config) -> None:
+        supervisor = Supervisor(config, "info", time.time_ns)
+        follower = supervisor.start_connection(config.connections[0], from_file=True).follower
+        assert follower is not None
+        follower._catalogue = supervisor.find_catalogue(config.connections[0])
+        name = {"instrument_name": "BTC-25DEC26-90000-C"}
+        assert await follower._take_rows([{**name, "state": "open"}, {**name, "state": "preopen", "kind": "option"}])
+        assert follower._listed[name["instrument_name"]].state == "open"
+
+    caplog.set_level(logging.DEBUG)
+    table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
+    with short_directory() as directory:
+        asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
+    assert "is left to the next check" not in caplog.text
 
 
 def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:

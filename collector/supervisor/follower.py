@@ -210,7 +210,7 @@ class Follower:
     async def _take_rows(self, rows: list[dict[str, Any]]) -> set[str]:
         """Take what workers told of instruments; return those that can be traded (again)."""
         unknown: set[str] = set()
-        for row in rows:
+        for row in sorted(rows, key=lambda row: "kind" not in row):  # its state may be told before its listing
             name, state = row["instrument_name"], row.get("state")
             if "kind" in row and (instrument := read_instrument(row)) is not None:
                 self._listed[name] = instrument
