@@ -305,8 +305,8 @@ def test_more_is_spread_evenly_over_the_following_ports() -> None:
 
 
 def test_an_impossible_number_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"options: channels: 15000 channels need 33 connections.*narrow the pattern"):
-        spread(make_connection("quote.*"), make_options(15_000), NOW)
+    with pytest.raises(ConfigError, match=r"options: channels: 16500 channels need 33 connections.*narrow the pattern"):
+        spread(make_connection("quote.*"), make_options(16_500), NOW)
     with pytest.raises(ConfigError, match="has no such port"):
         spread(make_connection("quote.*", publish="tcp://127.0.0.1:65535"), make_options(1_500), NOW)
 
@@ -361,5 +361,6 @@ def test_busy_channels_need_more_connections_than_quiet_ones() -> None:
     assert sum(map(estimate_rate, perpetuals)) > MAX_RATE
     assert count_shards(weigh(perpetuals)) == 2
     assert count_shards(weigh([f"quote.BTC-25DEC26-{number}-C" for number in range(400)])) == 1
+    assert count_shards({"BTC-1": Weight(0.2, 16_000)}) == 32  # as many as there may be, each a little fuller
     assert estimate_rate("trades.option.any.100ms") > estimate_rate("trades.BTC-PERPETUAL.100ms")
     assert estimate_rate("book.BTC-PERPETUAL.raw") > estimate_rate("book.BTC-PERPETUAL.100ms")

@@ -103,12 +103,12 @@ def weigh(channels: list[str]) -> dict[str, Weight]:
 
 
 def count_shards(weights: Mapping[str, Weight]) -> int:
-    """How many connections are needed."""
+    """How many connections are needed; those that the exchange allows may be fuller than others."""
     part = max(
         sum(weight.channels for weight in weights.values()) / MAX_CHANNELS,
         sum(weight.rate for weight in weights.values()) / MAX_RATE,
     )
-    return 1 if part <= 1 else ceil(part * SLACK)
+    return 1 if part <= 1 else max(ceil(part), min(ceil(part * SLACK), MAX_CONNECTIONS))
 
 
 def assign(weights: Mapping[str, Weight], count: int, held: Mapping[str, int]) -> dict[str, int]:
