@@ -199,7 +199,6 @@ class Commands:
         results |= await self._pass_on(entry, request, unwanted)
         if not is_running:
             results |= dict.fromkeys(unwanted, True)  # nothing is subscribed now, and will not be
-        self._supervisor.tell_freed()
         return {"channels": {name: results[name] for name in names}}
 
     async def _pass_on(self, entry: Entry, request: Request, names: list[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ MARKS = (5.0, 65.0, 150.0)
 """Seconds after 08:00 UTC at which it is looked at too: what is listed, settled or late by then."""
 
 RECHECK = 5.0
-"""Seconds between two looks at least, whatever happens."""
+"""Seconds between two looks at least, whatever happens; and between two attempts at what another connection holds."""
 
 AGAIN = 30.0
 """Seconds from a look that failed to the next one."""
@@ -154,11 +154,6 @@ class Follower:
 
     # what happens to others
 
-    def take_freed(self) -> None:
-        """Some channels were given up: what was left to another connection may be asked for now."""
-        if self._held_elsewhere:
-            self._woken.set()
-
     def lose(self, ended: "Entry") -> None:
         """Say what becomes of the channels of a connection that has ended for good."""
         names = [shard.keeper.name for shard in self._shards if not shard.keeper.is_over]
@@ -175,8 +170,11 @@ class Follower:
         due = time.monotonic() + self._find_next_check()
         checked = time.monotonic()
         while not all(shard.keeper.is_over for shard in self._shards):
+            left = max(0.0, due - time.monotonic())
+            if self._held_elsewhere:  # it may have been given up there
+                left = min(left, RECHECK)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), max(0.0, due - time.monotonic()))
+                await asyncio.wait_for(self._woken.wait(), left)
             self._woken.clear()
             rows, self._rows = self._rows, []
             again = await self._take_rows(rows)
@@ -259,8 +257,6 @@ class Follower:
         self._ask("unsubscribe", expired, "expired")
         self._ask("unsubscribe", others)
         self._ask("subscribe", repeated | placed)
-        if gone:
-            self._supervisor.tell_freed()
 
     def _place(self, new: list[str]) -> dict[str, int]:
         """Give new channels their shards; those that would feed another connection's topics get none for now."""

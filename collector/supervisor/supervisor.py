@@ -149,7 +149,6 @@ class Supervisor:
         entry = Entry(connection, dict.fromkeys(connection.channels), keeper, from_file, follower)
         if connection.patterns:
             entry.follower = Follower(self, entry)
-        entry.wishes.tell_freed = self.tell_freed
         if entry.follower is not None:
             keeper.take_event = entry.follower.take_event
         self.entries[name] = entry
@@ -174,12 +173,6 @@ class Supervisor:
         task = self.guard(following)
         self._following.add(task)
         task.add_done_callback(self._following.discard)
-
-    def tell_freed(self) -> None:
-        """Channels were given up: patterns of other connections may have left them to those."""
-        for entry in self.entries.values():
-            if entry.follower is not None:
-                entry.follower.take_freed()
 
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
@@ -261,7 +254,6 @@ class Supervisor:
             del self.entries[keeper.name]
         if entry.follower is not None:
             entry.follower.lose(entry)
-        self.tell_freed()
         if keeper.machine.state != "failed":
             return
         left = [*(each for each in self.entries.values() if each is not entry), entry]  # `connect` may have removed it

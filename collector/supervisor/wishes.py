@@ -4,7 +4,6 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,6 @@ class Wishes:
 
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
-        self.tell_freed: Callable[[], None] = lambda: None  # called when it has heard that channels are given up
         self._unheard: dict[str, Wish] = {}
         self._telling: set[asyncio.Task[None]] = set()
 
@@ -109,8 +107,6 @@ class Wishes:
         for name in names:
             if self._unheard.get(name) is wish:  # else another one has come since
                 del self._unheard[name]
-        if wish.op == "unsubscribe":
-            self.tell_freed()
 
     def catch_up(self) -> None:
         """The worker gives a sign of life: tell it what it has not heard."""
