@@ -21,14 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class Wish:
-    """One op on some channels.
-
-    `is_under_way`: it was sent, and the answer is still to come. `is_known`: the worker's spec heeds it already.
-    """
+    """One op on some channels. `is_under_way`: it was sent, and the answer is still to come."""
 
     op: str
     reason: str
-    is_known: bool = False
     is_under_way: bool = True
 
 
@@ -36,7 +32,7 @@ class Wishes:
     """The last wish for each channel of which the worker of `keeper` may not know yet.
 
     A worker that starts, is stopped for a moment, or owes too many answers hears nothing: it is told with the next sign
-    of life. A next life is told too, though its spec has the channels: it must still say of some that they expired.
+    of life.
     """
 
     def __init__(self, keeper: Keeper) -> None:
@@ -58,8 +54,8 @@ class Wishes:
         """
         self._start(self._note(op, names, reason), names)
 
-    def _note(self, op: str, names: list[str], reason: str, is_known: bool = False) -> Wish:
-        wish = Wish(op, reason, is_known)
+    def _note(self, op: str, names: list[str], reason: str) -> Wish:
+        wish = Wish(op, reason)
         self._unheard |= dict.fromkeys(names, wish)
         return wish
 
@@ -82,12 +78,11 @@ class Wishes:
 
     def list_leaving(self) -> list[str]:
         """Channels that are given up, and of which a worker may not know that yet."""
-        return [name for name, wish in self._unheard.items() if wish.op == "unsubscribe" and not wish.is_known]
+        return [name for name, wish in self._unheard.items() if wish.op == "unsubscribe"]
 
     def note_spec(self) -> None:
-        """A new life is told now what the channels are: it has none that were given up before."""
-        for wish in self._unheard.values():
-            wish.is_known = True
+        """A new life is told now what the channels are. Of some it must still say that they expired."""
+        self._unheard = {name: wish for name, wish in self._unheard.items() if wish.reason}
 
     def _start(self, wish: Wish, names: list[str]) -> None:
         task = asyncio.create_task(self._tell(wish, names))
@@ -110,11 +105,11 @@ class Wishes:
 
     def catch_up(self) -> None:
         """The worker gives a sign of life: tell it what it has not heard."""
-        groups: dict[tuple[str, str, bool], list[str]] = defaultdict(list)
+        groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name, wish in self._unheard.items():
             if not wish.is_under_way:
-                groups[wish.op, wish.reason, wish.is_known].append(name)
+                groups[wish.op, wish.reason].append(name)
         # Backwards: first it gives up what may stand in the way.
-        for (op, reason, is_known), names in sorted(groups.items(), reverse=True):
+        for (op, reason), names in sorted(groups.items(), reverse=True):
             log.debug("%s: told now, since it did not hear: %s of %d channels", self._keeper.name, op, len(names))
-            self._start(self._note(op, names, reason, is_known), names)
+            self._start(self._note(op, names, reason), names)
