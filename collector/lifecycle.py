@@ -38,19 +38,20 @@ CONNECTION: Table = {
 """One WebSocket connection, as its worker sees it. A new one is `closed`."""
 
 PROCESS: Table = {
-    ("stopped", "start"): "starting",
+    ("waiting", "start"): "starting",
     ("starting", "ready"): "running",
     ("starting", "exited"): "backoff",
     ("running", "exited"): "backoff",
     ("backoff", "start"): "starting",
-    ("stopped", "give_up"): "failed",
+    ("waiting", "give_up"): "failed",
     ("backoff", "give_up"): "failed",
+    ("waiting", "stop"): "stopped",
     ("starting", "stop"): "stopping",
     ("running", "stop"): "stopping",
     ("backoff", "stop"): "stopped",
     ("stopping", "exited"): "stopped",
 }
-"""One worker process over its lives, as the supervisor sees it. A new one is `stopped`."""
+"""One worker process over its lives, as the supervisor sees it. A new one is `waiting`."""
 
 BOOK: Table = {
     ("awaiting", "snapshot"): "synced",

@@ -41,11 +41,12 @@ _OVERDUE = {"starting": "was not ready", "running": "gave no sign of life", "sto
 """What to say of a process that owes us a word in each state."""
 
 _STATES = {
-    "stopped": "closed",
+    "waiting": "starting",
     "starting": "starting",
     "running": "starting",
     "backoff": "backoff",
     "stopping": "closing",
+    "stopped": "closed",
     "failed": "failed",
 }
 """What a connection's state is called until its worker says it, and when there is none."""
@@ -60,7 +61,7 @@ class Keeper:
     ) -> None:  # fmt: skip
         self.name = name
         self.kind = kind
-        self.machine = Machine(PROCESS, "stopped", self._log_change)
+        self.machine = Machine(PROCESS, "waiting", self._log_change)
         self.since = time.time_ns()
         self.epoch = 0
         self.restarts = 0
@@ -97,8 +98,6 @@ class Keeper:
         """The worker's own word while it runs, else what the supervisor does with it."""
         if self.machine.state == "running" and self._heard_at:
             return str(self.report.get("state", "live"))
-        if self.machine.state == "stopped" and not self.is_over:
-            return "starting"
         return _STATES[self.machine.state]
 
     @property
@@ -114,8 +113,7 @@ class Keeper:
     @property
     def is_over(self) -> bool:
         """Whether there will be no other life."""
-        stopped = self.is_stopping and self.machine.state == "stopped"
-        return stopped or self.machine.state == "failed"
+        return self.machine.state in ("stopped", "failed")
 
     @property
     def last_error(self) -> Any:
@@ -249,13 +247,10 @@ class Keeper:
         """Ask it to end in order within `grace` seconds, and not to come back. `keep` returns when it is gone."""
         if self._stopping.is_set():
             return
-        before = self.state
         self._stopping.set()
         if self.machine.allows("stop"):
             self._apply("stop")
             self._allow(grace)
-        else:
-            self._note_state(before)  # it is still being prepared, and that was all
         if self._child is not None:
             self._child.resume()
             self._child.send({"kind": "stop"})
