@@ -128,7 +128,7 @@ class Follower:
             log.info("%s: spread over %s", self._name, ", ".join(shard.name for shard in shards))
             self._shards = [self._supervisor.start_connection(s, from_file=True, follower=self) for s in shards]
             self._entry.keeper.stop()  # they run in its place
-        self._supervisor.follow(self._follow())
+        self._supervisor.guard(self._follow())
 
     def _give_up(self, code: Exit, reason: str) -> Exit:
         log.error("%s: %s: not started", self._name, reason)
@@ -169,7 +169,7 @@ class Follower:
     async def _follow(self) -> None:
         due = time.monotonic() + self._find_next_check()
         checked = time.monotonic()
-        while not all(shard.keeper.is_over for shard in self._shards):
+        while not self._supervisor.is_stopping and not all(shard.keeper.is_over for shard in self._shards):
             left = max(0.0, due - time.monotonic())
             if self._held_elsewhere:  # it may have been given up there
                 left = min(left, RECHECK)

@@ -69,8 +69,8 @@ class Supervisor:
         self._spawner = Spawner()
         self._pools: dict[tuple[str, str], int] = {}
         self._ended: asyncio.Future[int] = asyncio.get_running_loop().create_future()
-        self._keeping: set[asyncio.Task[None]] = set()
-        self._following: set[asyncio.Task[None]] = set()
+        self._exchange_keeping: asyncio.Task[None]
+        self._guarded: set[asyncio.Task[None]] = set()
         self._logins: dict[str, Credentials] = {}
         self._catalogues: dict[tuple[Any, ...], Catalogue] = {}
 
@@ -117,7 +117,8 @@ class Supervisor:
         self.exchange = Keeper(
             EXCHANGE_NAME, EXCHANGE_NAME, 0.2, self._spawner, self._begin_epoch, self._build_exchange_spec
         )
-        self._keep(self.exchange, None).add_done_callback(self._end_exchange)
+        self._exchange_keeping = self.guard(self.exchange.keep())
+        self._exchange_keeping.add_done_callback(self._end_exchange)
 
     def _end_exchange(self, _: object) -> None:
         """The practice exchange has ended; for those who connect to it there is nothing left if that was for good."""
@@ -152,7 +153,7 @@ class Supervisor:
         if entry.follower is not None:
             keeper.take_event = entry.follower.take_event
         self.entries[name] = entry
-        entry.keeping = self._keep(keeper, self._prepare(entry))
+        entry.keeping = self.guard(keeper.keep(self._prepare(entry)))
         entry.keeping.add_done_callback(lambda _: self._end_connection(entry))
         return entry
 
@@ -167,12 +168,6 @@ class Supervisor:
         url = self.resolve_url(connection)
         way = url.partition("?")[0], *sorted(connection.headers.items()), connection.timeout
         return self._catalogues.setdefault(way, Catalogue(url, connection.headers, connection.timeout))
-
-    def follow(self, following: Coroutine[Any, Any, None]) -> None:
-        """Let a follower live beside its connections."""
-        task = self.guard(following)
-        self._following.add(task)
-        task.add_done_callback(self._following.discard)
 
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
@@ -268,19 +263,15 @@ class Supervisor:
         remove_socket(str(keeper.endpoints.get("publish", "")))
         _remove(self.config.runtime_dir / f"{keeper.name}.ledger")
 
-    def _keep(self, keeper: Keeper, preparation: Coroutine[Any, Any, Exit | None] | None) -> asyncio.Task[None]:
-        task = self.guard(keeper.keep(preparation))
-        self._keeping.add(task)
-        task.add_done_callback(self._keeping.discard)
-        return task
-
     def guard(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Start what no collector can go on without: an error of it is said, and ends all."""
         task = asyncio.create_task(work)
+        self._guarded.add(task)
         task.add_done_callback(self._look_for_fault)
         return task
 
     def _look_for_fault(self, task: asyncio.Task[None]) -> None:
+        self._guarded.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("a fault of the supervisor itself", exc_info=error)
             self.end(1)
@@ -301,16 +292,13 @@ class Supervisor:
     async def _stop(self) -> None:
         """End all in order: the connections, then the exchange that they talk with. The watch kills stragglers."""
         self.end(1)  # if it is a fault that has brought us here
-        exchange = self.exchange
-        for task in self._following:
-            task.cancel()
         for entry in list(self.entries.values()):
             entry.keeper.stop()
         # What one of them ended by, `guard` has said.
         await asyncio.gather(*(entry.keeping for entry in self.entries.values()), return_exceptions=True)
-        if exchange is not None:
-            exchange.stop(EXCHANGE_GRACE)
-        await asyncio.gather(*self._keeping, return_exceptions=True)
+        if self.exchange is not None:
+            self.exchange.stop(EXCHANGE_GRACE)
+            await asyncio.gather(self._exchange_keeping, return_exceptions=True)
 
 
 def _remove(path: Path) -> None:
