@@ -19,7 +19,6 @@ from collector.config.patterns import (
     SETTLING,
     Instrument,
     expand,
-    hint_capitals,
     is_pattern,
     parse_pattern,
     read_instrument,
@@ -80,6 +79,8 @@ def find(pattern: str, now: int = NOW) -> set[str]:
 
 FOUND = {
     "book.BTC-*.100ms": {"BTC-PERPETUAL", "BTC-25DEC26", "BTC-FS-25DEC26_PERP"},
+    "book.btc-*.100ms": {"BTC-PERPETUAL", "BTC-25DEC26", "BTC-FS-25DEC26_PERP"},
+    "quote.[be]th-25dec26-*{option_type=put}": {"ETH-25DEC26-4000-P"},
     "book.*-PERPETUAL.none.10.100ms": {"BTC-PERPETUAL", "BTC_USDC-PERPETUAL"},
     "quote.BTC?USDC": {"BTC_USDC"},
     "quote.[BX]*_*P*": {"BTC_USDC-PERPETUAL", "BTC-FS-25DEC26_PERP"},
@@ -133,22 +134,6 @@ def test_a_time_to_expiry_moves_with_the_clock() -> None:
     assert find(pattern) == set()
     assert find(pattern, CHRISTMAS - 8 * DAY) == set()
     assert find(pattern, CHRISTMAS - 6 * DAY) == {"BTC-25DEC26"}
-
-
-@pytest.mark.parametrize(
-    ("pattern", "meant"),
-    [
-        ("book.btc-*.100ms", "book.BTC-*.100ms"),
-        ("quote.btc-*{kind=option,strike>1}", ""),
-        ("quote.eth-*{kind=option,strike>1}", "quote.ETH-*{kind=option,strike>1}"),
-        ("quote.[be]th-25dec26-*", "quote.[BE]TH-25DEC26-*"),
-        ("book.BTC-*.100ms", ""),
-        ("quote.none-*", ""),
-        ("quote.{kind=option,strike>1000000}", ""),
-    ],
-)
-def test_a_glob_that_finds_something_only_in_capitals_is_hinted_at(pattern: str, meant: str) -> None:
-    assert hint_capitals(pattern, LISTED, NOW) == meant
 
 
 def test_an_expired_instrument_is_gone_once_it_has_settled() -> None:

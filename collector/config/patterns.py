@@ -268,20 +268,13 @@ def _list_words(key: str, instrument: Instrument) -> Sequence[str]:
 def expand(patterns: Iterable[str], listed: Mapping[str, Instrument], now: int) -> dict[str, dict[str, str]]:
     """Expand patterns over the instruments of an exchange, by name, at `now` (ms).
 
-    Returns {pattern: {channel: instrument}}, in the order of the patterns, instruments by name.
+    Returns {pattern: {channel: instrument}}, in the order of the patterns, instruments by name. Small letters stand for
+    capitals too: no two of Deribit's names differ in these alone.
     """
-    living = [name for name in sorted(listed) if listed[name].is_listed(now)]
+    living = {name.upper(): name for name in sorted(listed) if listed[name].is_listed(now)}
     found: dict[str, dict[str, str]] = {}
     for text in patterns:
         pattern = parse_pattern(text)
-        named = filter_names(living, pattern.glob)
+        named = [living[name] for name in filter_names(living, pattern.glob.upper())]
         found[text] = {pattern.write_channel(name): name for name in named if meets(listed[name], pattern, now)}
     return found
-
-
-def hint_capitals(text: str, listed: Mapping[str, Instrument], now: int) -> str:
-    """The same pattern with its glob in capitals, where only that finds anything: so the exchange writes its names."""
-    pattern = parse_pattern(text)
-    meant = text.replace(pattern.head + pattern.glob, pattern.head + pattern.glob.upper(), 1)
-    found = expand([text, meant], listed, now)
-    return meant if found[meant] and not found[text] else ""

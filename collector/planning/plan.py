@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from collector.channels import LISTINGS, parse_channel
 from collector.config import Config, ConfigError, Connection, Credentials, check_together
-from collector.config.patterns import Instrument, hint_capitals
+from collector.config.patterns import Instrument
 from collector.config.urls import name_host
 from collector.limits import (
     CALL_BURST,
@@ -122,7 +122,7 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
         connections=connections,
         pools=pools,
         connections_limit=MAX_CONNECTIONS,
-        notes=(*_find_unexpanded(config, listing), *_find_misspelt(config, listing), *notes),
+        notes=(*_find_unexpanded(config, listing), *notes),
     )
 
 
@@ -135,13 +135,6 @@ def _expand(connection: Connection, config: Config, listing: Listing) -> Spread:
         return spread(connection, listed, listing.now)
     except ConfigError as error:
         raise ConfigError(f"{config.path}: {error}") from None
-
-
-def _find_misspelt(config: Config, listing: Listing) -> Iterator[str]:
-    for connection in config.connections:
-        for pattern in connection.patterns:
-            if meant := hint_capitals(pattern, listing.listed.get(connection.url, {}), listing.now):
-                yield f"{pattern} finds nothing now; did you mean {meant}?"
 
 
 def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
-from collector.config.patterns import Instrument, expand, hint_capitals, is_instrument, read_instrument
+from collector.config.patterns import Instrument, expand, is_instrument, read_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.shards import assign, find_unit, spread, weigh
@@ -102,18 +102,15 @@ class Follower:
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
         try:
-            now = self._catalogue.read_ms()
-            found, shards = spread(self._connection, self._listed, now)
+            found, shards = spread(self._connection, self._listed, self._catalogue.read_ms())
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
         except ConfigError as error:
             return self._give_up(Exit.BAD_SPEC, str(error))
         for pattern, number in found.items():
-            meant = "" if number else hint_capitals(pattern, self._listed, now)
-            hint = f"; did you mean {meant}?" if meant else ""
             level = logging.INFO if number else logging.WARNING
-            log.log(level, "%s: %s: %d channels%s", self._name, pattern, number, hint)
+            log.log(level, "%s: %s: %d channels", self._name, pattern, number)
         self._start(shards)
         return None
 
