@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import re
 import socket
 import subprocess
@@ -126,6 +125,22 @@ def test_one_that_waits_for_the_list_keeps_no_other_from_asking() -> None:
             with silent.accept()[0]:
                 run.program.wait_line("b: patterns cannot be expanded: .* cannot be reached")
                 assert not [line for line in run.program.err if " a: patterns cannot" in line]
+
+
+def test_a_look_holds_no_listing_up() -> None:
+    faults = {"faults": "listing:0.5,slow:public/get_instruments=4"}
+    with collected({"a": OPTIONS}, exchange=faults) as run:
+        port = urlsplit(run.wait_state("a")["url"]).port
+        supervisor = psutil.Process(run.program.pid)
+
+        def find_looks() -> set[int]:
+            ends = supervisor.net_connections("tcp")
+            return {each.laddr.port for each in ends if each.raddr and each.raddr.port == port}
+
+        (look,) = wait_until(find_looks, "the look after the start")
+        before = find_asked(run)
+        wait_until(lambda: find_asked(run) - before, "a listing")
+        assert look in find_looks()
 
 
 def test_what_happens_during_a_look_is_looked_at_again() -> None:
@@ -461,21 +476,19 @@ def test_one_that_is_closed_just_as_the_list_comes_starts_nothing() -> None:
     with_exchange(act, "--options", "200")
 
 
-def test_a_state_that_is_told_before_the_listing_is_no_question(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_state_that_is_told_before_the_listing_is_no_question() -> None:
     async def check(config: Config) -> None:
         supervisor = Supervisor(config, "info", time.time_ns)
         follower = supervisor.start_connection(config.connections[0], from_file=True).follower
         assert follower is not None
-        follower._catalogue = supervisor.find_catalogue(config.connections[0])
         name = {"instrument_name": "BTC-25DEC26-90000-C"}
-        assert await follower._take_rows([{**name, "state": "open"}, {**name, "state": "preopen", "kind": "option"}])
+        assert follower._take_rows([{**name, "state": "open"}, {**name, "state": "preopen", "kind": "option"}])
         assert follower._listed[name["instrument_name"]].state == "open"
+        assert not follower._unknown
 
-    caplog.set_level(logging.DEBUG)
     table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
     with short_directory() as directory:
         asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
-    assert "is left to the next check" not in caplog.text
 
 
 def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:

@@ -9,7 +9,7 @@ import logging
 import random
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Mapping, Sized
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -37,6 +37,9 @@ RECHECK = 5.0
 
 AGAIN = 30.0
 """Seconds from a look that failed to the next one."""
+
+BREATH = 0.2
+"""Seconds in which what workers tell is gathered: a new series comes one by one, and each round costs some requests."""
 
 MAX_SINGLE = 5
 """Unknown instruments that are asked for one by one; for more, the whole list is."""
@@ -70,8 +73,11 @@ class Follower:
         self._held_elsewhere: set[str] = set()
         self._missing: set[str] = set()
         self._rows: list[dict[str, Any]] = []
+        self._recent: list[dict[str, Any]] = []  # rows taken since the last look at the list began
+        self._unknown: set[str] = set()
         self._woken = asyncio.Event()
-        self._is_outdated = self._failed = False
+        self._asking = asyncio.Event()
+        self._is_outdated = False
 
     # before the start
 
@@ -164,24 +170,37 @@ class Follower:
     # from then on
 
     async def _follow(self) -> None:
-        due = time.monotonic() + self._find_next_check()
-        checked = time.monotonic()
+        """Take what workers tell as it comes. Nobody is waited for: the next rows concern others too."""
+        looking = self._supervisor.guard(self._look())
         while not self._supervisor.is_stopping and not all(shard.keeper.is_over for shard in self._shards):
-            left = max(0.0, due - time.monotonic())
-            if self._held_elsewhere:  # it may have been given up there
-                left = min(left, RECHECK)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), left)
+            with suppress(TimeoutError):  # what another connection holds, it may have given up meanwhile
+                await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
             self._woken.clear()
             rows, self._rows = self._rows, []
-            again = await self._take_rows(rows)
-            if self._is_outdated and not self._failed:
+            self._recent += rows
+            self._adjust(self._take_rows(rows))
+            if self._unknown or self._is_outdated:
+                self._asking.set()
+            await asyncio.sleep(BREATH)
+        looking.cancel()
+
+    async def _look(self) -> None:
+        """Ask the exchange beside that: for single instruments that nobody knows, and for the whole list in time."""
+        due = time.monotonic() + self._find_next_check()
+        checked = time.monotonic()
+        has_failed = False
+        while True:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._asking.wait(), max(0.0, due - time.monotonic()))
+            self._asking.clear()
+            await self._ask_for_unknown()
+            if self._is_outdated and not has_failed:
                 due = min(due, checked + RECHECK)
             if time.monotonic() >= due:
-                self._failed = not await self._check()
+                has_failed = not await self._check()
                 checked = time.monotonic()
-                due = checked + (AGAIN if self._failed else self._find_next_check())
-            self._adjust(again)
+                due = checked + (AGAIN if has_failed else self._find_next_check())
+                self._woken.set()
 
     def _find_next_check(self) -> float:
         return find_next_check(self._catalogue.read_ms() / 1000)
@@ -189,6 +208,7 @@ class Follower:
     async def _check(self) -> bool:
         """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
         self._is_outdated = False  # what happens from now on, this look may be too early for
+        self._recent = []
         try:
             fresh = await self._catalogue.fetch()
         except Unreachable as error:
@@ -200,11 +220,11 @@ class Follower:
         self._missing = kept
         self._is_outdated |= bool(kept)
         self._listed = {name: self._listed[name] for name in kept} | fresh
+        self._rows = self._recent + self._rows  # again: the list may be older
         return True
 
-    async def _take_rows(self, rows: list[dict[str, Any]]) -> set[str]:
+    def _take_rows(self, rows: list[dict[str, Any]]) -> set[str]:
         """Take what workers told of instruments; return those that can be traded (again)."""
-        unknown: set[str] = set()
         for row in sorted(rows, key=lambda row: "kind" not in row):  # its state may be told before its listing
             name, state = row["instrument_name"], row.get("state")
             if "kind" in row and (instrument := read_instrument(row)) is not None:
@@ -212,27 +232,27 @@ class Follower:
             elif name in self._listed and isinstance(state, str):
                 self._listed[name] = replace(self._listed[name], state=state)
             else:
-                unknown.add(name)
-        if len(unknown) > MAX_SINGLE:
+                self._unknown.add(name)
+        if len(self._unknown) > MAX_SINGLE:
+            self._unknown.clear()
             self._is_outdated = True
-        else:
-            await self._ask_for(unknown)
         return {row["instrument_name"] for row in rows if row.get("state") == "open"}
 
-    async def _ask_for(self, names: Iterable[str]) -> None:
-        for name in names:
+    async def _ask_for_unknown(self) -> None:
+        while self._unknown:
+            name = self._unknown.pop()
             try:
                 instrument = await self._catalogue.fetch_one(name)
             except Unreachable as error:
                 log.debug("%s: %s is left to the next check: %s", self._name, name, error)
             else:
                 self._listed.update({name: instrument} if instrument else {})
+                self._woken.set()
 
     def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments.
 
-        Nobody is waited for: a worker may heal for seconds what has expired, or be stuck, and the next rows concern
-        the others too.
+        None is waited for: a worker may heal for seconds what has expired, or be stuck.
         """
         now = self._catalogue.read_ms()
         wanted: dict[str, str] = {}
