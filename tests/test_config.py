@@ -687,7 +687,7 @@ def test_shipped_configurations_are_accepted(name: str) -> None:
     assert (config.exchange is not None) == (name == "demo")
 
 
-@pytest.mark.parametrize("group", ["none", "1", "250", "0d5"])
+@pytest.mark.parametrize("group", ["none", "1", "250"])
 def test_a_book_may_be_grouped(group: str) -> None:
     assert parse_channel(f"book.BTC-PERPETUAL.{group}.10.100ms").grouped
 

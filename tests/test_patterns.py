@@ -179,7 +179,6 @@ REFUSED = {
     "quote.{kind==option}": "'kind==option' is no condition; write for example kind=option",
     "quote.{kind=option;currency=BTC}": "'kind=option;currency=BTC' is no condition; write for example kind=option,",
     "quote.{instrument=BTC-*}": "no condition is called instrument; there are kind, currency, base",
-    f"book.*.{'9' * 50}.10.100ms": "the pattern must stand for the instrument",
     "quote.{}": "'quote.{}': names no condition; write for example {kind=option}, or * for all",
     "quote.{knd=option}": "'quote.{knd=option}': no condition is called knd; did you mean kind?",
     "quote.{colour=red}": "no condition is called colour; there are kind, currency, base, quote, settlement, option_ty",
