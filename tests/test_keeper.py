@@ -5,12 +5,15 @@ import socket
 import subprocess
 import sys
 import time
+from typing import Any, cast
 
 import pytest
 
 from collector.lifecycle import MAX_RESTARTS, Exit
+from collector.link import open_link
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import Spawner
+from collector.supervisor.wishes import Wishes
 from tests.support import REPOSITORY, no_more_threads
 
 
@@ -29,6 +32,38 @@ def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_th
         keeper._receive({"kind": "beat", "report": {"state": "live"}})
         await asyncio.wait_for(waiting, 20)
         assert keeper.is_live
+
+    asyncio.run(check())
+
+
+def test_listings_that_come_while_the_worker_subscribes_go_together_once_it_has() -> None:
+    async def check() -> None:
+        keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
+        keeper.machine.apply("start")
+        keeper._receive({"kind": "ready", "endpoints": {}})
+        ours, theirs = socket.socketpair()
+        asked: list[dict[str, Any]] = []
+        worker = await open_link(theirs, asked.append, print)
+        keeper._child = link = cast(Any, await open_link(ours, keeper._receive, print))
+
+        async def hear(number: int) -> list[tuple[str, list[str]]]:
+            async with asyncio.timeout(20):
+                while len(asked) < number:
+                    await asyncio.sleep(0.001)
+            return [(each["op"], each["arguments"]["channels"]) for each in asked]
+
+        wishes = Wishes(keeper)
+        for name in "abc":
+            wishes.tell("subscribe", [name])
+            wishes.tell("unsubscribe", [name.upper()], "expired")  # waits for nothing
+            wishes.catch_up()
+        told = [("unsubscribe", [name]) for name in "ABC"]
+        assert sorted(await hear(4)) == sorted([("subscribe", ["a"]), *told])
+        (first,) = (each["id"] for each in asked if each["op"] == "subscribe")
+        worker.send({"kind": "reply", "id": first, "ok": True, "result": {"channels": {"a": True}}})
+        assert (await hear(5))[4:] == [("subscribe", ["b", "c"])]
+        worker.close()
+        link.close()
 
     asyncio.run(check())
 

@@ -73,7 +73,7 @@ class Follower:
         self._held_elsewhere: set[str] = set()
         self._missing: set[str] = set()
         self._rows: list[dict[str, Any]] = []
-        self._recent: list[dict[str, Any]] = []  # rows taken since the last look at the list began
+        self._recent: list[dict[str, Any]] | None = None  # rows taken while the list is looked at
         self._unknown: set[str] = set()
         self._woken = asyncio.Event()
         self._asking = asyncio.Event()
@@ -177,7 +177,9 @@ class Follower:
                 await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
             self._woken.clear()
             rows, self._rows = self._rows, []
-            self._recent += rows
+            if self._recent is not None:
+                self._is_outdated |= len(self._recent) + len(rows) > MAX_ROWS
+                self._recent = (self._recent + rows)[:MAX_ROWS]
             self._adjust(self._take_rows(rows))
             if self._unknown or self._is_outdated:
                 self._asking.set()
@@ -214,13 +216,15 @@ class Follower:
         except Unreachable as error:
             log.warning("%s: the list of instruments is not checked: %s", self._name, error)
             return False
+        finally:
+            recent, self._recent = self._recent or [], None
         now = self._catalogue.read_ms()
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
         self._is_outdated |= bool(kept)
         self._listed = {name: self._listed[name] for name in kept} | fresh
-        self._rows = self._recent + self._rows  # again: the list may be older
+        self._rows = recent + self._rows  # again: the list may be older
         return True
 
     def _take_rows(self, rows: list[dict[str, Any]]) -> set[str]:

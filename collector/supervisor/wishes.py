@@ -38,7 +38,7 @@ class Wishes:
     def __init__(self, keeper: Keeper) -> None:
         self._keeper = keeper
         self._unheard: dict[str, Wish] = {}
-        self._telling: set[asyncio.Task[None]] = set()
+        self._telling: dict[asyncio.Task[bool], Wish] = {}
 
     async def ask(self, op: str, names: list[str], deadline: int) -> dict[str, Any]:
         """Have the worker (un)subscribe until `deadline` (ns); return what came of each channel.
@@ -50,9 +50,17 @@ class Wishes:
     def tell(self, op: str, names: list[str], reason: str = "") -> None:
         """The same, for one who waits for no answer. The wish stands from now on, and is sent after all before it.
 
-        `reason`: why the channels are given up, if not because of a wish.
+        `reason`: why the channels are given up, if not because of a wish. What is to be subscribed to while another
+        such wish is under way goes together once that has been heard: each call costs credits that connections share.
         """
-        self._start(self._note(op, names, reason), names)
+        wish = self._note(op, names, reason)
+        if op == "subscribe" and self._is_subscribing():
+            wish.is_under_way = False
+        else:
+            self._start(wish, names)
+
+    def _is_subscribing(self) -> bool:
+        return any(wish.op == "subscribe" for wish in self._telling.values())
 
     def _note(self, op: str, names: list[str], reason: str) -> Wish:
         wish = Wish(op, reason)
@@ -86,17 +94,24 @@ class Wishes:
 
     def _start(self, wish: Wish, names: list[str]) -> None:
         task = asyncio.create_task(self._tell(wish, names))
-        self._telling.add(task)
-        task.add_done_callback(self._telling.discard)
+        self._telling[task] = wish
+        task.add_done_callback(self._end_telling)
 
-    async def _tell(self, wish: Wish, names: list[str]) -> None:
+    async def _tell(self, wish: Wish, names: list[str]) -> bool:
+        """Pass a wish on; return whether the worker listens."""
         names = [name for name in names if self._unheard.get(name) is wish]  # else the opposite was wanted meanwhile
-        if not names:
-            return
         try:
-            await self._pass_on(wish, names, time.time_ns() + PATIENCE * 1_000_000_000)
+            if names:
+                await self._pass_on(wish, names, time.time_ns() + PATIENCE * 1_000_000_000)
         except ControlError as error:
             log.debug("%s: %s: %s", self._keeper.name, wish.op, error)
+            return error.code not in UNHEARD
+        return True
+
+    def _end_telling(self, task: asyncio.Task[bool]) -> None:
+        del self._telling[task]
+        if not task.cancelled() and task.result():
+            self.catch_up()
 
     def _forget(self, wish: Wish, names: list[str]) -> None:
         for name in names:
@@ -105,11 +120,12 @@ class Wishes:
 
     def catch_up(self) -> None:
         """The worker gives a sign of life: tell it what it has not heard."""
+        is_subscribing = self._is_subscribing()
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name, wish in self._unheard.items():
-            if not wish.is_under_way:
+            if not wish.is_under_way and not (is_subscribing and wish.op == "subscribe"):
                 groups[wish.op, wish.reason].append(name)
         # Backwards: first it gives up what may stand in the way.
         for (op, reason), names in sorted(groups.items(), reverse=True):
-            log.debug("%s: told now, since it did not hear: %s of %d channels", self._keeper.name, op, len(names))
+            log.debug("%s: told now: %s of %d channels", self._keeper.name, op, len(names))
             self._start(self._note(op, names, reason), names)
