@@ -20,7 +20,7 @@ import psutil
 import pytest
 
 from collector import Control
-from collector.cli.run import ONE_WISH
+from collector.cli.options import ONE_WISH
 from collector.config import Config, ConfigError, load_config
 from collector.messages import ControlError
 from collector.supervisor.runtime import EPOCH_AT, FILES, FILES_EACH, RuntimeDir

@@ -218,6 +218,64 @@ def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market, numb
         assert "Traceback" not in terminal.written
 
 
+LOSING = """
+import os
+from collector.cli import main
+from collector.client.subscriber import Subscriber
+
+receive_frames = Subscriber.receive_frames
+
+
+def lose_signal(*arguments):
+    Subscriber.receive_frames = receive_frames
+    try:
+        os.kill(os.getpid(), {number})
+    except KeyboardInterrupt:
+        pass
+    return receive_frames(*arguments)
+
+
+Subscriber.receive_frames = lose_signal
+main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["tail", "verify --for 1h"])
+def test_a_signal_whose_exception_is_lost_ends_it_all_the_same(
+    market: Market, command: str, number: signal.Signals
+) -> None:
+    """As pyzmq's wheels for Python 3.12 and newer lose it now and then, amid a zmq.Again that they raise."""
+    losing = LOSING.format(number=int(number))
+    with running(sys.executable, "-c", losing, *command.split(), "--control", market.control) as program:
+        assert program.wait_exit() == 0, program.text()
+
+
+WISHES = """
+import os, signal, time
+from collector.cli.options import ONE_WISH, Ending
+
+
+def is_interrupted_by(number):
+    try:
+        os.kill(os.getpid(), number)
+    except KeyboardInterrupt:
+        return True
+    return False
+
+
+ending = Ending()
+print(ending.has_come(), is_interrupted_by(signal.SIGINT), ending.has_come(), is_interrupted_by(signal.SIGTERM))
+time.sleep(ONE_WISH)
+print(is_interrupted_by(signal.SIGTERM))
+"""
+
+
+def test_two_signals_at_once_are_one_wish() -> None:
+    done = subprocess.run([sys.executable, "-c", WISHES], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
+    assert (done.stdout, done.stderr) == ("False True True False\nTrue\n", "")
+
+
 def test_on_a_terminal_that_cannot_draw_it_writes_lines(market: Market) -> None:
     with on_terminal(*collector("tail", "--control", market.control), term="dumb") as terminal:
         terminal.wait(r"futures publishes at tcp://127.0.0.1:\d+")

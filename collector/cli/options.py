@@ -1,10 +1,12 @@
 """Options and exits that the reading commands share."""
 
 import json
+import math
 import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -66,9 +68,32 @@ def for_option(default: str | None) -> Callable[[Any], Any]:
     )  # fmt: skip
 
 
-def heed_sigterm() -> None:
-    """Take SIGTERM as Ctrl-C: who draws on a terminal gives it back, and a verdict so far is worth having then too."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+ONE_WISH = 0.3
+"""Seconds after a signal in which another one says the same: some programs signal both the process and its group."""
+
+
+class Ending:
+    """Takes SIGTERM as Ctrl-C: who draws on a terminal gives it back, and a verdict so far is worth having then too.
+
+    A loop asks `has_come` as well: of the KeyboardInterrupt alone it might never hear. pyzmq's wheels for Python 3.12
+    and newer run Python code while they raise zmq.Again, and what a handler raises amid that is dropped.
+    """
+
+    def __init__(self) -> None:
+        self._asked_at = -math.inf
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # as a shell has it for what runs in the background
+                signal.signal(number, self._take)
+
+    def has_come(self) -> bool:
+        """Whether a signal has asked for the end."""
+        return self._asked_at > -math.inf
+
+    def _take(self, *_: object) -> None:
+        now = time.monotonic()
+        if now - self._asked_at >= ONE_WISH:
+            self._asked_at = now
+            raise KeyboardInterrupt
 
 
 def fail(message: str, code: int = 1) -> NoReturn:

@@ -15,7 +15,7 @@ import click
 import zmq
 
 from collector import __version__
-from collector.cli.options import fail
+from collector.cli.options import ONE_WISH, fail
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.config.urls import hide_secrets
@@ -119,10 +119,6 @@ def _greet(config: Config, control: str) -> None:
         log.info("%s: %s of %s", connection.name, words, hide_secrets(connection.url))
     log.info("control on %s", control)
     log.info("Ctrl-C stops (SIGTERM to pid %d does too)", os.getpid())
-
-
-ONE_WISH = 0.3
-"""Seconds after a signal in which another one says the same: some programs signal both the process and its group."""
 
 
 class Stopping:

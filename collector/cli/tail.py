@@ -2,18 +2,17 @@
 
 import os
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 
 import click
 
 from collector.cli.options import (
+    Ending,
     control_option,
     endpoint_option,
     exit_on_error,
     for_option,
-    heed_sigterm,
     json_option,
 )
 from collector.cli.render import format_line, printable
@@ -52,13 +51,13 @@ def tail(
     collector tail deribit.trade. deribit.book.BTC-PERPETUAL.
     collector tail --for 2s deribit.ticker.BTC-PERPETUAL. | jq '.last_price // empty'
     """
-    heed_sigterm()
+    ending = Ending()
     with (
         exit_on_error(interrupted=0),
         Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber,
     ):
         silence = Silence(subscriber, prefixes)
-        items = read(subscriber, count, duration)
+        items = read(subscriber, ending.has_come, count, duration)
         if as_json or not sys.stdout.isatty():
             write_json(silence.watch(items, says_yet=True))
         else:
@@ -67,11 +66,11 @@ def tail(
 
 
 def read(
-    subscriber: Subscriber, count: int | None = None, duration: float | None = None, stop: threading.Event | None = None
+    subscriber: Subscriber, is_ended: Callable[[], bool], count: int | None = None, duration: float | None = None
 ) -> Items:
-    """Yield until so many messages have come, or the time is over, or `stop` is set."""
+    """Yield until so many messages have come, or the time is over, or `is_ended`."""
     end = None if duration is None else time.monotonic() + duration
-    while (end is None or time.monotonic() < end) and not (stop is not None and stop.is_set()):
+    while (end is None or time.monotonic() < end) and not is_ended():
         item = subscriber.receive(0)
         if item is None:
             yield None

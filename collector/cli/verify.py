@@ -4,15 +4,16 @@ import json
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 
 import click
 
 from collector.cli.options import (
+    Ending,
     control_option,
     endpoint_option,
     exit_on_error,
     for_option,
-    heed_sigterm,
     json_option,
 )
 from collector.cli.render import printable, say_count
@@ -40,11 +41,11 @@ def verify(
     Ends with 1 if a rule is broken, or if nothing came for one of the PREFIXes. A rule for which no message came is not
     checked, and said to be so: that alone is no fault.
     """
-    heed_sigterm()
+    ending = Ending()
     wanted = (*prefixes, *ALWAYS) if prefixes else ("",)
     with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
         verdict = Verdict(prefixes or ("",))
-        verdict.read(subscriber, duration)
+        verdict.read(subscriber, duration, ending.has_come)
         if as_json:
             click.echo(json.dumps(verdict.to_map()))
         else:
@@ -61,12 +62,12 @@ class Verdict:
         self.examples: dict[str, list[Finding]] = {}
         self.seconds = 0.0
 
-    def read(self, subscriber: Subscriber, duration: float) -> None:
-        """Check what comes for so long, or until Ctrl-C or SIGTERM."""
+    def read(self, subscriber: Subscriber, duration: float, is_ended: Callable[[], bool]) -> None:
+        """Check what comes for so long, or until Ctrl-C or SIGTERM, of which `is_ended` too may be the only sign."""
         start = time.monotonic()
         began, there = time.time_ns(), list(subscriber.found)
         try:
-            while (rest := start + duration - time.monotonic()) > 0:
+            while (rest := start + duration - time.monotonic()) > 0 and not is_ended():
                 frames = subscriber.receive_frames(min(rest, 1.0))
                 if frames is not None:
                     self._keep(self.verifier.check_frames(frames, time.time_ns()))

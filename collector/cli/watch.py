@@ -52,7 +52,7 @@ def watch(control: str, stop: threading.Event) -> None:
     while not stop.is_set():
         try:
             with Subscriber(control=control, on_loss="report", timeout=1.0) as subscriber:
-                choose_view()(subscriber, read(subscriber, stop=stop), NOTES)
+                choose_view()(subscriber, read(subscriber, stop.is_set), NOTES)
         except ControlError:
             stop.wait(0.05)  # not up yet
         except OSError:  # nobody reads our output any more
