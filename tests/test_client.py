@@ -1,6 +1,7 @@
 """Control and Subscriber on real sockets, against a peer that the test drives message by message."""
 
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 
@@ -21,7 +23,7 @@ from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, Sequen
 from collector.client.subscriber import UNNAMED
 from collector.lifecycle import Exit
 from collector.messages import Topic, decode, encode, parse_topic
-from tests.support import wait_until
+from tests.support import running, wait_until
 from workers.deribit import ExchangeError, Lost, Refused
 
 START = 1_790_000_000_000_000_000
@@ -278,6 +280,27 @@ def test_a_topic_is_a_prefix_as_its_text_is(publisher: Any, prefixes: Any) -> No
     with Subscriber(endpoint_of(publisher), prefixes):
         assert publisher.poll(10_000)
         assert publisher.recv() == b"\x01" + TOPIC.encode()
+
+
+def test_a_signal_that_comes_to_another_thread_is_heeded() -> None:
+    program = """
+import signal, threading
+import collector
+
+threading.Thread(target=threading.Event().wait, daemon=True).start()
+with collector.Subscriber("tcp://127.0.0.1:9") as subscriber:
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    print("begins", flush=True)
+    try:
+        subscriber.receive()
+    except KeyboardInterrupt:
+        print("ended")
+"""
+    with running(sys.executable, "-c", program) as reader:
+        reader.wait_line("begins")
+        wait_until(lambda: psutil.Process(reader.pid).status() == psutil.STATUS_SLEEPING, "it to wait")
+        reader.process.send_signal(signal.SIGINT)
+        reader.wait_line("ended")
 
 
 def test_a_misspelt_wish_about_losses_is_refused() -> None:

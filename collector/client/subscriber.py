@@ -27,6 +27,11 @@ FIND_EVERY = 2.0
 LOOK_EVERY = 0.1
 """Seconds between two looks for the answer; also between it and the next question while no connection is known."""
 
+HEED_EVERY = 1.0
+"""Seconds after which waiting is left for a moment: a signal that has come just before it, or to another thread, does
+not end it.
+"""
+
 UNNAMED = 10.0
 """Seconds after which an endpoint that the collector names no more is left. One that is soon back is kept."""
 
@@ -204,7 +209,7 @@ class Subscriber(OwnSocket):
                     self._leave_unnamed()
                 if self._questions.put_off:
                     self._ask_put_off()
-            longest = LOOK_EVERY if self._finder is not None or self._questions.put_off else 3600.0
+            longest = LOOK_EVERY if self._finder is not None or self._questions.put_off else HEED_EVERY
             rest = longest if end is None else min(end - time.monotonic(), longest)
             if rest <= 0:
                 return None
