@@ -424,6 +424,22 @@ def test_verify_that_is_ended_early_gives_its_verdict(tmp_path: Path, number: si
     assert program.err == ["collector: nothing came; does a collector publish at these endpoints?"]
 
 
+@pytest.mark.parametrize(("pid", "broken"), [(None, 0), (1, 1)])
+def test_verify_waits_for_no_heartbeat_where_no_worker_lives(tmp_path: Path, pid: int | None, broken: int) -> None:
+    context = zmq.Context()
+    with context.socket(zmq.REP) as socket:
+        socket.bind(f"ipc://{tmp_path}/control")
+        command = collector("verify", "--control", f"ipc://{tmp_path}/control", "--for", "4s", "--json")
+        with running(*command) as program:
+            while program.process.poll() is None:
+                if socket.poll(10):
+                    socket.recv()
+                    socket.send(encode_reply({"a": {"publish": f"ipc://{tmp_path}/a", "pid": pid}}))
+            assert program.wait_exit() == 1  # nothing came
+    context.term()
+    assert json.loads(program.out[-1])["rules"]["heartbeat"]["broken"] == broken
+
+
 def test_subscriber_keeps_the_exchanges_book(control: str) -> None:
     seen: dict[int, Any] = {}
     book = OrderBook()

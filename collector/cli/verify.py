@@ -65,7 +65,7 @@ class Verdict:
     def read(self, subscriber: Subscriber, duration: float, is_ended: Callable[[], bool]) -> None:
         """Check what comes for so long, or until Ctrl-C or SIGTERM, of which `is_ended` too may be the only sign."""
         start = time.monotonic()
-        began, there = time.time_ns(), list(subscriber.found)
+        began, there = time.time_ns(), subscriber.found.keys() - subscriber.lifeless
         try:
             while (rest := start + duration - time.monotonic()) > 0 and not is_ended():
                 frames = subscriber.receive_frames(min(rest, 1.0))

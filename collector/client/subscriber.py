@@ -69,6 +69,7 @@ class Subscriber(OwnSocket):
             raise ValueError(f"on_loss={on_loss!r}: write raise or report")
         self.endpoints: set[str] = set()
         self.found: dict[str, str] = {}
+        self.lifeless: set[str] = set()  # those of them that had no worker when it was asked
         self._prefixes: list[str] = []
         self._unnamed: dict[str, float] = {}  # since when
         self._raises = on_loss == "raise"
@@ -122,6 +123,7 @@ class Subscriber(OwnSocket):
 
     def _find(self, states: Any) -> None:
         self.found = find_endpoints(states)
+        self.lifeless = {name for name in self.found if states[name].get("pid", "unsaid") is None}
         self._connect(self.found.values())
         now, gone = time.monotonic(), self.endpoints.difference(self.found.values())
         self._unnamed = {endpoint: self._unnamed.get(endpoint, now) for endpoint in gone}
