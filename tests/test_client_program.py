@@ -429,7 +429,7 @@ def test_verify_waits_for_no_heartbeat_where_no_worker_lives(tmp_path: Path, pid
     context = zmq.Context()
     with context.socket(zmq.REP) as socket:
         socket.bind(f"ipc://{tmp_path}/control")
-        command = collector("verify", "--control", f"ipc://{tmp_path}/control", "--for", "4s", "--json")
+        command = collector("verify", "--control", f"ipc://{tmp_path}/control", "--for", "5s", "--json")
         with running(*command) as program:
             while program.process.poll() is None:
                 if socket.poll(10):

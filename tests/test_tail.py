@@ -39,6 +39,7 @@ class Market(threading.Thread):
         self.ready = threading.Event()
         self.seq: dict[str, int] = {}
         self.others: dict[str, Any] = {}
+        self.answers = 0
         self.publisher: Any = None
 
     def run(self) -> None:
@@ -52,6 +53,7 @@ class Market(threading.Thread):
             if replier.poll(10):
                 replier.recv()
                 replier.send(encode({"ok": True, "result": {"futures": {"publish": endpoint}, **self.others}}))
+                self.answers += 1
             self.publish_all()
         self.context.destroy(linger=0)
 
@@ -249,6 +251,16 @@ def test_a_signal_whose_exception_is_lost_ends_it_all_the_same(
     losing = LOSING.format(number=int(number))
     with running(sys.executable, "-c", losing, *command.split(), "--control", market.control) as program:
         assert program.wait_exit() == 0, program.text()
+
+
+def test_verify_that_is_stopped_over_its_end_misses_no_heartbeats(market: Market) -> None:
+    with running(*collector("verify", "--for", "3s", "--json", "--control", market.control)) as program:
+        wait_until(lambda: market.answers > 1, "it reads, and asks for the second time")
+        program.process.send_signal(signal.SIGSTOP)
+        time.sleep(5)  # over its end, and longer than heartbeats may be away
+        program.process.send_signal(signal.SIGCONT)
+        program.wait_exit()
+        assert json.loads(program.out[0])["rules"]["heartbeat"]["broken"] == 0
 
 
 WISHES = """

@@ -435,6 +435,13 @@ def test_who_is_closed_or_has_given_up_gives_no_more_heartbeats(wire: Wire, stat
     assert find_at_end(wire) == [f"heartbeat {BEAT}"]
 
 
+def test_who_reads_late_misses_no_heartbeats_at_the_end(wire: Wire) -> None:
+    sent = wire.now
+    wire.now += 10 * SECOND
+    assert wire.say(BEAT, **LIVE, receive_ts=sent) == []
+    assert find_at_end(wire) == []
+
+
 def test_a_book_without_a_snapshot_is_named_at_the_end(wire: Wire) -> None:
     wire.seq[BOOK] = 7  # we joined late: it should have come for us
     wire.delta(8, 7)

@@ -65,9 +65,11 @@ class Verdict:
     def read(self, subscriber: Subscriber, duration: float, is_ended: Callable[[], bool]) -> None:
         """Check what comes for so long, or until Ctrl-C or SIGTERM, of which `is_ended` too may be the only sign."""
         start = time.monotonic()
-        began, there = time.time_ns(), subscriber.found.keys() - subscriber.lifeless
+        began = asked = time.time_ns()
+        there = subscriber.found.keys() - subscriber.lifeless
         try:
             while (rest := start + duration - time.monotonic()) > 0 and not is_ended():
+                asked = time.time_ns()
                 frames = subscriber.receive_frames(min(rest, 1.0))
                 if frames is not None:
                     self._keep(self.verifier.check_frames(frames, time.time_ns()))
@@ -75,7 +77,8 @@ class Verdict:
             pass  # the verdict so far is still worth having
         for name in subscriber.found.keys() & there:
             self.verifier.expect(name, began)
-        self._keep(self.verifier.finish(time.time_ns()))
+        # Not by now: if this was stopped over its end (Ctrl-Z), what came meanwhile waits unread.
+        self._keep(self.verifier.finish(asked))
         self.seconds = time.monotonic() - start
 
     def _keep(self, findings: list[Finding]) -> None:
