@@ -324,6 +324,29 @@ def test_a_plan_that_nobody_reads_to_its_end_is_no_failure(command: str) -> None
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+PATTERNED = """
+[[connection]]
+name = "a"
+url = "ws://127.0.0.1:9/ws/api/v2"
+channels = ["book.BTC-*.100ms"]
+"""
+
+
+@pytest.mark.parametrize(
+    "command", ["verify --for 0.1s --endpoint tcp://127.0.0.1:9", "unsubscribe index quote.X --json", "plan {}"]
+)
+def test_what_was_found_wrong_ends_with_1_though_nobody_reads_it(control: str, tmp_path: Path, command: str) -> None:
+    (tmp_path / "patterned.toml").write_text(PATTERNED)
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        collector(*command.format(tmp_path / "patterned.toml").split()), stdout=writing, stderr=subprocess.DEVNULL,
+        timeout=60, env={**os.environ, "COLLECTOR_CONTROL": control},
+    )  # fmt: skip
+    os.close(writing)
+    assert done.returncode == 1
+
+
 @pytest.mark.parametrize("command", ["plan configs/demo.toml", "state", "tail"])
 def test_output_that_cannot_be_written_is_told_in_one_line(control: str, command: str) -> None:
     with open("/dev/full", "w") as full:

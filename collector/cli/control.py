@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from collector.cli.facts import print_facts, print_table
-from collector.cli.options import asking_options, control_option, exit_on_error, timeout_option
+from collector.cli.options import asking_options, control_option, exit_on_error, exit_unread, timeout_option
 from collector.cli.render import printable
 from collector.client.control import Control
 
@@ -182,15 +182,16 @@ def print_channels(result: dict[str, Any], done: str, as_json: bool, notes: Mapp
     """Print what became of each channel, and what there is to note; exit with 1 if one was refused or has a note."""
     channels = result.get("channels", {})
     refused = {name: describe_refusal(outcome) for name, outcome in channels.items() if outcome is not True}
-    if as_json:
-        print_json(result)
-    for name in channels:
-        if words := [said[name] for said in (refused, notes) if name in said]:
-            click.echo(printable(f"collector: {name}: {'; '.join(words)}"), err=True)
-        elif not as_json:
-            click.echo(printable(f"{name}  {done}"))
-    if refused or notes:
-        sys.exit(1)
+    code = 1 if refused or notes else 0
+    with exit_unread(code):
+        if as_json:
+            print_json(result)
+        for name in channels:
+            if words := [said[name] for said in (refused, notes) if name in said]:
+                click.echo(printable(f"collector: {name}: {'; '.join(words)}"), err=True)
+            elif not as_json:
+                click.echo(printable(f"{name}  {done}"))
+    sys.exit(code)
 
 
 def describe_refusal(outcome: Any) -> str:

@@ -103,8 +103,8 @@ def fail(message: str, code: int = 1) -> NoReturn:
 
 
 @contextmanager
-def exit_unread() -> Iterator[None]:
-    """End with 0, and quietly, if the reader of our output has gone, as `| head` does: there is nobody left to tell.
+def exit_unread(code: int = 0) -> Iterator[None]:
+    """End with `code`, and quietly, if the reader of our output has gone, as `| head` does: nobody is left to tell.
 
     With 1 and a word on stderr if it cannot be written otherwise, as on a full disk.
     """
@@ -112,7 +112,7 @@ def exit_unread() -> Iterator[None]:
         yield
     except BrokenPipeError:
         drop_output()
-        sys.exit(0)
+        sys.exit(code)
     except OSError as error:
         drop_output()
         fail(f"the output cannot be written: {error.strerror or error}")

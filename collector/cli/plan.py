@@ -28,11 +28,12 @@ def plan(file: str, as_json: bool) -> None:
         made = make_plan(config, listing)
     except ConfigError as error:
         fail(str(error), 2)
-    with exit_unread():
+    code = 1 if listing.failures else 0
+    with exit_unread(code):
         click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
     for failure in dict.fromkeys(listing.failures.values()):
         click.echo(f"collector: patterns stay unexpanded: {failure}", err=True)
-    sys.exit(1 if listing.failures else 0)
+    sys.exit(code)
 
 
 def _list_instruments(config: Config) -> Listing:

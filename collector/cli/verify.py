@@ -13,6 +13,7 @@ from collector.cli.options import (
     control_option,
     endpoint_option,
     exit_on_error,
+    exit_unread,
     for_option,
     json_option,
 )
@@ -46,11 +47,13 @@ def verify(
     with exit_on_error(), Subscriber(endpoints or None, wanted, control, on_loss="report") as subscriber:
         verdict = Verdict(prefixes or ("",))
         verdict.read(subscriber, duration, ending.has_come)
-        if as_json:
-            click.echo(json.dumps(verdict.to_map()))
-        else:
-            verdict.print()
-        sys.exit(0 if verdict.is_good else 1)
+        code = 0 if verdict.is_good else 1
+        with exit_unread(code):
+            if as_json:
+                click.echo(json.dumps(verdict.to_map()))
+            else:
+                verdict.print()
+        sys.exit(code)
 
 
 class Verdict:
