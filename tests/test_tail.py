@@ -92,9 +92,9 @@ def market(tmp_path: Path) -> Iterator[Market]:
 class Terminal:
     """A process on a terminal of its own (120 x 40), with all that it has written to it."""
 
-    def __init__(self, *argv: str, term: str = "xterm-256color") -> None:
+    def __init__(self, *argv: str, term: str = "xterm-256color", **more: str) -> None:
         self.master, terminal = pty.openpty()
-        env = {**os.environ, "TERM": term, "COLUMNS": "120", "LINES": "40"}
+        env = {**os.environ, "TERM": term, "COLUMNS": "120", "LINES": "40", **more}
         self.process = subprocess.Popen(
             argv, stdin=terminal, stdout=terminal, stderr=terminal, env=env, cwd=REPOSITORY, start_new_session=True
         )
@@ -129,8 +129,8 @@ class Terminal:
 
 
 @contextmanager
-def on_terminal(*argv: str, term: str = "xterm-256color") -> Iterator[Terminal]:
-    terminal = Terminal(*argv, term=term)
+def on_terminal(*argv: str, term: str = "xterm-256color", **more: str) -> Iterator[Terminal]:
+    terminal = Terminal(*argv, term=term, **more)
     try:
         yield terminal
     finally:
@@ -251,6 +251,14 @@ def test_a_signal_whose_exception_is_lost_ends_it_all_the_same(
     losing = LOSING.format(number=int(number))
     with running(sys.executable, "-c", losing, *command.split(), "--control", market.control) as program:
         assert program.wait_exit() == 0, program.text()
+
+
+def test_a_terminal_whose_encoding_has_no_ellipsis_shows_what_it_can(market: Market) -> None:
+    command = collector("tail", "--control", market.control)
+    with on_terminal(*command, COLUMNS="60", PYTHONIOENCODING="latin-1") as terminal:
+        terminal.wait(r"publishes at tcp[\w:/.]*\?")
+        assert terminal.end(signal.SIGINT) == 0
+        assert "\x1b[?1049l" in terminal.written
 
 
 def test_verify_that_is_stopped_over_its_end_misses_no_heartbeats(market: Market) -> None:

@@ -5,6 +5,7 @@ Only `exchange` imports aiohttp and workers: a command should answer at once.
 
 import sys
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -66,3 +67,5 @@ class _Lazy(click.Group):
 def main(ctx: click.Context, log_level: str) -> None:
     """Collect Deribit's market data and publish it on ZeroMQ."""
     ctx.obj = {"log_level": log_level}
+    if isinstance(sys.stdout, TextIOWrapper):  # else it is closed
+        sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks, as Latin-1 an ellipsis
