@@ -253,6 +253,16 @@ def test_a_signal_whose_exception_is_lost_ends_it_all_the_same(
         assert program.wait_exit() == 0, program.text()
 
 
+def test_losses_have_their_lines_though_messages_follow_them_at_once(market: Market) -> None:
+    with on_terminal(*collector("tail", "--control", market.control), term="dumb") as terminal:
+        terminal.wait(r"\d  quote ")
+        market.seq["deribit.quote.BTC-PERPETUAL.raw"] += 5
+        market.seq["deribit.trade.BTC-PERPETUAL.100ms"] += 5
+        terminal.wait(r"LOSS  .*deribit\.quote\.")
+        terminal.wait(r"LOSS  .*deribit\.trade\.")
+        assert terminal.end(signal.SIGINT) == 0
+
+
 def test_a_terminal_whose_encoding_has_no_ellipsis_shows_what_it_can(market: Market) -> None:
     command = collector("tail", "--control", market.control)
     with on_terminal(*command, COLUMNS="60", PYTHONIOENCODING="latin-1") as terminal:

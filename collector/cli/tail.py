@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 
 import click
@@ -24,6 +25,9 @@ Items = Iterator[Message | Loss | None]
 
 LINES = 10
 """Lines a second at most where nobody asked for every message."""
+
+MAX_LOSSES = 100
+"""Gaps, repairs and losses that wait for their line at most: the last ones."""
 
 SILENT = 3.0
 """Seconds without any message after which a reader may wonder whether the prefix is right."""
@@ -158,23 +162,29 @@ def draw_live(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
 
 
 def write_lines(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
-    """A line for a message now and then, few enough to read; the rarer a topic is shown, the sooner it is its turn."""
+    """A line for a message now and then, few enough to read: losses first, then the topic shown longest ago."""
     for note in [*notes, f"(at most {LINES} messages a second are shown; `collector tail --json` has them all)"]:
         click.echo(note)
     told: dict[str, str] = {}
     shown: dict[object, float] = {}
-    waiting: dict[object, Message | Loss] = {}
+    waiting: dict[object, Message] = {}
+    losses: deque[Message | Loss] = deque(maxlen=MAX_LOSSES)  # the next message of their topic comes at once
     due = time.monotonic()
     for item in items:
         for name, endpoint in subscriber.found.items():
             if told.get(name) != endpoint:
                 told[name] = endpoint
                 click.echo(printable(f"{name} publishes at {endpoint}"))
-        if item is not None and not (isinstance(item, Message) and item.is_join):
+        if isinstance(item, Loss) or (item is not None and item.type in ("gap", "repair") and not item.is_join):
+            losses.append(item)
+        elif item is not None and not item.is_join:
             waiting[item.topic] = item
-        if waiting and time.monotonic() >= due:
+        if (losses or waiting) and time.monotonic() >= due:
+            due = time.monotonic() + 1 / LINES
+            if losses:
+                click.echo(format_line(losses.popleft()))
+                continue
             topic = min(waiting, key=lambda topic: shown.get(topic, 0.0))
             click.echo(format_line(waiting[topic]))
-            shown[topic] = time.monotonic()
-            due = shown[topic] + 1 / LINES
+            shown[topic] = due
             waiting.clear()
