@@ -1,5 +1,6 @@
 """`tail` and the view of `run --watch`, as a person on a terminal sees them and as a program reads them."""
 
+import io
 import json
 import os
 import pty
@@ -17,7 +18,9 @@ from typing import Any
 
 import pytest
 import zmq
+from rich.console import Console
 
+from collector.cli.live import Board
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
 from collector.messages import encode, parse_topic
@@ -420,6 +423,22 @@ def test_each_type_is_said_in_a_few_words(type: str, keys: dict[str, Any], said:
     message = Message(topic, {"type": type, **ENVELOPE, **keys})
     assert describe(message) == said
     assert said in format_line(message)
+
+
+def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() -> None:
+    written = io.StringIO()
+    console = Console(width=120, height=40, file=written)
+    board = Board([])
+    for name, state in (("gone", "closed"), ("down", "failed"), ("stuck", "live")):
+        topic = parse_topic(f"deribit.heartbeat.{name}.1s")
+        board.take(Message(topic, {**ENVELOPE, "type": "heartbeat", "state": state, "lag": None, "receive_ts": 1}))
+    console.print(board.render(console))
+    board.endpoints = {"down": "tcp://127.0.0.1:5601", "stuck": "tcp://127.0.0.1:5602"}
+    console.print(board.render(console))
+    lines = [line.split() for line in written.getvalue().splitlines()]
+    shown = [words[:3] for words in lines if words[:1] in (["gone"], ["down"], ["stuck"])]
+    assert shown[:3] == [["down", "failed"], ["gone", "closed"], ["stuck", "live", "silent"]]
+    assert shown[3:] == [["down", "failed", "publishes"], ["stuck", "live", "silent"]]
 
 
 def test_a_loss_is_a_line_too() -> None:

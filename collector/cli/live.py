@@ -10,6 +10,8 @@ from rich.text import Text
 
 from collector.cli.render import describe, printable, show_clock, show_level
 from collector.client.orderbook import OrderBook
+from collector.client.rules.check import SECOND
+from collector.client.rules.heartbeats import LAST, SILENCE
 from collector.client.stream import MAX_TOPICS, Loss, Message
 from collector.messages import Topic
 
@@ -133,18 +135,18 @@ class Board:
         return Text.assemble(("collector  ", "bold"), facts)
 
     def _draw_connections(self) -> list[Text]:
-        names = sorted({*self.connections, *self.endpoints})
+        names = sorted(self.endpoints or self.connections)  # of one that is closed no endpoint is named any more
         return [self._draw_connection(name, max(map(len, names))) for name in names]
 
     def _draw_connection(self, name: str, width: int) -> Text:
         heartbeat = self.connections.get(name)
         state = printable(heartbeat["state"]) if heartbeat is not None else "no heartbeat yet"
-        silent = heartbeat is not None and time.time_ns() - heartbeat.receive_ts > 3_000_000_000
         line = Text.assemble(f"  {printable(name).ljust(width)}  ", (state, STYLES.get(state, "yellow")))
-        if heartbeat is not None and silent:
-            line.append(f"  silent for {(time.time_ns() - heartbeat.receive_ts) / 1e9:.0f} s", "red")
-        elif heartbeat is not None:
-            line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
+        if heartbeat is not None and state not in LAST:
+            if (silent := time.time_ns() - heartbeat.receive_ts) > SILENCE:
+                line.append(f"  silent for {silent / SECOND:.0f} s", "red")
+            else:
+                line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
         return line.append(printable(f"  publishes at {self.endpoints[name]}") if name in self.endpoints else "")
 
     def _draw_topics(self, room: int) -> Table:
