@@ -151,7 +151,8 @@ def draw_live(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
     console = Console()
     board = Board(notes)
     due = 0.0
-    with Live(console=console, screen=True, auto_refresh=False) as live:
+    # What is printed beside the view, as a traceback, belongs to who holds stderr: the held log, or a file.
+    with Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
         for item in items:
             if item is not None:
                 board.take(item)
