@@ -16,10 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import zmq
 from rich.console import Console
 
+from collector import Control
 from collector.cli.live import Board
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
@@ -352,15 +354,20 @@ def test_watching_holds_the_log_back_and_prints_it_at_the_end(market: Market) ->
         assert held == sorted(held)
 
 
-@pytest.mark.parametrize("trouble", ["gone", "held"])
-def test_a_terminal_that_takes_nothing_more_does_not_hinder_the_end(tmp_path: Path, trouble: str) -> None:
-    tmp_path.chmod(0o700)
-    file = tmp_path / "config.toml"
+def write_watched(directory: Path) -> Path:
+    """A configuration of one connection to the practice exchange."""
+    directory.chmod(0o700)
+    file = directory / "config.toml"
     file.write_text(
-        f'[collector]\nruntime_dir = "{tmp_path}"\n[exchange]\n[[connection]]\nname = "a"\nurl = "practice"\n'
+        f'[collector]\nruntime_dir = "{directory}"\n[exchange]\n[[connection]]\nname = "a"\nurl = "practice"\n'
         'channels = ["quote.BTC-PERPETUAL"]\n'
     )
-    with on_terminal(*collector("run", str(file), "--watch")) as terminal:
+    return file
+
+
+@pytest.mark.parametrize("trouble", ["gone", "held"])
+def test_a_terminal_that_takes_nothing_more_does_not_hinder_the_end(tmp_path: Path, trouble: str) -> None:
+    with on_terminal(*collector("run", str(write_watched(tmp_path)), "--watch")) as terminal:
         terminal.wait(r"messages/s on [1-9]\d* topics")
         if trouble == "held":
             os.write(terminal.master, b"\x13")  # Ctrl-S
@@ -371,6 +378,20 @@ def test_a_terminal_that_takes_nothing_more_does_not_hinder_the_end(tmp_path: Pa
             assert terminal.process.wait(20) == 0
             terminal.master = os.open(os.devnull, os.O_RDONLY)
     assert not (tmp_path / "control").exists()
+
+
+def test_watching_gives_the_terminal_back_at_once_though_a_worker_is_long_in_ending(tmp_path: Path) -> None:
+    with on_terminal(*collector("run", str(write_watched(tmp_path)), "--watch")) as terminal:
+        terminal.wait(r"messages/s on [1-9]\d* topics")
+        with Control(f"ipc://{tmp_path}/control") as asked:
+            worker = psutil.Process(asked.get_state("a")["pid"])
+        worker.suspend()
+        terminal.process.send_signal(signal.SIGINT)
+        terminal.wait("SIGINT: stopping")
+        worker.resume()
+        wait_until(lambda: (terminal.read(), terminal.process.poll() is not None)[1], "its end")
+        assert terminal.process.returncode == 0
+        assert "did not stop" not in terminal.written
 
 
 def test_watching_waits_for_the_collector_and_prints_lines_into_a_pipe(tmp_path: Path) -> None:

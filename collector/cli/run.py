@@ -69,7 +69,7 @@ async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_v
     control = ControlServer(config.control, commands.answer)
     serving, guarding = supervisor.guard(control.serve()), supervisor.guard(_guard_files(directory, control))
     _greet(config, control.endpoint)
-    view = _open_view(control.endpoint) if live_view else None
+    view = stopping.view = _open_view(control.endpoint) if live_view else None
     try:
         code = await supervisor.run()
     finally:
@@ -126,6 +126,7 @@ class Stopping:
 
     def __init__(self, supervisor: Supervisor) -> None:
         self.forced = 0
+        self.view: View | None = None
         self._asked_at: float | None = None
         self._supervisor = supervisor
         loop = asyncio.get_running_loop()
@@ -138,6 +139,8 @@ class Stopping:
         if self._asked_at is None:
             self._asked_at = now
             log.info("%s: stopping", number.name)
+            if self.view is not None:
+                self.view.leave()  # it has the terminal, and the log would be held back until all have ended
             self._supervisor.end(0)
             return
         if now - self._asked_at < ONE_WISH:

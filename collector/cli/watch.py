@@ -40,9 +40,13 @@ class View:
             if self._log is not None:
                 self._log.release()
 
-    def close(self) -> bool:
-        """End the view, give the terminal back, print the log that was held; return whether that came to its end."""
+    def leave(self) -> None:
+        """Have the view end, give the terminal back, and print the log that was held."""
         self._stop.set()
+
+    def close(self) -> bool:
+        """Leave, and wait until that is done; return whether it came to its end."""
+        self.leave()
         self._thread.join(LINGER)
         return not self._thread.is_alive()
 
