@@ -181,7 +181,7 @@ def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_sa
         b = QUICK | {"name": "b", "channels": [narrow]}
         assert "stands in connection a too" in run.refuse("connect", connection=b).message
         b["channels"] = ["quote.ETH-PERPETUAL"]
-        assert run.refuse("connect", connection=b, deadline=time.time_ns() + 10_000_000).code == "timeout"
+        assert run.ask("connect", connection=b)["state"] == "live"
         worker.resume()
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == [wide], "the other channel")
 
