@@ -488,15 +488,18 @@ def test_an_idle_socket_is_dropped_without_a_close_frame_but_not_a_subscribed_on
 def test_pings_are_answered_and_deflate_is_offered_if_asked(url: str) -> None:
     async def act() -> None:
         async with aiohttp.ClientSession() as session:
-            async with session.ws_connect(url, compress=15, heartbeat=0.2) as socket:
+            async with session.ws_connect(url, compress=15) as socket:
                 assert socket.compress
                 await socket.send_str(
                     '{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["quote.BTC-PERPETUAL"]}}'
                 )
                 for _ in range(10):
                     assert (await socket.receive(timeout=10)).type is aiohttp.WSMsgType.TEXT
-            async with session.ws_connect(url) as socket:
+            async with session.ws_connect(url, autoping=False) as socket:
                 assert not socket.compress
+                await socket.ping(b"x")
+                pong = await socket.receive(timeout=10)
+                assert (pong.type, pong.data) == (aiohttp.WSMsgType.PONG, b"x")
 
     asyncio.run(act())
 
