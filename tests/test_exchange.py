@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +17,7 @@ import aiohttp
 import pytest
 
 from tests.certificate import HAS_OPENSSL, make_certificate, trusted
-from tests.exchange_client import Client, connect, exchange, get
+from tests.exchange_client import Client, connect, exchange, fetch, get
 from tests.support import Program, collector, running
 
 
@@ -255,14 +254,12 @@ def test_http_takes_logins_by_header(url: str) -> None:
     body = b'{"method":"private/get_account_summary","params":{"currency":"BTC"}}'
 
     def ask(target: str, header: str, data: bytes | None = None) -> int:
-        request = urllib.request.Request(f"{base}{target}", data, {"Authorization": header})
-        try:
-            with urllib.request.urlopen(request, timeout=15) as response:
-                return 0 if json.load(response)["result"]["currency"] == "BTC" else 1
-        except urllib.error.HTTPError as error:
-            with error:
-                code: int = json.load(error)["error"]["code"]
-                return code
+        answer = fetch(urllib.request.Request(f"{base}{target}", data, {"Authorization": header}))[1]
+        if "result" in answer:
+            assert answer["result"]["currency"] == "BTC"
+            return 0
+        code: int = answer["error"]["code"]
+        return code
 
     def sign_request(method: str, target: str, nonce: str, data: str = "", secret: str = "practice") -> str:
         signature = sign(secret, stamp, nonce, f"{method}\n{target}\n{data}\n")
