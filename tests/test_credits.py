@@ -216,7 +216,7 @@ def check_pace(run: Collected, start: int) -> None:
 
 def test_connections_that_are_cut_together_come_back_at_the_pace_of_one_account() -> None:
     """The exchange goes on and counts on: what it has granted before the cut is not there again after it."""
-    table = {**QUICK, "url": f"practice?faults=drop:8,first:{len(CALLS)}", "retry_count": 1000}
+    table = {**QUICK, "url": f"practice?faults=drop:15,first:{len(CALLS)}", "retry_count": 1000}
     connections = {f"c{number}": {**table, "channels": [call]} for number, call in enumerate(CALLS)}
     with collected(connections) as run:
         for count in (0, 1):

@@ -252,14 +252,14 @@ async def test_after_a_login_with_id_and_secret_the_next_is_signed_again() -> No
 @in_loop
 async def test_tokens_are_renewed_before_they_die_and_raw_data_flow_on(practice: str) -> None:
     login = LOGIN._replace(signed=False)
-    async with connected(practice, "token_life:2", login=login, channels=[RAW]) as (client, ear):
+    async with connected(practice, "token_life:5", login=login, channels=[RAW]) as (client, ear):
         renewals = []
         first = client.session._refresh_at
         await wait_for(lambda: client.session._refresh_at != first, "the renewal")
         renewals.append(client.session._refresh_at)
         await wait_for(lambda: client.session._refresh_at != renewals[0], "the next renewal")
-        assert renewals[0] - first >= 1.6
-        assert time.monotonic() > first + 0.8  # the first token is dead by now
+        assert renewals[0] - first >= 4
+        assert time.monotonic() > first + 2  # the first token is dead by now
         assert (await client.send("private/get_cancel_on_disconnect"))["scope"] == "connection"
         await ear.wait_frames([RAW])
         assert client.reconnects == 0
@@ -379,15 +379,15 @@ async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("close:1000@1", "closed by the exchange: 1000"),
-        ("close:1001@1", "closed by the exchange: 1001"),
-        ("close:1011@1", "closed by the exchange: 1011"),
-        ("close:4000@1", "closed by the exchange: 4000"),
-        ("close:0@1", "closed by the exchange: no code"),
-        ("reset:1", ""),
-        ("drop:1", "broke off"),
-        ("maintenance:1", "broke off"),
-        ("oversized:17000000@1", "broken frame"),
+        ("close:1000@2", "closed by the exchange: 1000"),
+        ("close:1001@2", "closed by the exchange: 1001"),
+        ("close:1011@2", "closed by the exchange: 1011"),
+        ("close:4000@2", "closed by the exchange: 4000"),
+        ("close:0@2", "closed by the exchange: no code"),
+        ("reset:2", ""),
+        ("drop:2", "broke off"),
+        ("maintenance:2", "broke off"),
+        ("oversized:17000000@2", "broken frame"),
     ],
 )
 @in_loop
@@ -641,7 +641,7 @@ def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:
 
 @in_loop
 async def test_lives_that_do_not_last_are_attempts_like_any_other(practice: str) -> None:
-    async with connected(practice, "drop:1", retry_count=3) as (client, ear):
+    async with connected(practice, "drop:2", retry_count=3) as (client, ear):
         await wait_for(lambda: client.machine.state == "failed", "the end")
         assert len(ear.find("live")) == 3
         assert client.exit == Exit.GAVE_UP
@@ -663,8 +663,8 @@ async def test_who_connects_is_not_told_that_a_client_is_closed_which_lives_on(p
 
 @in_loop
 async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str) -> None:
-    async with connected(practice, "drop:11,first:1", retry_count=1) as (client, ear):
-        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+    async with connected(practice, "drop:14,first:1", retry_count=1) as (client, ear):
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life", timeout=30)
         assert client.reconnects == 1
 
 

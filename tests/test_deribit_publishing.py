@@ -127,7 +127,7 @@ async def test_a_heartbeat_each_second_also_while_disconnected(practice: str) ->
 
 @in_loop
 async def test_the_connection_tells_its_states(practice: str) -> None:
-    async with collecting(practice, "drop:1.5,first:1", QUOTE) as run:
+    async with collecting(practice, "drop:2,first:1", QUOTE) as run:
         await run.hearer.hear_of("deribit.status.w.connection", 2, state="live")
         told = [(body["state"], body["connection"]) for body in run.hearer.find("deribit.status.w.connection")]
         life = [("connecting", "w"), ("bootstrapping", "w"), ("live", "w")]
@@ -140,7 +140,7 @@ async def test_the_connection_tells_its_states(practice: str) -> None:
 
 @in_loop
 async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
-    async with collecting(practice, "drop:1.5,first:1", QUOTE, BOOK, TRADES, "quote.NOPE") as run:
+    async with collecting(practice, "drop:2,first:1", QUOTE, BOOK, TRADES, "quote.NOPE") as run:
         for topic in ("quote.BTC-PERPETUAL.raw", "book.BTC-PERPETUAL.100ms", "trade.BTC-PERPETUAL.100ms"):
             await run.hearer.hear_of(f"deribit.{topic}", 2, type="status", state="live")
             told = [body["state"] for body in run.hearer.find(f"deribit.{topic}", type="status")]

@@ -118,7 +118,7 @@ def check_trades(bodies: list[dict[str, Any]]) -> None:
 # -- lost connections -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("fault", ["drop:1", "reset:1", "close:1001@1"])
+@pytest.mark.parametrize("fault", ["drop:2", "reset:2", "close:1001@2"])
 @in_loop
 async def test_a_lost_connection_is_one_gap_on_each_topic_before_its_new_data(practice: str, fault: str) -> None:
     async with collecting(practice, f"{fault},first:1", *TOPICS.values(), "quote.NOPE") as run:

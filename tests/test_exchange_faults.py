@@ -235,14 +235,13 @@ def test_lag_makes_data_late_and_nothing_else(url: str) -> None:
             for client in (true, late, never):
                 await follow(client)
             await true.wait_data(BOOK, 5)
-            assert "result" in await late.ask("public/test")
-            assert late.data(BOOK) == []
+            assert abs((await never.ask("public/get_time"))["result"] / 1000 - time.time()) < 60
+            assert never.data(BOOK) == []
             await never.ask("public/set_heartbeat", interval=0.1)
             await never.wait(lambda: any("test_request" in text for text in never.texts), "a test_request")
             frames = await late.wait_data(BOOK, 10)
             assert time.time() * 1000 - frames[-1]["timestamp"] >= 1000
             check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
-            assert -0.5 < (await late.ask("public/get_time"))["result"] / 1000 - time.time() < 0.5
 
     asyncio.run(act())
 
@@ -593,17 +592,17 @@ def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:
 
 def test_the_clock_is_off(url: str) -> None:
     async def act() -> None:
-        async with connect(url, "clock:-60000") as client, connect(url) as true:
+        async with connect(url, "clock:-3600000") as client, connect(url) as true:
             await follow(client)
             await follow(true)
             off = (await client.ask("public/get_time"))["result"] / 1000
-            assert -61 < off - time.time() < -59
+            assert abs(off + 3600 - time.time()) < 60
             await true.wait_data(BOOK, 3)
             frames = await client.wait_data(BOOK, 3)
             times = {frame["change_id"]: frame["timestamp"] for frame in true.data(BOOK)}
             shared = [frame for frame in frames if frame["change_id"] in times]
             assert shared
-            assert all(frame["timestamp"] == times[frame["change_id"]] - 60_000 for frame in shared)
+            assert all(frame["timestamp"] == times[frame["change_id"]] - 3_600_000 for frame in shared)
 
     asyncio.run(act())
 
@@ -677,10 +676,12 @@ def test_a_frame_that_was_held_is_forgotten_with_its_channel(url: str) -> None:
 def test_small_pools_of_credits(url: str) -> None:
     async def act() -> None:
         async with connect(url, "credits:6000") as client:
-            for _ in range(3):
+            for _ in range(9):  # the usual pool has enough for all
                 await client.send('{"jsonrpc":"2.0","id":3,"method":"public/subscribe","params":{"channels":[]}}')
             await client.wait(lambda: client.closed, "the cut")
-            assert [m.get("error", {}).get("code") for m in client.messages()] == [None, None, 10028]
+            codes = [m.get("error", {}).get("code") for m in client.messages()]
+            assert codes[:2] == [None, None]
+            assert codes[-1] == 10028
 
     asyncio.run(act())
 

@@ -170,7 +170,7 @@ def test_a_reader_that_leaves_ends_it_quietly(market: Market) -> None:
 
 def test_a_prefix_that_nothing_begins_with_is_told(market: Market) -> None:
     done = subprocess.run(
-        collector("tail", "deribit.trades.", "--control", market.control, "--for", "4s"),
+        collector("tail", "deribit.trades.", "--control", market.control, "--for", "8s"),
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.stdout == ""
