@@ -78,6 +78,16 @@ def test_books_never_cross_and_trade_sequences_have_no_holes() -> None:
     assert kinds == {"future", "option", "spot", "future_combo", "option_combo"}
 
 
+def test_the_trades_that_are_kept_are_bounded_whoever_made_them() -> None:
+    market = Market(1, START, rate=2000)
+    market.max_trades = 100
+    newest = [trade for event in live(market, 5) for trade in event.trades][-100:]
+    assert [trade for _, trade in market.all_trades] == newest
+    assert sum(map(len, market.trades.values())) == 100
+    for name, trades in market.trades.items():
+        assert list(trades) == [trade for trade in newest if trade["instrument_name"] == name]
+
+
 def test_prices_stay_near_their_index() -> None:
     market = Market(5, START, options=0, rate=500)
     for _ in range(6):
