@@ -14,6 +14,8 @@ import aiohttp
 from tests.support import Program, collector, running
 
 TIMEOUT = 15.0
+KEYS = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
+"""The parameters of a login."""
 
 
 @contextmanager
@@ -123,10 +125,7 @@ class Client:
         return answer
 
     async def log_in(self) -> dict[str, Any]:
-        answer = await self.ask(
-            "public/auth", grant_type="client_credentials", client_id="practice", client_secret="practice"
-        )
-        result: dict[str, Any] = answer["result"]
+        result: dict[str, Any] = (await self.ask("public/auth", KEYS))["result"]
         return result
 
 

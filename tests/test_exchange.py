@@ -8,6 +8,7 @@ import re
 import signal
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,10 @@ import aiohttp
 import pytest
 
 from tests.certificate import HAS_OPENSSL, make_certificate, trusted
-from tests.exchange_client import Client, connect, exchange, fetch, get
+from tests.exchange_client import KEYS, Client, connect, exchange, fetch, get
 from tests.support import Program, collector, running
+from workers.exchange.exchange import Counts, Exchange, Settings, find_failure
+from workers.exchange.protocol.auth import DEFAULT_KEYS
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +83,8 @@ ERRORS = [
         "public/subscribe", {"channels": ["book.BTC-PERPETUAL.raw", "quote.BTC-PERPETUAL"]},
         {"code": 13778, "message": "raw_subscriptions_not_available_for_unauthorized"},
     ),
-    ("public/auth", {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "wrong"},
-     {"code": 13004, "message": "invalid_credentials"}),
-    ("public/auth", {"grant_type": "client_credentials", "client_id": "nobody", "client_secret": "practice"},
-     {"code": 13004, "message": "invalid_credentials"}),
+    ("public/auth", {**KEYS, "client_secret": "wrong"}, {"code": 13004, "message": "invalid_credentials"}),
+    ("public/auth", {**KEYS, "client_id": "nobody"}, {"code": 13004, "message": "invalid_credentials"}),
 ]  # fmt: skip
 
 
@@ -126,9 +127,8 @@ def test_numbers_that_cannot_be_are_refused(url: str, method: str, params: dict[
 
 
 def test_lives_and_times_of_odd_spelling_are_no_error(url: str) -> None:
-    keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
     for scope in ("expires:\u00b2", f"expires:{HUGE}"):
-        assert get(url, "public/auth", {"method": "public/auth", "params": {**keys, "scope": scope}})[0] == 200
+        assert get(url, "public/auth", {"method": "public/auth", "params": {**KEYS, "scope": scope}})[0] == 200
     named = {"instrument_name": "BTC-PERPETUAL", "count": 1}
     everything = get(url, LAST, **named, start_seq=1)
     for odd in ({"start_seq": -5}, {"start_timestamp": "1.0"}, {"start_timestamp": f"{time.time() * 1e3 - 3.6e6:.1f}"}):
@@ -287,12 +287,23 @@ def test_tokens_renew_and_belong_to_their_connection_unless_they_have_a_session(
             assert renewed["access_token"] != own["access_token"]
             spent = await client.ask("private/get_positions", access_token=own["access_token"])
             assert spent["error"]["code"] == 13009
-            keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
-            shared = (await client.ask("public/auth", {**keys, "scope": "session:both trade:read"}))["result"]
+            shared = (await client.ask("public/auth", {**KEYS, "scope": "session:both trade:read"}))["result"]
             assert set(shared["scope"].split()) == {"session:both", "trade:read", "mainaccount"}
             assert "result" in await other.ask("private/get_positions", access_token=shared["access_token"])
 
     asyncio.run(act())
+
+
+def test_what_clients_make_up_is_not_remembered_without_end() -> None:
+    held = Exchange(Settings(faults="error:*=10001", options=0, keys=DEFAULT_KEYS), 0)
+    counts: Counts = Counter()
+    for number in range(10_100):
+        held.draw_faults(f"seed:{number},first:1")
+        held.find_credits("address ::1", number, 0.0)
+        assert find_failure(held.faults, "error", f"public/{number}", counts)
+        held.authority.grant(KEYS, number, 0, 60.0)
+    kept = (held._named, held._credits, counts, held.authority._access, held.authority._refresh)
+    assert all(0 < len(each) <= 10_001 for each in kept)
 
 
 def test_the_account_orders_and_cancel_on_disconnect(url: str) -> None:
@@ -344,12 +355,9 @@ def test_a_login_over_the_environments_keys() -> None:
 
         async def act() -> None:
             async with connect(url) as client:
-                keys = {"grant_type": "client_credentials", "client_id": "me", "client_secret": "hidden"}
-                assert "result" in await client.ask("public/auth", keys)
-                refused = await client.ask(
-                    "public/auth", {**keys, "client_id": "practice", "client_secret": "practice"}
-                )
-                assert refused["error"]["code"] == 13004
+                own = {**KEYS, "client_id": "me", "client_secret": "hidden"}
+                assert "result" in await client.ask("public/auth", own)
+                assert (await client.ask("public/auth", KEYS))["error"]["code"] == 13004
 
         asyncio.run(act())
 
@@ -357,8 +365,7 @@ def test_a_login_over_the_environments_keys() -> None:
 def test_requests_of_one_socket_are_carried_out_in_order(url: str) -> None:
     async def act() -> None:
         async with connect(url) as client:
-            login = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
-            calls = [("public/auth", login), ("private/subscribe", {"channels": ["book.BTC-PERPETUAL.raw"]})]
+            calls = [("public/auth", KEYS), ("private/subscribe", {"channels": ["book.BTC-PERPETUAL.raw"]})]
             calls += [("public/test", {})] * 5
             for number, (method, params) in enumerate(calls):
                 body = {"jsonrpc": "2.0", "id": str(number), "method": method, "params": params}

@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from collector.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
-from tests.exchange_client import Client, apply_book, connect, exchange, get
+from tests.exchange_client import KEYS, Client, apply_book, connect, exchange, get
 from tests.support import collector, running, wait_until
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
@@ -688,9 +688,8 @@ def test_small_pools_of_credits(url: str) -> None:
 
 def test_logins_that_fail_or_do_not_last(url: str) -> None:
     async def act() -> None:
-        keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
         async with connect(url, "ban") as client:
-            assert (await client.ask("public/auth", keys))["error"] == {"code": 12005, "message": "country_is_banned"}
+            assert (await client.ask("public/auth", KEYS))["error"] == {"code": 12005, "message": "country_is_banned"}
         async with connect(url, "expired_token") as client:
             await client.log_in()
             assert (await client.ask("private/get_positions"))["error"]["code"] == 13009

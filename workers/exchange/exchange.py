@@ -20,6 +20,9 @@ from workers.exchange.replay import Recorded, Replay
 MAX_CONNECTIONS = 32
 """Of one client address; the next upgrade gets HTTP 429."""
 
+MAX_NAMES = 10_000
+"""How many names that clients make up (their faults, pools, methods) are remembered; with more, it is begun anew."""
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -74,6 +77,7 @@ class Exchange:
         `first` and `skip` count the connections that named the same faults.
         """
         faults = self.faults if text is None else parse_faults(text)
+        _bound(self._named)
         place = self._named[faults.text]
         self._named[faults.text] += 1
         if place < faults.number("skip") or (
@@ -87,6 +91,7 @@ class Exchange:
 
         Those whose pools a fault makes smaller (`limit`) share these small ones.
         """
+        _bound(self._credits)
         return self._credits.setdefault((payer, limit), Credits(now, limit))
 
     def advance(self, now: int) -> None:
@@ -139,6 +144,11 @@ Counts = Counter[tuple[str, str, int, str]]
 """How often each setting has held: (all the faults, the fault, its place among those of its name, the method)."""
 
 
+def _bound(named: dict[Any, Any]) -> None:
+    if len(named) > MAX_NAMES:
+        named.clear()
+
+
 def find_failure(faults: Faults, kind: str, name: str, counts: Counts) -> Setting | None:
     """The setting of a fault such as `error:METHOD=CODE@TIMES` for this call of the method (or channel), if one holds.
 
@@ -148,6 +158,7 @@ def find_failure(faults: Faults, kind: str, name: str, counts: Counts) -> Settin
         # `*` is each method by itself, but all channels of a subscribe together.
         key = (faults.text, kind, place, "" if kind == "drop_subscribe" else name)
         if setting.text in (name, "*") and counts[key] < setting.at:
+            _bound(counts)
             counts[key] += 1
             return setting
     return None

@@ -14,6 +14,9 @@ LIFE = 31_536_000
 WINDOW = 60_000
 """ms: how old the timestamp of a signature may be."""
 
+MAX_TOKENS = 10_000
+"""How many of each kind are remembered, the newest."""
+
 DEFAULT_KEYS = {"practice": "practice"}
 """Client id and secret that are accepted unless others are given."""
 
@@ -117,7 +120,10 @@ class Authority:
         granted = _grant_scope(scope, session is None)
         login = Login(client_id, expires, granted, connection if session is None else None)
         access, refresh = self._make_token(expires), self._make_token(expires + LIFE * 1000)
-        self._access[access], self._refresh[refresh] = login, login
+        for tokens, token in ((self._access, access), (self._refresh, refresh)):
+            tokens[token] = login
+            if len(tokens) > MAX_TOKENS:
+                del tokens[next(iter(tokens))]
         result: dict[str, Any] = {"enabled_features": [], "access_token": access, "expires_in": int(max(life, 0))}
         result |= {"refresh_token": refresh, "scope": granted, "token_type": "bearer"}
         if session is not None:
