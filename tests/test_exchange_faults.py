@@ -19,7 +19,9 @@ from tests.exchange_client import KEYS, Client, apply_book, connect, exchange, g
 from tests.support import collector, running, wait_until
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
+from workers.exchange.exchange import Exchange, Settings
 from workers.exchange.market.market import Market
+from workers.exchange.protocol.connection import Connection
 from workers.exchange.protocol.distort import Distortion
 
 BOOK = "book.BTC-PERPETUAL.100ms"
@@ -270,6 +272,31 @@ def test_what_is_late_is_bounded(url: str, oracle: Path) -> None:
             assert read_oracle(oracle, event="ended", reason="connection_too_slow")
 
     asyncio.run(act())
+
+
+class Line:
+    """The bytes of a connection go nowhere."""
+
+    is_cut = False
+
+    def wake(self) -> None: ...
+
+    def cut(self, reset: bool) -> None:
+        self.is_cut = True
+
+
+@pytest.mark.parametrize("step", [3600.0, -3600.0])
+def test_a_clock_that_is_set_makes_nothing_later_or_earlier(step: float) -> None:
+    line = Line()
+    connection = Connection(Exchange(Settings(options=0), 0), parse_faults("lag:5@0,reset:60"), line, 0.0, "")
+    connection.deliver(Frame("quote.BTC-PERPETUAL", None, text=b"late"))
+    connection.receive('{"id":1,"method":"public/test"}', step)
+    waited = 0
+    while connection.outbox[-1].payload != b"late" and waited < 10:
+        waited += 1
+        connection.tick(step + waited)
+    assert waited == 5
+    assert not line.is_cut
 
 
 def test_a_connection_is_well_again_in_the_end(url: str) -> None:

@@ -176,7 +176,8 @@ class Connection:
         """Carry out one request; its answer and the first frames go to the outbox."""
         if self.session.ended or self.silent:
             return
-        self._now = self.session.last_request = now
+        self._note_time(now)
+        self.session.last_request = now
         if self.session.heartbeat is not None and "deaf" not in self._faults:
             self.session.heartbeat.answer()
         try:
@@ -246,9 +247,7 @@ class Connection:
 
     def tick(self, now: float) -> None:
         """Do what is due: heartbeats, the idle cut, timed faults."""
-        if abs(now - self._now) * 1000 > MAX_BEHIND:
-            self._go_on(now - self._now)
-        self._now = now
+        self._note_time(now)
         if now >= self._cut_at:
             self._transport.cut(False)
         if self.session.ended:
@@ -265,14 +264,18 @@ class Connection:
         elif self.session.is_idle(now, self._faults.number("idle", IDLE)):
             self.cut("idle")
 
-    def _go_on(self, by: float) -> None:
-        """The clock was set, or all stood still: as for the market, no time has gone by."""
-        session = self.session
+    def _note_time(self, now: float) -> None:
+        """Where the clock was set, or all stood still, no time has gone by: as for the market."""
+        by, self._now, session = now - self._now, now, self.session
+        if abs(by) * 1000 <= MAX_BEHIND:
+            return
         session.opened, session.last_request, session.last_sent = (
             each + by for each in (session.opened, session.last_request, session.last_sent)
         )
         self._cut_at, self._flooded = self._cut_at + by, self._flooded + by
         self._periodic = {name: due + by for name, due in self._periodic.items()}
+        if self._lateness is not None:
+            self._lateness.move(by)
 
     def _run_timed_faults(self, now: float) -> None:
         age = now - self.session.opened

@@ -34,6 +34,11 @@ class Lateness:
             self.size -= len(text)
             yield text
 
+    def move(self, by: float) -> None:
+        """The clock was set: what waits waits on for as long."""
+        self._opened += by
+        self._waiting = deque((due + by, text) for due, text in self._waiting)
+
     def _find_due(self, now: float) -> float:
         """When a frame of this time is to go out: what is later never goes earlier."""
         due = now
