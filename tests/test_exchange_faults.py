@@ -43,8 +43,15 @@ async def follow(client: Client, channel: str = BOOK) -> None:
 
 
 def read_oracle(path: Path, **wanted: Any) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    """What the exchange did, of the trades only if they are wanted: they are most of it."""
+    trades = wanted["event"] == "trade"
+    lines = [json.loads(line) for line in path.read_text().splitlines() if ('"event":"trade"' in line) == trades]
     return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
+
+
+def find_connection(path: Path, faults: str) -> int | None:
+    """The number of the newest connection that has named these faults."""
+    return next((line["connection"] for line in read_oracle(path, event="opened", faults=faults)[::-1]), None)
 
 
 def find_breaks(frames: list[dict[str, Any]]) -> list[int]:
@@ -195,7 +202,8 @@ def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path
             await follow(client)
             await follow(other)
             await client.wait_data(BOOK, 2)
-            await other.wait(lambda: read_oracle(oracle, event="silent"), "the silence to begin")
+            begun = {"event": "silent", "connection": find_connection(oracle, "half_open:1.5")}
+            await other.wait(lambda: read_oracle(oracle, **begun), "the silence to begin")
             await other.wait_data(BOOK, len(other.data(BOOK)) + 2)  # what was sent before the silence has come too
             count, theirs = len(client.texts), len(other.data(BOOK))
             await client.send('{"jsonrpc":"2.0","id":50,"method":"public/test"}')
@@ -265,11 +273,13 @@ def test_a_backlog_grows(url: str) -> None:
 
 def test_what_is_late_is_bounded(url: str, oracle: Path) -> None:
     async def act() -> None:
-        async with connect(url, "lag:1000@0,slow_reader:20000") as client:
+        faults = "lag:1000@0,slow_reader:20000"
+        async with connect(url, faults) as client:
             await follow(client)
+            number = find_connection(oracle, faults)
             await client.wait(lambda: client.closed, "the cut")
             assert client.data(BOOK) == []
-            assert read_oracle(oracle, event="ended", reason="connection_too_slow")
+            assert read_oracle(oracle, event="ended", reason="connection_too_slow", connection=number)
 
     asyncio.run(act())
 
@@ -438,7 +448,7 @@ def test_gaps_break_the_chain_and_the_oracle_knows_them(url: str, oracle: Path, 
         async with connect(url, rate) as client:
             await follow(client)
             frames = await client.wait_data(BOOK, 25)
-            number = read_oracle(oracle, event="opened", faults=rate)[-1]["connection"]
+            number = find_connection(oracle, rate)
             lost = {line["change_id"] for line in read_oracle(oracle, event="fault", connection=number, fault="gap")}
             breaks = find_breaks(frames)
             assert breaks
@@ -804,8 +814,8 @@ def test_a_client_that_does_not_read_is_cut(url: str, oracle: Path, more: str) -
         writer = await open_deaf(url, faults)
         async with connect(url) as other:
             await follow(other)
-            opened = await other.wait(lambda: read_oracle(oracle, event="opened", faults=faults), "the connection")
-            ended = {"event": "ended", "reason": "connection_too_slow", "connection": opened[-1]["connection"]}
+            number = await other.wait(lambda: find_connection(oracle, faults), "the connection")
+            ended = {"event": "ended", "reason": "connection_too_slow", "connection": number}
             await other.wait(lambda: read_oracle(oracle, **ended), "the cut", 30)
         writer.close()
 
@@ -821,10 +831,13 @@ async def write_on(writer: asyncio.StreamWriter, other: Client) -> None:
 
 def test_a_client_that_does_not_read_is_cut_also_where_it_is_to_be_closed(url: str, oracle: Path) -> None:
     async def act() -> None:
-        writer = await open_deaf(url, "flood:20000,close:4001@2")
+        faults = "flood:20000,close:4001@2"
+        writer = await open_deaf(url, faults)
         async with connect(url) as other:
             await follow(other)
-            await other.wait(lambda: read_oracle(oracle, event="ended", reason="closed on request"), "the close", 30)
+            number = await other.wait(lambda: find_connection(oracle, faults), "the connection")
+            ended = {"event": "ended", "reason": "closed on request", "connection": number}
+            await other.wait(lambda: read_oracle(oracle, **ended), "the close", 30)
             with pytest.raises(ConnectionError):
                 await write_on(writer, other)
 
