@@ -199,9 +199,10 @@ OTHER, THIRD = "book.ETH-PERPETUAL.100ms", "book.SOL_USDC-PERPETUAL.100ms"
 BROKEN = {"type": "change", "change_id": 1 << 52, "prev_change_id": 1, "bids": [], "asks": [], "timestamp": 1}
 
 
-@pytest.mark.parametrize("fault", ["gap:6@1", "prev0:6@1", "duplicate:6@1", "reorder:6@1"])
+@pytest.mark.parametrize("fault", ["gap:6@1", "prev0:6@1", "duplicate:6@1", "reorder:6@1", "gap:6@1,lag:0.5@0"])
 @in_loop
 async def test_a_broken_chain_is_a_gap_and_a_new_snapshot_of_that_book_alone(practice: str, fault: str) -> None:
+    """With `lag` data of the old subscription come after the answer to its end, and after that to the new one."""
     async with collecting(practice, fault, BOOK) as run:
         (gap,) = await run.hearer.hear_of(BOOKS, type="gap")
         snapshot = (await run.hearer.hear_of(BOOKS, type="book", reason="resync"))[0]
