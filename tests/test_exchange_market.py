@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
-from workers.exchange.market.instruments import FOREVER, format_date, list_expiries
+from workers.exchange.market.instruments import DAY, FOREVER, format_date, list_expiries
 from workers.exchange.market.market import QUANTUM, Event, Market
 from workers.exchange.market.pricing import imply_volatility, value_option
 from workers.exchange.protocol.session import Credits, Heartbeat
@@ -106,6 +106,10 @@ def test_expiries_are_at_eight_and_in_order() -> None:
         assert all(a < b for a, b in pairwise(times))
         assert all(expiry % 86_400_000 == 8 * 3_600_000 and expiry > now for expiry in times)
         assert {period for _, period in expiries} >= {"day", "month"}
+        fridays = [day for day in range(times[1], times[1] + 120 * DAY, DAY) if (day // DAY + 4) % 7 == 5]
+        ends = [day for day in fridays if format_date(day)[-5:] != format_date(day + 7 * DAY)[-5:]]
+        assert ends[0] in times, "the month's"
+        assert next(day for day in ends if format_date(day)[-5:-2] in ("MAR", "JUN", "SEP", "DEC")) in times
     assert format_date(1779177600000) == "19MAY26"
     assert format_date(1780646400000) == "5JUN26"
 

@@ -77,8 +77,8 @@ def list_expiries(now: int) -> list[tuple[int, str]]:
     found = {first + timedelta(days=1): "day", first: "day"}
     friday = first + timedelta(days=(4 - first.weekday()) % 7)
     found |= {friday + timedelta(days=7 * week): "week" for week in range(2)}
-    months = {_last_friday(first.year, first.month + ahead): "month" for ahead in range(1, 10)}
-    found |= dict.fromkeys([*list(months)[:2], *[day for day in months if day.month % 3 == 0][:2]], "month")
+    months = [day for ahead in range(10) if (day := _last_friday(first.year, first.month + ahead)) > first]
+    found |= dict.fromkeys([*months[:2], *[day for day in months if day.month % 3 == 0][:2]], "month")
     return [(int(day.timestamp() * 1000), found[day]) for day in sorted(found)]
 
 
