@@ -5,6 +5,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -173,9 +174,9 @@ class Collecting:
         return ask(self.control, op, **arguments)
 
     def read_time(self, pattern: str) -> float:
-        """When it logged such a line, in ms of the day; waits for it. The log's times are whole ms."""
-        line = self.program.wait_line(rf"T(\d\d):(\d\d):([\d.]+)Z +\S+ +(?:supervisor: )?{pattern}", timeout=60)
-        return 1000 * (3600 * int(line[1]) + 60 * int(line[2]) + float(line[3]))
+        """When it logged such a line, in ms since 1970; waits for it. The log's times are whole ms."""
+        line = self.program.wait_line(rf"(\d\S+Z) +\S+ +(?:supervisor: )?{pattern}", timeout=60)
+        return 1000 * datetime.fromisoformat(line[1]).timestamp()
 
 
 def write_config(path: Path, runtime_dir: Path, connections: dict[str, dict[str, Any]], settings: list[str]) -> Path:
