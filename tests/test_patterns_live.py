@@ -8,6 +8,7 @@ import subprocess
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -102,6 +103,24 @@ def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
         before = find_asked(run)
         wait_until(lambda: find_asked(run) - before, "a listing")
         assert run.get_state("a")["reconnects"] == faults.count("reset")
+
+
+def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp_path: Path) -> None:
+    """As all do after the settlement at 08:00 UTC. Else it is asked for ten minutes later."""
+    data = {"instrument_name": "BTC-PERPETUAL"}
+    frames = [
+        {"method": "subscription", "params": {"channel": LISTINGS[0], "data": {**data, "state": state}}}
+        for state in ("settlement", "open")
+    ]
+    recording, port = tmp_path / "recording", find_port()
+    recording.write_text("".join(f"{4 * place}.0: {json.dumps(frame)}\n" for place, frame in enumerate(frames)))
+    url = f"ws://127.0.0.1:{port}/ws/api/v2?faults=drop_subscribe:quote.BTC-PERPETUAL@2"
+    with exchange(port, "--replay", str(recording)) as program:
+        program.wait_line(rf":{port}/")
+        with collected({"a": {**QUICK, "url": url, "channels": ["quote.BTC-PERP*"]}}, exchange=None) as run:
+            run.wait_state("a")
+            wait_until(lambda: run.get_state("a")["channels"]["refused"], "the refusal")
+            wait_until(lambda: "quote.BTC-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the next answer")
 
 
 def test_the_end_of_an_instrument_goes_by_the_exchanges_clock() -> None:
