@@ -4,11 +4,10 @@ Each test names the faults that the practice exchange is to have for its connect
 """
 
 import asyncio
-import functools
 import json
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from itertools import count
 from pathlib import Path
@@ -35,22 +34,6 @@ _seeds = count(1)
 def name_faults(url: str, faults: str) -> str:
     """The URL with these faults, told apart from those of every other test: `first` and `skip` count by their text."""
     return f"{url}?faults=seed:{next(_seeds)},{faults}" if faults else url
-
-
-def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
-    """Run an async test; at its end no task may be left."""
-
-    async def run(*arguments: Any, **named: Any) -> None:
-        await test(*arguments, **named)
-        await asyncio.sleep(0)  # what has just been cancelled ends now
-        left = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not left, left
-
-    @functools.wraps(test)
-    def run_test(*arguments: Any, **named: Any) -> None:
-        asyncio.run(run(*arguments, **named))
-
-    return run_test
 
 
 async def wait_for(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:

@@ -1,5 +1,7 @@
 """What tests share: real programs started as processes, and waiting for facts instead of time."""
 
+import asyncio
+import functools
 import os
 import re
 import signal
@@ -7,13 +9,29 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 FRAMES = os.environ.get("COLLECTOR_FRAMES", "")
+
+
+def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run an async test; at its end no task may be left."""
+
+    async def run(*arguments: Any, **named: Any) -> None:
+        await test(*arguments, **named)
+        await asyncio.sleep(0)  # what has just been cancelled ends now
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        assert not left, left
+
+    @functools.wraps(test)
+    def run_test(*arguments: Any, **named: Any) -> None:
+        asyncio.run(run(*arguments, **named))
+
+    return run_test
 
 
 def wait_until(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:

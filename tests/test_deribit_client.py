@@ -29,12 +29,12 @@ from tests.deribit_support import (
     TRADES,
     Ear,
     connected,
-    in_loop,
     name_faults,
     scripted,
     wait_for,
 )
 from tests.exchange_client import exchange
+from tests.support import in_loop
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.session import RENEW_LEAST
 from workers.deribit.connection.socket import Socket

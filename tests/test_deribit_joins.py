@@ -19,14 +19,13 @@ from tests.deribit_support import (
     Collecting,
     Hearer,
     collecting,
-    in_loop,
     make_spec,
     wait_for,
 )
 from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
-from tests.support import wait_until
+from tests.support import in_loop, wait_until
 from workers.deribit.publishing.joins import MAX_WAITING, Joins
 from workers.deribit.publishing.ledger import SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.payloads import Status

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.deribit_support import QUOTE, Collecting, collecting, in_loop, living, wait_for
+from tests.deribit_support import QUOTE, Collecting, collecting, living, wait_for
+from tests.support import in_loop
 from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import SLICE

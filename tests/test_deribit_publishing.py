@@ -14,10 +14,11 @@ from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, Credits
 from collector.messages import ControlError, parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, in_loop, make_spec, wait_for
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, make_spec, wait_for
 from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
+from tests.support import in_loop
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.intake import FIRST_PART, Intake, cut_burst
 from workers.deribit.rpc.codec import DATA_PREFIX

@@ -28,7 +28,6 @@ from tests.deribit_support import (
     Collecting,
     Hearer,
     collecting,
-    in_loop,
     scripted,
     wait_for,
 )
@@ -36,6 +35,7 @@ from tests.faults.exchange import Line
 from tests.faults.life import Healer, Life
 from tests.frames_checker import check_numbering
 from tests.pipeline import Subscriber, short_directory, subscribed
+from tests.support import in_loop
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.rhythm import SECOND

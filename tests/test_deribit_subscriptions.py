@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from collector.lifecycle import Exit
 from collector.limits import MAX_CHANNELS, MAX_FRAME, Credits
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, in_loop, wait_for
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, wait_for
 from tests.exchange_client import exchange, get
+from tests.support import in_loop
 from workers.deribit import Client, ExchangeError
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request

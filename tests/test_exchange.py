@@ -19,7 +19,7 @@ import pytest
 
 from tests.certificate import HAS_OPENSSL, make_certificate, trusted
 from tests.exchange_client import KEYS, Client, connect, exchange, fetch, get
-from tests.support import Program, collector, running
+from tests.support import collector, in_loop, running
 from workers.exchange.exchange import Counts, Exchange, Settings, find_failure
 from workers.exchange.protocol.auth import DEFAULT_KEYS
 
@@ -30,35 +30,31 @@ def url() -> Iterator[str]:
         yield address
 
 
-def test_answers_have_the_envelope_and_its_key_order(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            answer = await client.ask("public/hello", client_name="test", client_version="1")
-            assert list(answer) == ["jsonrpc", "id", "result", "usIn", "usOut", "usDiff", "testnet"]
-            assert answer["result"] == {"version": "1.2.26"}
-            assert answer["usDiff"] == answer["usOut"] - answer["usIn"] > 0
-            assert abs(answer["usIn"] / 1e6 - time.time()) < 60
-            assert answer["testnet"] is False
-            clock = await client.ask("public/get_time")
-            assert abs(clock["result"] / 1e3 - time.time()) < 60
-
-    asyncio.run(act())
+@in_loop
+async def test_answers_have_the_envelope_and_its_key_order(url: str) -> None:
+    async with connect(url) as client:
+        answer = await client.ask("public/hello", client_name="test", client_version="1")
+        assert list(answer) == ["jsonrpc", "id", "result", "usIn", "usOut", "usDiff", "testnet"]
+        assert answer["result"] == {"version": "1.2.26"}
+        assert answer["usDiff"] == answer["usOut"] - answer["usIn"] > 0
+        assert abs(answer["usIn"] / 1e6 - time.time()) < 60
+        assert answer["testnet"] is False
+        clock = await client.ask("public/get_time")
+        assert abs(clock["result"] / 1e3 - time.time()) < 60
 
 
-def test_ids_come_back_as_they_were(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            for number, shown in enumerate((7, "auth_1.0", None)):
-                request: dict[str, Any] = {"jsonrpc": "2.0", "method": "public/test"}
-                await client.send(json.dumps(request if shown is None else {**request, "id": shown}))
-                await client.wait(partial(lambda wanted: len(client.texts) > wanted, number), "an answer")
-            first, second, third = client.messages()
-            assert first["id"] == 7
-            assert second["id"] == "auth_1.0"
-            assert "id" not in third
-            assert third["result"] == {"version": "1.2.26"}
-
-    asyncio.run(act())
+@in_loop
+async def test_ids_come_back_as_they_were(url: str) -> None:
+    async with connect(url) as client:
+        for number, shown in enumerate((7, "auth_1.0", None)):
+            request: dict[str, Any] = {"jsonrpc": "2.0", "method": "public/test"}
+            await client.send(json.dumps(request if shown is None else {**request, "id": shown}))
+            await client.wait(partial(lambda wanted: len(client.texts) > wanted, number), "an answer")
+        first, second, third = client.messages()
+        assert first["id"] == 7
+        assert second["id"] == "auth_1.0"
+        assert "id" not in third
+        assert third["result"] == {"version": "1.2.26"}
 
 
 ERRORS = [
@@ -89,16 +85,14 @@ ERRORS = [
 
 
 @pytest.mark.parametrize(("method", "params", "error"), ERRORS)
-def test_errors_have_deribits_codes_words_and_key_order(
+@in_loop
+async def test_errors_have_deribits_codes_words_and_key_order(
     url: str, method: str, params: dict[str, Any], error: dict[str, Any]
 ) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            answer = await client.ask(method, params)
-            assert json.dumps(answer["error"]) == json.dumps(error)
-            assert list(answer) == ["jsonrpc", "id", "error", "usIn", "usOut", "usDiff", "testnet"]
-
-    asyncio.run(act())
+    async with connect(url) as client:
+        answer = await client.ask(method, params)
+        assert json.dumps(answer["error"]) == json.dumps(error)
+        assert list(answer) == ["jsonrpc", "id", "error", "usIn", "usOut", "usDiff", "testnet"]
 
 
 HUGE = "9" * 400
@@ -116,14 +110,12 @@ ODD_NUMBERS = [
 
 
 @pytest.mark.parametrize(("method", "params", "name"), ODD_NUMBERS)
-def test_numbers_that_cannot_be_are_refused(url: str, method: str, params: dict[str, Any], name: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            await client.log_in()
-            error = (await client.ask(method, params))["error"]
-            assert (error["code"], error["data"]["param"]) == (-32602, name)
-
-    asyncio.run(act())
+@in_loop
+async def test_numbers_that_cannot_be_are_refused(url: str, method: str, params: dict[str, Any], name: str) -> None:
+    async with connect(url) as client:
+        await client.log_in()
+        error = (await client.ask(method, params))["error"]
+        assert (error["code"], error["data"]["param"]) == (-32602, name)
 
 
 def test_lives_and_times_of_odd_spelling_are_no_error(url: str) -> None:
@@ -135,117 +127,106 @@ def test_lives_and_times_of_odd_spelling_are_no_error(url: str) -> None:
         assert get(url, LAST, **named, **odd)[1]["result"] == everything[1]["result"]
 
 
-def test_text_that_is_no_json_and_frames_that_are_too_big_leave_the_socket_open(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            await client.send("hello {")
-            await client.wait(lambda: client.texts, "the error")
-            body = client.messages()[0]
-            assert body["error"] == {"code": 11050, "data": "invalid json", "message": "bad_request"}
-            assert "id" not in body
-            await client.send(
-                json.dumps({"jsonrpc": "2.0", "id": 1, "method": "public/test", "params": {"x": "y" * 33_000}})
-            )
-            await client.wait(lambda: len(client.texts) > 1, "the refusal")
-            assert client.messages()[1]["error"] == {"code": -32600, "message": "request entity too large"}
-            assert "id" not in client.messages()[1]
-            for odd in ("[]", "5", '{"id":9}', '{"id":9,"method":"public/test","params":[1]}', "[" * 30_000):
-                await client.send(odd)
-            assert (await client.ask("public/test"))["result"] == {"version": "1.2.26"}
-            assert client.closed is None
-
-    asyncio.run(act())
+@in_loop
+async def test_text_that_is_no_json_and_frames_that_are_too_big_leave_the_socket_open(url: str) -> None:
+    async with connect(url) as client:
+        await client.send("hello {")
+        await client.wait(lambda: client.texts, "the error")
+        body = client.messages()[0]
+        assert body["error"] == {"code": 11050, "data": "invalid json", "message": "bad_request"}
+        assert "id" not in body
+        await client.send(
+            json.dumps({"jsonrpc": "2.0", "id": 1, "method": "public/test", "params": {"x": "y" * 33_000}})
+        )
+        await client.wait(lambda: len(client.texts) > 1, "the refusal")
+        assert client.messages()[1]["error"] == {"code": -32600, "message": "request entity too large"}
+        assert "id" not in client.messages()[1]
+        for odd in ("[]", "5", '{"id":9}', '{"id":9,"method":"public/test","params":[1]}', "[" * 30_000):
+            await client.send(odd)
+        assert (await client.ask("public/test"))["result"] == {"version": "1.2.26"}
+        assert client.closed is None
 
 
-def test_the_ack_lists_what_is_subscribed_in_descending_order_and_comes_first(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            asked = ["book.BTC_USDC-PERPETUAL.100ms", "book.NOPE.100ms", "ticker.BTC-PERPETUAL.100ms"]
-            asked += ["book.ETH-PERPETUAL.100ms", "book.BTC-PERPETUAL.50ms", "book.BTC-PERPETUAL.none.50.100ms"]
-            answer = await client.ask("public/subscribe", channels=asked)
-            wanted = ["ticker.BTC-PERPETUAL.100ms", "book.ETH-PERPETUAL.100ms", "book.BTC_USDC-PERPETUAL.100ms"]
-            assert answer["result"] == wanted
-            assert client.messages()[0]["id"] == answer["id"]
-            for channel in wanted:
-                await client.wait_data(channel)
-            firsts = [m["params"]["channel"] for m in client.messages()[1:4]]
-            assert firsts == wanted
-            assert (await client.ask("public/subscribe", channels=["book.NOPE.raw2", "nonsense"]))["result"] == []
-
-    asyncio.run(act())
+@in_loop
+async def test_the_ack_lists_what_is_subscribed_in_descending_order_and_comes_first(url: str) -> None:
+    async with connect(url) as client:
+        asked = ["book.BTC_USDC-PERPETUAL.100ms", "book.NOPE.100ms", "ticker.BTC-PERPETUAL.100ms"]
+        asked += ["book.ETH-PERPETUAL.100ms", "book.BTC-PERPETUAL.50ms", "book.BTC-PERPETUAL.none.50.100ms"]
+        answer = await client.ask("public/subscribe", channels=asked)
+        wanted = ["ticker.BTC-PERPETUAL.100ms", "book.ETH-PERPETUAL.100ms", "book.BTC_USDC-PERPETUAL.100ms"]
+        assert answer["result"] == wanted
+        assert client.messages()[0]["id"] == answer["id"]
+        for channel in wanted:
+            await client.wait_data(channel)
+        firsts = [m["params"]["channel"] for m in client.messages()[1:4]]
+        assert firsts == wanted
+        assert (await client.ask("public/subscribe", channels=["book.NOPE.raw2", "nonsense"]))["result"] == []
 
 
-def test_a_duplicate_is_acked_without_a_second_snapshot_and_a_new_subscription_has_one(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            channel = "book.BTC-PERPETUAL.100ms"
-            await client.ask("public/subscribe", channels=[channel])
-            await client.wait_data(channel, 2)
-            again = await client.ask("public/subscribe", channels=[channel])
-            assert again["result"] == [channel]
-            await client.wait_data(channel, len(client.data(channel)) + 2)
-            assert [data["type"] for data in client.data(channel)].count("snapshot") == 1
-            dropped = await client.ask("public/unsubscribe", channels=[channel, "quote.BTC-PERPETUAL"])
-            assert dropped["result"] == [channel]
-            count = len(client.data(channel))
-            await client.ask("public/subscribe", channels=[channel])
-            fresh = await client.wait_data(channel, count + 2)
-            assert fresh[count]["type"] == "snapshot"
-            assert fresh[count + 1]["prev_change_id"] == fresh[count]["change_id"]
-
-    asyncio.run(act())
+@in_loop
+async def test_a_duplicate_is_acked_without_a_second_snapshot_and_a_new_subscription_has_one(url: str) -> None:
+    async with connect(url) as client:
+        channel = "book.BTC-PERPETUAL.100ms"
+        await client.ask("public/subscribe", channels=[channel])
+        await client.wait_data(channel, 2)
+        again = await client.ask("public/subscribe", channels=[channel])
+        assert again["result"] == [channel]
+        await client.wait_data(channel, len(client.data(channel)) + 2)
+        assert [data["type"] for data in client.data(channel)].count("snapshot") == 1
+        dropped = await client.ask("public/unsubscribe", channels=[channel, "quote.BTC-PERPETUAL"])
+        assert dropped["result"] == [channel]
+        count = len(client.data(channel))
+        await client.ask("public/subscribe", channels=[channel])
+        fresh = await client.wait_data(channel, count + 2)
+        assert fresh[count]["type"] == "snapshot"
+        assert fresh[count + 1]["prev_change_id"] == fresh[count]["change_id"]
 
 
-def test_raw_is_for_logged_in_sockets_and_users_channels_only_by_private_subscribe(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            channels = ["book.BTC-PERPETUAL.raw", "user.portfolio.BTC"]
-            refused = await client.ask("private/subscribe", channels=channels)
-            assert refused["error"]["code"] == 13009
-            await client.log_in()
-            public = await client.ask("public/subscribe", channels=channels)
-            assert public["result"] == ["book.BTC-PERPETUAL.raw"]
-            private = await client.ask("private/subscribe", channels=channels, label="mine" * 10)
-            assert private["result"] == ["user.portfolio.BTC", "book.BTC-PERPETUAL.raw"]
-            await client.wait_data("user.portfolio.BTC")
-            labels = [m["params"].get("label") for m in client.messages() if m.get("method") == "subscription"]
-            assert {label for label in labels if label} == {("mine" * 10)[:16]}
-            assert (await client.ask("public/unsubscribe_all"))["result"] == "ok"
-
-    asyncio.run(act())
+@in_loop
+async def test_raw_is_for_logged_in_sockets_and_users_channels_only_by_private_subscribe(url: str) -> None:
+    async with connect(url) as client:
+        channels = ["book.BTC-PERPETUAL.raw", "user.portfolio.BTC"]
+        refused = await client.ask("private/subscribe", channels=channels)
+        assert refused["error"]["code"] == 13009
+        await client.log_in()
+        public = await client.ask("public/subscribe", channels=channels)
+        assert public["result"] == ["book.BTC-PERPETUAL.raw"]
+        private = await client.ask("private/subscribe", channels=channels, label="mine" * 10)
+        assert private["result"] == ["user.portfolio.BTC", "book.BTC-PERPETUAL.raw"]
+        await client.wait_data("user.portfolio.BTC")
+        labels = [m["params"].get("label") for m in client.messages() if m.get("method") == "subscription"]
+        assert {label for label in labels if label} == {("mine" * 10)[:16]}
+        assert (await client.ask("public/unsubscribe_all"))["result"] == "ok"
 
 
 def sign(secret: str, timestamp: int, nonce: str, data: str = "") -> str:
     return hmac.new(secret.encode(), f"{timestamp}\n{nonce}\n{data}".encode(), hashlib.sha256).hexdigest()
 
 
-def test_signed_logins_are_checked_and_nonces_count_once(url: str) -> None:
+@in_loop
+async def test_signed_logins_are_checked_and_nonces_count_once(url: str) -> None:
     assert sign("AMANDASECRECT", 1576074319000, "1iqt2wls").startswith("56590594f97921b09b18f166befe0d13")
-
-    async def act() -> None:
-        async with connect(url) as client:
-            now = int(time.time() * 1000)
-            params = {"grant_type": "client_signature", "client_id": "practice", "timestamp": now, "nonce": f"n{now}"}
-            good = {
-                **params,
-                "signature": sign("practice", now, f"n{now}", "x"),
-                "data": "x",
-                "state": "s",
-                "scope": "session:a",
-            }
-            result = (await client.ask("public/auth", good))["result"]
-            assert result["state"] == "s"
-            assert "session:a" in result["scope"].split()
-            assert result["token_type"] == "bearer"
-            assert result["expires_in"] == 31_536_000
-            assert int(result["access_token"].split(".")[0]) > now + 31_535_000_000
-            assert (await client.ask("public/auth", good))["error"]["code"] == 13009
-            bad = {**params, "signature": sign("wrong", now, "m"), "nonce": "m"}
-            assert (await client.ask("public/auth", bad))["error"]["code"] == 13004
-            old = {**params, "timestamp": now - 61_000, "nonce": "o", "signature": sign("practice", now - 61_000, "o")}
-            assert (await client.ask("public/auth", old))["error"]["code"] == 13009
-
-    asyncio.run(act())
+    async with connect(url) as client:
+        now = int(time.time() * 1000)
+        params = {"grant_type": "client_signature", "client_id": "practice", "timestamp": now, "nonce": f"n{now}"}
+        good = {
+            **params,
+            "signature": sign("practice", now, f"n{now}", "x"),
+            "data": "x",
+            "state": "s",
+            "scope": "session:a",
+        }
+        result = (await client.ask("public/auth", good))["result"]
+        assert result["state"] == "s"
+        assert "session:a" in result["scope"].split()
+        assert result["token_type"] == "bearer"
+        assert result["expires_in"] == 31_536_000
+        assert int(result["access_token"].split(".")[0]) > now + 31_535_000_000
+        assert (await client.ask("public/auth", good))["error"]["code"] == 13009
+        bad = {**params, "signature": sign("wrong", now, "m"), "nonce": "m"}
+        assert (await client.ask("public/auth", bad))["error"]["code"] == 13004
+        old = {**params, "timestamp": now - 61_000, "nonce": "o", "signature": sign("practice", now - 61_000, "o")}
+        assert (await client.ask("public/auth", old))["error"]["code"] == 13009
 
 
 def test_http_takes_logins_by_header(url: str) -> None:
@@ -275,23 +256,21 @@ def test_http_takes_logins_by_header(url: str) -> None:
     assert ask(target, "deri-hmac-sha256 id=practice") == -32602
 
 
-def test_tokens_renew_and_belong_to_their_connection_unless_they_have_a_session(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client, connect(url) as other:
-            own = await client.log_in()
-            foreign = await other.ask("private/get_positions", access_token=own["access_token"])
-            assert foreign["error"] == {"code": 13009, "data": {"reason": "invalid_token"}, "message": "unauthorized"}
-            renewed = (await client.ask("public/auth", grant_type="refresh_token", refresh_token=own["refresh_token"]))[
-                "result"
-            ]
-            assert renewed["access_token"] != own["access_token"]
-            spent = await client.ask("private/get_positions", access_token=own["access_token"])
-            assert spent["error"]["code"] == 13009
-            shared = (await client.ask("public/auth", {**KEYS, "scope": "session:both trade:read"}))["result"]
-            assert set(shared["scope"].split()) == {"session:both", "trade:read", "mainaccount"}
-            assert "result" in await other.ask("private/get_positions", access_token=shared["access_token"])
-
-    asyncio.run(act())
+@in_loop
+async def test_tokens_renew_and_belong_to_their_connection_unless_they_have_a_session(url: str) -> None:
+    async with connect(url) as client, connect(url) as other:
+        own = await client.log_in()
+        foreign = await other.ask("private/get_positions", access_token=own["access_token"])
+        assert foreign["error"] == {"code": 13009, "data": {"reason": "invalid_token"}, "message": "unauthorized"}
+        renewed = (await client.ask("public/auth", grant_type="refresh_token", refresh_token=own["refresh_token"]))[
+            "result"
+        ]
+        assert renewed["access_token"] != own["access_token"]
+        spent = await client.ask("private/get_positions", access_token=own["access_token"])
+        assert spent["error"]["code"] == 13009
+        shared = (await client.ask("public/auth", {**KEYS, "scope": "session:both trade:read"}))["result"]
+        assert set(shared["scope"].split()) == {"session:both", "trade:read", "mainaccount"}
+        assert "result" in await other.ask("private/get_positions", access_token=shared["access_token"])
 
 
 def test_what_clients_make_up_is_not_remembered_without_end() -> None:
@@ -306,7 +285,8 @@ def test_what_clients_make_up_is_not_remembered_without_end() -> None:
     assert all(0 < len(each) <= 10_001 for each in kept)
 
 
-def test_the_account_orders_and_cancel_on_disconnect(url: str) -> None:
+@in_loop
+async def test_the_account_orders_and_cancel_on_disconnect(url: str) -> None:
     async def place(client: Client) -> str:
         order = (await client.ask("private/buy", instrument_name="BTC-PERPETUAL", amount=10, label="l", price=100.5))[
             "result"
@@ -314,100 +294,88 @@ def test_the_account_orders_and_cancel_on_disconnect(url: str) -> None:
         identity: str = order["order"]["order_id"]
         return identity
 
-    async def act() -> None:
-        async with connect(url) as watcher:
-            await watcher.log_in()
-            summary = (await watcher.ask("private/get_account_summary", currency="BTC"))["result"]
-            assert summary["limits"]["non_matching_engine"] == {"rate": 20, "burst": 100}
-            await watcher.ask("private/subscribe", channels=["user.orders.any.any.raw"])
-            async with connect(url) as trader:
-                await trader.log_in()
-                kept = await place(trader)
-                await trader.ask("private/cancel", order_id=kept)
-                assert (await trader.ask("private/cancel", order_id=kept))["error"]["code"] == 11044
-                assert (await trader.ask("private/enable_cancel_on_disconnect"))["result"] == "ok"
-                state = await trader.ask("private/get_cancel_on_disconnect")
-                assert state["result"] == {"scope": "connection", "enabled": True}
-                resting = await place(trader)
-            await watcher.wait(
-                lambda: any(
-                    order["order_id"] == resting and order["order_state"] == "cancelled"
-                    for order in watcher.data("user.orders.any.any.raw")
-                ),
-                "the cancelled order",
-            )
-            async with connect(url) as leaver:
-                await leaver.log_in()
-                await leaver.ask("private/enable_cancel_on_disconnect")
-                staying = await place(leaver)
-                await leaver.send('{"jsonrpc":"2.0","id":99,"method":"private/logout","params":{}}')
-                await leaver.wait(lambda: leaver.closed, "the end")
-                assert not [m for m in leaver.messages() if m.get("id") == 99]
-            orders = (await watcher.ask("private/get_open_orders"))["result"]
-            assert [order["order_id"] for order in orders] == [staying]
-            assert (await watcher.ask("private/cancel_all"))["result"] == 1
-
-    asyncio.run(act())
+    async with connect(url) as watcher:
+        await watcher.log_in()
+        summary = (await watcher.ask("private/get_account_summary", currency="BTC"))["result"]
+        assert summary["limits"]["non_matching_engine"] == {"rate": 20, "burst": 100}
+        await watcher.ask("private/subscribe", channels=["user.orders.any.any.raw"])
+        async with connect(url) as trader:
+            await trader.log_in()
+            kept = await place(trader)
+            await trader.ask("private/cancel", order_id=kept)
+            assert (await trader.ask("private/cancel", order_id=kept))["error"]["code"] == 11044
+            assert (await trader.ask("private/enable_cancel_on_disconnect"))["result"] == "ok"
+            state = await trader.ask("private/get_cancel_on_disconnect")
+            assert state["result"] == {"scope": "connection", "enabled": True}
+            resting = await place(trader)
+        await watcher.wait(
+            lambda: any(
+                order["order_id"] == resting and order["order_state"] == "cancelled"
+                for order in watcher.data("user.orders.any.any.raw")
+            ),
+            "the cancelled order",
+        )
+        async with connect(url) as leaver:
+            await leaver.log_in()
+            await leaver.ask("private/enable_cancel_on_disconnect")
+            staying = await place(leaver)
+            await leaver.send('{"jsonrpc":"2.0","id":99,"method":"private/logout","params":{}}')
+            await leaver.wait(lambda: leaver.closed, "the end")
+            assert not [m for m in leaver.messages() if m.get("id") == 99]
+        orders = (await watcher.ask("private/get_open_orders"))["result"]
+        assert [order["order_id"] for order in orders] == [staying]
+        assert (await watcher.ask("private/cancel_all"))["result"] == 1
 
 
-def test_a_login_over_the_environments_keys() -> None:
+@in_loop
+async def test_a_login_over_the_environments_keys() -> None:
     with exchange(env={"PRACTICE_KEYS": "me:hidden"}) as (url, _):
-
-        async def act() -> None:
-            async with connect(url) as client:
-                own = {**KEYS, "client_id": "me", "client_secret": "hidden"}
-                assert "result" in await client.ask("public/auth", own)
-                assert (await client.ask("public/auth", KEYS))["error"]["code"] == 13004
-
-        asyncio.run(act())
-
-
-def test_requests_of_one_socket_are_carried_out_in_order(url: str) -> None:
-    async def act() -> None:
         async with connect(url) as client:
-            calls = [("public/auth", KEYS), ("private/subscribe", {"channels": ["book.BTC-PERPETUAL.raw"]})]
-            calls += [("public/test", {})] * 5
-            for number, (method, params) in enumerate(calls):
-                body = {"jsonrpc": "2.0", "id": str(number), "method": method, "params": params}
-                await client.send(json.dumps(body))
-            await client.wait(lambda: len([m for m in client.messages() if "id" in m]) == len(calls), "all answers")
-            assert [m["id"] for m in client.messages() if "id" in m] == [str(n) for n in range(len(calls))]
-
-    asyncio.run(act())
+            own = {**KEYS, "client_id": "me", "client_secret": "hidden"}
+            assert "result" in await client.ask("public/auth", own)
+            assert (await client.ask("public/auth", KEYS))["error"]["code"] == 13004
 
 
-def test_the_credits_run_out_with_10028_and_the_socket_is_cut(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as client:
-            body = {"jsonrpc": "2.0", "id": 5, "method": "public/subscribe", "params": {"channels": ["announcements"]}}
-            for _ in range(20):
-                await client.send(json.dumps(body))
-            await client.wait(lambda: client.closed, "the cut")
-            answers = client.messages()
-            assert answers[-1]["error"] == {"code": 10028, "message": "too_many_requests"}
-            earned = (answers[-1]["usIn"] - answers[0]["usIn"]) / 300_000  # 10,000 credits a second; a call costs 3,000
-            assert 10 <= len([a for a in answers if "result" in a]) <= 11 + earned
-
-    asyncio.run(act())
+@in_loop
+async def test_requests_of_one_socket_are_carried_out_in_order(url: str) -> None:
+    async with connect(url) as client:
+        calls = [("public/auth", KEYS), ("private/subscribe", {"channels": ["book.BTC-PERPETUAL.raw"]})]
+        calls += [("public/test", {})] * 5
+        for number, (method, params) in enumerate(calls):
+            body = {"jsonrpc": "2.0", "id": str(number), "method": method, "params": params}
+            await client.send(json.dumps(body))
+        await client.wait(lambda: len([m for m in client.messages() if "id" in m]) == len(calls), "all answers")
+        assert [m["id"] for m in client.messages() if "id" in m] == [str(n) for n in range(len(calls))]
 
 
-def test_the_33rd_connection_gets_429() -> None:
+@in_loop
+async def test_the_credits_run_out_with_10028_and_the_socket_is_cut(url: str) -> None:
+    async with connect(url) as client:
+        body = {"jsonrpc": "2.0", "id": 5, "method": "public/subscribe", "params": {"channels": ["announcements"]}}
+        for _ in range(20):
+            await client.send(json.dumps(body))
+        await client.wait(lambda: client.closed, "the cut")
+        answers = client.messages()
+        assert answers[-1]["error"] == {"code": 10028, "message": "too_many_requests"}
+        earned = (answers[-1]["usIn"] - answers[0]["usIn"]) / 300_000  # 10,000 credits a second; a call costs 3,000
+        assert 10 <= len([a for a in answers if "result" in a]) <= 11 + earned
+
+
+@in_loop
+async def test_the_33rd_connection_gets_429() -> None:
     with exchange() as (url, _):
-
-        async def act() -> None:
-            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-                sockets = [await session.ws_connect(url) for _ in range(32)]
-                with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
-                    await session.ws_connect(url)
-                assert refused.value.status == 429
-                for socket in sockets:
-                    await socket.close()
-                assert await (await session.ws_connect(url)).close()
-
-        asyncio.run(act())
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            sockets = [await session.ws_connect(url) for _ in range(32)]
+            with pytest.raises(aiohttp.WSServerHandshakeError) as refused:
+                await session.ws_connect(url)
+            assert refused.value.status == 429
+            for socket in sockets:
+                await socket.close()
+            assert await (await session.ws_connect(url)).close()
 
 
-def test_the_limit_holds_also_for_upgrades_that_come_at_once_and_for_each_address() -> None:
+@in_loop
+async def test_the_limit_holds_also_for_upgrades_that_come_at_once_and_for_each_address() -> None:
     with exchange("--faults", "connections:3") as (url, _):
 
         async def open_one(session: aiohttp.ClientSession) -> int:
@@ -417,32 +385,26 @@ def test_the_limit_holds_also_for_upgrades_that_come_at_once_and_for_each_addres
                 return error.status
             return 0
 
-        async def act() -> None:
-            connector = aiohttp.TCPConnector(limit=0)
-            async with aiohttp.ClientSession(connector=connector) as session:
-                seen = await asyncio.gather(*(open_one(session) for _ in range(9)))
-                assert sorted(seen) == [0, 0, 0, 429, 429, 429, 429, 429, 429]
-                other = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
-                async with aiohttp.ClientSession(connector=other) as elsewhere:
-                    assert await open_one(elsewhere) == 0
-
-        asyncio.run(act())
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as session:
+            seen = await asyncio.gather(*(open_one(session) for _ in range(9)))
+            assert sorted(seen) == [0, 0, 0, 429, 429, 429, 429, 429, 429]
+            other = aiohttp.TCPConnector(local_addr=("127.0.0.2", 0))
+            async with aiohttp.ClientSession(connector=other) as elsewhere:
+                assert await open_one(elsewhere) == 0
 
 
-def test_who_does_not_become_a_websocket_was_no_connection(tmp_path: Path) -> None:
+@in_loop
+async def test_who_does_not_become_a_websocket_was_no_connection(tmp_path: Path) -> None:
     told = tmp_path / "oracle.jsonl"
     with exchange("--oracle", str(told)) as (url, program):
-
-        async def act() -> None:
-            async with aiohttp.ClientSession() as session:
-                async with session.get(url.replace("ws", "http", 1)) as answer:
-                    assert answer.status == 400
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(session.ws_connect(f"{url}?faults=slow_open:1"), 0.2)
-                async with session.ws_connect(f"{url}?faults=slow_open:2"):
-                    pass
-
-        asyncio.run(act())
+        async with aiohttp.ClientSession() as session:
+            async with session.get(url.replace("ws", "http", 1)) as answer:
+                assert answer.status == 400
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(session.ws_connect(f"{url}?faults=slow_open:1"), 0.2)
+            async with session.ws_connect(f"{url}?faults=slow_open:2"):
+                pass
         program.process.send_signal(signal.SIGTERM)
         assert program.wait_exit() == 0
         assert program.err == []
@@ -450,63 +412,57 @@ def test_who_does_not_become_a_websocket_was_no_connection(tmp_path: Path) -> No
         assert [e["connection"] for e in events if e["event"] in ("opened", "ended")] == [1, 1]
 
 
-def test_heartbeats_follow_deribits_rhythm_and_silence_is_closed_with_4000(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "heartbeat_floor:0.2") as client:
-            assert (await client.ask("public/set_heartbeat", interval=0.1))["error"]["code"] == -32602
-            assert (await client.ask("public/set_heartbeat", interval=0.5))["result"] == "ok"
-            wanted = '{"params":{"type":"test_request"},"method":"heartbeat","jsonrpc":"2.0"}'
-            await client.wait(lambda: wanted in client.texts, "a test_request")
-            assert (
-                '{"params":{"type":"heartbeat"},"method":"heartbeat","jsonrpc":"2.0"}' in client.texts
-                or await client.wait(
-                    lambda: any('"type":"heartbeat"' in text for text in client.texts), "a heartbeat beside it"
-                )
+@in_loop
+async def test_heartbeats_follow_deribits_rhythm_and_silence_is_closed_with_4000(url: str) -> None:
+    async with connect(url, "heartbeat_floor:0.2") as client:
+        assert (await client.ask("public/set_heartbeat", interval=0.1))["error"]["code"] == -32602
+        assert (await client.ask("public/set_heartbeat", interval=0.5))["result"] == "ok"
+        wanted = '{"params":{"type":"test_request"},"method":"heartbeat","jsonrpc":"2.0"}'
+        await client.wait(lambda: wanted in client.texts, "a test_request")
+        assert (
+            '{"params":{"type":"heartbeat"},"method":"heartbeat","jsonrpc":"2.0"}' in client.texts
+            or await client.wait(
+                lambda: any('"type":"heartbeat"' in text for text in client.texts), "a heartbeat beside it"
             )
-            for round_number in (2, 3, 4):
-                assert "result" in await client.ask("public/test")
-                await client.wait(partial(lambda n: client.texts.count(wanted) >= n, round_number), "the next one")
-            assert client.closed is None
-            await client.wait(lambda: client.closed, "the close")
-            assert client.closed == (4000, "heartbeat close")
+        )
+        for round_number in (2, 3, 4):
+            assert "result" in await client.ask("public/test")
+            await client.wait(partial(lambda n: client.texts.count(wanted) >= n, round_number), "the next one")
+        assert client.closed is None
+        await client.wait(lambda: client.closed, "the close")
+        assert client.closed == (4000, "heartbeat close")
 
-        async with connect(url) as client:
-            assert (await client.ask("public/set_heartbeat", interval=9.9))["error"]["code"] == -32602
-            assert (await client.ask("public/set_heartbeat", interval=10))["result"] == "ok"
-            assert (await client.ask("public/disable_heartbeat"))["result"] == "ok"
-
-    asyncio.run(act())
-
-
-def test_an_idle_socket_is_dropped_without_a_close_frame_but_not_a_subscribed_one(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "idle:2") as quiet, connect(url, "idle:2") as listening:
-            await listening.ask("public/subscribe", channels=["announcements"])
-            await quiet.wait(lambda: quiet.closed, "the drop")
-            assert quiet.closed is not None
-            assert quiet.closed[0] in (1006, None)
-            assert "result" in await listening.ask("public/test")
-
-    asyncio.run(act())
+    async with connect(url) as client:
+        assert (await client.ask("public/set_heartbeat", interval=9.9))["error"]["code"] == -32602
+        assert (await client.ask("public/set_heartbeat", interval=10))["result"] == "ok"
+        assert (await client.ask("public/disable_heartbeat"))["result"] == "ok"
 
 
-def test_pings_are_answered_and_deflate_is_offered_if_asked(url: str) -> None:
-    async def act() -> None:
-        async with aiohttp.ClientSession() as session:
-            async with session.ws_connect(url, compress=15) as socket:
-                assert socket.compress
-                await socket.send_str(
-                    '{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["quote.BTC-PERPETUAL"]}}'
-                )
-                for _ in range(10):
-                    assert (await socket.receive(timeout=10)).type is aiohttp.WSMsgType.TEXT
-            async with session.ws_connect(url, autoping=False) as socket:
-                assert not socket.compress
-                await socket.ping(b"x")
-                pong = await socket.receive(timeout=10)
-                assert (pong.type, pong.data) == (aiohttp.WSMsgType.PONG, b"x")
+@in_loop
+async def test_an_idle_socket_is_dropped_without_a_close_frame_but_not_a_subscribed_one(url: str) -> None:
+    async with connect(url, "idle:2") as quiet, connect(url, "idle:2") as listening:
+        await listening.ask("public/subscribe", channels=["announcements"])
+        await quiet.wait(lambda: quiet.closed, "the drop")
+        assert quiet.closed is not None
+        assert quiet.closed[0] in (1006, None)
+        assert "result" in await listening.ask("public/test")
 
-    asyncio.run(act())
+
+@in_loop
+async def test_pings_are_answered_and_deflate_is_offered_if_asked(url: str) -> None:
+    async with aiohttp.ClientSession() as session:
+        async with session.ws_connect(url, compress=15) as socket:
+            assert socket.compress
+            await socket.send_str(
+                '{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["quote.BTC-PERPETUAL"]}}'
+            )
+            for _ in range(10):
+                assert (await socket.receive(timeout=10)).type is aiohttp.WSMsgType.TEXT
+        async with session.ws_connect(url, autoping=False) as socket:
+            assert not socket.compress
+            await socket.ping(b"x")
+            pong = await socket.receive(timeout=10)
+            assert (pong.type, pong.data) == (aiohttp.WSMsgType.PONG, b"x")
 
 
 HTTP_ERRORS = [
@@ -573,17 +529,14 @@ def test_http_answers_the_other_questions(url: str) -> None:
     assert all(len(combo["legs"]) == 2 for combo in combos)
 
 
-def test_trades_are_paged_by_sequence_time_and_currency() -> None:
+@in_loop
+async def test_trades_are_paged_by_sequence_time_and_currency() -> None:
     with exchange("--rate", "2000") as (url, _):
-
-        async def collect() -> list[dict[str, Any]]:
-            async with connect(url) as client:
-                channel = "trades.BTC-PERPETUAL.100ms"
-                await client.ask("public/subscribe", channels=[channel])
-                await client.wait(lambda: sum(map(len, client.data(channel))) >= 30, "30 trades")
-                return [trade for data in client.data(channel) for trade in data]
-
-        trades = asyncio.run(collect())
+        async with connect(url) as client:
+            channel = "trades.BTC-PERPETUAL.100ms"
+            await client.ask("public/subscribe", channels=[channel])
+            await client.wait(lambda: sum(map(len, client.data(channel))) >= 30, "30 trades")
+            trades = [trade for data in client.data(channel) for trade in data]
         first, last = trades[0]["trade_seq"], trades[-1]["trade_seq"]
         assert [trade["trade_seq"] for trade in trades] == list(range(first, last + 1))
         named = {"instrument_name": "BTC-PERPETUAL", "start_seq": first, "end_seq": last}
@@ -611,34 +564,31 @@ def test_trades_are_paged_by_sequence_time_and_currency() -> None:
 
 
 @pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
-def test_tls_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
+@in_loop
+async def test_tls_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
     own = make_certificate(tmp_path)
     with exchange("--certificate", own) as (url, _), trusted(own):
         assert url.startswith("wss://")
         assert get(url, "public/get_time")[0] == 200
-
-        async def act() -> None:
-            async with connect(url) as client:
-                await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
-                await client.wait_data("book.BTC-PERPETUAL.100ms", 3)
-
-        asyncio.run(act())
+        async with connect(url) as client:
+            await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
+            await client.wait_data("book.BTC-PERPETUAL.100ms", 3)
 
 
-def test_the_command_ends_in_order_and_refuses_what_it_does_not_know() -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with exchange() as (url, program):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@in_loop
+async def test_the_command_ends_in_order(number: signal.Signals) -> None:
+    with exchange() as (url, program):
+        async with connect(url) as client:
+            await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
+            program.process.send_signal(number)
+            await client.wait(lambda: client.closed, "the close")
+            assert client.closed == (1001, "the exchange stops")
+        assert program.wait_exit() == 0
+        assert program.err == []
 
-            async def act(url: str = url, program: Program = program, number: int = number) -> None:
-                async with connect(url) as client:
-                    await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
-                    program.process.send_signal(number)
-                    await client.wait(lambda: client.closed, "the close")
-                    assert client.closed == (1001, "the exchange stops")
 
-            asyncio.run(act())
-            assert program.wait_exit() == 0
-            assert program.err == []
+def test_a_port_that_is_taken_is_refused() -> None:
     with exchange() as (url, _), running(*collector("exchange", "--port", url.split(":")[2].split("/")[0])) as second:
         assert second.wait_exit() == 1
         assert "address already in use" in second.text()
@@ -663,13 +613,10 @@ def test_what_it_cannot_run_with_is_refused_in_words(option: str, value: str, co
         assert "Traceback" not in program.text()
 
 
-def test_a_connection_that_names_no_fault_is_refused_and_logged() -> None:
+@in_loop
+async def test_a_connection_that_names_no_fault_is_refused_and_logged() -> None:
     with exchange() as (url, program):
-
-        async def act() -> None:
-            with pytest.raises(aiohttp.WSServerHandshakeError, match="400"):
-                async with connect(url, "gapp:3"):
-                    pass
-
-        asyncio.run(act())
+        with pytest.raises(aiohttp.WSServerHandshakeError, match="400"):
+            async with connect(url, "gapp:3"):
+                pass
         program.wait_line("a connection refused: no fault 'gapp'", stream="err")

@@ -16,7 +16,7 @@ import pytest
 
 from collector.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
 from tests.exchange_client import KEYS, Client, apply_book, connect, exchange, get
-from tests.support import collector, running, wait_until
+from tests.support import collector, in_loop, running, wait_until
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.exchange import Exchange, Settings
@@ -84,19 +84,16 @@ def test_the_table_is_printed_and_every_default_can_be_read() -> None:
         ("refuse:99", "write 200 to 599"), ("gap:5@nan", "the form gap:RATE@TIMES"), ("lag:8@-1", "the form lag:"),
     ],
 )  # fmt: skip
-def test_faults_that_cannot_be_read_are_refused_in_one_line(url: str, text: str, words: str) -> None:
+@in_loop
+async def test_faults_that_cannot_be_read_are_refused_in_one_line(url: str, text: str, words: str) -> None:
     with pytest.raises(ValueError, match="fault") as refused:
         parse_faults(text)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
-
-    async def act() -> None:
-        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
-            async with connect(url, text):
-                pass
-        assert error.value.status == 400
-
-    asyncio.run(act())
+    with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+        async with connect(url, text):
+            pass
+    assert error.value.status == 400
 
 
 @pytest.mark.parametrize("option", ["--rate", "--speed"])
@@ -107,125 +104,108 @@ def test_a_pace_without_end_is_refused(option: str) -> None:
 
 
 @pytest.mark.parametrize(("faults", "status"), [("refuse", 503), ("refuse:403", 403), ("429", 429)])
-def test_the_upgrade_is_refused(url: str, faults: str, status: int) -> None:
-    async def act() -> None:
-        with pytest.raises(aiohttp.WSServerHandshakeError) as error:
-            async with connect(url, faults):
-                pass
-        assert error.value.status == status
-
-    asyncio.run(act())
+@in_loop
+async def test_the_upgrade_is_refused(url: str, faults: str, status: int) -> None:
+    with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+        async with connect(url, faults):
+            pass
+    assert error.value.status == status
 
 
-def test_a_refusal_is_late_too(url: str) -> None:
-    async def act() -> None:
-        began = time.monotonic()
-        with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
-            async with connect(url, "slow_open:0.5,refuse"):
-                pass
-        assert time.monotonic() - began >= 0.5
-
-    asyncio.run(act())
+@in_loop
+async def test_a_refusal_is_late_too(url: str) -> None:
+    began = time.monotonic()
+    with pytest.raises(aiohttp.WSServerHandshakeError, match="503"):
+        async with connect(url, "slow_open:0.5,refuse"):
+            pass
+    assert time.monotonic() - began >= 0.5
 
 
-def test_first_and_skip_say_which_connections_have_the_faults(url: str) -> None:
-    async def act() -> None:
-        for faults, wanted in (("refuse:418,first:2", [418, 418, 0, 0]), ("refuse:418,skip:1,first:1", [0, 418, 0, 0])):
-            seen = []
-            for _ in wanted:
-                try:
-                    async with connect(url, faults) as client:
-                        await client.ask("public/test")
-                        seen.append(0)
-                except aiohttp.WSServerHandshakeError as error:
-                    seen.append(error.status)
-            assert seen == wanted
-
-    asyncio.run(act())
+@in_loop
+async def test_first_and_skip_say_which_connections_have_the_faults(url: str) -> None:
+    for faults, wanted in (("refuse:418,first:2", [418, 418, 0, 0]), ("refuse:418,skip:1,first:1", [0, 418, 0, 0])):
+        seen = []
+        for _ in wanted:
+            try:
+                async with connect(url, faults) as client:
+                    await client.ask("public/test")
+                    seen.append(0)
+            except aiohttp.WSServerHandshakeError as error:
+                seen.append(error.status)
+        assert seen == wanted
 
 
 @pytest.mark.parametrize(
     ("faults", "code"), [("close:4001@0.2", 4001), ("close:1012@0.2", 1012), ("reset:0.2", 1006), ("drop:0.2", 1006)]
 )
-def test_connections_end_as_asked(url: str, faults: str, code: int) -> None:
-    async def act() -> None:
-        async with connect(url, faults) as client, connect(url) as other:
-            await follow(other)
-            await client.wait(lambda: client.closed, "the end")
-            assert client.closed is not None
-            assert client.closed[0] in (code, None) if code == 1006 else client.closed[0] == code
-            await other.wait_data(BOOK, len(other.data(BOOK)) + 1)
-
-    asyncio.run(act())
+@in_loop
+async def test_connections_end_as_asked(url: str, faults: str, code: int) -> None:
+    async with connect(url, faults) as client, connect(url) as other:
+        await follow(other)
+        await client.wait(lambda: client.closed, "the end")
+        assert client.closed is not None
+        assert client.closed[0] in (code, None) if code == 1006 else client.closed[0] == code
+        await other.wait_data(BOOK, len(other.data(BOOK)) + 1)
 
 
-def test_a_reset_is_a_reset(url: str) -> None:
-    async def act() -> None:
-        host, port = url.split("/")[2].split(":")
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(
-            b"GET /ws/api/v2?faults=reset:0.1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
-        with pytest.raises(ConnectionResetError):
-            await asyncio.wait_for(reader.read(), 10)
-        writer.close()
-
-    asyncio.run(act())
+@in_loop
+async def test_a_reset_is_a_reset(url: str) -> None:
+    host, port = url.split("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"GET /ws/api/v2?faults=reset:0.1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    with pytest.raises(ConnectionResetError):
+        await asyncio.wait_for(reader.read(), 10)
+    writer.close()
 
 
-def test_a_client_has_a_second_to_answer_a_close_frame(url: str) -> None:
+@in_loop
+async def test_a_client_has_a_second_to_answer_a_close_frame(url: str) -> None:
     """Ended at once, with what the client still sends unread, it would be a reset, which can cost the last answers."""
-
-    async def act() -> None:
-        host, port = url.split("/")[2].split(":")
-        began = time.monotonic()
-        reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(
-            b"GET /ws/api/v2?faults=close:4001@0.2 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-            b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
-        reason = b"closed on request"
-        said = struct.pack("!BBH", 0x88, 2 + len(reason), 4001) + reason
-        assert await asyncio.wait_for(reader.read(), 10) == said
-        assert time.monotonic() - began >= 1.2
-        writer.close()
-
-    asyncio.run(act())
+    host, port = url.split("/")[2].split(":")
+    began = time.monotonic()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(
+        b"GET /ws/api/v2?faults=close:4001@0.2 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+    )
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    reason = b"closed on request"
+    said = struct.pack("!BBH", 0x88, 2 + len(reason), 4001) + reason
+    assert await asyncio.wait_for(reader.read(), 10) == said
+    assert time.monotonic() - began >= 1.2
+    writer.close()
 
 
-def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path) -> None:
-    async def act() -> None:
-        async with connect(url) as other, connect(url, "half_open:1.5", autoping=False) as client:
-            await follow(client)
-            await follow(other)
-            await client.wait_data(BOOK, 2)
-            begun = {"event": "silent", "connection": find_connection(oracle, "half_open:1.5")}
-            await other.wait(lambda: read_oracle(oracle, **begun), "the silence to begin")
-            await other.wait_data(BOOK, len(other.data(BOOK)) + 2)  # what was sent before the silence has come too
-            count, theirs = len(client.texts), len(other.data(BOOK))
-            await client.send('{"jsonrpc":"2.0","id":50,"method":"public/test"}')
-            await client.socket.ping()
-            await other.wait_data(BOOK, theirs + 5)
-            assert len(client.texts) == count
-            assert client.closed is None  # nor has a pong ended its reading
-
-    asyncio.run(act())
+@in_loop
+async def test_a_half_open_socket_says_nothing_at_all_but_stays(url: str, oracle: Path) -> None:
+    async with connect(url) as other, connect(url, "half_open:1.5", autoping=False) as client:
+        await follow(client)
+        await follow(other)
+        await client.wait_data(BOOK, 2)
+        begun = {"event": "silent", "connection": find_connection(oracle, "half_open:1.5")}
+        await other.wait(lambda: read_oracle(oracle, **begun), "the silence to begin")
+        await other.wait_data(BOOK, len(other.data(BOOK)) + 2)  # what was sent before the silence has come too
+        count, theirs = len(client.texts), len(other.data(BOOK))
+        await client.send('{"jsonrpc":"2.0","id":50,"method":"public/test"}')
+        await client.socket.ping()
+        await other.wait_data(BOOK, theirs + 5)
+        assert len(client.texts) == count
+        assert client.closed is None  # nor has a pong ended its reading
 
 
-def test_mute_stops_data_but_not_answers(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, f"mute:{BOOK}@0,heartbeat_floor:0.3") as client:
-            await client.ask("public/subscribe", channels=[BOOK, "quote.BTC-PERPETUAL"])
-            await client.ask("public/set_heartbeat", interval=0.4)
-            await client.wait_data("quote.BTC-PERPETUAL", 10)
-            await client.wait(lambda: any("test_request" in text for text in client.texts), "a test_request")
-            assert "result" in await client.ask("public/test")
-            assert client.data(BOOK) == []
-
-    asyncio.run(act())
+@in_loop
+async def test_mute_stops_data_but_not_answers(url: str) -> None:
+    async with connect(url, f"mute:{BOOK}@0,heartbeat_floor:0.3") as client:
+        await client.ask("public/subscribe", channels=[BOOK, "quote.BTC-PERPETUAL"])
+        await client.ask("public/set_heartbeat", interval=0.4)
+        await client.wait_data("quote.BTC-PERPETUAL", 10)
+        await client.wait(lambda: any("test_request" in text for text in client.texts), "a test_request")
+        assert "result" in await client.ask("public/test")
+        assert client.data(BOOK) == []
 
 
 def check_same_order(late: list[dict[str, Any]], true: list[dict[str, Any]]) -> None:
@@ -235,53 +215,47 @@ def check_same_order(late: list[dict[str, Any]], true: list[dict[str, Any]]) -> 
     assert ids == all_ids[start : start + len(ids)]
 
 
-def test_lag_makes_data_late_and_nothing_else(url: str) -> None:
-    async def act() -> None:
-        async with (
-            connect(url) as true,
-            connect(url, "lag:1@0") as late,
-            connect(url, "lag:1000@0,heartbeat_floor:0.1") as never,
-        ):
-            for client in (true, late, never):
-                await follow(client)
-            await true.wait_data(BOOK, 5)
-            assert abs((await never.ask("public/get_time"))["result"] / 1000 - time.time()) < 60
-            assert never.data(BOOK) == []
-            await never.ask("public/set_heartbeat", interval=0.1)
-            await never.wait(lambda: any("test_request" in text for text in never.texts), "a test_request")
-            frames = await late.wait_data(BOOK, 10)
-            assert time.time() * 1000 - frames[-1]["timestamp"] >= 1000
-            check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
-
-    asyncio.run(act())
-
-
-def test_a_backlog_grows(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as true, connect(url, "backlog:0.3@0") as late:
-            await follow(true)
-            await follow(late)
-            behind = []
-            for count in (3, 6, 9):
-                frames = await late.wait_data(BOOK, count)
-                behind.append(len(true.data(BOOK)) - len(frames))
-            assert behind == sorted(set(behind))
-            check_same_order(frames, true.data(BOOK))
-
-    asyncio.run(act())
-
-
-def test_what_is_late_is_bounded(url: str, oracle: Path) -> None:
-    async def act() -> None:
-        faults = "lag:1000@0,slow_reader:20000"
-        async with connect(url, faults) as client:
+@in_loop
+async def test_lag_makes_data_late_and_nothing_else(url: str) -> None:
+    async with (
+        connect(url) as true,
+        connect(url, "lag:1@0") as late,
+        connect(url, "lag:1000@0,heartbeat_floor:0.1") as never,
+    ):
+        for client in (true, late, never):
             await follow(client)
-            number = find_connection(oracle, faults)
-            await client.wait(lambda: client.closed, "the cut")
-            assert client.data(BOOK) == []
-            assert read_oracle(oracle, event="ended", reason="connection_too_slow", connection=number)
+        await true.wait_data(BOOK, 5)
+        assert abs((await never.ask("public/get_time"))["result"] / 1000 - time.time()) < 60
+        assert never.data(BOOK) == []
+        await never.ask("public/set_heartbeat", interval=0.1)
+        await never.wait(lambda: any("test_request" in text for text in never.texts), "a test_request")
+        frames = await late.wait_data(BOOK, 10)
+        assert time.time() * 1000 - frames[-1]["timestamp"] >= 1000
+        check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
 
-    asyncio.run(act())
+
+@in_loop
+async def test_a_backlog_grows(url: str) -> None:
+    async with connect(url) as true, connect(url, "backlog:0.3@0") as late:
+        await follow(true)
+        await follow(late)
+        behind = []
+        for count in (3, 6, 9):
+            frames = await late.wait_data(BOOK, count)
+            behind.append(len(true.data(BOOK)) - len(frames))
+        assert behind == sorted(set(behind))
+        check_same_order(frames, true.data(BOOK))
+
+
+@in_loop
+async def test_what_is_late_is_bounded(url: str, oracle: Path) -> None:
+    faults = "lag:1000@0,slow_reader:20000"
+    async with connect(url, faults) as client:
+        await follow(client)
+        number = find_connection(oracle, faults)
+        await client.wait(lambda: client.closed, "the cut")
+        assert client.data(BOOK) == []
+        assert read_oracle(oracle, event="ended", reason="connection_too_slow", connection=number)
 
 
 class Line:
@@ -309,199 +283,176 @@ def test_a_clock_that_is_set_makes_nothing_later_or_earlier(step: float) -> None
     assert not line.is_cut
 
 
-def test_a_connection_is_well_again_in_the_end(url: str) -> None:
-    async def act() -> None:
-        async with (
-            connect(url) as true,
-            connect(url, "lag:1000@0,until:4") as late,
-            connect(url, f"mute:{BOOK}@0,garbage:0.1,until:4") as mute,
-            connect(url, "half_open:3,until:4") as silent,
-        ):
-            for client in (true, late, mute, silent):
-                await follow(client)
-            await true.wait_data(BOOK, 5)
-            assert (late.data(BOOK), mute.data(BOOK)) == ([], [])
-            frames = await late.wait_data(BOOK, 15)
-            check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
-            assert frames[0]["type"] == "snapshot"
-            assert (await mute.wait_data(BOOK))[0]["type"] == "change"
-            assert any("hello" in text for text in mute.texts)
-            count = len(mute.texts)
-            await mute.wait_data(BOOK, 10)
-            assert not any("hello" in text for text in mute.texts[count:])
-            await silent.wait(lambda: find_breaks(silent.data(BOOK)), "data after the silence")
-            assert "result" in await silent.ask("public/test")
-
-    asyncio.run(act())
+@in_loop
+async def test_a_connection_is_well_again_in_the_end(url: str) -> None:
+    async with (
+        connect(url) as true,
+        connect(url, "lag:1000@0,until:4") as late,
+        connect(url, f"mute:{BOOK}@0,garbage:0.1,until:4") as mute,
+        connect(url, "half_open:3,until:4") as silent,
+    ):
+        for client in (true, late, mute, silent):
+            await follow(client)
+        await true.wait_data(BOOK, 5)
+        assert (late.data(BOOK), mute.data(BOOK)) == ([], [])
+        frames = await late.wait_data(BOOK, 15)
+        check_same_order(frames, await true.wait_data(BOOK, len(true.data(BOOK)) + 1))
+        assert frames[0]["type"] == "snapshot"
+        assert (await mute.wait_data(BOOK))[0]["type"] == "change"
+        assert any("hello" in text for text in mute.texts)
+        count = len(mute.texts)
+        await mute.wait_data(BOOK, 10)
+        assert not any("hello" in text for text in mute.texts[count:])
+        await silent.wait(lambda: find_breaks(silent.data(BOOK)), "data after the silence")
+        assert "result" in await silent.ask("public/test")
 
 
-@pytest.mark.parametrize("faults", ["garbage:0.1", "bad_json:0.1", "deep_json:0.1", "odd_json:0.1"])
-def test_nonsense_comes_among_the_data(url: str, faults: str) -> None:
+@pytest.mark.parametrize("faults", ["garbage:0.1", "bad_json:0.1", "odd_json:0.1"])
+@in_loop
+async def test_nonsense_comes_among_the_data(url: str, faults: str) -> None:
     def is_json(text: str) -> bool:
         try:
             return isinstance(json.loads(text), dict)
-        except (ValueError, RecursionError):
+        except ValueError:
             return False
 
-    async def act() -> None:
-        async with connect(url, faults) as client:
-            await follow(client)
-            await client.wait(lambda: any(not is_json(text) for text in client.texts), "nonsense")
-            assert "result" in await client.ask("public/test")
-
-    if faults.startswith("deep"):
-
-        async def act() -> None:  # the json module itself cannot read such a frame
-            async with connect(url, faults) as client:
-                await client.wait(lambda: any("[" * 50_000 in text for text in client.texts), "a deep frame")
-
-    asyncio.run(act())
+    async with connect(url, faults) as client:
+        await follow(client)
+        await client.wait(lambda: any(not is_json(text) for text in client.texts), "nonsense")
+        assert "result" in await client.ask("public/test")
 
 
-def test_an_oversized_frame(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "oversized:5000000@0.1") as client:
-            await client.wait(lambda: any(len(text) > 5_000_000 for text in client.texts), "the frame")
-            assert "result" in await client.ask("public/test")
-
-    asyncio.run(act())
+@in_loop
+async def test_a_frame_is_nested_deeper_than_pythons_json_can_read(url: str) -> None:
+    async with connect(url, "deep_json:0.1") as client:
+        await client.wait(lambda: any("[" * 50_000 in text for text in client.texts), "a deep frame")
 
 
-def test_a_fault_that_is_named_more_than_once_holds_each_time(url: str) -> None:
+@in_loop
+async def test_an_oversized_frame(url: str) -> None:
+    async with connect(url, "oversized:5000000@0.1") as client:
+        await client.wait(lambda: any(len(text) > 5_000_000 for text in client.texts), "the frame")
+        assert "result" in await client.ask("public/test")
+
+
+@in_loop
+async def test_a_fault_that_is_named_more_than_once_holds_each_time(url: str) -> None:
     twice = f"drop_subscribe:{BOOK}@1,drop_subscribe:*@1,oversized:4000000@0.1,oversized:5000000@0.3"
-
-    async def act() -> None:
-        async with connect(url, f"error:public/test=13028@1,error:public/test=11094@2,{twice}") as client:
-            codes = [(await client.ask("public/test")).get("error", {}).get("code") for _ in range(4)]
-            assert codes == [13028, 11094, 11094, None]
-            acks = [(await client.ask("public/subscribe", channels=[BOOK]))["result"] for _ in range(3)]
-            assert acks == [[], [], [BOOK]]
-            await client.wait(lambda: any(len(text) > 5_000_000 for text in client.texts), "the second frame")
-            assert any(4_000_000 < len(text) < 5_000_000 for text in client.texts)
-
-    asyncio.run(act())
+    async with connect(url, f"error:public/test=13028@1,error:public/test=11094@2,{twice}") as client:
+        codes = [(await client.ask("public/test")).get("error", {}).get("code") for _ in range(4)]
+        assert codes == [13028, 11094, 11094, None]
+        acks = [(await client.ask("public/subscribe", channels=[BOOK]))["result"] for _ in range(3)]
+        assert acks == [[], [], [BOOK]]
+        await client.wait(lambda: any(len(text) > 5_000_000 for text in client.texts), "the second frame")
+        assert any(4_000_000 < len(text) < 5_000_000 for text in client.texts)
 
 
-def test_what_waits_comes_also_at_the_end_of_a_silence(url: str) -> None:
-    async def act() -> None:
-        async with connect(url) as true, connect(url, "lag:1000@0,half_open:1,until:2") as late:
-            await follow(true)
-            await follow(late)
-            frames = await late.wait_data(BOOK, 15)
-            assert frames[0]["type"] == "snapshot"
-            assert find_breaks(frames) == []
-
-    asyncio.run(act())
+@in_loop
+async def test_what_waits_comes_also_at_the_end_of_a_silence(url: str) -> None:
+    async with connect(url) as true, connect(url, "lag:1000@0,half_open:1,until:2") as late:
+        await follow(true)
+        await follow(late)
+        frames = await late.wait_data(BOOK, 15)
+        assert frames[0]["type"] == "snapshot"
+        assert find_breaks(frames) == []
 
 
 @pytest.mark.parametrize("faults", ["duplicate:1", "clock:1000"])
-def test_labels_stay_whatever_happens_to_the_data(url: str, faults: str) -> None:
-    async def act() -> None:
-        async with connect(url, faults) as client:
-            await client.log_in()
-            await client.ask("private/subscribe", channels=["user.portfolio.BTC"], label="mine")
-            await client.wait_data("user.portfolio.BTC")
-            labels = [m["params"].get("label") for m in client.messages() if m.get("method") == "subscription"]
-            assert set(labels) == {"mine"}
-
-    asyncio.run(act())
+@in_loop
+async def test_labels_stay_whatever_happens_to_the_data(url: str, faults: str) -> None:
+    async with connect(url, faults) as client:
+        await client.log_in()
+        await client.ask("private/subscribe", channels=["user.portfolio.BTC"], label="mine")
+        await client.wait_data("user.portfolio.BTC")
+        labels = [m["params"].get("label") for m in client.messages() if m.get("method") == "subscription"]
+        assert set(labels) == {"mine"}
 
 
-def test_answers_that_go_wrong(url: str) -> None:
-    async def act() -> None:
-        faults = "wrong_id:public/test@1,error:public/get_time=11094@2,no_reply:public/hello@1,slow:public/status=0.4"
-        async with connect(url, faults) as client:
-            await client.send('{"jsonrpc":"2.0","id":70,"method":"public/test"}')
-            await client.wait(lambda: [m for m in client.messages() if m.get("id") == 999_999_999], "the wrong id")
-            assert "result" in await client.ask("public/test")
-            for code in (11094, 11094, None):
-                answer = await client.ask("public/get_time")
-                assert answer.get("error", {}).get("code") == code
-            await client.send('{"jsonrpc":"2.0","id":71,"method":"public/hello","params":{}}')
-            start = time.monotonic()
-            await client.send('{"jsonrpc":"2.0","id":72,"method":"public/status"}')
-            await client.ask("public/test")
-            assert time.monotonic() - start > 0.39
-            ids = [m["id"] for m in client.messages()]
-            assert 71 not in ids
-            assert ids.index(72) < len(ids) - 1
-
-    asyncio.run(act())
+@in_loop
+async def test_answers_that_go_wrong(url: str) -> None:
+    faults = "wrong_id:public/test@1,error:public/get_time=11094@2,no_reply:public/hello@1,slow:public/status=0.4"
+    async with connect(url, faults) as client:
+        await client.send('{"jsonrpc":"2.0","id":70,"method":"public/test"}')
+        await client.wait(lambda: [m for m in client.messages() if m.get("id") == 999_999_999], "the wrong id")
+        assert "result" in await client.ask("public/test")
+        for code in (11094, 11094, None):
+            answer = await client.ask("public/get_time")
+            assert answer.get("error", {}).get("code") == code
+        await client.send('{"jsonrpc":"2.0","id":71,"method":"public/hello","params":{}}')
+        start = time.monotonic()
+        await client.send('{"jsonrpc":"2.0","id":72,"method":"public/status"}')
+        await client.ask("public/test")
+        assert time.monotonic() - start > 0.39
+        ids = [m["id"] for m in client.messages()]
+        assert 71 not in ids
+        assert ids.index(72) < len(ids) - 1
 
 
 @pytest.mark.parametrize(
     "method",
     ["public/hello", "public/auth", "public/set_heartbeat", "public/get_time", "public/subscribe", "private/subscribe"],
 )
-def test_an_error_at_each_step_of_a_bootstrap(url: str, method: str) -> None:
-    async def act() -> None:
-        async with connect(url, f"error:{method}=13028") as client:
-            answer = await client.ask(method)
-            assert answer["error"] == {"code": 13028, "message": "temporarily_unavailable"}
-
-    asyncio.run(act())
+@in_loop
+async def test_an_error_at_each_step_of_a_bootstrap(url: str, method: str) -> None:
+    async with connect(url, f"error:{method}=13028") as client:
+        answer = await client.ask(method)
+        assert answer["error"] == {"code": 13028, "message": "temporarily_unavailable"}
 
 
 @pytest.mark.parametrize("rate", ["gap:5", "gap:0.2", "gap:3@1"])
-def test_gaps_break_the_chain_and_the_oracle_knows_them(url: str, oracle: Path, rate: str) -> None:
-    async def act() -> None:
-        async with connect(url, rate) as client:
+@in_loop
+async def test_gaps_break_the_chain_and_the_oracle_knows_them(url: str, oracle: Path, rate: str) -> None:
+    async with connect(url, rate) as client:
+        await follow(client)
+        frames = await client.wait_data(BOOK, 25)
+        number = find_connection(oracle, rate)
+        lost = {line["change_id"] for line in read_oracle(oracle, event="fault", connection=number, fault="gap")}
+        breaks = find_breaks(frames)
+        assert breaks
+        assert {frames[place]["prev_change_id"] for place in breaks} <= lost
+        assert not lost & {frame["change_id"] for frame in frames}
+        if rate.endswith("@1"):
+            assert len(breaks) == len(lost) == 1
+
+
+@in_loop
+async def test_frames_are_repeated_and_change_places(url: str) -> None:
+    async with connect(url, "duplicate:4") as twice, connect(url, "reorder:4") as mixed:
+        await follow(twice)
+        await follow(mixed)
+        ids = [frame["change_id"] for frame in await twice.wait_data(BOOK, 12)]
+        assert len(set(ids)) < len(ids)
+        assert ids == sorted(ids)
+        order = [frame["change_id"] for frame in await mixed.wait_data(BOOK, 12)]
+        assert order != sorted(order)
+        assert len(set(order)) == len(order)
+
+
+@in_loop
+async def test_odd_but_legal_book_frames(url: str) -> None:
+    async with (
+        connect(url, "prev0:4") as zero,
+        connect(url, "resnapshot:4") as again,
+        connect(url, "crossed:4") as cross,
+    ):
+        for client in (zero, again, cross):
             await follow(client)
-            frames = await client.wait_data(BOOK, 25)
-            number = find_connection(oracle, rate)
-            lost = {line["change_id"] for line in read_oracle(oracle, event="fault", connection=number, fault="gap")}
-            breaks = find_breaks(frames)
-            assert breaks
-            assert {frames[place]["prev_change_id"] for place in breaks} <= lost
-            assert not lost & {frame["change_id"] for frame in frames}
-            if rate.endswith("@1"):
-                assert len(breaks) == len(lost) == 1
-
-    asyncio.run(act())
-
-
-def test_frames_are_repeated_and_change_places(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "duplicate:4") as twice, connect(url, "reorder:4") as mixed:
-            await follow(twice)
-            await follow(mixed)
-            ids = [frame["change_id"] for frame in await twice.wait_data(BOOK, 12)]
-            assert len(set(ids)) < len(ids)
-            assert ids == sorted(ids)
-            order = [frame["change_id"] for frame in await mixed.wait_data(BOOK, 12)]
-            assert order != sorted(order)
-            assert len(set(order)) == len(order)
-
-    asyncio.run(act())
-
-
-def test_odd_but_legal_book_frames(url: str) -> None:
-    async def act() -> None:
-        async with (
-            connect(url, "prev0:4") as zero,
-            connect(url, "resnapshot:4") as again,
-            connect(url, "crossed:4") as cross,
-        ):
-            for client in (zero, again, cross):
-                await follow(client)
-            frames = await zero.wait_data(BOOK, 12)
-            assert [f["prev_change_id"] for f in frames if f["type"] == "change"].count(0) >= 2
-            fresh = await again.wait_data(BOOK, 12)
-            assert [f["type"] for f in fresh].count("snapshot") >= 3
-            assert find_breaks(fresh) == []
-            crossings = 0
-            bids: dict[float, float] = {}
-            asks: dict[float, float] = {}
-            for frame in await cross.wait_data(BOOK, 20):
-                for levels, side in ((bids, "bids"), (asks, "asks")):
-                    for _, price, amount in frame[side]:
-                        levels[price] = amount
-                        if not amount:
-                            del levels[price]
-                crossings += max(bids) >= min(asks)
-            assert 2 <= crossings <= 10, "the next change uncrosses the book"
-
-    asyncio.run(act())
+        frames = await zero.wait_data(BOOK, 12)
+        assert [f["prev_change_id"] for f in frames if f["type"] == "change"].count(0) >= 2
+        fresh = await again.wait_data(BOOK, 12)
+        assert [f["type"] for f in fresh].count("snapshot") >= 3
+        assert find_breaks(fresh) == []
+        crossings = 0
+        bids: dict[float, float] = {}
+        asks: dict[float, float] = {}
+        for frame in await cross.wait_data(BOOK, 20):
+            for levels, side in ((bids, "bids"), (asks, "asks")):
+                for _, price, amount in frame[side]:
+                    levels[price] = amount
+                    if not amount:
+                        del levels[price]
+            crossings += max(bids) >= min(asks)
+        assert 2 <= crossings <= 10, "the next change uncrosses the book"
 
 
 class Follower:
@@ -538,37 +489,31 @@ def test_a_crossed_book_is_put_right_and_keeps_its_true_levels(faults: str) -> N
     assert client.wrong == 0
 
 
-def test_a_snapshot_is_missing_and_a_channel_is_left_out_of_the_ack(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, f"no_snapshot:1,drop_subscribe:{BOOK}@1") as client:
-            assert (await client.ask("public/subscribe", channels=[BOOK]))["result"] == []
-            await follow(client)
-            assert (await client.wait_data(BOOK))[0]["type"] == "change"
-            await client.ask("public/unsubscribe", channels=[BOOK])
-            count = len(client.data(BOOK))
-            await follow(client)
-            assert (await client.wait_data(BOOK, count + 1))[count]["type"] == "snapshot"
-
-    asyncio.run(act())
+@in_loop
+async def test_a_snapshot_is_missing_and_a_channel_is_left_out_of_the_ack(url: str) -> None:
+    async with connect(url, f"no_snapshot:1,drop_subscribe:{BOOK}@1") as client:
+        assert (await client.ask("public/subscribe", channels=[BOOK]))["result"] == []
+        await follow(client)
+        assert (await client.wait_data(BOOK))[0]["type"] == "change"
+        await client.ask("public/unsubscribe", channels=[BOOK])
+        count = len(client.data(BOOK))
+        await follow(client)
+        assert (await client.wait_data(BOOK, count + 1))[count]["type"] == "snapshot"
 
 
-def test_data_come_before_the_ack(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "ack_late") as client:
-            await follow(client)
-            assert client.messages()[0]["params"]["channel"] == BOOK
-
-    asyncio.run(act())
+@in_loop
+async def test_data_come_before_the_ack(url: str) -> None:
+    async with connect(url, "ack_late") as client:
+        await follow(client)
+        assert client.messages()[0]["params"]["channel"] == BOOK
 
 
-def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
-    async def act() -> list[dict[str, Any]]:
-        async with connect(url, "lost_trades:3") as client:
-            channel = "trades.BTC-PERPETUAL.100ms"
-            await follow(client, channel)
-            return [trade for data in await client.wait_data(channel, 8) for trade in data]
-
-    sequence = [trade["trade_seq"] for trade in asyncio.run(act())]
+@in_loop
+async def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
+    async with connect(url, "lost_trades:3") as client:
+        channel = "trades.BTC-PERPETUAL.100ms"
+        await follow(client, channel)
+        sequence = [trade["trade_seq"] for data in await client.wait_data(channel, 8) for trade in data]
     holes = set(range(sequence[0], sequence[-1] + 1)) - set(sequence)
     assert holes
     page = {"instrument_name": "BTC-PERPETUAL", "start_seq": min(holes), "end_seq": max(holes), "count": 1000}
@@ -593,203 +538,177 @@ def test_trades_are_found_by_time_as_far_back_as_they_are_kept() -> None:
             assert find(way, **subject, start_timestamp=now - 1000)
 
 
-def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:
-    async def act() -> None:
-        ticker = "ticker.BTC-PERPETUAL.100ms"
-        async with (
-            connect(url, "wrong_types:2") as odd,
-            connect(url, "unknown_fields") as more,
-            connect(url, "exponents") as big,
-        ):
-            for client in (odd, more, big):
-                await follow(client, ticker)
-            whole = await more.wait_data(ticker, 2)
-            assert "never_seen_before" in whole[0]
-            answer = await more.ask("public/test")
-            assert "never_seen_before" in answer
-            assert "never_seen_before" in answer["result"]
-            await follow(more, "trades.any.any.100ms")
-            assert all("never_seen_before" in trade for trade in (await more.wait_data("trades.any.any.100ms"))[0])
-            assert all("never_seen_before" in message for message in more.messages())
-            listed = get(url, "public/get_currencies", faults="unknown_fields")[1]
-            assert all("never_seen_before" in item for item in (listed, *listed["result"]))
-            plain = {key: type(value) for key, value in whole[0].items()}
-            kinds = [{k: type(v) for k, v in frame.items()} for frame in await odd.wait_data(ticker, 12)]
-            numbers: dict[type, type] = {int: float, float: float}
-            assert any(
-                numbers.get(kind, kind) != numbers.get(plain.get(key, kind), plain.get(key, kind))
-                for frame in kinds for key, kind in frame.items()
-            )  # fmt: skip
-            await big.wait_data(ticker)
-            assert any(re.search(r'"index_price":\d\.\d+e4\b', text) for text in big.texts)
-            assert 50_000 < big.data(ticker)[0]["index_price"] < 150_000
-
-    asyncio.run(act())
+@in_loop
+async def test_wrong_types_unknown_fields_and_exponents(url: str) -> None:
+    ticker = "ticker.BTC-PERPETUAL.100ms"
+    async with (
+        connect(url, "wrong_types:2") as odd,
+        connect(url, "unknown_fields") as more,
+        connect(url, "exponents") as big,
+    ):
+        for client in (odd, more, big):
+            await follow(client, ticker)
+        whole = await more.wait_data(ticker, 2)
+        assert "never_seen_before" in whole[0]
+        answer = await more.ask("public/test")
+        assert "never_seen_before" in answer
+        assert "never_seen_before" in answer["result"]
+        await follow(more, "trades.any.any.100ms")
+        assert all("never_seen_before" in trade for trade in (await more.wait_data("trades.any.any.100ms"))[0])
+        assert all("never_seen_before" in message for message in more.messages())
+        listed = get(url, "public/get_currencies", faults="unknown_fields")[1]
+        assert all("never_seen_before" in item for item in (listed, *listed["result"]))
+        plain = {key: type(value) for key, value in whole[0].items()}
+        kinds = [{k: type(v) for k, v in frame.items()} for frame in await odd.wait_data(ticker, 12)]
+        numbers: dict[type, type] = {int: float, float: float}
+        assert any(
+            numbers.get(kind, kind) != numbers.get(plain.get(key, kind), plain.get(key, kind))
+            for frame in kinds for key, kind in frame.items()
+        )  # fmt: skip
+        await big.wait_data(ticker)
+        assert any(re.search(r'"index_price":\d\.\d+e4\b', text) for text in big.texts)
+        assert 50_000 < big.data(ticker)[0]["index_price"] < 150_000
 
 
-def test_the_clock_is_off(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "clock:-3600000") as client, connect(url) as true:
-            await follow(client)
-            await follow(true)
-            off = (await client.ask("public/get_time"))["result"] / 1000
-            assert abs(off + 3600 - time.time()) < 60
-            await true.wait_data(BOOK, 3)
-            frames = await client.wait_data(BOOK, 3)
-            times = {frame["change_id"]: frame["timestamp"] for frame in true.data(BOOK)}
-            shared = [frame for frame in frames if frame["change_id"] in times]
-            assert shared
-            assert all(frame["timestamp"] == times[frame["change_id"]] - 3_600_000 for frame in shared)
-
-    asyncio.run(act())
+@in_loop
+async def test_the_clock_is_off(url: str) -> None:
+    async with connect(url, "clock:-3600000") as client, connect(url) as true:
+        await follow(client)
+        await follow(true)
+        off = (await client.ask("public/get_time"))["result"] / 1000
+        assert abs(off + 3600 - time.time()) < 60
+        await true.wait_data(BOOK, 3)
+        frames = await client.wait_data(BOOK, 3)
+        times = {frame["change_id"]: frame["timestamp"] for frame in true.data(BOOK)}
+        shared = [frame for frame in frames if frame["change_id"] in times]
+        assert shared
+        assert all(frame["timestamp"] == times[frame["change_id"]] - 3_600_000 for frame in shared)
 
 
-def test_a_clock_that_is_off_is_so_in_all_that_is_asked_for(url: str) -> None:
+@in_loop
+async def test_a_clock_that_is_off_is_so_in_all_that_is_asked_for(url: str) -> None:
     off, page = 3_600_000, {"instrument_name": "BTC-PERPETUAL", "count": 1000}
     trades = wait_until(lambda: get(url, "public/get_last_trades_by_instrument", **page)[1]["result"]["trades"], "some")
     page |= {"start_seq": trades[-1]["trade_seq"], "end_seq": trades[0]["trade_seq"], "sorting": "desc"}
     wanted = [{**trade, "timestamp": trade["timestamp"] + off} for trade in trades]
     span = {"start_timestamp": wanted[-1]["timestamp"], "end_timestamp": wanted[0]["timestamp"]}
     ways = {"public/get_last_trades_by_instrument": {}, "public/get_last_trades_by_instrument_and_time": span}
-
-    async def act() -> None:
-        async with connect(url, f"clock:{off}") as client:
-            for method, more in ways.items():
-                over_http = get(url, method, **page, **more, faults=f"clock:{off}")[1]
-                for answer in (await client.ask(method, {**page, **more}), over_http):
-                    assert answer["result"]["trades"] == wanted
-                    assert off - 60_000 < answer["usIn"] / 1000 - time.time() * 1000 < off + 60_000
-            row = (await client.ask("public/get_instrument", page))["result"]
-            true = get(url, "public/get_instrument", **page)[1]["result"]
-            assert row == {**true, "creation_timestamp": true["creation_timestamp"] + off}
-
-    asyncio.run(act())
+    async with connect(url, f"clock:{off}") as client:
+        for method, more in ways.items():
+            over_http = get(url, method, **page, **more, faults=f"clock:{off}")[1]
+            for answer in (await client.ask(method, {**page, **more}), over_http):
+                assert answer["result"]["trades"] == wanted
+                assert off - 60_000 < answer["usIn"] / 1000 - time.time() * 1000 < off + 60_000
+        row = (await client.ask("public/get_instrument", page))["result"]
+        true = get(url, "public/get_instrument", **page)[1]["result"]
+        assert row == {**true, "creation_timestamp": true["creation_timestamp"] + off}
 
 
-def test_a_flood(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "flood:20000") as client:
-            await follow(client, "ticker.BTC-PERPETUAL.100ms")
-            await client.wait(lambda: len(client.texts) > 3000, "the flood", 30)
-
-    asyncio.run(act())
+@in_loop
+async def test_a_flood(url: str) -> None:
+    async with connect(url, "flood:20000") as client:
+        await follow(client, "ticker.BTC-PERPETUAL.100ms")
+        await client.wait(lambda: len(client.texts) > 3000, "the flood", 30)
 
 
-def test_what_is_left_or_mute_comes_neither_from_a_flood_nor_from_what_was_held(url: str) -> None:
+@in_loop
+async def test_what_is_left_or_mute_comes_neither_from_a_flood_nor_from_what_was_held(url: str) -> None:
     ticker, quote, index = "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL", "deribit_price_index.btc_usd"
-
-    async def act() -> None:
-        async with connect(url, f"flood:500,mute:{quote}@3") as client:
-            for channel in (ticker, quote, index):
-                await follow(client, channel)
-            for channel in (ticker, quote, index):
-                await client.wait_data(channel, 10)
-            await client.ask("public/unsubscribe", channels=[ticker])
-            count = len(client.data(ticker))
-            await client.wait(lambda: set(list_channels(client)[-100:]) == {index}, "the index alone")
-            assert len(client.data(ticker)) == count
-
-    asyncio.run(act())
+    async with connect(url, f"flood:500,mute:{quote}@3") as client:
+        for channel in (ticker, quote, index):
+            await follow(client, channel)
+        for channel in (ticker, quote, index):
+            await client.wait_data(channel, 10)
+        await client.ask("public/unsubscribe", channels=[ticker])
+        count = len(client.data(ticker))
+        await client.wait(lambda: set(list_channels(client)[-100:]) == {index}, "the index alone")
+        assert len(client.data(ticker)) == count
 
 
 def list_channels(client: Client) -> list[str]:
     return [m["params"]["channel"] for m in client.messages() if m.get("method") == "subscription"]
 
 
-def test_a_frame_that_was_held_is_forgotten_with_its_channel(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "reorder:1@1") as client:
-            index = "deribit_price_index.btc_usd"
-            await follow(client, index)  # whose first frame is held
-            await client.ask("public/unsubscribe", channels=[index])
-            count = len(client.data(index))
-            await follow(client, index)
-            times = [frame["timestamp"] for frame in (await client.wait_data(index, count + 3))[count:]]
-            assert times == sorted(set(times))
-
-    asyncio.run(act())
+@in_loop
+async def test_a_frame_that_was_held_is_forgotten_with_its_channel(url: str) -> None:
+    async with connect(url, "reorder:1@1") as client:
+        index = "deribit_price_index.btc_usd"
+        await follow(client, index)  # whose first frame is held
+        await client.ask("public/unsubscribe", channels=[index])
+        count = len(client.data(index))
+        await follow(client, index)
+        times = [frame["timestamp"] for frame in (await client.wait_data(index, count + 3))[count:]]
+        assert times == sorted(set(times))
 
 
-def test_small_pools_of_credits(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "credits:6000") as client:
-            for _ in range(9):  # the usual pool has enough for all
-                await client.send('{"jsonrpc":"2.0","id":3,"method":"public/subscribe","params":{"channels":[]}}')
-            await client.wait(lambda: client.closed, "the cut")
-            codes = [m.get("error", {}).get("code") for m in client.messages()]
-            assert codes[:2] == [None, None]
-            assert codes[-1] == 10028
-
-    asyncio.run(act())
+@in_loop
+async def test_small_pools_of_credits(url: str) -> None:
+    async with connect(url, "credits:6000") as client:
+        for _ in range(9):  # the usual pool has enough for all
+            await client.send('{"jsonrpc":"2.0","id":3,"method":"public/subscribe","params":{"channels":[]}}')
+        await client.wait(lambda: client.closed, "the cut")
+        codes = [m.get("error", {}).get("code") for m in client.messages()]
+        assert codes[:2] == [None, None]
+        assert codes[-1] == 10028
 
 
-def test_logins_that_fail_or_do_not_last(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "ban") as client:
-            assert (await client.ask("public/auth", KEYS))["error"] == {"code": 12005, "message": "country_is_banned"}
-        async with connect(url, "expired_token") as client:
-            await client.log_in()
-            assert (await client.ask("private/get_positions"))["error"]["code"] == 13009
-        async with connect(url, "token_life:1") as client:
-            token = await client.log_in()
-            assert token["expires_in"] == 1
-            assert "result" in await client.ask("private/get_positions")
-            while "result" in (answer := await client.ask("private/get_positions")):
-                await asyncio.sleep(0.1)
-            assert answer["error"]["code"] == 13009
-            renewed = await client.ask("public/auth", grant_type="refresh_token", refresh_token=token["refresh_token"])
-            assert "access_token" in renewed["result"]
-            assert "result" in await client.ask("private/get_positions")
-        async with connect(url, "login_only") as client:
-            assert (await client.ask("public/get_time"))["error"]["code"] == 11056
-            await client.log_in()
-            assert "result" in await client.ask("public/get_time")
-
-    asyncio.run(act())
+@in_loop
+async def test_logins_that_fail_or_do_not_last(url: str) -> None:
+    async with connect(url, "ban") as client:
+        assert (await client.ask("public/auth", KEYS))["error"] == {"code": 12005, "message": "country_is_banned"}
+    async with connect(url, "expired_token") as client:
+        await client.log_in()
+        assert (await client.ask("private/get_positions"))["error"]["code"] == 13009
+    async with connect(url, "token_life:1") as client:
+        token = await client.log_in()
+        assert token["expires_in"] == 1
+        assert "result" in await client.ask("private/get_positions")
+        while "result" in (answer := await client.ask("private/get_positions")):
+            await asyncio.sleep(0.1)
+        assert answer["error"]["code"] == 13009
+        renewed = await client.ask("public/auth", grant_type="refresh_token", refresh_token=token["refresh_token"])
+        assert "access_token" in renewed["result"]
+        assert "result" in await client.ask("private/get_positions")
+    async with connect(url, "login_only") as client:
+        assert (await client.ask("public/get_time"))["error"]["code"] == 11056
+        await client.log_in()
+        assert "result" in await client.ask("public/get_time")
 
 
-def test_heartbeats_that_are_missing_or_not_taken_as_answered(url: str) -> None:
-    async def act() -> None:
-        async with (
-            connect(url, "no_heartbeat,heartbeat_floor:0.1") as none,
-            connect(url, "deaf,heartbeat_floor:0.1") as deaf,
-        ):
-            await none.ask("public/set_heartbeat", interval=0.2)
-            await deaf.ask("public/set_heartbeat", interval=0.3)
-            while deaf.closed is None:
-                await deaf.send('{"jsonrpc":"2.0","id":4,"method":"public/test"}')
-                await asyncio.sleep(0.05)
-            assert deaf.closed[0] == 4000
-            assert not any("heartbeat" in text for text in none.texts)
-
-    asyncio.run(act())
+@in_loop
+async def test_heartbeats_that_are_missing_or_not_taken_as_answered(url: str) -> None:
+    async with (
+        connect(url, "no_heartbeat,heartbeat_floor:0.1") as none,
+        connect(url, "deaf,heartbeat_floor:0.1") as deaf,
+    ):
+        await none.ask("public/set_heartbeat", interval=0.2)
+        await deaf.ask("public/set_heartbeat", interval=0.3)
+        while deaf.closed is None:
+            await deaf.send('{"jsonrpc":"2.0","id":4,"method":"public/test"}')
+            await asyncio.sleep(0.05)
+        assert deaf.closed[0] == 4000
+        assert not any("heartbeat" in text for text in none.texts)
 
 
-def test_maintenance(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "maintenance:1.5") as client:
-            await follow(client, "platform_state")
-            await client.wait(lambda: {"maintenance": True} in client.data("platform_state"), "the announcement")
-            assert (await client.ask("public/test"))["error"] == {"code": 11051, "message": "system_maintenance"}
-            await client.wait(lambda: client.closed, "the drop")
-
-    asyncio.run(act())
+@in_loop
+async def test_maintenance(url: str) -> None:
+    async with connect(url, "maintenance:1.5") as client:
+        await follow(client, "platform_state")
+        await client.wait(lambda: {"maintenance": True} in client.data("platform_state"), "the announcement")
+        assert (await client.ask("public/test"))["error"] == {"code": 11051, "message": "system_maintenance"}
+        await client.wait(lambda: client.closed, "the drop")
 
 
-def test_delay_is_added_each_way(url: str) -> None:
-    async def act() -> None:
-        async with connect(url, "delay:100") as client:
-            start = time.monotonic()
-            await client.ask("public/test")
-            assert time.monotonic() - start >= 0.2
-            count = 100  # one after the other they would need longer than anything is waited for
-            await asyncio.gather(
-                *(client.send(json.dumps({"id": 500 + n, "method": "public/test"})) for n in range(count))
-            )
-            await client.wait(lambda: len([m for m in client.messages() if m["id"] >= 500]) == count, "all answers")
-            assert [m["id"] for m in client.messages() if m["id"] >= 500] == list(range(500, 500 + count))
-
-    asyncio.run(act())
+@in_loop
+async def test_delay_is_added_each_way(url: str) -> None:
+    async with connect(url, "delay:100") as client:
+        start = time.monotonic()
+        await client.ask("public/test")
+        assert time.monotonic() - start >= 0.2
+        count = 100  # one after the other they would need longer than anything is waited for
+        await asyncio.gather(*(client.send(json.dumps({"id": 500 + n, "method": "public/test"})) for n in range(count)))
+        await client.wait(lambda: len([m for m in client.messages() if m["id"] >= 500]) == count, "all answers")
+        assert [m["id"] for m in client.messages() if m["id"] >= 500] == list(range(500, 500 + count))
 
 
 async def open_deaf(url: str, faults: str) -> asyncio.StreamWriter:
@@ -807,19 +726,16 @@ async def open_deaf(url: str, faults: str) -> asyncio.StreamWriter:
 
 
 @pytest.mark.parametrize("more", ["", "fragments:0,"])
-def test_a_client_that_does_not_read_is_cut(url: str, oracle: Path, more: str) -> None:
+@in_loop
+async def test_a_client_that_does_not_read_is_cut(url: str, oracle: Path, more: str) -> None:
     faults = f"{more}slow_reader:20000000,flood:20000"  # more than one step of the flood
-
-    async def act() -> None:
-        writer = await open_deaf(url, faults)
-        async with connect(url) as other:
-            await follow(other)
-            number = await other.wait(lambda: find_connection(oracle, faults), "the connection")
-            ended = {"event": "ended", "reason": "connection_too_slow", "connection": number}
-            await other.wait(lambda: read_oracle(oracle, **ended), "the cut", 30)
-        writer.close()
-
-    asyncio.run(act())
+    writer = await open_deaf(url, faults)
+    async with connect(url) as other:
+        await follow(other)
+        number = await other.wait(lambda: find_connection(oracle, faults), "the connection")
+        ended = {"event": "ended", "reason": "connection_too_slow", "connection": number}
+        await other.wait(lambda: read_oracle(oracle, **ended), "the cut", 30)
+    writer.close()
 
 
 async def write_on(writer: asyncio.StreamWriter, other: Client) -> None:
@@ -829,43 +745,36 @@ async def write_on(writer: asyncio.StreamWriter, other: Client) -> None:
         await other.wait_data(BOOK, len(other.data(BOOK)) + 1)
 
 
-def test_a_client_that_does_not_read_is_cut_also_where_it_is_to_be_closed(url: str, oracle: Path) -> None:
-    async def act() -> None:
-        faults = "flood:20000,close:4001@2"
-        writer = await open_deaf(url, faults)
-        async with connect(url) as other:
-            await follow(other)
-            number = await other.wait(lambda: find_connection(oracle, faults), "the connection")
-            ended = {"event": "ended", "reason": "closed on request", "connection": number}
-            await other.wait(lambda: read_oracle(oracle, **ended), "the close", 30)
-            with pytest.raises(ConnectionError):
-                await write_on(writer, other)
-
-    asyncio.run(act())
+@in_loop
+async def test_a_client_that_does_not_read_is_cut_also_where_it_is_to_be_closed(url: str, oracle: Path) -> None:
+    faults = "flood:20000,close:4001@2"
+    writer = await open_deaf(url, faults)
+    async with connect(url) as other:
+        await follow(other)
+        number = await other.wait(lambda: find_connection(oracle, faults), "the connection")
+        ended = {"event": "ended", "reason": "closed on request", "connection": number}
+        await other.wait(lambda: read_oracle(oracle, **ended), "the close", 30)
+        with pytest.raises(ConnectionError):
+            await write_on(writer, other)
 
 
-def test_faults_of_the_whole_exchange_hold_for_all_who_name_none() -> None:
+@in_loop
+async def test_faults_of_the_whole_exchange_hold_for_all_who_name_none() -> None:
     with exchange("--faults", "error:public/test=11094,connections:1") as (url, _):
-
-        async def act() -> None:
-            async with connect(url) as client:
-                assert (await client.ask("public/test"))["error"]["code"] == 11094
-                with pytest.raises(aiohttp.WSServerHandshakeError):
-                    async with connect(url):
-                        pass
-            assert get(url, "public/test")[1]["error"]["code"] == 11094
-
-        asyncio.run(act())
-
-
-def test_the_oracle_has_every_trade(url: str, oracle: Path) -> None:
-    async def act() -> list[dict[str, Any]]:
         async with connect(url) as client:
-            await follow(client, "trades.any.any.100ms")
-            frames = await client.wait_data("trades.any.any.100ms", 10)
-            return [trade for data in frames for trade in data]
+            assert (await client.ask("public/test"))["error"]["code"] == 11094
+            with pytest.raises(aiohttp.WSServerHandshakeError):
+                async with connect(url):
+                    pass
+        assert get(url, "public/test")[1]["error"]["code"] == 11094
 
-    seen = asyncio.run(act())
+
+@in_loop
+async def test_the_oracle_has_every_trade(url: str, oracle: Path) -> None:
+    async with connect(url) as client:
+        await follow(client, "trades.any.any.100ms")
+        frames = await client.wait_data("trades.any.any.100ms", 10)
+    seen = [trade for data in frames for trade in data]
     names = ("instrument_name", "trade_seq", "trade_id", "price", "amount", "direction", "timestamp")
     told = [{name: line[name] for name in names} for line in read_oracle(oracle, event="trade")]
     assert all({name: trade[name] for name in names} in told for trade in seen)

@@ -1,13 +1,12 @@
 """Recorded frames go out byte for byte, in order, with the recording's own pace or another."""
 
-import asyncio
 import time
 from pathlib import Path
 
 import pytest
 
 from tests.exchange_client import connect, exchange, get
-from tests.support import FRAMES, collector, running
+from tests.support import FRAMES, collector, in_loop, running
 from workers.exchange.replay import read_recording
 
 LINES = [
@@ -28,44 +27,38 @@ def write_capture(path: Path, gap: float) -> None:
     path.write_text("\n".join(rows) + "\n")
 
 
-def test_json_lines_go_out_unchanged_to_who_subscribed(tmp_path: Path) -> None:
+@in_loop
+async def test_json_lines_go_out_unchanged_to_who_subscribed(tmp_path: Path) -> None:
     path = tmp_path / "frames.jsonl"
     path.write_text("\n".join(LINES))
     with exchange("--replay", str(path)) as (url, _):
-
-        async def act() -> None:
-            async with connect(url) as client, connect(url) as other:
-                await client.log_in()
-                refused = await other.ask("public/subscribe", channels=CHANNELS[:1])
-                assert refused["error"]["code"] == 13778
-                await other.ask("public/subscribe", channels=["nobody.knows", "quote.BTC-PERPETUAL"])
-                answer = await client.ask("private/subscribe", channels=CHANNELS)
-                assert answer["result"] == sorted(CHANNELS, reverse=True)
-                await client.wait(lambda: len(client.texts) >= 5, "the frames")
-                assert client.texts[2:] == [LINES[0], LINES[2], LINES[5]]
-                state = (await other.ask("practice/state"))["result"]
-                assert (state["played"], state["recorded"], state["relayed"]) == (4, 4, 3)
-                await other.wait_data("quote.BTC-PERPETUAL", 3)
-
-        asyncio.run(act())
+        async with connect(url) as client, connect(url) as other:
+            await client.log_in()
+            refused = await other.ask("public/subscribe", channels=CHANNELS[:1])
+            assert refused["error"]["code"] == 13778
+            await other.ask("public/subscribe", channels=["nobody.knows", "quote.BTC-PERPETUAL"])
+            answer = await client.ask("private/subscribe", channels=CHANNELS)
+            assert answer["result"] == sorted(CHANNELS, reverse=True)
+            await client.wait(lambda: len(client.texts) >= 5, "the frames")
+            assert client.texts[2:] == [LINES[0], LINES[2], LINES[5]]
+            state = (await other.ask("practice/state"))["result"]
+            assert (state["played"], state["recorded"], state["relayed"]) == (4, 4, 3)
+            await other.wait_data("quote.BTC-PERPETUAL", 3)
 
 
 @pytest.mark.parametrize(("speed", "gap", "least"), [("1", 0.1, 0.5), ("0.5", 0.1, 1.0), ("0", 100.0, 0.0)])
-def test_a_capture_keeps_its_pace(tmp_path: Path, speed: str, gap: float, least: float) -> None:
+@in_loop
+async def test_a_capture_keeps_its_pace(tmp_path: Path, speed: str, gap: float, least: float) -> None:
     """At speed 0 it has none: what was recorded over minutes comes at all."""
     path = tmp_path / "capture"
     write_capture(path, gap)
     with exchange("--replay", str(path), "--speed", speed) as (url, _):
-
-        async def act() -> None:
-            async with connect(url) as client:
-                await client.log_in()
-                start = time.monotonic()
-                await client.ask("private/subscribe", channels=CHANNELS)
-                await client.wait(lambda: len(client.texts) >= 5, "the last frame")
-                assert time.monotonic() - start >= least
-
-        asyncio.run(act())
+        async with connect(url) as client:
+            await client.log_in()
+            start = time.monotonic()
+            await client.ask("private/subscribe", channels=CHANNELS)
+            await client.wait(lambda: len(client.texts) >= 5, "the last frame")
+            assert time.monotonic() - start >= least
 
 
 def test_recordings_that_hold_nothing_are_refused(tmp_path: Path) -> None:
@@ -82,19 +75,16 @@ def test_recordings_that_hold_nothing_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not FRAMES, reason="COLLECTOR_FRAMES names no folder with recorded frames")
-def test_the_recorded_capture_is_replayed_whole() -> None:
+@in_loop
+async def test_the_recorded_capture_is_replayed_whole() -> None:
     path = f"{FRAMES}/cryptofeed/DERIBIT.ws.1.0"
     frames = read_recording(path)
     assert len(frames) == 135
     channels = sorted({frame.channel for frame in frames})
     with exchange("--replay", path, "--speed", "0") as (url, _):
-
-        async def act() -> None:
-            async with connect(url) as client:
-                await client.log_in()
-                await client.ask("public/subscribe", channels=channels)
-                await client.wait(lambda: len(client.texts) >= 137, "all frames")
-                assert client.texts[2:] == [frame.text.decode() for frame in frames]
-
-        asyncio.run(act())
+        async with connect(url) as client:
+            await client.log_in()
+            await client.ask("public/subscribe", channels=channels)
+            await client.wait(lambda: len(client.texts) >= 137, "all frames")
+            assert client.texts[2:] == [frame.text.decode() for frame in frames]
         assert get(url, "practice/state")[1]["result"]["relayed"] == 135

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tests.collected import Collected, collected
-from tests.deribit_support import Hearer, collecting, in_loop, wait_for
+from tests.deribit_support import Hearer, collecting, wait_for
 from tests.exchange_client import exchange, get
-from tests.support import wait_until
+from tests.support import in_loop, wait_until
 
 LIVE, LATE, MUTE, LOST = ("live", ""), ("stale", "lag"), ("stale", "mute"), ("recovering", "disconnect")
 BEGINNING = ("recovering", "subscribe")
