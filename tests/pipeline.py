@@ -107,8 +107,9 @@ def subscribed(*endpoints: str) -> Iterator[Subscriber]:
 
 @contextmanager
 def exchange(port: int, *options: str) -> Iterator[Program]:
-    """Run the practice exchange on a port until the end of the block."""
+    """Run the practice exchange on a port until the end of the block; it listens when this begins."""
     with running(*collector("exchange", "--port", str(port), *options)) as program:
+        program.wait_line(rf"^listening on \S+:{port}/", stream="out")
         yield program
 
 

@@ -109,8 +109,7 @@ def test_it_says_who_asks(headers: dict[str, str], said: str) -> None:
 
 def test_the_list_and_one_of_it() -> None:
     port = find_port()
-    with exchange(port, "--options", "100") as program:
-        program.wait_line(rf":{port}/")
+    with exchange(port, "--options", "100"):
         catalogue = Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2?faults=mute", {"X-Desk": "7"}, 5.0)
         listed = catalogue.read_all()
         assert asyncio.run(catalogue.fetch()) == listed
@@ -176,8 +175,7 @@ def test_an_answer_that_fails_when_nobody_waits_for_it_any_more_is_no_fault() ->
 
 def test_it_knows_the_exchanges_clock() -> None:
     port = find_port()
-    with exchange(port, "--faults", "clock:-86400000") as program:
-        program.wait_line(rf":{port}/")
+    with exchange(port, "--faults", "clock:-86400000"):
         catalogue = Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2", {}, 5.0)
         assert abs(catalogue.read_ms() / 1000 - time.time()) < 3600
         catalogue.read_one("NOPE")

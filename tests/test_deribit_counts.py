@@ -458,7 +458,6 @@ def test_a_practice_exchange_that_is_killed_and_started_anew_counts_anew(tmp_pat
     port = find_port()
     url = f"ws://127.0.0.1:{port}/ws/api/v2"
     with exchange(port, "--rate", "1500") as old:
-        old.wait_line(rf":{port}/")
         future = list_futures(url, "BTC")[-1]  # a new market begins these, and options, with the same number again
         channels = [f"trades.{future}.100ms", f"book.{future}.100ms", "trades.option.any.100ms"]
         table = {"url": url, "channels": channels, "retry_count": patience, "retry_delay": 0.05}
@@ -469,8 +468,7 @@ def test_a_practice_exchange_that_is_killed_and_started_anew_counts_anew(tmp_pat
                 old.process.kill()
                 old.wait_exit()
                 since = time.time_ns()
-                with exchange(port, "--rate", "1500", "--oracle", str(tmp_path / "oracle")) as new:
-                    new.wait_line(rf":{port}/")
+                with exchange(port, "--rate", "1500", "--oracle", str(tmp_path / "oracle")):
                     check_anew(url, tmp_path / "oracle", recorder, future, since)
                     assert (run.get_state("w")["restarts"] > 0) == (patience == 1)
             finally:

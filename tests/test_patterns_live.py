@@ -115,12 +115,11 @@ def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp
     recording, port = tmp_path / "recording", find_port()
     recording.write_text("".join(f"{4 * place}.0: {json.dumps(frame)}\n" for place, frame in enumerate(frames)))
     url = f"ws://127.0.0.1:{port}/ws/api/v2?faults=drop_subscribe:quote.BTC-PERPETUAL@2"
-    with exchange(port, "--replay", str(recording)) as program:
-        program.wait_line(rf":{port}/")
-        with collected({"a": {**QUICK, "url": url, "channels": ["quote.BTC-PERP*"]}}, exchange=None) as run:
-            run.wait_state("a")
-            wait_until(lambda: run.get_state("a")["channels"]["refused"], "the refusal")
-            wait_until(lambda: "quote.BTC-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the next answer")
+    table = {**QUICK, "url": url, "channels": ["quote.BTC-PERP*"]}
+    with exchange(port, "--replay", str(recording)), collected({"a": table}, exchange=None) as run:
+        run.wait_state("a")
+        wait_until(lambda: run.get_state("a")["channels"]["refused"], "the refusal")
+        wait_until(lambda: "quote.BTC-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the next answer")
 
 
 def test_the_end_of_an_instrument_goes_by_the_exchanges_clock() -> None:
@@ -219,8 +218,7 @@ def test_what_expires_while_the_worker_is_away_is_told_when_it_is_back() -> None
 def with_exchange(act: Callable[[Catalogue, dict[str, Any]], None], *options: str) -> None:
     """Act on an exchange of its own: its catalogue, and a table that names it."""
     port = find_port()
-    with exchange(port, *options) as program:
-        program.wait_line(rf":{port}/")
+    with exchange(port, *options):
         url = f"ws://127.0.0.1:{port}/ws/api/v2"
         act(Catalogue(url, {}, 5.0), {**QUICK, "url": url})
 
@@ -372,8 +370,7 @@ def test_an_exchange_that_is_not_there_is_waited_for() -> None:
         )
         state = run.wait_state("a", "starting")
         assert str(port) in state["last_error"]["message"]
-        with exchange(port) as program:
-            program.wait_line(rf":{port}/")
+        with exchange(port):
             assert run.wait_state("a")["last_error"] is None
             assert "quote.BTC-PERPETUAL" in find_asked(run)
 
@@ -415,8 +412,7 @@ def test_what_is_wished_before_the_list_has_come_holds(patterns: list[str], name
         assert told[added]["code"] == "not_connected"
         told = run.ask("unsubscribe", connection="a", channels=[index, found])["channels"]
         assert told == {index: True, found: True}
-        with exchange(port, "--options", "200") as program:
-            program.wait_line(rf":{port}/")
+        with exchange(port, "--options", "200"):
             run.program.wait_line(rf"{names[0]}: ready")
             for name in names:
                 run.wait_state(name)
@@ -433,8 +429,7 @@ def test_a_pattern_that_meets_what_was_wished_before_the_list_came_is_told() -> 
     with collected({"a": table, "b": {**QUICK, "channels": []}}) as run:
         run.wait_state("a", "starting")
         run.ask("subscribe", connection="a", channels=["trades.option.any.100ms"])
-        with exchange(port) as program:
-            program.wait_line(rf":{port}/")
+        with exchange(port):
             words = run.wait_state("a", "failed")["last_error"]["message"]
             assert "would feed the same topics as trades.option.any.100ms; write one of them" in words
 
@@ -453,8 +448,7 @@ def test_one_of_the_file_that_was_given_up_is_connected_again_also_if_it_needs_s
         table["name"] = "options"
         assert "could not be had" in str(run.refuse("connect", connection=table))
         assert run.get_state("options")["state"] == "failed"
-        with exchange(port, "--options", "200") as program:
-            program.wait_line(rf":{port}/")
+        with exchange(port, "--options", "200"):
             answer = run.refuse("connect", connection=table, deadline=time.time_ns() + 10_000_000_000)
             assert "options is spread over options-1, options-2" in answer.message
             assert run.ask("get_state").keys() == {"a", "options-1", "options-2"}

@@ -227,8 +227,7 @@ def test_what_clashes_once_expanded_is_refused(case: str, tmp_path: Path) -> Non
 def test_the_command_asks_the_exchange_for_its_instruments(tmp_path: Path) -> None:
     port = find_port()
     path = write_file(tmp_path, write_practice_port(port))
-    with exchange(port, "--options", "600") as program:
-        program.wait_line(rf":{port}/")
+    with exchange(port, "--options", "600"):
         done = run_plan(path)
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"\nticker\.\{kind=option\}\.100ms  options +600\n", done.stdout)

@@ -5,8 +5,6 @@ They live in an environment of their own (make conformance), whose Python COLLEC
 
 import json
 import os
-import shutil
-import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.certificate import HAS_OPENSSL, make_certificate
 from tests.support import collector, running
 
 PYTHON = os.environ.get("COLLECTOR_CONFORMANCE", "")
@@ -60,24 +59,12 @@ def test_typed_deribit() -> None:
     assert got["ticker"]["best_bid_price"] < got["ticker"]["best_ask_price"]
 
 
-@pytest.fixture
-def certificate(tmp_path: Path) -> tuple[Path, Path]:
-    """A certificate of our own: the file to trust, and the file with its key that a server needs."""
-    if shutil.which("openssl") is None:
-        pytest.skip("no openssl here to make a certificate with")
-    trusted, key, both = (tmp_path / name for name in ("trusted.pem", "key.pem", "both.pem"))
-    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=127.0.0.1"]
-    names = ["-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(trusted)]
-    subprocess.run([*make, *names], check=True, capture_output=True)
-    both.write_text(key.read_text() + trusted.read_text())
-    return trusted, both
-
-
-def test_cryptofeed(certificate: tuple[Path, Path]) -> None:
-    trusted, both = certificate
+@pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
+def test_cryptofeed(tmp_path: Path) -> None:
+    own = make_certificate(tmp_path)
     keys = {"CLIENT_ID": "practice", "CLIENT_SECRET": "practice"}
-    with exchange("--certificate", str(both)) as host:
-        got = run_client("cryptofeed", host, SSL_CERT_FILE=str(trusted), REQUESTS_CA_BUNDLE=str(trusted), **keys)
+    with exchange("--certificate", own) as host:
+        got = run_client("cryptofeed", host, SSL_CERT_FILE=own, REQUESTS_CA_BUNDLE=own, **keys)
     assert got["snapshots"] == 1
     assert got["l2_book"]["book"]["bid"] > 10
     assert got["l1_book"]["bid_price"] < got["l1_book"]["ask_price"]
