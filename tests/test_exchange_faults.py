@@ -148,14 +148,20 @@ async def test_connections_end_as_asked(url: str, faults: str, code: int) -> Non
         await other.wait_data(BOOK, len(other.data(BOOK)) + 1)
 
 
+async def open_raw(url: str, faults: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """A TCP connection that has asked to become a WebSocket."""
+    host, port = url.split("/")[2].split(":")
+    reader, writer = await asyncio.open_connection(host, int(port), limit=1000)
+    writer.write(
+        f"GET /ws/api/v2?faults={faults} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
+    )
+    return reader, writer
+
+
 @in_loop
 async def test_a_reset_is_a_reset(url: str) -> None:
-    host, port = url.split("/")[2].split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(
-        b"GET /ws/api/v2?faults=reset:0.1 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
+    reader, writer = await open_raw(url, "reset:0.1")
     await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
     with pytest.raises(ConnectionResetError):
         await asyncio.wait_for(reader.read(), 10)
@@ -165,13 +171,8 @@ async def test_a_reset_is_a_reset(url: str) -> None:
 @in_loop
 async def test_a_client_has_a_second_to_answer_a_close_frame(url: str) -> None:
     """Ended at once, with what the client still sends unread, it would be a reset, which can cost the last answers."""
-    host, port = url.split("/")[2].split(":")
     began = time.monotonic()
-    reader, writer = await asyncio.open_connection(host, int(port))
-    writer.write(
-        b"GET /ws/api/v2?faults=close:4001@0.2 HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-    )
+    reader, writer = await open_raw(url, "close:4001@0.2")
     await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
     reason = b"closed on request"
     said = struct.pack("!BBH", 0x88, 2 + len(reason), 4001) + reason
@@ -713,13 +714,8 @@ async def test_delay_is_added_each_way(url: str) -> None:
 
 async def open_deaf(url: str, faults: str) -> asyncio.StreamWriter:
     """A client that subscribes to a ticker and never reads what comes."""
-    host, port = url.split("/")[2].split(":")
-    _, writer = await asyncio.open_connection(host, int(port), limit=1000)
+    _, writer = await open_raw(url, faults)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
-    writer.write(
-        f"GET /ws/api/v2?faults={faults} HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
-        "Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n".encode()
-    )
     body = b'{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["ticker.BTC-PERPETUAL.100ms"]}}'
     writer.write(struct.pack("!BB4s", 0x81, 0x80 | len(body), b"\0\0\0\0") + body)
     return writer
