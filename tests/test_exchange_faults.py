@@ -135,6 +135,21 @@ async def test_first_and_skip_say_which_connections_have_the_faults(url: str) ->
         assert seen == wanted
 
 
+@in_loop
+async def test_first_does_not_count_who_was_one_too_many() -> None:
+    with exchange("--faults", "connections:1") as (url, _):
+
+        async def find_status() -> int:
+            with pytest.raises(aiohttp.WSServerHandshakeError) as error:
+                async with connect(url, "refuse:418,first:1"):
+                    pass
+            return error.value.status
+
+        async with connect(url):
+            assert await find_status() == 429
+        assert await find_status() == 418
+
+
 @pytest.mark.parametrize(
     ("faults", "code"), [("close:4001@0.2", 4001), ("close:1012@0.2", 1012), ("reset:0.2", 1006), ("drop:0.2", 1006)]
 )

@@ -104,14 +104,14 @@ class Server:
     # WebSocket
 
     async def _serve_socket(self, request: web.Request) -> web.StreamResponse:
+        address = request.remote or ""
+        if self._is_full(address):
+            return web.Response(status=429, text="Too Many Requests\n")
         try:
             faults = self.exchange.draw_faults(request.query.get("faults"))
         except ValueError as error:
             log.warning("a connection refused: %s", error)
             return web.Response(status=400, text=f"{error}\n")
-        address = request.remote or ""
-        if self._is_full(address):
-            return web.Response(status=429, text="Too Many Requests\n")
         self._opening[address] += 1  # before anything else may come in between
         try:
             await asyncio.sleep(faults.number("slow_open") + 2 * faults.number("delay") / 1000.0)
