@@ -8,17 +8,19 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 from aiohttp import web
 
 from collector.lifecycle import Exit
 from tests.pipeline import Subscriber, short_directory
 from workers.deribit import Client, Listener, Login
+from workers.deribit.healing.fetch import Ask, Healing, Page
 from workers.deribit.worker import Worker, create_worker
 
 BOOK, TRADES = "book.BTC-PERPETUAL.100ms", "trades.BTC-PERPETUAL.100ms"
@@ -146,6 +148,29 @@ def make_result(method: str, params: dict[str, Any]) -> Any:
         "public/get_time": time.time_ns() // 1_000_000,
     }
     return params.get("channels") or results.get(method, "ok")
+
+
+def encode_data(channel: str, data: Any) -> bytes:
+    """A frame as the exchange sends it."""
+    params = {"channel": channel, "data": data}
+    return msgspec.json.encode({"jsonrpc": "2.0", "method": "subscription", "params": params})
+
+
+def run_healing(healing: Healing, answer: Callable[[Ask], Page | None]) -> list[Ask]:
+    """Answer all that it asks; return that."""
+    asked: list[Ask] = []
+    page = None
+    with suppress(StopIteration):
+        while True:
+            step = healing.send(page)
+            page = answer(step) if isinstance(step, Ask) else None
+            asked += [step] if isinstance(step, Ask) else []
+    return asked
+
+
+def answer_nothing(_: Ask) -> Page:
+    """The exchange knows of no trade that is asked for."""
+    return Page([], False)
 
 
 class Hearer(Subscriber):

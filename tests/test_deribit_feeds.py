@@ -1,7 +1,5 @@
 """Feeds by themselves, without sockets: what they make of frames, and what they count."""
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,18 +9,10 @@ from tests.faults.exchange import Line
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.normalise import MAX_DEPTH, TickerFeed, create_feed
-from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.streams import Malformed, Published, Topics
 
 NAME = "BTC-PERPETUAL"
-
-
-@pytest.fixture
-def topics(tmp_path: Path) -> Iterator[Topics]:
-    ledger = Ledger(tmp_path / "ledger", fresh=True)
-    yield Topics(1, ledger)
-    ledger.close()
 
 
 def encode(feed: Feed, data: dict[str, Any]) -> bytes:

@@ -8,14 +8,13 @@ from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
 
-import msgspec
 import pytest
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, Credits
 from collector.messages import ControlError, parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, make_spec, wait_for
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, encode_data, make_spec, wait_for
 from tests.exchange_client import exchange, get
 from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
@@ -181,10 +180,8 @@ async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(
             {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1, "amount": 1, "direction": "buy"}
             for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")
         ]
-        params = {"channel": "trades.option.BTC.100ms", "data": rows}
-        frame = {"jsonrpc": "2.0", "method": "subscription", "params": params}
         await wait_for(lambda: run.worker.client.is_live, "the connection")
-        run.worker.take_frames([msgspec.json.encode(frame)], time.time_ns())
+        run.worker.take_frames([encode_data("trades.option.BTC.100ms", rows)], time.time_ns())
         (ended,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV20-", type="status")
         (other,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV99-", type="status")
         assert (ended["state"], ended["reason"], other["state"]) == ("expired", EXPIRED, state)

@@ -1,14 +1,11 @@
 """Loss is told in the stream, in order, and made good where it can be: gaps, resyncs, healed trades, restarts."""
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import partial
 from itertools import groupby, pairwise
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -28,6 +25,8 @@ from tests.deribit_support import (
     Collecting,
     Hearer,
     collecting,
+    encode_data,
+    run_healing,
     scripted,
     wait_for,
 )
@@ -42,7 +41,7 @@ from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
 from workers.deribit.healing.heal import read_page
-from workers.deribit.publishing.ledger import HEARD, Ledger
+from workers.deribit.publishing.ledger import HEARD
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.rpc.errors import ExchangeError
@@ -58,12 +57,6 @@ START = 1_790_000_000_000_000_000
 """ns."""
 BOOKS, TRADED = list(TOPICS)[:2]
 OWN = ("gap", "repair", "status")
-
-
-def encode_data(channel: str, data: Any) -> bytes:
-    """A frame as the exchange sends it."""
-    frame = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": channel, "data": data}}
-    return json.dumps(frame, separators=(",", ":")).encode()
 
 
 def list_data(hearer: Hearer, topic: str) -> list[dict[str, Any]]:
@@ -587,9 +580,8 @@ async def test_healing_goes_on_on_a_connection_that_asks_for_the_channel_no_more
     async with collecting(practice, faults, TRADES) as run:
         (gap,) = await run.hearer.hear_of(TRADED, type="gap")
         client = run.worker.client
-        await wait_for(
-            lambda: "public/get_last_trades_by_instrument" in client.traffic.requests.methods.values(), "healing"
-        )
+        methods = client.traffic.requests.methods
+        await wait_for(lambda: "public/get_last_trades_by_instrument" in methods.values(), "healing")
         client.reconciler.expire([TRADES])
         client.cut("for a loss")
         (repair,) = await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])
@@ -645,84 +637,72 @@ async def test_trades_of_all_kinds_are_healed_though_those_of_spot_are_not_serve
         check_stream(run.hearer.messages)
 
 
-def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger", fresh=True)
-    feed = TradeFeed(parse_channel("trades.option.any.100ms"), Topics(1, ledger))
+def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(topics: Topics) -> None:
+    feed = TradeFeed(parse_channel("trades.option.any.100ms"), topics)
     feed.losses.confirmed_at = START
     feed.lose("disconnect", START)
     healing = heal_feed(feed, START + 5_000_000_000, 0)
-    page, asked = None, []
-    with suppress(StopIteration):
-        while True:
-            ask = healing.send(page)
-            assert isinstance(ask, Ask)
-            asked.append(ask.params["currency"])
-            page = None if asked[-1] == CURRENCIES[1] else Page([], False)
+    asks = run_healing(healing, lambda ask: None if ask.params["currency"] == CURRENCIES[1] else Page([], False))
+    asked = [ask.params["currency"] for ask in asks]
     assert {currency: asked.count(currency) for currency in asked} == dict.fromkeys(CURRENCIES, 3) | {
         CURRENCIES[1]: 3 * len(PAUSES)
     }
     assert feed.losses.lost_from is None  # else each later healing would fetch from here on, for ever
-    ledger.close()
 
 
-def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_being_healed(tmp_path: Path) -> None:
+def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_being_healed(topics: Topics) -> None:
     """Else the time that each healing asks for would grow as long as there is no pause between two losses."""
-    ledger, second = Ledger(tmp_path / "ledger", fresh=True), 1_000_000_000
-    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), Topics(1, ledger))
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), topics)
     feed.losses.confirm(START)
-    now = START + 10 * second
+    now = START + 10 * SECOND
     feed.losses.add_since(now)
+
+    def lose_more(ask: Ask) -> Page:
+        nonlocal now
+        now += int(ask.pause * SECOND) + 1
+        feed.losses.add_since(now)
+        return Page([], False)
+
     for _ in range(5):
-        begun, page = now, None
-        healing = heal_feed(feed, now, 0)
-        with suppress(StopIteration):
-            while True:
-                ask = healing.send(page)
-                assert isinstance(ask, Ask)
-                assert ask.params["start_timestamp"] * MS > begun - 20 * second
-                now, page = now + int(ask.pause * second) + 1, Page([], False)
-                feed.losses.add_since(now)
-        assert now > begun + 2 * second
+        begun = now
+        asked = run_healing(heal_feed(feed, now, 0), lose_more)
+        assert all(ask.params["start_timestamp"] * MS > begun - 20 * SECOND for ask in asked)
+        assert now > begun + 2 * SECOND
     assert feed.losses.lost_from is not None
-    assert feed.losses.lost_from > begun - 10 * second
-    ledger.close()
+    assert feed.losses.lost_from > begun - 10 * SECOND
 
 
-def test_a_day_of_losses_that_are_all_healed_in_time_leaves_nothing_in_doubt(tmp_path: Path) -> None:
+def test_a_day_of_losses_that_are_all_healed_in_time_leaves_nothing_in_doubt(topics: Topics) -> None:
     """The exchange tells of the last day only; what was lost before was healed long ago."""
-    ledger, second = Ledger(tmp_path / "ledger", fresh=True), 1_000_000_000
-    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), Topics(1, ledger))
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), topics)
     feed.losses.confirm(START)
-    now = START + second
+    now = START + SECOND
     feed.lose("disconnect", now)
+
+    def lose_more(_: Ask) -> Page:
+        feed.losses.add_since(now + SECOND)
+        return Page([], False)
+
     for _ in range(30):
-        now, page = now + 3600 * second, None
-        feed.losses.add_since(now - second)
-        healing = heal_feed(feed, now, 0)
-        with suppress(StopIteration):
-            while True:
-                healing.send(page)
-                feed.losses.add_since(now + second)
-                page = Page([], False)
-        assert feed.losses.lost_from == now + second
+        now += 3600 * SECOND
+        feed.losses.add_since(now - SECOND)
+        assert run_healing(heal_feed(feed, now, 0), lose_more)
+        assert feed.losses.lost_from == now + SECOND
     assert feed.losses.unsure_from is None
-    ledger.close()
 
 
-def test_a_channel_that_is_sent_only_while_it_is_healed_is_healed_once_more_from_then_on(tmp_path: Path) -> None:
-    ledger, second = Ledger(tmp_path / "ledger", fresh=True), 1_000_000_000
-    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), Topics(1, ledger))
+def test_a_channel_that_is_sent_only_while_it_is_healed_is_healed_once_more_from_then_on(topics: Topics) -> None:
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), topics)
     feed.losses.confirm(START)
-    feed.lose("disconnect", START + second)
-    begun, page = START + 60 * second, None
-    healing = heal_feed(feed, begun, 0)
-    with suppress(StopIteration):
-        while True:
-            healing.send(page)
-            page = Page([], False)
-            feed.losses.confirm(begun + second)
+    feed.lose("disconnect", START + SECOND)
+    begun = START + 60 * SECOND
+
+    def confirm(_: Ask) -> Page:
+        feed.losses.confirm(begun + SECOND)
+        return Page([], False)
+
+    assert run_healing(heal_feed(feed, begun, 0), confirm)
     assert feed.losses.lost_from == begun
-    ledger.close()
 
 
 def test_first_trades_whose_healing_was_cut_by_a_kill_do_not_cost_a_request_each() -> None:
@@ -752,7 +732,7 @@ def test_options_that_are_quiet_after_a_loss_do_not_cost_a_request_each() -> Non
     with short_directory() as directory:
         life = Life(directory, [channel], START, is_first=True)
         life.confirm(channel, START)
-        life.take(channel, encode_data(channel, msgspec.to_builtins([make_option_trade(n, 7) for n in names])), START)
+        life.take(channel, encode_data(channel, [make_option_trade(n, 7) for n in names]), START)
         life.lose(START + second)
         missed, asked = [make_option_trade(names[0], 8)], []
         for _ in range(2):
@@ -773,7 +753,7 @@ def test_what_is_traded_while_a_channel_is_refused_comes_though_it_was_healed_me
         life = Life(directory, [channel], START, is_first=True)
         reader = life.listen()
         life.confirm(channel, START)
-        life.take(channel, encode_data(channel, [msgspec.to_builtins(first)]), START)
+        life.take(channel, encode_data(channel, [first]), START)
         life.lose(START + SECOND)
         for known in (history[:2], history):
             now = START + len(known) * SECOND
@@ -797,7 +777,7 @@ def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_sp
         life = Life(directory, [channel], START, is_first=True)
         feed = life.feeds[channel]
         life.confirm(channel, START)
-        life.take(channel, encode_data(channel, msgspec.to_builtins([make_option_trade(n, 7) for n in names])), START)
+        life.take(channel, encode_data(channel, [make_option_trade(n, 7) for n in names]), START)
         missed = make_option_trade(names[0], 8)
         frame = encode_data(channel, [msgspec.to_builtins(missed) | {"price": None}])
         feed.skip(frame.replace(f'"{names[0]}"'.encode(), name.encode()), START + SECOND)
@@ -822,10 +802,10 @@ def make_option_trade(name: str, seq: int) -> TradeData:
     )  # fmt: skip
 
 
-def test_our_clock_may_be_set_back_while_the_connection_is_lost(tmp_path: Path) -> None:
+def test_our_clock_may_be_set_back_while_the_connection_is_lost(topics: Topics) -> None:
     """It was an hour ahead: a loss by that clock was an hour earlier by the exchange's."""
     hour = 3_600_000_000_000
-    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
     feed.losses.confirm(START)
     feed.lose("disconnect", START)
     first = next(heal_feed(feed, START - hour + SECOND, 0, -hour))
@@ -833,9 +813,9 @@ def test_our_clock_may_be_set_back_while_the_connection_is_lost(tmp_path: Path) 
     assert START - hour - 10 * SECOND < first.params["start_timestamp"] * MS < START - hour
 
 
-def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_clock_is_ahead(tmp_path: Path) -> None:
+def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_clock_is_ahead(topics: Topics) -> None:
     name, ahead = "BTC-27MAR27-90000-C", 3600 * SECOND
-    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
     feed.losses.confirm(START)
     last = replace(make_option_trade(name, 7), timestamp=(START + ahead) // MS + 40_000)
     came = START + 60 * SECOND  # so 20 s late
@@ -850,14 +830,14 @@ def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_
 @pytest.mark.parametrize("channel", ["trades.option.BTC.raw", "trades.BTC-27MAR27-90000-C.raw"])
 @pytest.mark.parametrize("is_known", [False, True])
 def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
-    tmp_path: Path, channel: str, is_known: bool
+    topics: Topics, channel: str, is_known: bool
 ) -> None:
     """To a request for what is older than a day the exchange answers that there is nothing, not even since then.
 
     It may be sent late: here the exchange has asked for half an hour of patience.
     """
     name, day, late = "BTC-27MAR27-90000-C", 86_400_000, 1_800_000
-    feed = TradeFeed(parse_channel(channel), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed = TradeFeed(parse_channel(channel), topics)
     feed.losses.confirmed_at = START
     line = Line(channel, (name,))
     if is_known:
@@ -867,15 +847,15 @@ def test_a_day_without_trades_does_not_hide_those_of_a_lost_connection(
     now = START + 2 * day * MS
     missed = [replace(make_option_trade(name, seq), timestamp=now // MS - 20_000 + seq) for seq in (2, 3)]
     feed.lose("disconnect", now - 20_000 * MS)
-    healing, page = heal_feed(feed, now, 0), None
     came: list[int] = []
-    with suppress(StopIteration):
-        while True:
-            step, page = healing.send(page), None
-            if isinstance(step, Ask):
-                is_late = step.params.get("start_timestamp", now) < now // MS + late - day
-                page = Page([] if is_late else [each for each in missed if fits(each, step.params)], False)
-                came += [said.trade_seq for _, said in feed.backfill(page.trades, now) if isinstance(said, Trade)]
+
+    def answer(ask: Ask) -> Page:
+        is_late = ask.params.get("start_timestamp", now) < now // MS + late - day
+        page = Page([] if is_late else [each for each in missed if fits(each, ask.params)], False)
+        came.extend(said.trade_seq for _, said in feed.backfill(page.trades, now) if isinstance(said, Trade))
+        return page
+
+    run_healing(heal_feed(feed, now, 0), answer)
     assert came == [2, 3]
     if not feed.channel.instrument:  # while the connection stood, nothing was missed: no gap is owed for older numbers
         later = msgspec.to_builtins(make_option_trade("BTC-27MAR27-95000-C", 50))
@@ -890,10 +870,10 @@ async def test_a_later_life_is_told_when_the_connection_stood_last(practice: str
 
 
 @pytest.mark.parametrize("is_late", [False, True])
-def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(tmp_path: Path, is_late: bool) -> None:
+def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(topics: Topics, is_late: bool) -> None:
     """All requests are refused: of what an instrument traded meanwhile, that was not heard of before, nobody knows."""
     name = "BTC-27MAR27-90000-C"
-    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), Topics(1, Ledger(tmp_path / "ledger", fresh=True)))
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
     line = Line(feed.channel.name, (name,))
 
     def trade(seq: int) -> list[Any]:

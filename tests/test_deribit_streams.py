@@ -1,9 +1,9 @@
 """Topics over months: what expired is forgotten, in memory and in the ledger, and its place serves another."""
 
 import asyncio
-import json
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,13 @@ import msgspec
 import pytest
 
 from collector.channels import LISTINGS, guess_expiry
-from tests.deribit_support import BOOK, QUOTE, TRADES, living
-from tests.pipeline import short_directory, subscribed
+from tests.deribit_support import BOOK, QUOTE, TRADES, answer_nothing, encode_data, living, run_healing
+from tests.pipeline import Subscriber, short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
-from workers.deribit.healing.fetch import Ask, Healing, Page, heal_feed
+from workers.deribit.healing.fetch import Ask, heal_feed
 from workers.deribit.publishing.ledger import HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
@@ -28,6 +28,24 @@ EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""
 
 START = EXPIRY - 10 * DAY
+
+
+def make_trade(seq: int, **more: Any) -> dict[str, Any]:
+    """A trade as a frame has it."""
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_seq": seq, "trade_id": "1", "price": 1.0, "amount": 1.0}
+    return {**trade, "direction": "buy", **more}
+
+
+@contextmanager
+def heard(channel: str) -> Iterator[tuple[Worker, Subscriber]]:
+    """A life of a worker that has one channel, and who hears it."""
+    with (
+        short_directory() as directory,
+        living(directory, channel, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        yield worker, subscriber
 
 
 def test_the_name_of_an_instrument_tells_its_expiry() -> None:
@@ -58,24 +76,22 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
     assert names == {kept.instrument, young.instrument}
 
 
-def test_what_is_taken_up_later_has_the_epoch_of_that(tmp_path: Path) -> None:
-    topics = Topics(100, Ledger(tmp_path / "a.ledger", fresh=True))
+def test_what_is_taken_up_later_has_the_epoch_of_that(topics: Topics) -> None:
     first = topics.find("quote", "BTC-PERPETUAL", "raw")
     topics.begin_epoch(200)
     later = topics.find("quote", "ETH-PERPETUAL", "raw")
     assert topics.find("quote", "BTC-PERPETUAL", "raw") is first
-    assert (first.epoch, later.epoch, topics.epoch) == (100, 200, 100)
+    assert (first.epoch, later.epoch, topics.epoch) == (1, 200, 1)
     topics.begin_epoch(150)
     assert topics.find("quote", "SOL-PERPETUAL", "raw").epoch == 200
 
 
-def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(tmp_path: Path) -> None:
-    topics = Topics(100, Ledger(tmp_path / "a.ledger", fresh=True))
+def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(topics: Topics) -> None:
     left = topics.find("trade", "BTC-PERPETUAL", "raw")
     left.seq, left.last_id, place = 7, 50, left.slot
     topics.leave(left, 150)
     again = topics.find("trade", "BTC-PERPETUAL", "raw")  # by a channel that was there all along
-    assert (again.epoch, again.seq, again.left_at, again.slot) == (101, 0, 50, place)
+    assert (again.epoch, again.seq, again.left_at, again.slot) == (2, 0, 50, place)
     topics.leave(again, 250)
     topics.forget_left(250 + LONG)
     topics.begin_epoch(300)
@@ -85,19 +101,17 @@ def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(tmp_pa
 def test_a_forgotten_topic_is_forgotten_by_its_channel_too(tmp_path: Path) -> None:
     """Else each later loss would be told of it, and healed."""
     channel = "trades.option.any.100ms"
-    trade = {"trade_seq": 5, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     with living(tmp_path, channel, fresh=True) as worker:
         feed = find_trades(worker)
         names = ["BTC-6NOV20-1-C", "BTC-6NOV99-1-C"]
-        worker.take_frames([make_frame(channel, [trade | {"instrument_name": name} for name in names])], START)
+        worker.take_frames([encode_data(channel, [make_trade(5, instrument_name=name) for name in names])], START)
         assert list(feed.tapes) == list(feed.streams) == names
         worker.patrol._forget_expired()
         assert list(feed.tapes) == list(feed.streams) == names[1:]
 
 
-def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(tmp_path: Path) -> None:
+def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(topics: Topics) -> None:
     """The exchange tells that an instrument is archivized days after its end."""
-    topics = Topics(1, Ledger(tmp_path / "a.ledger", fresh=True))
     old = topics.find("instrument", "BTC-6NOV26", "raw")
     assert topics.forget_expired(EXPIRY + 2 * DAY, ()) == [old]
     again = topics.find("instrument", "BTC-6NOV26", "raw")
@@ -106,15 +120,12 @@ def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(tmp_pat
     assert topics.find("instrument", "BTC-6NOV26", "raw").epoch == 3
 
 
-def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
-    topics = Topics(1, ledger)
+def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(topics: Topics) -> None:
     for number in range(MAX_TOPICS):
-        assert ledger.find_slot(f"trades.X-{number}.100ms")
+        assert topics.ledger.find_slot(f"trades.X-{number}.100ms")
         assert topics.find("trade", f"X-{number}", "100ms").slot
     with pytest.raises(Malformed, match=f"more than {MAX_TOPICS} topics"):
         topics.find("trade", "X", "100ms")
-    ledger.close()
 
 
 # -- what a later life goes on with -----------------------------------------------------------------------------------
@@ -125,35 +136,29 @@ LONG = 10_000_000_000
 INSTRUMENT = {"instrument_name": "BTC-6NOV26", "state": "settlement", "timestamp": 1_793_952_000_000}
 
 
-def make_frame(channel: str, data: Any) -> bytes:
-    body = {"jsonrpc": "2.0", "method": "subscription", "params": {"channel": channel, "data": data}}
-    return json.dumps(body, separators=(",", ":")).encode()
-
-
 def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
     """An earlier life was asked for the listings; this one only hears them, for the supervisor."""
     with living(tmp_path, LISTINGS[0], follow=True, fresh=True) as worker:
-        worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 5)
+        worker.take_frames([encode_data(LISTINGS[0], INSTRUMENT)], 5)
         assert worker.publisher.published == 1
     with living(tmp_path, LISTINGS[0], follow=True) as worker:
         assert worker.topics.gaps == 1
-        worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 7)
+        worker.take_frames([encode_data(LISTINGS[0], INSTRUMENT)], 7)
         assert worker.publisher.published == 2  # the gap, and the event
     with living(tmp_path, QUOTE, follow=True) as worker:
-        worker.take_frames([make_frame(LISTINGS[0], INSTRUMENT)], 9)
+        worker.take_frames([encode_data(LISTINGS[0], INSTRUMENT)], 9)
         assert len(worker.take_events()) == 1
         assert (worker.topics.gaps, worker.publisher.published) == (0, 1)  # that it is closed
 
 
 def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Path) -> None:
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     with living(tmp_path, TRADES, fresh=True) as worker:
-        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 5)
+        worker.take_frames([encode_data(TRADES, [make_trade(5)])], 5)
     with living(tmp_path, TRADES) as worker:
         assert worker.topics.gaps == 1
     with living(tmp_path) as worker:
         ask(worker, "subscribe", TRADES)
-        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 50}])], 7)
+        worker.take_frames([encode_data(TRADES, [make_trade(50)])], 7)
         assert (worker.topics.gaps, worker.publisher.published) == (0, 3)  # closed, asked for again, the trade
 
 
@@ -162,7 +167,7 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
     quote = {"instrument_name": "BTC-PERPETUAL", "best_bid_price": 1.0, "timestamp": 1}
     with short_directory() as directory:
         with living(directory, QUOTE, fresh=True) as worker:
-            worker.take_frames([make_frame(QUOTE, quote)], 5)
+            worker.take_frames([encode_data(QUOTE, quote)], 5)
             epoch = worker.epoch
             worker.ledger.cells[SUBSCRIPTIONS] = 1  # it waits for its subscriber to come back
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
@@ -183,7 +188,7 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
 
 def test_what_is_said_of_a_topic_of_an_earlier_life_is_older_than_what_another_connection_says() -> None:
     """It had taken the topic up while this one was still leaving it."""
-    frame = make_frame(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
+    frame = encode_data(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
     with short_directory() as one, short_directory() as other:
         with living(one, QUOTE, fresh=True) as first, living(other, fresh=True) as second:
             first.take_frames([frame], time.time_ns())
@@ -213,7 +218,7 @@ def test_that_a_topic_was_closed_is_not_lost_with_a_worker_that_is_killed_at_onc
     with short_directory() as directory:
         with living(directory, *names, fresh=True) as worker:
             for name in names:
-                worker.take_frames([make_frame(name, {"instrument_name": name[6:], "timestamp": 1})], 5)
+                worker.take_frames([encode_data(name, {"instrument_name": name[6:], "timestamp": 1})], 5)
             ask(worker, "unsubscribe", QUOTE)
             for name in names[1:]:
                 ask(worker, "unsubscribe", name, reason="expired")
@@ -257,16 +262,10 @@ def test_a_later_life_knows_since_when_a_channel_came(tmp_path: Path) -> None:
 @pytest.mark.parametrize("healing", ["not yet", "refused", "whole"])
 def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: str) -> None:
     """The channel is given up before what was lost could be fetched; if it was, there is nothing to say."""
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with (
-        short_directory() as directory,
-        living(directory, channel, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+    with heard(channel) as (worker, subscriber):
         feed = find_trades(worker)
         feed.losses.confirm(50)
-        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 100)
+        worker.take_frames([encode_data(channel, [make_trade(5)])], 100)
         feed.lose("disconnect", 200)
         if healing == "refused":  # each request is answered with a no
             assert [step for step in heal_feed(feed, 300, 0) if isinstance(step, Ask)]
@@ -289,18 +288,12 @@ def test_a_loss_is_said_also_where_no_trade_follows_it(channel: str, healing: st
 @pytest.mark.parametrize("channel", [TRADES, "trades.future.BTC.100ms"])
 def test_what_an_interrupted_healing_has_not_asked_for_is_said_after_its_repair(channel: str) -> None:
     """The channel is given up when the first page has come, and nobody knows what the next one would have held."""
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with (
-        short_directory() as directory,
-        living(directory, channel, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+    with heard(channel) as (worker, subscriber):
         feed = find_trades(worker)
-        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 100)
+        worker.take_frames([encode_data(channel, [make_trade(5)])], 100)
         feed.losses.confirm(50)
         feed.lose("disconnect", 200)
-        fetched = msgspec.convert([trade | {"trade_seq": 6}], list[TradeData])
+        fetched = msgspec.convert([make_trade(6)], list[TradeData])
         worker.publisher.publish(feed.backfill(fetched, 300), 300, is_fetched=True)
         ask(worker, "unsubscribe", channel)
         subscriber.wait_for("deribit.trade.", state="closed")
@@ -314,17 +307,11 @@ def test_what_an_interrupted_healing_has_not_asked_for_is_said_after_its_repair(
 def test_what_an_interrupted_healing_has_not_asked_for_of_a_new_instrument_is_said() -> None:
     """It first trades after a loss: what it traded before, while the connection was away, has not been fetched yet."""
     channel = "trades.future.BTC.100ms"
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with (
-        short_directory() as directory,
-        living(directory, channel, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+    with heard(channel) as (worker, subscriber):
         feed = find_trades(worker)
         feed.losses.confirm(50)
         feed.lose("disconnect", 200)
-        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 5}])], 300)
+        worker.take_frames([encode_data(channel, [make_trade(5)])], 300)
         ask(worker, "unsubscribe", channel)
         subscriber.wait_for("deribit.trade.", state="closed")
         _, gap, repair, _ = subscriber.find("deribit.trade.")
@@ -335,16 +322,10 @@ def test_what_an_interrupted_healing_has_not_asked_for_of_a_new_instrument_is_sa
 def test_one_of_many_instruments_is_not_over_while_what_was_lost_of_it_is_fetched() -> None:
     """The connection was lost over its end; what is lost later on changes nothing."""
     channel, name = "trades.option.any.100ms", "BTC-6NOV20-1-C"
-    trade = {"instrument_name": name, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with (
-        short_directory() as directory,
-        living(directory, channel, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+    with heard(channel) as (worker, subscriber):
         feed = find_trades(worker)
         feed.confirm(50)
-        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 1}])], 100)
+        worker.take_frames([encode_data(channel, [make_trade(1, instrument_name=name)])], 100)
         worker.change_state("backoff", "for a loss")
         worker.confirm_channels([channel])
         feed.losses.begin_healing(time.time_ns())
@@ -364,24 +345,18 @@ def test_the_last_trades_of_an_instrument_that_could_not_be_fetched_are_told_bef
     channel: str, is_refused: bool
 ) -> None:
     """The exchange may know nothing of it any more, and no trade follows."""
-    name = "BTC-6NOV20-1-C"
-    trade = {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with (
-        short_directory() as directory,
-        living(directory, channel, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+    trade = make_trade(1, instrument_name="BTC-6NOV20-1-C")
+    with heard(channel) as (worker, subscriber):
         feed = find_trades(worker)
         feed.confirm(50)
-        worker.take_frames([make_frame(channel, [trade])], 100)
+        worker.take_frames([encode_data(channel, [trade])], 100)
         worker.change_state("backoff", "for a loss")
         worker.confirm_channels([channel])
         healing = heal_feed(feed, time.time_ns(), 0)
         if is_refused:  # each request is answered with a no
             assert [step for step in healing if isinstance(step, Ask)]
         else:
-            assert run_healing(healing, Page([], False))
+            assert run_healing(healing, answer_nothing)
             assert feed.backfill(msgspec.convert([trade], list[TradeData]), 200) == []  # the one before the loss
         worker.statuses.tell(feed, *(OVER if feed.channel.instrument else ("stale", "lag")))
         subscriber.wait_for("deribit.trade.", type="status", state="expired")
@@ -394,16 +369,11 @@ def test_the_last_trades_of_an_instrument_that_could_not_be_fetched_are_told_bef
 @pytest.mark.parametrize("channel", ["trades.option.any.100ms", "trades.BTC-6NOV20-1-C.100ms"])
 def test_what_is_lost_after_the_end_of_an_instrument_is_no_loss_of_its(channel: str) -> None:
     """It traded no more: nobody need ask for what came after that."""
-    trade = {"instrument_name": "BTC-6NOV20-1-C", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
-    with (
-        short_directory() as directory,
-        living(directory, channel, fresh=True) as worker,
-        subscribed(worker.publisher.bind()) as subscriber,
-    ):
-        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+    trade = make_trade(1, instrument_name="BTC-6NOV20-1-C")
+    with heard(channel) as (worker, subscriber):
         feed = find_trades(worker)
         feed.confirm(50)
-        worker.take_frames([make_frame(channel, [trade | {"trade_seq": 1}])], 100)
+        worker.take_frames([encode_data(channel, [trade])], 100)
         worker.statuses.tell(feed, *(OVER if feed.channel.instrument else ("live", "")))
         worker.change_state("backoff", "for a loss")
         ask(worker, "unsubscribe", channel)
@@ -420,40 +390,39 @@ def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: P
         feed = find_trades(worker)
         feed.losses.confirm(START)
         feed.skip(b"no frame", START + second)
-        assert run_healing(heal_feed(feed, START + 2 * second, 0), Page([], False))
+        assert run_healing(heal_feed(feed, START + 2 * second, 0), answer_nothing)
         later = START + DAY // 2
-        trade = {"instrument_name": "BTC-6NOV26-1-C", "trade_seq": 5, "trade_id": "1", "price": 1.0, "amount": 1.0}
-        later_ms = later // 1_000_000
-        worker.take_frames([make_frame(channel, [trade | {"direction": "buy", "timestamp": later_ms}])], later)
+        trade = make_trade(5, instrument_name="BTC-6NOV26-1-C", timestamp=later // 1_000_000)
+        worker.take_frames([encode_data(channel, [trade])], later)
         feed.lose("disconnect", later + second)
         feed.losses.confirm(later + 2 * second)
-        asked = run_healing(heal_feed(feed, later + 3 * second, 0), Page([], False))
-        assert min(ask.params["start_timestamp"] for ask in asked) > later_ms - 60_000
+        asked = run_healing(heal_feed(feed, later + 3 * second, 0), answer_nothing)
+        assert min(ask.params["start_timestamp"] for ask in asked) > later // 1_000_000 - 60_000
 
 
 @pytest.mark.parametrize("is_killed", [False, True])
 def test_what_was_first_traded_while_a_channel_was_refused_for_days_is_told(tmp_path: Path, is_killed: bool) -> None:
     """Also by a later life, before which the connection stood again."""
     channel, second = "trades.option.any.100ms", 1_000_000_000
-    trade = {"instrument_name": "BTC-6NOV26-1-C", "trade_seq": 50, "trade_id": "1", "price": 1.0, "amount": 1.0}
+    trade = make_trade(50, instrument_name="BTC-6NOV26-1-C")
     with living(tmp_path, channel, fresh=True) as worker:
         feed = find_trades(worker)
         feed.losses.confirm(START)
         feed.lose("disconnect", START + second)
-        run_healing(heal_feed(feed, START + 10 * second, 0), Page([], False))
+        run_healing(heal_feed(feed, START + 10 * second, 0), answer_nothing)
         later = START + 2 * DAY
         feed.losses.confirm(later)
-        run_healing(heal_feed(feed, later, 0), Page([], False))
+        run_healing(heal_feed(feed, later, 0), answer_nothing)
         if not is_killed:
-            worker.take_frames([make_frame(channel, [trade | {"direction": "buy"}])], later + second)
+            worker.take_frames([encode_data(channel, [trade])], later + second)
             assert worker.topics.gaps == 1
         worker.ledger.cells[HEARD] = later + second
     if is_killed:
         with living(tmp_path, channel, epoch=later + 2 * second) as worker:
             feed = find_trades(worker)
             feed.losses.confirm(later + 3 * second)
-            run_healing(heal_feed(feed, later + 3 * second, 0), Page([], False))
-            worker.take_frames([make_frame(channel, [trade | {"direction": "buy"}])], later + 4 * second)
+            run_healing(heal_feed(feed, later + 3 * second, 0), answer_nothing)
+            worker.take_frames([encode_data(channel, [trade])], later + 4 * second)
             assert worker.topics.gaps == 1
 
 
@@ -464,37 +433,23 @@ def test_first_trades_while_a_channel_was_refused_are_fetched_or_told(tmp_path: 
         feed = find_trades(worker)
         feed.losses.confirm(START)
         feed.lose("disconnect", START + second)
-        answer = Page([], False)
-        assert run_healing(heal_feed(feed, START + 10 * second, 0), answer)
+        assert run_healing(heal_feed(feed, START + 10 * second, 0), answer_nothing)
         assert feed.losses.lost_from is None
         feed.losses.confirm(START + 600 * second)
-        asked = run_healing(heal_feed(feed, START + 600 * second, 0), answer)
+        asked = run_healing(heal_feed(feed, START + 600 * second, 0), answer_nothing)
         assert min(ask.params["start_timestamp"] for ask in asked) <= (START + 10 * second) // 1_000_000
         assert feed.losses.lost_from is None
-        assert run_healing(heal_feed(feed, START + 700 * second, 0), answer) == []
-
-
-def run_healing(healing: Healing, answer: Page) -> list[Ask]:
-    """Answer all that it asks so; return that."""
-    asked: list[Ask] = []
-    page = None
-    with suppress(StopIteration):
-        while True:
-            step = healing.send(page)
-            page = answer if isinstance(step, Ask) else None
-            asked += [step] if isinstance(step, Ask) else []
-    return asked
+        assert run_healing(heal_feed(feed, START + 700 * second, 0), answer_nothing) == []
 
 
 def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_path: Path) -> None:
     """The exchange has not yet answered that it sends the old one no more; the supervisor counts it as given up."""
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     wide = "trades.future.BTC.100ms"
     with living(tmp_path, TRADES, fresh=True) as worker:
-        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": 5}])], 100)
+        worker.take_frames([encode_data(TRADES, [make_trade(5)])], 100)
         worker.client.reconciler.subscriptions.drop([TRADES])  # as unsubscribe does before it waits
         ask(worker, "subscribe", wide)
-        worker.take_frames([make_frame(wide, [trade | {"trade_seq": 6}])], 200)
+        worker.take_frames([encode_data(wide, [make_trade(6)])], 200)
         worker.channels.leave([TRADES], "closed", "unsubscribed")  # as it does after that
         (feed,) = worker.feeds.values()
         (stream,) = feed.streams.values()
@@ -506,7 +461,7 @@ def test_a_channel_that_has_expired_and_is_asked_for_again_begins_anew(tmp_path:
     """It was left: whatever changed until it is sent again is lost, though nothing of it was seen to be."""
     with living(tmp_path, BOOK, fresh=True) as worker:
         snapshot = {"type": "snapshot", "bids": [], "asks": [], "change_id": 1, "timestamp": 1}
-        worker.take_frames([make_frame(BOOK, snapshot)], 5)
+        worker.take_frames([encode_data(BOOK, snapshot)], 5)
         (old,) = worker.feeds.values()
         worker.client.reconciler.expire([BOOK])
         assert old.condition == ("expired", EXPIRED)
@@ -521,12 +476,9 @@ def test_a_channel_that_has_expired_and_is_asked_for_again_begins_anew(tmp_path:
 def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency(tmp_path: Path) -> None:
     """Of BTC_USDC-PERPETUAL trades come with those of USDC alone: given up with those of BTC it would fall silent."""
     linear, inverse = "trades.future.USDC.100ms", "trades.future.BTC.100ms"
-    trades = [
-        {"instrument_name": name, "trade_id": "1", "trade_seq": 1, "price": 1.0, "amount": 1.0, "direction": "buy"}
-        for name in ("BTC_USDC-PERPETUAL", "BTC-PERPETUAL")
-    ]
+    trades = [make_trade(1, instrument_name=name) for name in ("BTC_USDC-PERPETUAL", "BTC-PERPETUAL")]
     with living(tmp_path, linear, inverse, fresh=True) as worker:
-        worker.take_frames([make_frame(linear, trades[:1]), make_frame(inverse, trades[1:])], 5)
+        worker.take_frames([encode_data(linear, trades[:1]), encode_data(inverse, trades[1:])], 5)
     with living(tmp_path, linear, inverse) as worker:
         feeds = [worker.feeds[name.encode()] for name in (linear, inverse)]
         assert [list(feed.streams) for feed in feeds] == [["BTC_USDC-PERPETUAL"], ["BTC-PERPETUAL"]]
@@ -547,12 +499,12 @@ def test_samples_go_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
         later, now = 1_790_003_600_000_000_000, 1_790_000_000_000_000_000
         for receive_ts in (later, now):
             quote = {"instrument_name": "BTC-PERPETUAL", "timestamp": receive_ts // 1_000_000}
-            worker.take_frames([make_frame(QUOTE, quote)], receive_ts)
+            worker.take_frames([encode_data(QUOTE, quote)], receive_ts)
             assert worker.intake._sampled == receive_ts
 
 
 def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: Path) -> None:
-    quote = make_frame(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
+    quote = encode_data(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
     with living(tmp_path, QUOTE, fresh=True) as worker:
         worker.take_frames([quote], 5)
         ask(worker, "unsubscribe", QUOTE)
@@ -568,10 +520,10 @@ def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
     with living(tmp_path, BOOK) as worker:
         now = time.time_ns()
         book = {"bids": [], "asks": [], "change_id": 1, "timestamp": now // 1_000_000 - 3_600_000}
-        worker.take_frames([make_frame(BOOK, book | {"type": "snapshot"})], now)
+        worker.take_frames([encode_data(BOOK, book | {"type": "snapshot"})], now)
         assert worker.patrol.lag.describe() == Samples().describe()
         change = {"type": "change", "change_id": 2, "prev_change_id": 1, "timestamp": now // 1_000_000}
-        worker.take_frames([make_frame(BOOK, book | change)], now + 30_000_000)
+        worker.take_frames([encode_data(BOOK, book | change)], now + 30_000_000)
         assert worker.patrol.lag.describe() != Samples().describe()
 
 
@@ -581,7 +533,9 @@ def test_the_lag_does_not_count_what_a_channel_says_first(tmp_path: Path) -> Non
 
         def say(late: int) -> None:
             now = time.time_ns()
-            worker.take_frames([make_frame(QUOTE, {"timestamp": now // 1_000_000 - late})], now + worker.intake.unknown)
+            worker.take_frames(
+                [encode_data(QUOTE, {"timestamp": now // 1_000_000 - late})], now + worker.intake.unknown
+            )
 
         def sample() -> float:
             say(40_000)
@@ -602,19 +556,18 @@ def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> No
         calls = subscriptions.plan_calls(logged_in=True)
         answers = [subscriptions.take_answer(call, [said, QUOTE.lower()]) for call in calls]
         assert [name for gained, _ in answers for name in gained] == [asked]
-        worker.take_frames([make_frame(said, {"currency": "BTC"})], 5)
+        worker.take_frames([encode_data(said, {"currency": "BTC"})], 5)
         assert (worker.intake.unknown, worker.publisher.published) == (0, 1)
-        worker.take_frames([make_frame(QUOTE.lower(), {"timestamp": 1})], 6)
+        worker.take_frames([encode_data(QUOTE.lower(), {"timestamp": 1})], 6)
         assert (worker.intake.unknown, worker.publisher.published) == (1, 1)
 
 
 def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:
     """What was fetched came later than trades that may be lost: it does not count, in this life or the next."""
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_id": "1", "price": 1.0, "amount": 1.0, "direction": "buy"}
     with living(tmp_path, TRADES, fresh=True) as worker:
         feed = find_trades(worker)
-        worker.take_frames([make_frame(TRADES, [trade | {"trade_seq": seq}]) for seq in (5, 7)], 100)
-        fetched = msgspec.convert([trade | {"trade_seq": 6}], list[TradeData])
+        worker.take_frames([encode_data(TRADES, [make_trade(seq)]) for seq in (5, 7)], 100)
+        fetched = msgspec.convert([make_trade(6)], list[TradeData])
         worker.publisher.publish(feed.backfill(fetched, 900), 900, is_fetched=True)
         feed.lose("disconnect", 950)
         assert feed.stream.due is not None
