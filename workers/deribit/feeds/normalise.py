@@ -58,6 +58,8 @@ class TickerFeed(Feed):
     def _take_any(self, frame: bytes, receive_ts: int) -> Published:
         """Whatever members a ticker has, and however they are spelled."""
         data: dict[str, Any] = read_ticker(frame)
+        data.pop("instrument_name", None)  # the topic's
+        data.pop("join", None)  # ours to say
         for nested in ("stats", "greeks"):
             members = data.pop(nested, None)
             if members.__class__ is dict:
@@ -136,8 +138,6 @@ def _complete_ticker(data: dict[str, Any]) -> None:
         _pick_core(data)
     except KeyError:
         data.update(dict.fromkeys(TICKER_KEYS - data.keys()))
-    data.pop("instrument_name", None)
-    data.pop("join", None)  # ours to say
 
 
 MAX_DEPTH = 100
