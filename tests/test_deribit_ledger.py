@@ -10,6 +10,7 @@ from collector.messages import Topic
 from tests.pipeline import short_directory, write_config
 from tests.support import REPOSITORY, collector
 from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, SUBSCRIPTIONS, TOPICS, UNHEALED, Ledger
+from workers.deribit.publishing.payloads import Trade
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 
@@ -57,6 +58,11 @@ def test_the_first_data_of_a_topic_are_noted_before_they_are_sent(tmp_path: Path
         assert (publisher.published, stream.seq) == (0, 0)
         later = Ledger(tmp_path / "a.ledger", fresh=False)
         assert [(entry.topic, entry.last_ts) for entry in later.earlier] == [("deribit.quote.BTC-PERPETUAL.raw", 7)]
+        later.close()
+        trade = Trade("deribit", "BTC-PERPETUAL", 1, 0, 8, 8, 1.5, 10.0, "buy", "1", 250_000_000)
+        publisher.publish([(Topics(1, ledger).find("trade", "BTC-PERPETUAL", "100ms"), trade)], 8)
+        later = Ledger(tmp_path / "a.ledger", fresh=False)
+        assert (later.earlier[-1].last_ts, later.earlier[-1].last_id) == (8, 250_000_000)  # fetched from there on
         later.close()
     publisher.close()
     ledger.close()

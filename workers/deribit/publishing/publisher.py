@@ -72,8 +72,9 @@ class Publisher:
                 gap = stream.resume(message, receive_ts)
                 if gap is not None:
                     waiting.append((stream, gap))
-            if not stream.last_ts:  # noted before it goes out: killed in between, a later life would tell no gap here
-                stream.last_ts = self._ledger.cells[stream.slot] = receive_ts
+            if not stream.last_ts:
+                stream.last_ts = receive_ts
+                self._note_first(stream, message, receive_ts)
             elif not is_fetched:
                 stream.last_ts = receive_ts
             waiting.append(said)
@@ -120,6 +121,14 @@ class Publisher:
         self._socket.send(messages)
         self._note_all(waiting)
         self.published += len(messages)
+
+    def _note_first(self, stream: Stream, message: Message, receive_ts: int) -> None:
+        """Note the first data of a topic before they go out: were this killed in between, a later life would know
+        nothing of the topic, and tell no gap on it.
+        """
+        self._ledger.cells[stream.slot] = receive_ts
+        if isinstance(message, Trade):
+            self._ledger.cells[stream.slot + LAST_ID] = message.trade_seq
 
     def _note_all(self, waiting: list[tuple[Stream, Any]]) -> None:
         """Note in the ledger what is out: a later life goes on from there, and what is not noted it says again."""
