@@ -174,7 +174,7 @@ def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed(
     async def lose_twice(*offsets: int) -> Session:
         session = Session(answer_nothing, Credits(), None, 30.0, False)
         for offset in offsets:
-            session.measured_offset, session.clock_error = offset, 1
+            session.measured_offset, session._error = offset, 1
             session.end()
         return session
 

@@ -53,9 +53,9 @@ def _read_steady() -> int:
 class Session:
     """The settings of the bootstrap, and what came of it on the connection that is up now.
 
-    `measured_offset` is the exchange's clock less ours when that was measured, and `clock_error` how far off it may be,
-    in ns; `earlier_offset` is the least that it was on the connections before, so long as what they lost may still be
-    healed (our clock may have been set since); None if there is none.
+    `measured_offset` is the exchange's clock less ours when that was measured, in ns. `earlier_offset` is the least
+    that it was on the connections before, so long as what they lost may still be healed (ours may have been set since);
+    None if there is none.
     """
 
     def __init__(
@@ -73,8 +73,8 @@ class Session:
         self.logged_in_at = 0.0  # monotonic; 0: this connection has not
         self._ahead: int | None = None  # the exchange's clock less the steady one
         self.measured_offset = 0
-        self.clock_error = 0
-        self._synced_at = -NEVER  # by the steady clock, on this connection
+        self._error = 0
+        self._synced_at: int | None = None  # by the steady clock, on this connection
         self.earlier_offset: int | None = None
 
     @property
@@ -89,11 +89,11 @@ class Session:
 
     def end(self) -> None:
         """The connection is gone, and the login with it."""
-        if self.clock_error:
+        if self._error:
             earlier = self.measured_offset if self.earlier_offset is None else self.earlier_offset
             self.earlier_offset = min(self.measured_offset, earlier)
         self.logged_in_at = 0.0
-        self._synced_at = -NEVER
+        self._synced_at = None
         self._refresh_at = self._sync_at = NEVER
 
     def read_exchange_clock(self) -> int:
@@ -108,6 +108,12 @@ class Session:
         be wrong until that is measured again.
         """
         return 0 if self._ahead is None else self._ahead + _read_steady() - time.time_ns()
+
+    @property
+    def clock_error(self) -> int:
+        """How far off that may be, in ns: the more, the longer ago it was measured. 0 if it never was."""
+        age = 0 if self._synced_at is None else _read_steady() - self._synced_at
+        return self._error + int(age * DRIFT)
 
     async def take_round(self, number: int) -> None:
         """Send the requests of one round of the bootstrap together. Raises Lost or Refused."""
@@ -192,9 +198,8 @@ class Session:
         received = _read_steady()
         # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
         error = (received - sent) // 2 + 500_000
-        known = self.clock_error + (received - self._synced_at) * DRIFT
-        if type(theirs) is int and 0 <= theirs <= MAX_MS and error <= known:
+        is_better = self._synced_at is None or error <= self.clock_error
+        if type(theirs) is int and 0 <= theirs <= MAX_MS and is_better:
             self._ahead = theirs * 1_000_000 + 500_000 - (sent + received) // 2
             self.measured_offset = self.clock_offset
-            self.clock_error = error
-            self._synced_at = received
+            self._error, self._synced_at = error, received
