@@ -11,7 +11,7 @@ from workers.deribit.connection.client import Client
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.publisher import Publisher
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Refused
 from workers.deribit.watching.statuses import OVER, UNSUBSCRIBED
 
 LAST_HEALING = 10.0
@@ -57,7 +57,7 @@ class Commands:
             raise ControlError("exchange_error", str(error), error.raw) from None
         except NotConnected as error:
             raise ControlError("not_connected", str(error)) from None
-        except Lost as error:
+        except (Lost, Refused) as error:
             raise ControlError("not_connected", f"{error}; whether it was carried out is not known") from None
         except ValueError as error:
             raise ControlError("bad_request", str(error)) from None
