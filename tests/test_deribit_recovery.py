@@ -502,7 +502,7 @@ async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() 
         asked.append((request["params"]["currency"], request["params"]["start_timestamp"]))
         return {"result": {"trades": [], "has_more": False}} | ({"id": 1} if count == 3 else {})
 
-    async with scripted(script) as url, collecting(url, "", channel, timeout=0.5) as run:
+    async with scripted(script) as url, collecting(url, "", channel, timeout=2.0) as run:
         (feed,) = run.worker.feeds.values()
         assert isinstance(feed, TradeFeed)
         await wait_for(lambda: run.worker.client.is_live and feed.losses.confirmed_at, "the confirmation")
