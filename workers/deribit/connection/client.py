@@ -183,7 +183,7 @@ class Client:
             if self._life is not None and not self._is_closing and self.machine.state == "closing":
                 self._life.cancel()
             self._is_closing = True
-            if self._life is not None:
+            if self._life is not None and not self._life.done():
                 await asyncio.wait({self._life})
         self._raise_breakdown()
 
