@@ -5,6 +5,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 import click
 
@@ -19,6 +20,9 @@ from collector.cli.options import (
 from collector.cli.render import format_line, printable
 from collector.client.stream import Loss, Message
 from collector.client.subscriber import Subscriber
+
+if TYPE_CHECKING:
+    from collector.cli.live import Board
 
 Items = Iterator[Message | Loss | None]
 """Messages as they come; None where none came for a moment."""
@@ -150,16 +154,21 @@ def draw_live(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
 
     console = Console()
     board = Board(notes)
-    due = 0.0
     # What is printed beside the view, as a traceback, belongs to who holds stderr: the held log, or a file.
     with Live(console=console, screen=True, auto_refresh=False, redirect_stdout=False, redirect_stderr=False) as live:
-        for item in items:
-            if item is not None:
-                board.take(item)
-            if time.monotonic() >= due:
-                board.endpoints = subscriber.found
-                live.update(board.render(console), refresh=True)
-                due = time.monotonic() + REDRAW
+        _draw_items(items, board, lambda: live.update(board.render(console), refresh=True), subscriber)
+
+
+def _draw_items(items: Items, board: "Board", redraw: Callable[[], None], subscriber: Subscriber) -> None:
+    """Apart from the `with` of its caller: Python 3.13 heeds a signal between two rounds of a loop outside it."""
+    due = 0.0
+    for item in items:
+        if item is not None:
+            board.take(item)
+        if time.monotonic() >= due:
+            board.endpoints = subscriber.found
+            redraw()
+            due = time.monotonic() + REDRAW
 
 
 def write_lines(subscriber: Subscriber, items: Items, notes: list[str]) -> None:

@@ -5,6 +5,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 
 import click
 
@@ -64,25 +65,28 @@ class Verdict:
         self.prefixes = prefixes
         self.examples: dict[str, list[Finding]] = {}
         self.seconds = 0.0
+        self._asked = 0
 
     def read(self, subscriber: Subscriber, duration: float, is_ended: Callable[[], bool]) -> None:
         """Check what comes for so long, or until Ctrl-C or SIGTERM, of which `is_ended` too may be the only sign."""
         start = time.monotonic()
-        began = asked = time.time_ns()
+        began = self._asked = time.time_ns()
         there = subscriber.found.keys() - subscriber.lifeless
-        try:
-            while (rest := start + duration - time.monotonic()) > 0 and not is_ended():
-                asked = time.time_ns()
-                frames = subscriber.receive_frames(min(rest, 1.0))
-                if frames is not None:
-                    self._keep(self.verifier.check_frames(frames, time.time_ns()))
-        except KeyboardInterrupt:
-            pass  # the verdict so far is still worth having
+        with suppress(KeyboardInterrupt):  # the verdict so far is still worth having
+            self._check_until(start + duration, subscriber, is_ended)
         for name in subscriber.found.keys() & there:
             self.verifier.expect(name, began)
         # Not by now: if this was stopped over its end (Ctrl-Z), what came meanwhile waits unread.
-        self._keep(self.verifier.finish(asked))
+        self._keep(self.verifier.finish(self._asked))
         self.seconds = time.monotonic() - start
+
+    def _check_until(self, end: float, subscriber: Subscriber, is_ended: Callable[[], bool]) -> None:
+        """Apart from the `with` of its caller: Python 3.13 heeds a signal between two rounds of a loop outside it."""
+        while (rest := end - time.monotonic()) > 0 and not is_ended():
+            self._asked = time.time_ns()
+            frames = subscriber.receive_frames(min(rest, 1.0))
+            if frames is not None:
+                self._keep(self.verifier.check_frames(frames, time.time_ns()))
 
     def _keep(self, findings: list[Finding]) -> None:
         for finding in findings:
