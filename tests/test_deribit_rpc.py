@@ -75,6 +75,8 @@ def test_an_error_is_kept_as_it_came(error: dict[str, Any], code: int, words: st
 @pytest.mark.parametrize("error", [{"message": "x" * 10_000}, {"data": ["x"] * 10_000}])
 def test_of_a_long_error_no_more_is_told_than_one_can_read(error: dict[str, Any]) -> None:
     assert len(str(ExchangeError(error))) == MAX_WORDS
+    assert ExchangeError(error).told == {"code": 0, "message": str(ExchangeError(error))}
+    assert ExchangeError(short := {"code": 1, "message": "m", "data": [1]}).told is short
 
 
 def test_notifications_are_told_apart_whatever_the_order_of_their_keys() -> None:

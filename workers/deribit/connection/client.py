@@ -349,7 +349,7 @@ class Client:
 
     def _heed_error(self, error: ExchangeError, method: str) -> None:
         """What an error asks of us, whoever sent the request: at once, since the exchange may cut right behind it."""
-        self.last_error = error.raw
+        self.last_error = error.told
         pause = PAUSES.get(find_reaction(error.code), 0.0)
         self._not_before = max(self._not_before, time.monotonic() + pause)
         if error.code == TOO_MANY_REQUESTS:

@@ -167,9 +167,9 @@ class Reconciler:
             self._chance_at = min(self._chance_at, time.monotonic() + SOON)
             return self._count_refusal(list(call.channels), error, RETRIES)
         if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
-            raise Lost(f"{call.method}: {error}", error.raw)
+            raise Lost(f"{call.method}: {error}", error.told)
         if wants_login and self._has_login_died(call):
-            raise Lost(f"the login is not known any more: {call.method}: {error}", error.raw)
+            raise Lost(f"the login is not known any more: {call.method}: {error}", error.told)
         asked = self.subscriptions.asked
         needing_login = [n for n in call.channels if n in asked and asked[n].needs_login and not call.leaves]
         if reaction is Reaction.LOG_IN and needing_login and not self._session.logged_in:

@@ -171,7 +171,7 @@ class Session:
         if error.code in NO_CANCEL:
             log.error("cancel on disconnect is not on: %s", error)
             return
-        raise Lost(f"{method}: {error}", error.raw)
+        raise Lost(f"{method}: {error}", error.told)
 
     async def _log_in(self, params: dict[str, Any]) -> None:
         try:

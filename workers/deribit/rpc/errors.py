@@ -8,6 +8,9 @@ from collector.lifecycle import Exit
 MAX_WORDS = 500
 """Letters of an error that are told in logs, reasons and messages: the exchange may send as many as a frame holds."""
 
+MAX_TOLD = 5_000
+"""Letters of an error that stand in the state as the exchange sent it: each beat carries it."""
+
 
 class Lost(Exception):
     """The connection cannot go on, but another attempt may. `raw` is the exchange's own error, if that ended it."""
@@ -40,6 +43,11 @@ class ExchangeError(Exception):
         self.raw = raw
         code = raw.get("code")
         self.code = code if isinstance(code, int) else 0
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """The error as states have it: as it was sent, or in MAX_WORDS if it is too long for that."""
+        return self.raw if len(repr(self.raw)) <= MAX_TOLD else {"code": self.code, "message": str(self)}
 
     def __str__(self) -> str:
         data = self.raw.get("data")
