@@ -45,7 +45,8 @@ async def follow(client: Client, channel: str = BOOK) -> None:
 def read_oracle(path: Path, **wanted: Any) -> list[dict[str, Any]]:
     """What the exchange did, of the trades only if they are wanted: they are most of it."""
     trades = wanted["event"] == "trade"
-    lines = [json.loads(line) for line in path.read_text().splitlines() if ('"event":"trade"' in line) == trades]
+    text = path.read_text().rpartition("\n")[0]  # the last line may be half written
+    lines = [json.loads(line) for line in text.splitlines() if ('"event":"trade"' in line) == trades]
     return [line for line in lines if all(line.get(key) == value for key, value in wanted.items())]
 
 

@@ -32,6 +32,7 @@ class Watched:
         self.run = run
         self.hearer = hearer
         self._oracle = oracle
+        self._begun = ""
         self._happened: list[dict[str, Any]] = []
         self._taken = 0
         self._topics: dict[str, list[dict[str, Any]]] = defaultdict(list)
@@ -88,7 +89,8 @@ class Watched:
 
     def find_requests(self, fault: str, faults: str) -> list[dict[str, Any]]:
         """The requests for the exchange's state that a fault kept from their answers, on connections with `faults`."""
-        self._happened += [json.loads(line) for line in self._oracle if '"event":"trade"' not in line]
+        *lines, self._begun = (self._begun + self._oracle.read()).split("\n")  # the last may be half written
+        self._happened += [json.loads(line) for line in lines if '"event":"trade"' not in line]
         numbers = {event["connection"] for event in self._happened if event.get("faults") == faults}
         requests = [event for event in self._happened if event.get("fault") == fault]
         return [r for r in requests if r["connection"] in numbers and r["method"] == "public/status"]
