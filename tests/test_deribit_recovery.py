@@ -344,16 +344,6 @@ async def test_a_broken_book_that_is_given_up_and_taken_up_again_is_not_resynced
 
 
 @in_loop
-async def test_crossed_books_are_counted_and_not_mended(practice: str) -> None:
-    async with collecting(practice, "crossed:10", BOOK) as run:
-        await wait_for(lambda: sum(feed.crossed for feed in run.worker.feeds.values()) > 1, "crossed books")
-        assert (await run.get_state())["crossed"] > 1
-        run.hearer.drain()
-        assert run.hearer.find(BOOKS, type="gap") == []
-        check_stream(run.hearer.messages)
-
-
-@in_loop
 async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -> None:
     async def recover(fault: str) -> None:
         async with collecting(practice, fault, BOOK, timeout=2.0) as run:

@@ -170,8 +170,6 @@ class Worker(Listener):
                 "missing": self.healer.missing,
                 "healing": sum(feed.count_healing() for feed in feeds if isinstance(feed, TradeFeed)),
                 "dropped": sum(feed.dropped for feed in feeds),
-                "crossed": sum(feed.crossed for feed in feeds),
-                "emptied": sum(feed.emptied for feed in feeds),
                 "malformed": self.intake.malformed,
                 "unknown": self.intake.unknown,
             }

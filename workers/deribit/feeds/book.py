@@ -4,8 +4,6 @@ Facts (order-book semantics of Deribit's full book channels): a subscription beg
 change names the change_id before it *in this channel*; ids of one book may jump. There is no checksum.
 """
 
-from math import inf
-
 from msgspec import UNSET, UnsetType
 
 from collector.channels import Channel
@@ -30,8 +28,6 @@ class BookState:
         self.change_id = 0
         self.exchange_ts = 0
         self._reason = "subscribe"
-        self._bid_bound = 0.0
-        self._ask_bound = 0.0
 
     def await_snapshot(self, reason: str, event: str) -> None:
         """The next snapshot will be for `reason` (subscribe or resync); until then deltas are dropped."""
@@ -43,47 +39,12 @@ class BookState:
         reason = self._reason if self.machine.state == "awaiting" else "exchange"
         self.machine.apply("snapshot")
         self.bids, self.asks = {}, {}
-        self._bid_bound, self._ask_bound = -inf, inf
         return *self.apply(bids, asks, change_id), reason
 
     def apply(self, bids: list[Change], asks: list[Change], change_id: int) -> tuple[Side, Side]:
-        """Set levels; return them as they are said. On the path of every message, so each side has its own loop."""
-        bid_side: Side = []
-        if bids:
-            levels, bound = self.bids, self._bid_bound
-            for action, price, amount in bids:
-                if amount and action != "delete":
-                    levels[price] = amount
-                    bid_side.append((price, amount))
-                    if price > bound:
-                        self._bid_bound = bound = price
-                else:
-                    levels.pop(price, None)
-                    bid_side.append((price, 0.0))
-        ask_side: Side = []
-        if asks:
-            levels, bound = self.asks, self._ask_bound
-            for action, price, amount in asks:
-                if amount and action != "delete":
-                    levels[price] = amount
-                    ask_side.append((price, amount))
-                    if price < bound:
-                        self._ask_bound = bound = price
-                else:
-                    levels.pop(price, None)
-                    ask_side.append((price, 0.0))
+        """Set levels; return them as they are said."""
         self.change_id = change_id
-        return bid_side, ask_side
-
-    def may_be_odd(self) -> bool:
-        """Whether it may be crossed or empty. The bounds enclose the best prices from outside, at no cost."""
-        return self._bid_bound >= self._ask_bound or not (self.bids and self.asks)
-
-    def is_crossed(self) -> bool:
-        """Whether the best bid is not below the best ask."""
-        self._bid_bound = max(self.bids, default=-inf)
-        self._ask_bound = min(self.asks, default=inf)
-        return self._bid_bound >= self._ask_bound
+        return _set_levels(self.bids, bids) if bids else [], _set_levels(self.asks, asks) if asks else []
 
     def build_snapshot(self, instrument: str, epoch: int, receive_ts: int, reason: str) -> Book:
         """The whole book now, best levels first, as a message."""
@@ -92,6 +53,19 @@ class BookState:
             EXCHANGE, instrument, epoch, 0, self.exchange_ts, receive_ts,
             "snapshot", self.change_id, bids, asks, reason=reason,
         )  # fmt: skip
+
+
+def _set_levels(levels: Levels, changes: list[Change]) -> Side:
+    """On the path of every message."""
+    side: Side = []
+    for action, price, amount in changes:
+        if amount and action != "delete":
+            levels[price] = amount
+            side.append((price, amount))
+        else:
+            levels.pop(price, None)
+            side.append((price, 0.0))
+    return side
 
 
 class BookFeed(Feed):
@@ -129,8 +103,6 @@ class BookFeed(Feed):
         else:
             bids, asks = book.apply(data.bids, data.asks, change_id)
             kind, reason = "delta", UNSET
-            if book.may_be_odd():
-                self._count_oddities(bids, asks)
         stream.last_id = change_id
         book.exchange_ts = exchange_ts = data.timestamp * MS
         message = Book(
@@ -138,11 +110,6 @@ class BookFeed(Feed):
             kind, change_id, bids, asks, UNSET if previous is None else previous, reason,
         )  # fmt: skip
         return [(stream, message)]
-
-    def _count_oddities(self, bids: Side, asks: Side) -> None:
-        """Books that a delta has crossed or emptied are counted, not mended."""
-        self.crossed += self.book.is_crossed()
-        self.emptied += bool(bids and not self.book.bids) + bool(asks and not self.book.asks)
 
     def _break(self, change_id: int, receive_ts: int) -> Published:
         self.book.await_snapshot("resync", "broken")

@@ -18,15 +18,13 @@ class Feed(ABC):
     - `last_ts` is when data came last (ns), `mute_since` what that was when its silence was last told.
     - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `waits` how often that came
       to nothing, `allowance` how often it may still be asked for anew (None: it never was).
-    - `dropped`, `crossed`, `emptied` and `duplicates` count oddities.
+    - `dropped` and `duplicates` count oddities.
     """
 
     is_complete = True
     changed = False
     is_ended = False
     dropped = 0
-    crossed = 0
-    emptied = 0
     duplicates = 0
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
