@@ -13,7 +13,7 @@ from collector import __version__
 from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
 from collector.limits import Credits
 from workers.deribit import Client
-from workers.deribit.connection.bootstrap import STEPS, Login, Moment, build_auth, build_refresh, plan_round, sign
+from workers.deribit.connection.bootstrap import Login, build_auth, build_first_requests, build_refresh, sign
 from workers.deribit.connection.session import Session
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import MAX_WORDS, PAUSES, REACTIONS, ExchangeError, Reaction, find_reaction
@@ -120,10 +120,6 @@ def test_arbitrary_bytes_raise_nothing_but_value_error(frame: bytes) -> None:
 LOGIN = Login("AMANDA", "AMANDASECRECT")
 
 
-def make_moment(login: Login | None = LOGIN, cancel_on_disconnect: bool = True) -> Moment:
-    return Moment(login, 30.0, cancel_on_disconnect, 1576074319000, "1iqt2wls")
-
-
 def test_the_signature_is_that_of_deribits_documents() -> None:
     wanted = "56590594f97921b09b18f166befe0d1319b198bbcdad7ca73382de2f88fe9aa1"
     assert sign("AMANDASECRECT", 1576074319000, "1iqt2wls") == wanted
@@ -131,33 +127,28 @@ def test_the_signature_is_that_of_deribits_documents() -> None:
 
 
 def test_a_signed_login_never_sends_the_secret() -> None:
-    params = build_auth(make_moment())
+    params = build_auth(LOGIN, 1576074319000, "1iqt2wls")
     assert params["signature"] == sign("AMANDASECRECT", 1576074319000, "1iqt2wls")
     assert params == {
         "grant_type": "client_signature", "client_id": "AMANDA", "timestamp": 1576074319000, "nonce": "1iqt2wls",
         "data": "", "signature": params["signature"],
     }  # fmt: skip
     assert "AMANDASECRECT" not in repr(params)
-    assert "AMANDASECRECT" not in repr(make_moment())
+    assert "AMANDASECRECT" not in repr(LOGIN)
 
 
 def test_other_grants() -> None:
-    plain = build_auth(make_moment(LOGIN._replace(signed=False)))
+    plain = build_auth(LOGIN._replace(signed=False), 0, "")
     assert plain == {"grant_type": "client_credentials", "client_id": "AMANDA", "client_secret": "AMANDASECRECT"}
     assert build_refresh("t") == {"grant_type": "refresh_token", "refresh_token": "t"}
 
 
-def test_the_rounds_hold_what_applies() -> None:
-    assert [method for method, _ in plan_round(1, make_moment(None))] == [
-        "public/hello", "public/set_heartbeat", "public/get_time"
-    ]  # fmt: skip
-    first = dict(plan_round(1, make_moment()))
+def test_a_connection_says_who_it_is_logs_in_and_asks_for_heartbeats_and_the_time() -> None:
+    assert list(build_first_requests(30.0, None)) == ["public/hello", "public/set_heartbeat", "public/get_time"]
+    first = build_first_requests(30.0, {"grant_type": "..."})
     assert list(first) == ["public/hello", "public/auth", "public/set_heartbeat", "public/get_time"]
     assert first["public/hello"] == {"client_name": "collector", "client_version": __version__}
     assert json.dumps(first["public/set_heartbeat"]) == '{"interval": 30}'
-    assert plan_round(2, make_moment()) == [("private/enable_cancel_on_disconnect", {"scope": "connection"})]
-    assert plan_round(2, make_moment(cancel_on_disconnect=False)) == plan_round(2, make_moment(None)) == []
-    assert {step.round for step in STEPS} == {1, 2}
 
 
 def test_the_longest_pause_that_is_asked_for_is_made() -> None:

@@ -22,7 +22,7 @@ from collector.limits import (
 from collector.planning.plan import Listing, make_plan, plan_calls
 from tests.pipeline import exchange, find_port
 from tests.support import REPOSITORY, collector
-from workers.deribit.connection.bootstrap import STEPS, Moment
+from workers.deribit.connection.bootstrap import build_first_requests
 from workers.deribit.connection.subscriptions import Subscriptions
 
 METHOD = "public/subscribe"
@@ -89,7 +89,8 @@ def test_a_plan_counts_calls_time_and_login(tmp_path: Path) -> None:
     assert plan.connections[0].bootstrap == (
         "public/auth", "public/hello", "public/set_heartbeat", "public/get_time", "private/enable_cancel_on_disconnect",
     )  # fmt: skip
-    assert set(plan.connections[0].bootstrap) == {step.method for step in STEPS}  # what a worker really sends
+    sent = {*build_first_requests(30.0, {}), "private/enable_cancel_on_disconnect"}  # what a worker really sends
+    assert set(plan.connections[0].bootstrap) == sent
     (pool,) = plan.pools
     assert (pool.host, pool.login, pool.connections, pool.calls) == ("www.deribit.com", "DESK", ("a", "b"), 12)
     assert pool.seconds == pytest.approx(0.9)
@@ -106,8 +107,7 @@ def test_connections_with_other_keys_draw_on_other_pools(tmp_path: Path) -> None
     assert [(pool.login, pool.connections) for pool in plan.pools] == [
         ("ANNA", ("anna",)), ("BERT", ("bert",)), ("", ("none",)),
     ]  # fmt: skip
-    plain = Moment(None, 30.0, False, 0, "")
-    assert set(plan.connections[2].bootstrap) == {step.method for step in STEPS if step.applies(plain)}
+    assert set(plan.connections[2].bootstrap) == set(build_first_requests(30.0, None))
     assert any(note.startswith("none has no channels") for note in plan.notes)
 
 

@@ -132,7 +132,7 @@ class Client:
         names = list_names(channels)
         self._raise_end()
         self.reconciler.subscriptions.ask(names)
-        await self._settle(names)
+        await self._settle_beside(names)
         return {name: self.reconciler.describe_wish(name) for name in names}
 
     async def unsubscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
@@ -140,13 +140,20 @@ class Client:
         names = list_names(channels)
         self._raise_end()
         self.reconciler.subscriptions.drop(names)
-        await self._settle([])
+        await self._settle_beside([])
         return dict.fromkeys(names, True)
 
-    async def _settle(self, channels: list[str]) -> None:
+    async def _settle_beside(self, channels: list[str]) -> None:
+        """Settle as part of this connection: that ends with it, and goes on where the caller gives up waiting."""
         if self.is_live:
-            with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
-                await self.reconciler.settle(channels)
+            settling = self.spawn(self._settle(channels))
+            await asyncio.wait({settling})
+            if not settling.cancelled():
+                settling.result()  # raises what the listener raises
+
+    async def _settle(self, channels: list[str]) -> None:
+        with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
+            await self.reconciler.settle(channels)
 
     def get_state(self) -> dict[str, Any]:
         """The connection as it is now; times in ns since 1970, the clock's offset and its error in ns."""
@@ -296,11 +303,13 @@ class Client:
             if socket is not None:
                 await socket.close()
         finally:
+            for task in self._tasks:  # begun amid this: nothing of one connection goes on in the next
+                task.cancel()
             self.session.end()
             self.reconciler.end()
 
     async def _serve(self) -> None:
-        await do_together(self._take_rounds(), self.reconciler.reconcile())
+        await do_together(self._bootstrap(), self.reconciler.reconcile())
         self._apply("bootstrapped", "")
         self._live.set()
         # Side by side, since each may have to wait: for an answer, or for credits.
@@ -323,10 +332,10 @@ class Client:
             if now - heard > 1.5 * self.heartbeat_interval:
                 await self._prove_life(heard)
 
-    async def _take_rounds(self) -> None:
-        """The rounds of the bootstrap, and what needs the login, whatever of the rest is still to be subscribed to."""
-        await self.session.take_round(1)
-        await do_together(self.session.take_round(2), self.reconciler.reconcile())
+    async def _bootstrap(self) -> None:
+        """Greet, log in, then what needs the login, whatever of the rest is still to be subscribed to."""
+        await self.session.send_first_requests()
+        await do_together(self.session.enable_cancel(), self.reconciler.reconcile())
 
     async def _prove_life(self, heard: float) -> None:
         """A half-open socket gives no sign at all: ask before it is cut. Raises Lost if there is no answer."""
@@ -356,11 +365,12 @@ class Client:
             pool = self.reconciler.credits if method.endswith("/subscribe") else self.session.credits
             pool.shrink(time.monotonic())
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something beside the reading, no longer than this connection lasts."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     def _apply(self, event: str, reason: str) -> None:
         if self._is_closing and event not in ("ended", "broke"):

@@ -34,7 +34,10 @@ key was reset), and a new connection logs in anew."""
 
 
 class Reconciler:
-    """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`."""
+    """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`.
+
+    What waits here must be cancelled before `end`: no call of one connection may go on in the next.
+    """
 
     def __init__(
         self,
@@ -52,30 +55,19 @@ class Reconciler:
         self.credits = credits
         self._turn = asyncio.Lock()
         self._answered = asyncio.Event()
-        self._ended = 0
         self._chance_at = NEVER  # monotonic
         self._denied: set[str] = set()  # not what the login may have, said of each soon after it
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
-        self._ended += 1
         self._chance_at = NEVER
         self.subscriptions.forget()
-        self._wake()
-
-    def _wake(self) -> None:
-        """A call has had its answer, or will get none: those who wait for it look what came of it."""
-        self._answered.set()
-        self._answered = asyncio.Event()
 
     async def settle(self, names: list[str]) -> None:
         """Reconcile until these are confirmed or refused, whoever has asked for them. Raises Lost or Refused."""
-        ended = self._ended
         await self.reconcile()
         while self.subscriptions.is_any_in_flight(names):
             await self._answered.wait()
-            if ended != self._ended:
-                raise Lost("the connection ended before the answer came")
             await self.reconcile()
 
     async def reconcile(self) -> None:
@@ -112,7 +104,6 @@ class Reconciler:
         return {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
 
     async def _place(self, call: Call) -> None:
-        ended = self._ended
         try:
             await self._wait_for_credits(call)
             answered = await self._send(call.method, {"channels": list(call.channels)})
@@ -123,11 +114,9 @@ class Reconciler:
         else:
             self._take_answer(call, answered)
         finally:
-            # Not before: others would ask for the same meanwhile, and use up the tries. A connection that has come
-            # since may have asked for the same: that call is not this one.
-            if ended == self._ended:
-                self.subscriptions.abandon(call)
-            self._wake()
+            self.subscriptions.abandon(call)  # not before: others would ask for the same, and use up the tries
+            self._answered.set()  # those who wait for it look what came of it
+            self._answered = asyncio.Event()
 
     def _take_answer(self, call: Call, answered: Any) -> None:
         if call.leaves:
@@ -139,15 +128,11 @@ class Reconciler:
         self._tell_refused(refused, LEFT_OUT)
 
     async def _wait_for_credits(self, call: Call) -> None:
-        ended = self._ended
         if call.leaves:
             await pay(self._session.credits, CALL_COST)
         else:
             async with self._turn:  # calls keep their order
-                if ended == self._ended:
-                    await pay(self.credits, SUBSCRIBE_COST)
-        if ended != self._ended:  # the next connection asks for everything by itself, and in its own order
-            raise Lost("the connection ended before the turn of the call came")
+                await pay(self.credits, SUBSCRIBE_COST)
 
     async def _take_error(self, call: Call, error: ExchangeError) -> None:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
@@ -158,10 +143,7 @@ class Reconciler:
         # What is left can wait, and is worth no connection; only 10028 ends that, whatever we do.
         may_wait = call.leaves and reaction is Reaction.BACK_OFF and error.code != TOO_MANY_REQUESTS
         if reaction is Reaction.RETRY or may_wait or (wants_login and self._session.awaits_login):
-            ended = self._ended
             await asyncio.sleep(RETRY_PAUSE)
-            if ended != self._ended:  # the next connection may have asked for the same by now
-                raise Lost("the connection ended before the call was repeated")
             if call.leaves:
                 return self.subscriptions.refuse_leaving(call, RETRIES)
             self._chance_at = min(self._chance_at, time.monotonic() + SOON)

@@ -8,7 +8,14 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_COST
-from workers.deribit.connection.bootstrap import PLAIN, Login, Moment, build_plain, build_refresh, plan_round
+from workers.deribit.connection.bootstrap import (
+    PLAIN,
+    Login,
+    build_auth,
+    build_first_requests,
+    build_plain,
+    build_refresh,
+)
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.codec import MAX_MS
@@ -115,16 +122,18 @@ class Session:
         age = 0 if self._synced_at is None else _read_steady() - self._synced_at
         return self._error + int(age * DRIFT)
 
-    async def take_round(self, number: int) -> None:
-        """Send the requests of one round of the bootstrap together. Raises Lost or Refused."""
-        moment = Moment(
-            self._login,
-            self._heartbeat_interval,
-            self._cancel_on_disconnect,
-            self.read_exchange_clock() // 1_000_000,
-            secrets.token_hex(8),
-        )
-        await do_together(*(self._take_step(method, params) for method, params in plan_round(number, moment)))
+    async def send_first_requests(self) -> None:
+        """Send together what needs no earlier answer. Raises Lost or Refused."""
+        auth = None
+        if self._login is not None:
+            auth = build_auth(self._login, self.read_exchange_clock() // 1_000_000, secrets.token_hex(8))
+        requests = build_first_requests(self._heartbeat_interval, auth)
+        await do_together(*(self._take_step(method, params) for method, params in requests.items()))
+
+    async def enable_cancel(self) -> None:
+        """Have orders die with the connection, where that is wanted. It needs the login. Raises Lost or Refused."""
+        if self._login is not None and self._cancel_on_disconnect:
+            await self._take_step("private/enable_cancel_on_disconnect", {"scope": "connection"})
 
     async def keep_up(self, now: float) -> None:
         """Renew the token and measure the clock when it is time (`now` is monotonic). Raises Lost or Refused."""
