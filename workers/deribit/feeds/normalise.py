@@ -51,7 +51,7 @@ class TickerFeed(Feed):
         stream = self.stream
         flatten_ticker(message)
         message.exchange, message.instrument, message.epoch = EXCHANGE, stream.instrument, stream.epoch
-        message.receive_ts, message.join = receive_ts, UNSET
+        message.receive_ts = receive_ts
         stream.current = message
         return [(stream, message)]
 

@@ -34,7 +34,6 @@ class Book(Payload, tag="book", gc=False):
     asks: list[tuple[float, float]]
     prev_change_id: int | UnsetType = UNSET
     reason: str | UnsetType = UNSET
-    join: bool | UnsetType = UNSET
 
 
 class Trade(Payload, tag="trade", gc=False):
@@ -133,7 +132,6 @@ class Ticker(Payload, tag="ticker", gc=False, forbid_unknown_fields=True, kw_onl
     price_change: Number = UNSET
     volume_usd: Number = UNSET
     volume_notional: Number = UNSET
-    join: bool | UnsetType = UNSET
 
 
 class Quote(Payload, tag="quote", gc=False):
@@ -143,7 +141,6 @@ class Quote(Payload, tag="quote", gc=False):
     best_bid_amount: Number
     best_ask_price: Number
     best_ask_amount: Number
-    join: bool | UnsetType = UNSET
 
 
 class Gap(Payload, tag="gap", gc=False):
@@ -158,7 +155,6 @@ class Gap(Payload, tag="gap", gc=False):
     missing_from: int | UnsetType = UNSET
     missing_to: int | UnsetType = UNSET
     healing: bool | UnsetType = UNSET
-    join: bool | UnsetType = UNSET
 
 
 class Repair(Payload, tag="repair", gc=False):
@@ -175,7 +171,6 @@ class Status(Payload, tag="status", gc=False):
     state: str
     reason: str
     connection: str
-    join: bool | UnsetType = UNSET
 
 
 class ConnectionHeartbeat(Payload, tag="heartbeat", gc=False):
