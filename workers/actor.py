@@ -272,18 +272,12 @@ class Usage:
 
     def __init__(self) -> None:
         self._seen = time.monotonic(), time.process_time()
+        self._statm = os.open("/proc/self/statm", os.O_RDONLY)  # at once: later no descriptor may be left
 
     def measure(self) -> dict[str, Any]:
         """CPU as a share of one core since the last call (1.0 is all of it); resident memory in bytes."""
         now, used = time.monotonic(), time.process_time()
         then, before = self._seen
         self._seen = now, used
-        return {"cpu": round((used - before) / max(now - then, 1e-3), 4), "memory": _measure_memory()}
-
-
-def _measure_memory() -> int:
-    try:
-        with open("/proc/self/statm", "rb") as statm:
-            return int(statm.read().split()[1]) * resource.getpagesize()
-    except OSError:  # no descriptor is left: then the most that it ever was, which Linux counts in KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        resident = int(os.pread(self._statm, 64, 0).split()[1]) * resource.getpagesize()
+        return {"cpu": round((used - before) / max(now - then, 1e-3), 4), "memory": resident}
