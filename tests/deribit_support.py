@@ -13,7 +13,6 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import msgpack
 import msgspec
 from aiohttp import web
 
@@ -174,7 +173,7 @@ def answer_nothing(_: Ask) -> Page:
 
 
 class Hearer(Subscriber):
-    """A subscriber in the same loop as the worker: it takes what is there and never waits.
+    """A subscriber in the same loop as the worker: it takes what is there and never waits; what it hears is verified.
 
     `heard` holds all of it in order, `messages` what is numbered, `joins` the answers to late subscribers.
     """
@@ -192,8 +191,7 @@ class Hearer(Subscriber):
     def drain(self) -> None:
         """Take all that has arrived."""
         while self._socket.poll(0):
-            topic, payload = self._socket.recv_multipart()
-            message = (topic.decode(), msgpack.unpackb(payload, strict_map_key=True))
+            message = self._receive()
             self.heard.append(message)
             (self.joins if message[1].get("join") else self.messages).append(message)
 
@@ -259,8 +257,13 @@ def living(directory: Path, *channels: str, fresh: bool = False, **spec: Any) ->
 
 
 @asynccontextmanager
-async def collecting(url: str, faults: str = "", *channels: str, **settings: Any) -> AsyncIterator[Collecting]:
-    """Run a worker for the length of a block; the subscriber is there before it connects."""
+async def collecting(
+    url: str, faults: str = "", *channels: str, breaks: str = "", **settings: Any
+) -> AsyncIterator[Collecting]:
+    """Run a worker for the length of a block; the subscriber is there before it connects, and hears no rule broken.
+
+    But for one that what the exchange sends `breaks`, and for the rhythm of heartbeats on a busy machine.
+    """
     with short_directory() as directory:
         worker = create_worker(make_spec(name_faults(url, faults), str(directory), channels, **settings))
         endpoint = (await worker.start())["publish"]
@@ -272,5 +275,7 @@ async def collecting(url: str, faults: str = "", *channels: str, **settings: Any
         finally:
             worker.stop()
             code = await asyncio.wait_for(running, 8)
+            hearer.drain()
             hearer.close()
+        hearer.check(breaks)
         assert code in (Exit.STOPPED, worker.client.exit)

@@ -14,6 +14,7 @@ from typing import Any
 import msgpack
 import zmq
 
+from collector.client.verify import Finding, Verifier
 from collector.messages import decode_reply, encode
 from tests.support import Program, collector, running
 
@@ -56,10 +57,15 @@ def write_config(directory: Path, connections: dict[str, dict[str, Any]], **sect
 
 
 class Subscriber:
-    """A SUB socket that takes everything; `messages` holds (topic, payload) in the order received."""
+    """A SUB socket that takes everything; `messages` holds (topic, payload) in the order received.
+
+    `findings` are the rules of the wire that they break.
+    """
 
     def __init__(self, *endpoints: str) -> None:
         self.messages: list[tuple[str, dict[str, Any]]] = []
+        self.findings: list[Finding] = []
+        self._verifier = Verifier()
         self._context = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.setsockopt(zmq.RCVHWM, 0)
@@ -74,9 +80,21 @@ class Subscriber:
         while not (value := fact()):
             assert time.monotonic() < end, f"waited {timeout:.0f} s in vain for {what}; {len(self.messages)} messages"
             if self._socket.poll(100):
-                topic, payload = self._socket.recv_multipart()
-                self.messages.append((topic.decode(), msgpack.unpackb(payload, strict_map_key=True)))
+                self.messages.append(self._receive())
         return value
+
+    def _receive(self) -> tuple[str, dict[str, Any]]:
+        topic, payload = self._socket.recv_multipart()
+        self.findings += self._verifier.check(topic, payload, time.time_ns())
+        return topic.decode(), msgpack.unpackb(payload, strict_map_key=True)
+
+    def check(self, *broken: str) -> None:
+        """No rule of the wire is broken, but for those that what the exchange sends breaks.
+
+        Heartbeats may come late on a busy machine.
+        """
+        found = [each for each in self.findings if each.rule not in ("heartbeat", *broken)]
+        assert not found, found
 
     def find(self, prefix: str, **keys: Any) -> list[dict[str, Any]]:
         """The payloads received on topics of a prefix, whose keys have the given values."""

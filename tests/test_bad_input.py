@@ -1,16 +1,11 @@
 """Broken and hostile input, to the whole program: it is counted, nothing else is lost, and nothing dies of it."""
 
-import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pytest
-import zmq
-
-from collector.schema import ENVELOPE, SCHEMA, find_faults
-from tests.frames_checker import check_numbering
+from collector.schema import ENVELOPE, SCHEMA
 from tests.pipeline import Subscriber, ask, exchange, find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running
 
@@ -51,13 +46,7 @@ def collecting(faults: str = "", options: Sequence[str] = ("--seed", "1"), **tab
                 yield Running(program, ear, f"ipc://{directory}/run/control", publish)
                 program.process.terminate()
                 assert program.wait_exit() == 0, program.text()
-
-
-def check_messages(ear: Subscriber) -> None:
-    """Every message is valid, and each topic is numbered without a hole."""
-    assert check_numbering(ear.messages) == []
-    for topic, body in ear.messages:
-        assert find_faults(body, {**ENVELOPE, **SCHEMA[body["type"]]}) == [], topic
+                ear.check("gap", "time")
 
 
 def wait_for_more(ear: Subscriber) -> None:
@@ -66,45 +55,22 @@ def wait_for_more(ear: Subscriber) -> None:
     ear.listen_until(lambda: all(len(ear.find(prefix)) > n + 3 for prefix, n in counts.items()), "more data")
 
 
-@pytest.mark.parametrize(
-    ("faults", "least"),
-    [
-        ("garbage:0.1", 10),
-        ("bad_json:0.1", 10),
-        ("odd_json:0.2", 20),
-        ("deep_json:0.2", 4),
-        ("wrong_types:5", 5),
-        ("garbage:0.3,bad_json:0.3,odd_json:0.3,deep_json:0.3,wrong_types:7,exponents", 30),
-    ],
-)
-def test_broken_frames_are_counted_and_the_others_flow(faults: str, least: int) -> None:
+def test_broken_frames_are_counted_and_the_others_flow() -> None:
+    faults = "garbage:0.3,bad_json:0.3,odd_json:0.3,deep_json:0.3,wrong_types:7,exponents"
     with collecting(faults) as run:
-        run.ear.listen_until(lambda: run.get_state()["malformed"] >= least, f"{least} malformed frames")
+        run.ear.listen_until(lambda: run.get_state()["malformed"] >= 30, "malformed frames")
         wait_for_more(run.ear)
         state = run.get_state()
         assert (state["state"], state["restarts"], state["reconnects"]) == ("live", 0, 0)
-        check_messages(run.ear)
 
 
-@pytest.mark.parametrize("faults", ["unknown_fields", "exponents", "unknown_fields,exponents"])
-def test_what_deribit_may_add_or_spell_otherwise_is_taken(faults: str) -> None:
-    with collecting(faults) as run:
+def test_what_deribit_may_add_or_spell_otherwise_is_taken() -> None:
+    with collecting("unknown_fields,exponents") as run:
         for prefix in ("book", "trade", "ticker", "quote", "index", "platform"):
             run.ear.wait_for(f"deribit.{prefix}.")
         wait_for_more(run.ear)
         state = run.get_state()
         assert (state["state"], state["malformed"], state["reconnects"]) == ("live", 0, 0)
-        check_messages(run.ear)
-
-
-def test_oversized_frame_costs_the_connection_and_is_told_as_a_gap() -> None:
-    with collecting("oversized:17000000@2,first:1") as run:
-        gap = run.ear.wait_for("deribit.book.BTC-PERPETUAL.100ms", type="gap")
-        assert gap["reason"] == "disconnect"
-        wait_for_more(run.ear)
-        state = run.get_state()
-        assert (state["state"], state["restarts"], state["reconnects"]) == ("live", 0, 1)
-        check_messages(run.ear)
 
 
 LARGE = "9" * 25
@@ -161,50 +127,3 @@ def test_each_hostile_frame_is_refused_and_sound_ones_behind_it_come(tmp_path: P
         plain, of_nulls = run.ear.find("deribit.trade.A-B.", type="trade")
         assert plain.keys() == {key for key in {**ENVELOPE, **SCHEMA["trade"]} if not key.endswith("?")}
         assert of_nulls.keys() - plain.keys() == {"iv"}  # the wire's table allows nil there; the others are left out
-
-
-def test_garbage_to_the_publishing_socket_disturbs_nobody() -> None:
-    with collecting() as run:
-        wait_for_more(run.ear)
-        host, _, port = run.publish.removeprefix("tcp://").partition(":")
-        for garbage in (b"GET / HTTP/1.1\r\nHost: x\r\n\r\n", b"\xff" * 1000, b"\xff\0\0\0\0\0\0\0\1\x7f\3\0NULL"):
-            with socket.create_connection((host, int(port))) as raw:
-                raw.sendall(garbage)
-        context = zmq.Context()
-        for frames in (
-            [b"\1" + b"x" * 100_000],
-            [b"", b"\2no", b"\1" * 4000, b"\0never-subscribed", b"\1deribit.quote."],
-        ):
-            stranger = context.socket(zmq.XSUB)
-            stranger.connect(run.publish)
-            for frame in frames:
-                stranger.send(frame)
-        stranger.setsockopt(zmq.RCVTIMEO, 10_000)
-        assert stranger.recv_multipart()[0].startswith(b"deribit.quote.")
-        context.destroy(linger=0)
-        wait_for_more(run.ear)
-        state = run.get_state()
-        assert (state["state"], state["restarts"], state["malformed"]) == ("live", 0, 0)
-        check_messages(run.ear)
-
-
-def test_publishing_endpoint_that_is_taken_is_a_clear_error() -> None:
-    with short_directory() as directory, exchange(port := find_port()), socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        publish = f"tcp://127.0.0.1:{taken.getsockname()[1]}"
-        url = f"ws://127.0.0.1:{port}/ws/api/v2"
-        config = write_config(directory, {"bad": {"url": url, "publish": publish, "channels": CHANNELS}})
-        with running(*collector("run", str(config))) as program:
-            assert program.wait_exit() == 1
-            assert any(publish in line and "in use" in line.lower() for line in program.err), program.text()
-
-
-def test_channels_that_nobody_offers_are_refused_and_the_others_flow() -> None:
-    strange = ["surprise.BTC.1", "book.NOPE-PERPETUAL.100ms"]
-    with collecting(channels=[*CHANNELS, *strange]) as run:
-        for topic in ("deribit.other.surprise:BTC:1.raw", "deribit.book.NOPE-PERPETUAL.100ms"):
-            assert run.ear.wait_for(topic, type="status", state="refused")["connection"] == "bad"
-        wait_for_more(run.ear)
-        assert run.get_state()["state"] == "live"
-        check_messages(run.ear)

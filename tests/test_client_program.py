@@ -25,48 +25,21 @@ from collector.messages import encode, encode_reply
 from tests.collected import QUICK, collected
 from tests.support import REPOSITORY, collector, running, wait_until
 
-CONFIG = """
-[collector]
-runtime_dir = "{directory}"
-
-[exchange]
-
-[[connection]]
-name = "futures"
-url = "practice"
-channels = [
-    "trades.BTC-PERPETUAL.100ms", "book.BTC-PERPETUAL.100ms", "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL",
-]
-
-[[connection]]
-name = "index"
-url = "practice"
-channels = ["deribit_price_index.btc_usd"]
-"""
+PERPETUAL = ["trades.BTC-PERPETUAL.100ms", "book.BTC-PERPETUAL.100ms", "ticker.BTC-PERPETUAL.100ms", *QUICK["channels"]]
 
 
 @pytest.fixture(scope="module")
-def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def control() -> Iterator[str]:
     """The control endpoint of a collector whose connections are live."""
-    directory = tmp_path_factory.mktemp("run")
-    directory.chmod(0o700)
-    file = directory / "config.toml"
-    file.write_text(CONFIG.format(directory=directory))
-    endpoint = f"ipc://{directory}/control"
-    with running(*collector("run", str(file))) as program:
-        wait_until(lambda: are_live(endpoint, {"futures", "index"}), "two live connections")
-        yield endpoint
-        program.process.send_signal(signal.SIGINT)
-        assert program.wait_exit() == 0, program.text()
-
-
-def are_live(endpoint: str, names: set[str]) -> bool:
-    try:
-        with Control(endpoint) as asked:
-            states = asked.get_state()
-    except ControlError:
-        return False
-    return names <= states.keys() and all(states[name]["state"] == "live" for name in names)
+    tables = {
+        "futures": {**QUICK, "channels": PERPETUAL},
+        "index": {**QUICK, "channels": ["deribit_price_index.btc_usd"]},
+    }
+    with collected(tables) as run:
+        for name in tables:
+            run.wait_state(name)
+        yield run.control
+        assert run.stop() == 0, run.program.text()
 
 
 def call(control: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:

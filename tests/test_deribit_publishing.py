@@ -12,11 +12,10 @@ import pytest
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, Credits
-from collector.messages import ControlError, parse_topic
-from collector.schema import ENVELOPE, SCHEMA, find_faults
+from collector.messages import ControlError
+from collector.schema import SCHEMA
 from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, encode_data, make_spec, wait_for
 from tests.exchange_client import exchange, get
-from tests.frames_checker import check_numbering
 from tests.pipeline import short_directory
 from tests.support import in_loop
 from workers.deribit.connection.subscriptions import EXPIRED
@@ -70,16 +69,6 @@ def ending() -> Iterator[str]:
         yield url
 
 
-def check_all(hearer: Hearer) -> None:
-    """Every message is valid, belongs to its topic, and each topic is numbered without a hole."""
-    assert check_numbering(hearer.messages) == []
-    for name, body in hearer.messages:
-        topic = parse_topic(name)
-        assert find_faults(body, {**ENVELOPE, **SCHEMA[body["type"]]}) == [], name
-        assert (topic.exchange, topic.instrument) == (body["exchange"], body["instrument"])
-        assert body["type"] in (topic.type, "gap", "repair", "status")
-
-
 @in_loop
 async def test_every_channel_feeds_its_topic(lively: str) -> None:
     async with collecting(lively, "", *CHANNELS, login=LOGIN) as run:
@@ -91,7 +80,6 @@ async def test_every_channel_feeds_its_topic(lively: str) -> None:
             more: dict[str, Any] = {"channel": channel} if kind == "other" else {}
             await run.hearer.hear_of(f"deribit.{begin}", type=kind, **more)
         await run.hearer.hear_of("deribit.heartbeat.w.1s", type="heartbeat")
-        check_all(run.hearer)
         assert {body["type"] for _, body in run.hearer.messages} >= SCHEMA.keys() - {"gap", "repair"}
         assert {body["epoch"] for _, body in run.hearer.messages} == {run.worker.epoch}
         state = await run.get_state()
@@ -156,7 +144,6 @@ async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
             assert [state for state, _ in groupby(told)] == ["live", "recovering", "live"]
         refused = await run.hearer.hear_of("deribit.quote.NOPE.raw", 2, type="status", state="refused")
         assert "left it out" in refused[0]["reason"]
-        check_all(run.hearer)
 
 
 @in_loop
@@ -175,7 +162,7 @@ async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(
     practice: str, faults: str, state: str
 ) -> None:
     """By the exchange's clock, which may be 76 years ahead of ours."""
-    async with collecting(practice, faults, "trades.option.BTC.100ms") as run:
+    async with collecting(practice, faults, "trades.option.BTC.100ms", breaks="time" * bool(faults)) as run:
         rows = [
             {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1, "amount": 1, "direction": "buy"}
             for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")
@@ -215,7 +202,6 @@ async def test_a_worker_that_is_stopped_says_so_on_each_topic_and_what_stays_mis
         (repair,) = run.hearer.find("deribit.trade.", type="repair", gap=gap["id"])
         assert repair["missing"] == [[gap["missing_from"], gap["missing_to"]]]
         assert run.hearer.find("deribit.quote.BTC-6NOV20-", type="status")[-1]["state"] == "expired"
-        check_all(run.hearer)
 
 
 EXPIRED_QUOTE = "quote.BTC-6NOV20-10000-C"
@@ -236,7 +222,6 @@ async def test_a_channel_of_an_instrument_whose_day_has_passed_is_expired_and_as
         await wait_for(lambda: run.worker.client.machine.state == "live", "it to be live: data come a little before")
         wish = await run.ask("subscribe", channels=[EXPIRED_QUOTE])  # who asks for it again, has it asked for again
         assert wish["channels"][EXPIRED_QUOTE] == {"code": "exchange_error", "message": EXPIRED}
-        check_all(run.hearer)
 
 
 @in_loop
@@ -251,7 +236,6 @@ async def test_a_channel_is_expired_when_the_exchange_says_that_its_instrument_h
         await wait_for(lambda: gone not in run.worker.client.reconciler.subscriptions.confirmed, "it to be left")
         assert (await run.get_state())["channels"]["refused"][gone] == EXPIRED
         assert run.worker.take_events() == []  # nobody follows patterns here
-        check_all(run.hearer)
 
 
 @in_loop
@@ -282,7 +266,6 @@ async def test_each_status_is_said_again_within_a_minute(practice: str) -> None:
             again = await run.hearer.hear_of(prefix, said[prefix] + 1, type="status")
             assert again[-1]["state"] == "live"
             assert len(again) <= said[prefix] + 2  # one more may be of the worker's own clock
-        check_all(run.hearer)
 
 
 @in_loop
@@ -294,7 +277,6 @@ async def test_the_connections_own_status_is_said_again_within_a_minute(practice
         for part in range(60):
             run.worker.statuses.repeat_others(part)
         assert (await run.hearer.hear_of(topic, said + 1))[-1]["state"] == "live"
-        check_all(run.hearer)
 
 
 @in_loop
@@ -321,7 +303,6 @@ async def test_that_a_topic_was_closed_is_said_twice_more_unless_it_is_taken_up_
         epochs = [body["epoch"] for body in run.hearer.find("deribit.book.")]
         assert epochs == sorted(epochs)
         assert epochs[-1] > run.worker.epoch
-        check_all(run.hearer)
 
 
 @in_loop
@@ -340,7 +321,6 @@ async def test_a_topic_that_is_left_and_taken_up_again_begins_a_new_epoch(practi
         assert first["epoch"] == quotes[-1]["epoch"] > closed[0]["epoch"] == run.worker.epoch
         assert (first["seq"], first["state"]) == (1, "recovering")
         assert not run.hearer.find(topic, type="gap")  # who left it lost nothing
-        check_all(run.hearer)
 
 
 @pytest.mark.parametrize("fault", ["", "ack_late"])
@@ -367,7 +347,6 @@ async def test_a_channel_that_is_taken_up_again_says_so_before_its_data(practice
         await run.hearer.hear(lambda: all("live" in list_since(topic) for topic in topics), "all to be live again")
         await run.hearer.hear(lambda: sum("data" in list_since(topic) for topic in topics) >= 4, "data")
         assert {list_since(topic)[0] for topic in topics} == {"recovering"}
-        check_all(run.hearer)
 
 
 @in_loop
@@ -384,7 +363,6 @@ async def test_a_topic_that_another_channel_feeds_as_well_is_not_closed(lively: 
         for name in shared:
             await run.hearer.hear_of(f"deribit.instrument.{name}.", type="status", reason="said again")
             assert not run.hearer.find(f"deribit.instrument.{name}.", type="status", state="closed")
-        check_all(run.hearer)
 
 
 @in_loop
@@ -421,7 +399,6 @@ async def test_unsubscribing_and_subscribing_at_once_leaves_it_subscribed(practi
         now = time.time_ns()
         await run.hearer.hear(lambda: run.hearer.find(topic)[-1]["receive_ts"] > now, "quotes from then on")
         assert run.worker.client.get_state()["channels"]["confirmed"] == sorted([QUOTE, BOOK])
-        check_all(run.hearer)
 
 
 @in_loop
@@ -439,7 +416,6 @@ async def test_a_channel_that_is_taken_up_again_while_it_is_left_ends_and_begins
         place = next(place for place, body in enumerate(said) if body.get("state") == "closed")
         assert [body["state"] for body in said[place : place + 2]] == ["closed", "recovering"]
         assert (said[place + 2]["kind"], said[place + 2]["reason"]) == ("snapshot", "subscribe")
-        check_all(run.hearer)
 
 
 @pytest.mark.parametrize("fault", ["no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1"])
@@ -523,10 +499,10 @@ async def test_data_of_channels_that_nobody_asked_for_are_counted(practice: str)
 
 @in_loop
 async def test_wrong_types_are_counted_and_what_is_published_stays_valid(practice: str) -> None:
-    async with collecting(practice, "wrong_types:5", *(c for c in CHANNELS if not c.endswith(".raw"))) as run:
+    channels = [name for name in CHANNELS if not name.endswith(".raw")]
+    async with collecting(practice, "wrong_types:5", *channels, breaks="gap") as run:
         await wait_for(lambda: run.worker.intake.malformed > 20, "malformed frames")
         await run.hearer.hear_of("deribit.quote.", len(run.hearer.find("deribit.quote.")) + 5, type="quote")
-        check_all(run.hearer)
         counts: defaultdict[str, int] = defaultdict(int)
         for _, body in run.hearer.messages:
             counts[body["type"]] += 1

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.exchange_client import connect, exchange, get
-from tests.support import FRAMES, collector, in_loop, running
-from workers.exchange.replay import read_recording
+from tests.exchange_client import connect, exchange
+from tests.support import collector, in_loop, running
 
 LINES = [
     '{"jsonrpc": "2.0", "method": "subscription", "params": {"channel": "book.X-1.raw", "data": {"a": 2.2e3}}}',
@@ -72,19 +71,3 @@ def test_recordings_that_hold_nothing_are_refused(tmp_path: Path) -> None:
             assert program.wait_exit() == code
             assert words in program.text()
             assert "Traceback" not in program.text()
-
-
-@pytest.mark.skipif(not FRAMES, reason="COLLECTOR_FRAMES names no folder with recorded frames")
-@in_loop
-async def test_the_recorded_capture_is_replayed_whole() -> None:
-    path = f"{FRAMES}/cryptofeed/DERIBIT.ws.1.0"
-    frames = read_recording(path)
-    assert len(frames) == 135
-    channels = sorted({frame.channel for frame in frames})
-    with exchange("--replay", path, "--speed", "0") as (url, _):
-        async with connect(url) as client:
-            await client.log_in()
-            await client.ask("public/subscribe", channels=channels)
-            await client.wait(lambda: len(client.texts) >= 137, "all frames")
-            assert client.texts[2:] == [frame.text.decode() for frame in frames]
-        assert get(url, "practice/state")[1]["result"]["relayed"] == 135

@@ -69,8 +69,8 @@ def test_trade_passes() -> None:
     ("key", "value"),
     [
         ("price", 32000), ("price", 32000.5), ("side", "buy"), ("trade_id", 1), ("trade_seq", 9.0), ("legs", []),
-        ("exchange_ts", 2_000), ("seq", 2), ("seq", "1"), ("instrument", "X-2"), ("type", "book"), ("iv", None),
-        ("epoch", None), ("mark_price", None), ("backfilled", True),
+        ("exchange_ts", 2_000), ("instrument", "X-2"), ("type", "book"), ("iv", None),
+        ("mark_price", None), ("backfilled", True),
     ],
 )  # fmt: skip
 def test_damaged_trade_is_seen(key: str, value: Any) -> None:
@@ -79,7 +79,7 @@ def test_damaged_trade_is_seen(key: str, value: Any) -> None:
     assert find_faults([TRADES], damaged)
 
 
-@pytest.mark.parametrize("key", ["price", "side", "trade_id", "index_price", "seq", "receive_ts", "exchange"])
+@pytest.mark.parametrize("key", ["price", "side", "trade_id", "index_price", "exchange"])
 def test_missing_key_is_seen(key: str) -> None:
     damaged = copy.deepcopy(TRADE)
     del damaged[0][1][key]

@@ -256,7 +256,7 @@ async def test_what_has_never_spoken_is_told_where_it_is_never_quiet_and_a_new_c
 @in_loop
 async def test_a_dead_connection_whose_data_had_a_rhythm_is_left_before_its_heartbeat_is_missed() -> None:
     with exchange("--rate", "600") as (url, _):
-        settings = {"heartbeat_interval": 600.0, "timeout": 1.0}
+        settings: dict[str, Any] = {"heartbeat_interval": 600.0, "timeout": 1.0}
         async with collecting(url, "half_open:3", SPOT, **settings) as run:
             patrol = run.worker.patrol
             await run.hearer.hear_of(QUOTES, type="quote")
