@@ -43,7 +43,7 @@ from workers.deribit.publishing.ledger import HEARD
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.rpc.errors import ExchangeError
-from workers.deribit.watching.patrol import OWN_RESYNCS, RESYNCS
+from workers.deribit.watching.patrol import RESYNCS
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -205,7 +205,7 @@ async def test_a_book_that_breaks_again_and_again_does_not_cost_the_others_their
         await hear_more(run, ["deribit.quote.BTC-PERPETUAL.raw"], 30)
         state = await run.get_state()
         assert state["reconnects"] == 0
-        assert OWN_RESYNCS <= state["resyncs"] < RESYNCS
+        assert RESYNCS <= state["resyncs"] < 2 * RESYNCS
 
 
 @in_loop
@@ -222,10 +222,24 @@ async def test_two_books_that_break_again_and_again_do_not_cost_the_third_its_co
                     run.worker.take_frames([encode_data(feed.channel.name, BROKEN)], time.time_ns())
             await asyncio.sleep(0.05)
         resyncs = patrol.resyncs
-        assert resyncs >= 2 * OWN_RESYNCS
+        assert resyncs >= 2 * RESYNCS
         await hear_more(run, ["deribit.book.SOL_USDC-PERPETUAL.100ms"], 30)
         assert (run.worker.client.reconnects, patrol.resyncs - resyncs < 3) == (0, True)
         assert run.hearer.find("deribit.book.SOL_USDC-PERPETUAL.100ms", type="gap") == []
+
+
+@in_loop
+async def test_books_that_break_together_are_asked_for_anew_together(practice: str) -> None:
+    """Each call costs credits, which connections share."""
+    books = [BOOK, OTHER, THIRD]
+    async with collecting(practice, "", *books) as run:
+        feeds = [run.worker.feeds[name.encode()] for name in books]
+        await wait_for(lambda: all(feed.is_complete for feed in feeds), "all books")
+        requests = run.worker.client.traffic.requests.last
+        run.worker.take_frames([encode_data(name, BROKEN) for name in books], time.time_ns())
+        await wait_for(lambda: all(feed.is_complete for feed in feeds), "all books again")
+        assert (run.worker.patrol.resyncs, run.worker.client.traffic.requests.last - requests) == (3, 2)
+        assert {body["reason"] for body in run.hearer.find("deribit.book.", type="gap")} <= {"sequence"}
 
 
 @in_loop
@@ -288,7 +302,8 @@ async def test_a_broken_book_that_is_given_up_and_taken_up_again_is_not_resynced
         await run.ask("subscribe", channels=[BOOK])
         await run.hearer.hear_of(BOOKS, 2, type="book", kind="snapshot", reason="subscribe")
         broken.is_complete = False
-        await run.worker.patrol._resubscribe(broken)
+        run.worker.patrol._broken = {broken: None}
+        await run.worker.patrol._resubscribe()
         await hear_more(run, [BOOKS])
         assert run.worker.patrol.resyncs == 0
 
@@ -367,7 +382,7 @@ async def test_books_that_break_again_and_again_are_bounded(practice: str) -> No
         await run.hearer.hear_of("deribit.status.w.connection", state="backoff")
         assert "out of step" in run.hearer.find("deribit.status.w.connection", state="backoff")[0]["reason"]
         await hear_more(run, [BOOKS, "deribit.book.ETH-PERPETUAL.100ms", "deribit.book.BTC-PERPETUAL.raw"])
-        assert (await run.get_state())["resyncs"] <= 22
+        assert (await run.get_state())["resyncs"] <= 33
 
 
 # -- trades -----------------------------------------------------------------------------------------------------------

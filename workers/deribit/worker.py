@@ -254,7 +254,6 @@ class Worker(Listener):
         elif isinstance(feed, ListingFeed):
             self._spawn(self._leave_ended(feed))
         elif feed.is_complete:
-            feed.waits = 0
             self.statuses.tell(feed, "live", "")
         else:
             self.statuses.tell(feed, "recovering", "sequence")

@@ -7,7 +7,7 @@ from typing import Any
 
 from collector.channels import has_expired
 from collector.lifecycle import Exit
-from collector.limits import CALL_COST, SUBSCRIBE_COST
+from collector.limits import CALL_COST, SUBSCRIBE_COST, chunk_channels
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import NEVER, Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
@@ -87,13 +87,14 @@ class Reconciler:
         self._chance_at = min(self._chance_at, now + SECOND_CHANCE)
         await self.reconcile()
 
-    async def unsubscribe_once(self, channel: str) -> None:
-        """Unsubscribe from a channel that is still wanted, and wait for the answer. Raises Lost or Refused.
+    async def unsubscribe_once(self, channels: list[str]) -> None:
+        """Unsubscribe from channels that are still wanted, and wait for the answer. Raises Lost or Refused.
 
-        To `reconcile` after it is the one way to a new snapshot.
+        To `reconcile` after it is the one way to new snapshots.
         """
-        if channel in self.subscriptions.confirmed and channel in self.subscriptions.asked:
-            await self._place(Call("public/unsubscribe", (channel,)))
+        names = [n for n in channels if n in self.subscriptions.confirmed and n in self.subscriptions.asked]
+        calls = [Call("public/unsubscribe", tuple(chunk)) for chunk in chunk_channels(names, "public/unsubscribe")]
+        await do_together(*(self._place(call) for call in calls))
 
     def describe_wish(self, name: str) -> Any:
         """True if the channel is confirmed, else a map of code and message."""

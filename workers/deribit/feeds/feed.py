@@ -16,8 +16,8 @@ class Feed(ABC):
     - `is_ended` is set when nobody asks for the channel any more.
     - `condition` is the (state, reason) last said on its topics.
     - `last_ts` is when data came last (ns), `mute_since` what that was when its silence was last told.
-    - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `waits` how often that came
-      to nothing, `allowance` how often it may still be asked for anew (None: it never was).
+    - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `allowance` how often it may
+      still be asked for anew (None: it never was).
     - `dropped` and `duplicates` count oddities.
     """
 
@@ -35,7 +35,6 @@ class Feed(ABC):
         self.last_ts = 0
         self.waiting_since = 0.0
         self.allowance: Credits | None = None
-        self.waits = 0
         self.mute_since = 0
         self.streams: dict[str, Stream] = {}
         if channel.instrument:

@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from itertools import count
-from random import random
 
 from collector.limits import CALL_COST, Credits
 from collector.messages import EXCHANGE, WIRE
@@ -30,11 +29,8 @@ log = logging.getLogger("deribit")
 SNAPSHOT_WAIT = 5.0
 """Seconds after which a book that is subscribed to and has no snapshot is asked for anew."""
 
-RESYNCS, REFILL = 20.0, 1 / 3
-"""Books that may be asked for anew before it is cheaper, and kinder, to reconnect; and how many more each second."""
-
-OWN_RESYNCS, OWN_REFILL = 10.0, 1 / 20
-"""The same of one book. Once they are used up it has to wait: its neighbours shall not pay for it with a reconnect."""
+RESYNCS, REFILL = 10.0, 1 / 20
+"""How often one book may be asked for anew, and how many times more each second. Then it has to wait."""
 
 HOUR = 3600
 """Seconds between looks for topics that can be forgotten."""
@@ -42,8 +38,8 @@ HOUR = 3600
 SLICE = 500
 """Channels that are looked at in one go: some 0.2 ms."""
 
-JITTER = 0.2
-"""Seconds over which resyncs are spread: books often break together."""
+TOGETHER = 0.1
+"""Seconds in which books that break are gathered, to be asked for by one call: they often break together."""
 
 PATIENCE = 5
 """Seconds after which files that cannot be made again are told: the supervisor may be making their directory."""
@@ -69,7 +65,7 @@ class Patrol:
         self._counted = 0
         self._whole = Rhythm()
         self._late = LagWatch()
-        self._budget = Credits(RESYNCS, REFILL, time.monotonic())
+        self._broken: dict[Feed, None] = {}
         self._reconnected = 0  # by a clock that may be set back
         self._ask_at = 0.0
         self._unrestored = 0
@@ -165,6 +161,7 @@ class Patrol:
     def lose(self) -> None:
         """The connection is gone, and what was thought of its lag."""
         self._late = LagWatch()
+        self._broken.clear()
 
     # -- lag ----------------------------------------------------------------------------------------------------------
 
@@ -186,7 +183,6 @@ class Patrol:
     def _reconnect(self, now: int, reason: str) -> None:
         if abs(now - self._reconnected) > RECONNECT_ONCE_IN:
             self._reconnected = now
-            self._budget = Credits(RESYNCS, REFILL, time.monotonic())  # a new connection brings all books anew
             self._client.cut(reason)
 
     # -- silence ------------------------------------------------------------------------------------------------------
@@ -265,51 +261,50 @@ class Patrol:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def _judge_waiting(self, feed: Feed) -> None:
-        """A snapshot that does not come is asked for again, ever less often; others must not suffer from it."""
+        """A snapshot that does not come is asked for again, ever less often."""
         now = time.monotonic()
         if feed.channel.name not in self._client.reconciler.subscriptions.confirmed:
             feed.waiting_since = 0.0
         elif not feed.waiting_since:
             feed.waiting_since = now
-        elif now - feed.waiting_since > SNAPSHOT_WAIT * 2 ** min(feed.waits, 6) and self._may_ask(feed):
-            feed.waits += 1
+        elif now - feed.waiting_since > SNAPSHOT_WAIT:
             self._ask_anew(feed)
 
     def resync(self, feed: Feed) -> None:
-        """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if too many break."""
-        feed.waiting_since = time.monotonic()
-        if not self._may_ask(feed) or self._ask_anew(feed):
-            return
-        # Where many have broken once, or all of them again and again, it is the connection.
+        """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if all of them do."""
         books = [each for each in self._feeds.values() if isinstance(each, BookFeed)]
-        if not _is_sick(feed) or (len(books) > 1 and all(map(_is_sick, books))):
-            self._reconnect(time.time_ns(), "too many books out of step")
-
-    def _may_ask(self, feed: Feed) -> bool:
-        now = time.monotonic()
-        feed.allowance = feed.allowance or Credits(OWN_RESYNCS, OWN_REFILL, now)
-        return not feed.allowance.take(1, now)
+        if not self._ask_anew(feed) and len(books) > 1 and all(map(_is_sick, books)):
+            self._reconnect(time.time_ns(), "all books out of step")
 
     def _ask_anew(self, feed: Feed) -> bool:
-        feed.waiting_since = time.monotonic()
-        if self._budget.take(1, feed.waiting_since):
+        now = time.monotonic()
+        feed.allowance = feed.allowance or Credits(RESYNCS, REFILL, now)
+        if feed.allowance.take(1, now):
             return False
-        self._client.spawn(self._resubscribe(feed))
+        feed.waiting_since = now
+        self._broken[feed] = None
+        if len(self._broken) == 1:
+            self._client.spawn(self._resubscribe())
         return True
 
-    async def _resubscribe(self, feed: Feed) -> None:
-        await asyncio.sleep(random() * JITTER)
-        if feed.is_complete or self._feeds.get(feed.channel.name.encode()) is not feed:
-            return  # a snapshot has come unasked, or the channel was taken up anew: to leave now would lose changes
-        self.resyncs += 1
+    async def _resubscribe(self) -> None:
+        await asyncio.sleep(TOGETHER)
+        gathered, self._broken = self._broken, {}
+        # Else a snapshot has come unasked, or the channel was taken up anew: to leave now would lose changes.
+        broken = [feed for feed in gathered if not feed.is_complete and self._is_current(feed)]
+        self.resyncs += len(broken)
         with suppress(Lost, Refused, NotConnected):
-            await self._client.reconciler.unsubscribe_once(feed.channel.name)
-        if feed.is_complete and self._feeds.get(feed.channel.name.encode()) is feed:
-            # One came unasked before the exchange let go of the channel: what changes from then on is lost.
-            feed.lose("sequence", time.time_ns())
-            self._statuses.tell(feed, "recovering", "sequence")
-        with suppress(Lost, Refused, NotConnected):  # then the next connection brings the snapshot
+            await self._client.reconciler.unsubscribe_once([feed.channel.name for feed in broken])
+        for feed in broken:
+            if feed.is_complete and self._is_current(feed):
+                # One came unasked before the exchange let go of the channel: what changes from then on is lost.
+                feed.lose("sequence", time.time_ns())
+                self._statuses.tell(feed, "recovering", "sequence")
+        with suppress(Lost, Refused, NotConnected):  # then the next connection brings the snapshots
             await self._client.reconciler.reconcile()
+
+    def _is_current(self, feed: Feed) -> bool:
+        return self._feeds.get(feed.channel.name.encode()) is feed
 
 
 def _is_heard(feed: Feed) -> bool:
@@ -319,4 +314,4 @@ def _is_heard(feed: Feed) -> bool:
 
 def _is_sick(feed: Feed) -> bool:
     """Whether it has broken again and again of late."""
-    return feed.allowance is not None and feed.allowance.level < OWN_RESYNCS / 2
+    return feed.allowance is not None and feed.allowance.level < RESYNCS / 2
