@@ -8,7 +8,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -260,11 +260,12 @@ def living(directory: Path, *channels: str, fresh: bool = False, **spec: Any) ->
 async def collecting(
     url: str, faults: str = "", *channels: str, breaks: str = "", **settings: Any
 ) -> AsyncIterator[Collecting]:
-    """Run a worker for the length of a block; the subscriber is there before it connects, and hears no rule broken.
+    """Run a worker for the length of a block, at a `place` of its own; the subscriber is there before it connects, and
+    hears no rule broken.
 
     But for one that what the exchange sends `breaks`, and for the rhythm of heartbeats on a busy machine.
     """
-    with short_directory() as directory:
+    with nullcontext(settings.pop("place")) if "place" in settings else short_directory() as directory:
         worker = create_worker(make_spec(name_faults(url, faults), str(directory), channels, **settings))
         endpoint = (await worker.start())["publish"]
         hearer = Hearer(endpoint)

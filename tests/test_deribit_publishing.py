@@ -14,7 +14,18 @@ from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, Credits
 from collector.messages import ControlError
 from collector.schema import SCHEMA
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TRADES, Hearer, collecting, encode_data, make_spec, wait_for
+from tests.deribit_support import (
+    BOOK,
+    LOGIN,
+    QUOTE,
+    TRADES,
+    Hearer,
+    collecting,
+    encode_data,
+    living,
+    make_spec,
+    wait_for,
+)
 from tests.exchange_client import exchange, get
 from tests.pipeline import short_directory
 from tests.support import in_loop
@@ -53,6 +64,9 @@ CHANNELS = {
     "user.changes.any.any.raw": "other.user:changes:any:any:raw.raw",
 }
 """Channels of every family, and how the topics begin that they feed."""
+
+SNAPSHOT = {"type": "snapshot", "change_id": 1, "bids": [["new", 1.0, 1.0]], "asks": [], "timestamp": 1}
+"""Data of a book."""
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +155,45 @@ async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
             await run.hearer.hear_of(f"deribit.{topic}", type="status", state="recovering")
             await run.hearer.hear(partial(is_live, run.hearer, f"deribit.{topic}"), "the second life")
             told = [body["state"] for body in run.hearer.find(f"deribit.{topic}", type="status")]
-            assert [state for state, _ in groupby(told)] == ["live", "recovering", "live"]
+            assert [state for state, _ in groupby(told)][-3:] == ["live", "recovering", "live"]
         refused = await run.hearer.hear_of("deribit.quote.NOPE.raw", 2, type="status", state="refused")
         assert "left it out" in refused[0]["reason"]
 
 
+@pytest.mark.parametrize("is_restart", [False, True])
 @in_loop
-async def test_a_channel_of_which_nothing_has_come_says_so_as_well(practice: str) -> None:
-    async with collecting(practice, "no_snapshot:9", BOOK) as run:
-        await wait_for(lambda: run.worker.client.is_live, "the connection")
-        for part in range(60):
-            run.worker.statuses.repeat(run.worker.feeds.values(), part)
-        told = (await run.hearer.hear_of("deribit.book.", type="status"))[0]
-        assert (told["seq"], told["state"], told["reason"]) == (1, "recovering", "subscribe")
+async def test_a_channel_that_awaits_its_first_full_state_says_so_as_soon_as_it_is_given(
+    practice: str, is_restart: bool
+) -> None:
+    """After a restart the last word on its topic is that of the life before, which may have been `live`."""
+    with short_directory() as place:
+        if is_restart:
+            with living(place, BOOK) as earlier:
+                earlier.take_frames([encode_data(BOOK, SNAPSHOT)], time.time_ns())
+        async with collecting(practice, "no_snapshot:9", BOOK, place=place, fresh=not is_restart) as run:
+            await wait_for(lambda: run.worker.client.is_live, "the connection")
+            run.worker.statuses.tell_connection("live", "after whatever is said of channels")
+            await run.hearer.hear_of("deribit.status.", reason="after whatever is said of channels")
+            told = run.hearer.find("deribit.book.")[0]
+            assert (told["seq"], told["state"], told["reason"]) == (1, "recovering", "subscribe")
+            stream = run.worker.feeds[BOOK.encode()].stream
+            status = stream.status
+            run.worker.confirm_channels([BOOK])
+            assert (stream.status is status, stream.lost) == (True, is_restart), "it is said once"
+            late = Hearer(run.worker.publisher.endpoint, prefixes=["deribit.book."])
+            await late.hear(lambda: late.joins, "an answer to a late subscriber")
+            assert [(body["state"], body["join"]) for _, body in late.joins] == [("recovering", True)]
+            late.close()
+
+
+@in_loop
+async def test_a_book_that_was_refused_is_recovering_once_it_is_given(practice: str) -> None:
+    async with collecting(practice, f"drop_subscribe:{BOOK}@2,no_snapshot:9", BOOK) as run:
+        await run.hearer.hear_of("deribit.book.", state="refused")
+        subscriptions = run.worker.client.reconciler.subscriptions
+        subscriptions.give_another_chance()
+        await run.worker.client.reconciler.reconcile()
+        await run.hearer.hear_of("deribit.book.", state="recovering", reason="subscribe")
 
 
 @pytest.mark.parametrize(("faults", "state"), [("", "live"), ("clock:2400000000000", "expired")])

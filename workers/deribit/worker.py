@@ -227,6 +227,8 @@ class Worker(Listener):
         feed.rhythm.restart(time.time_ns())
         if feed.is_complete:
             self.statuses.tell(feed, "live", "")
+        else:
+            self.statuses.tell_awaited(feed)
         if isinstance(feed, ListingFeed):
             self.channels.events.append({"event": "listening"})
         if isinstance(feed, TradeFeed):

@@ -57,6 +57,16 @@ class Statuses:
         for stream in feed.streams.values():
             self._tell_topic(feed, stream)
 
+    def tell_awaited(self, feed: Feed) -> None:
+        """The exchange gives a channel whose first full state is to come: said unless its topics stand so already.
+
+        What an earlier life said of them may have been `live`.
+        """
+        if feed.condition[0] == "refused":
+            self.tell(feed, "recovering", "subscribe")
+        elif any(stream.status is None for stream in feed.streams.values()):
+            self.tell_first(feed)
+
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more."""
         is_over = not stream.last_ts or stream.has_expired(self._read_exchange_clock())
