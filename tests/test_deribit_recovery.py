@@ -23,6 +23,7 @@ from tests.deribit_support import (
     TRADES,
     Collecting,
     Hearer,
+    answer_nothing,
     collecting,
     encode_data,
     run_healing,
@@ -37,7 +38,7 @@ from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
-from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed
+from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed, heal_known
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.ledger import HEARD
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
@@ -436,6 +437,53 @@ async def test_who_must_be_patient_does_not_hold_up_the_healing_of_others(practi
                 assert repair["missing"] == []
                 healed += 1
         assert run.hearer.find(TRADED, type="repair") == []
+
+
+@in_loop
+async def test_what_is_known_to_be_missing_does_not_wait_for_a_history_that_asks_for_patience(practice: str) -> None:
+    """Trades are to be had by number; by time, as all of a currency are asked for first, not for minutes."""
+    topic = "deribit.trade.ETH-PERPETUAL.100ms"
+    faults = "error:public/get_last_trades_by_currency_and_time=13888"
+    async with collecting(practice, faults, "trades.future.ETH.100ms") as run:
+        gap: dict[str, Any] = {}
+        while not gap.get("healing"):  # it was back before the next trade otherwise
+            await hear_more(run, [topic])
+            run.worker.client.cut("the test wants it so")
+            gap = (await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="gap")) + 1, type="gap"))[-1]
+        (repair,) = await run.hearer.hear_of(topic, type="repair", gap=gap["id"])
+        assert (repair["missing"], repair["repaired"]) == ([], gap["missing_to"] - gap["missing_from"] + 1)
+        feed = run.worker.feeds[b"trades.future.ETH.100ms"]
+        assert isinstance(feed, TradeFeed)
+        assert feed.losses.lost_from is not None, "what nobody knows of is still asked for"
+
+
+@pytest.mark.parametrize("is_bounded", [True, False])
+def test_while_an_answer_by_time_is_awaited_only_what_is_known_to_be_missing_is_asked_for(
+    topics: Topics, is_bounded: bool
+) -> None:
+    """Of a thousand that are quiet since the loss nothing is known: each would cost a request."""
+    quiet, other = "BTC-27MAR27-90000-C", "BTC-27MAR27-95000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+
+    def trade(name: str, seq: int) -> None:
+        data = msgspec.to_builtins(make_option_trade(name, seq))
+        for stream, _ in feed.take(Line(feed.channel.name, (name,)).encode([data]), START):
+            stream.last_ts = START
+
+    for name in (quiet, other):
+        trade(name, 5)
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START + SECOND)
+    healing = heal_feed(feed, START + 5 * SECOND, 0)
+    assert isinstance(step := next(healing), Ask)
+    assert "start_timestamp" in step.params
+    if is_bounded:
+        trade(other, 9)
+    asked = run_healing(heal_known(feed), answer_nothing)
+    runs = [(ask.params["instrument_name"], ask.params.get("end_seq")) for ask in asked]
+    assert runs == [(other, 8)] * (len(PAUSES) if is_bounded else 0)
+    assert feed.losses.lost_from is not None
+    assert feed.tapes[quiet].stream.due is not None
 
 
 @in_loop

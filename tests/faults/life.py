@@ -11,7 +11,7 @@ from tests.faults.judge import Received
 from workers.deribit.feeds.normalise import create_feed
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
-from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed
+from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
 from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Stream, Topics
@@ -136,6 +136,7 @@ class Healer:
         self._life, self._feed = life, feed
         feed.changed = False
         self._healing: Healing = heal_feed(feed, now, offset)
+        self._delayed: tuple[Healing, Ask] | None = None
         self.is_asked = False
         self.due = 0
         self.ask: Ask | None = None
@@ -146,6 +147,13 @@ class Healer:
         self._life.publisher.publish(self._feed.backfill(trades, now), now, is_fetched=True)
         self.go_on(Page(trades, has_more), now)
 
+    def wait(self, now: int) -> None:
+        """The exchange wants to be asked later: what is known to be missing is fetched before that."""
+        assert self.ask is not None
+        if self._delayed is None and "start_timestamp" in self.ask.params:
+            self._delayed, self._healing = (self._healing, self.ask), heal_known(self._feed)
+            self.go_on(None, now)
+
     def go_on(self, page: Page | None, now: int) -> None:
         """Take the next steps, up to the next request; `ask` is None when there is none."""
         self.is_asked, self.ask = False, None
@@ -153,6 +161,8 @@ class Healer:
             try:
                 step = self._healing.send(page)
             except StopIteration:
+                if self._delayed is not None:
+                    (self._healing, self.ask), self._delayed = self._delayed, None
                 return
             page = None
             if isinstance(step, Healed):

@@ -159,6 +159,8 @@ class Case:
         elif self.refusals and self.rng.random() < (0.3 if self.refusals < 5 else 0.9):
             self.refusals -= 1
             healer.go_on(None, self.now)
+        elif self.rng.random() < 0.2:
+            healer.wait(self.now)
         else:
             healer.is_asked = True
             self.exchange.answer(healer.ask.method, healer.ask.params, (feed, healer))

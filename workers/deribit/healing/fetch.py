@@ -91,6 +91,13 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
         yield from _fetch_numbers(feed, theirs, not answered, None)
 
 
+def heal_known(feed: TradeFeed) -> Healing:
+    """Fetch by number what is known to be missing, while a healing of the channel waits for an answer by time."""
+    holes = [hole for tape in feed.tapes.values() for hole in tape.holes]
+    if feed.losses.lost_from is not None and any(hole.is_bounded for hole in holes):
+        yield from _fetch_numbers(feed, 0, False, None)
+
+
 def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None) -> Healing:
     """Fetch by number what is missing; of a single instrument by time, too, if its trade before the loss is not there:
     that is all `since` then, by the exchange's clock.

@@ -20,7 +20,7 @@ from workers.deribit.connection.together import together
 from workers.deribit.feeds.frames import TradeData, convert_laxly
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
-from workers.deribit.healing.fetch import Ask, Healed, Page, heal_feed
+from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
 from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import SURE
@@ -104,8 +104,21 @@ class Healer:
             return
         session = self._client.session
         healing = heal_feed(feed, time.time_ns(), session.clock_offset, session.earlier_offset)
-        page, feed.changed, said = None, False, count(1)
+        feed.changed = False
         try:
+            await self._carry_out(feed, healing)
+            if feed.changed and not feed.is_ended:  # what was fetched shows that more is missing
+                self.heal(feed)
+        except (Lost, NotConnected, TimeoutError) as error:
+            log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
+            if self._client.is_live:
+                self.heal(feed)
+            else:
+                self._interrupted.add(feed)
+
+    async def _carry_out(self, feed: TradeFeed, healing: Healing) -> None:
+        page, said = None, count(1)
+        with suppress(StopIteration):
             while not feed.is_ended:
                 step = healing.send(page)
                 if isinstance(step, Healed):
@@ -115,15 +128,6 @@ class Healer:
                         await asyncio.sleep(0)
                 else:
                     page = await self._fetch(feed, step)
-        except StopIteration:
-            if feed.changed:  # what was fetched shows that more is missing
-                self.heal(feed)
-        except (Lost, NotConnected, TimeoutError) as error:
-            log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
-            if self._client.is_live:
-                self.heal(feed)
-            else:
-                self._interrupted.add(feed)
 
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
@@ -165,7 +169,7 @@ class Healer:
         """Send one request and publish what it brings; None if the exchange refuses. Raises Lost and its kin."""
         await asyncio.sleep(ask.pause)
         try:
-            page = read_page(await self._send_patiently(ask, feed.channel.name))
+            page = read_page(await self._send_patiently(ask, feed))
         except (ExchangeError, ValueError) as error:
             if isinstance(error, ExchangeError) and error.code == NOT_SERVED:
                 return Page([], False)
@@ -176,9 +180,10 @@ class Healer:
             self._publisher.publish(feed.backfill(page.trades, now), now, is_fetched=True)
         return page
 
-    async def _send_patiently(self, ask: Ask, channel: str) -> Any:
+    async def _send_patiently(self, ask: Ask, feed: TradeFeed) -> Any:
         """Settlement or maintenance may last: while the exchange asks for patience it gets it, and where it is silent:
-        all pages of before would have to be fetched again.
+        all pages of before would have to be fetched again. What is known to be missing need not wait for an answer by
+        time: who stops or dies meanwhile would never have asked for it.
         """
         for patience in (*PATIENCE, None):
             await pay(self._client.session.credits, CALL_COST, reserve=CALL_BURST / 2)  # bootstraps come first
@@ -189,7 +194,9 @@ class Healer:
                     raise
                 if patience == WORTH_SAYING:
                     reason = str(error) or "no answer"
-                    log.warning("trades of %s cannot be fetched yet: %s; tried again", channel, reason)
+                    log.warning("trades of %s cannot be fetched yet: %s; tried again", feed.channel.name, reason)
+                if "start_timestamp" in ask.params:
+                    await self._carry_out(feed, heal_known(feed))
                 await asyncio.sleep(patience)
 
 
