@@ -278,6 +278,28 @@ async def test_a_channel_is_expired_when_the_exchange_says_that_its_instrument_h
         assert run.worker.take_events() == []  # nobody follows patterns here
 
 
+@pytest.mark.parametrize(
+    "event", [{"kind": "option", "state": "open"}, {"state": "open"}, {"kind": "option"}, {"state": "closed"}]
+)
+@in_loop
+async def test_what_was_refused_of_an_instrument_is_asked_for_again_when_it_is_listed(
+    practice: str, event: dict[str, str]
+) -> None:
+    """Not when it has ended; and nothing of others is asked for."""
+    listings, other = "instrument.creation.any.any", "quote.ETH-PERPETUAL"
+    faults = f"drop_subscribe:{QUOTE}@2,drop_subscribe:{other}@9"
+    async with collecting(practice, faults, listings, QUOTE, other) as run:
+        subscriptions = run.worker.client.reconciler.subscriptions
+        await wait_for(lambda: len(subscriptions.refused) == 2, "the refusals")
+        data = {"timestamp": 1, "instrument_name": "BTC-PERPETUAL", **event}
+        run.worker.take_frames([encode_data(listings, data)], time.time_ns())
+        if event.get("state") == "closed":
+            assert QUOTE in subscriptions.refused
+        else:
+            await run.hearer.hear_of("deribit.quote.BTC-PERPETUAL.", type="quote")
+        assert other in subscriptions.refused
+
+
 @in_loop
 async def test_the_supervisor_hears_that_an_instrument_has_ended_once_its_channels_are_left(ending: str) -> None:
     """It gives them up at once, and they had their last words still to say."""

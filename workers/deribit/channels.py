@@ -54,7 +54,8 @@ class Channels:
                 continue
             channel = self._subscriptions.asked[name]
             if channel.type == "instrument":
-                self.feeds[key] = ListingFeed(channel, self._topics, self.events, is_asked)
+                again = self._subscriptions.give_another_chance
+                self.feeds[key] = ListingFeed(channel, self._topics, self.events, again, is_asked)
             else:
                 self.feeds[key] = create_feed(channel, self._topics)
             added.append(self.feeds[key])

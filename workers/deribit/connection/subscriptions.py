@@ -151,10 +151,12 @@ class Subscriptions:
             self._tries[name] = self._tries.get(name, 0) + 1
         self.note_left([name for name in call.channels if self._tries[name] >= tries])
 
-    def give_another_chance(self) -> None:
-        """Ask again for all that was refused, but for what has expired."""
-        for name in [name for name, reason in self.refused.items() if reason != EXPIRED]:
-            self._forgive(name)
+    def give_another_chance(self, instrument: str | None = None) -> None:
+        """Ask again for all that was refused, or for what was of one instrument; but not for what has expired."""
+        refused = [name for name, reason in self.refused.items() if reason != EXPIRED]
+        for name in refused:
+            if instrument in (None, self.asked[name].instrument):
+                self._forgive(name)
 
     def abandon(self, call: Call) -> None:
         """A call came to nothing: its channels are missing again."""
