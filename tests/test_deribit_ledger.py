@@ -9,7 +9,20 @@ import pytest
 from collector.messages import Topic
 from tests.pipeline import short_directory, write_config
 from tests.support import REPOSITORY, collector
-from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, STEP, SUBSCRIPTIONS, TOPICS, UNHEALED, Ledger
+from workers.deribit.publishing.ledger import (
+    FIRST,
+    LAST_ID,
+    LAST_TS,
+    LENGTH,
+    RECORD,
+    ROOM,
+    SIZE,
+    STEP,
+    SUBSCRIPTIONS,
+    TOPICS,
+    UNHEALED,
+    Ledger,
+)
 from workers.deribit.publishing.payloads import Trade
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
@@ -71,6 +84,33 @@ def test_the_first_data_of_a_topic_are_noted_before_they_are_sent(tmp_path: Path
 def test_it_is_small_on_the_disk_as_long_as_it_is_little_used(tmp_path: Path) -> None:
     fill(Ledger(tmp_path / "a.ledger", fresh=True), range(1, 100))
     assert (tmp_path / "a.ledger").stat().st_blocks * 512 <= 256 * 1024
+
+
+@pytest.mark.parametrize(
+    ("place", "size"), [(0, SIZE), (0, RECORD), (RECORD, RECORD), (RECORD + 8 * LENGTH, 8), (8 * ROOM, 8)]
+)
+def test_what_is_no_ledger_of_a_worker_is_told_and_not_taken_for_an_empty_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int, size: int
+) -> None:
+    """Its length is right; something else is all of it, or its header, a record, the length of a name, or its room."""
+    path = tmp_path / "a.ledger"
+    ledger = Ledger(path, fresh=True)
+    fill(ledger, range(1, 10))
+    ledger.close()
+    again = Ledger(path, fresh=False)
+    assert (len(again.earlier), caplog.text) == (9, "")
+    again.close()
+    with path.open("r+b") as file:
+        file.seek(place)
+        file.write(b"\x7b" * size)
+    later = Ledger(path, fresh=False)
+    assert "a.ledger is gone: nothing is known of earlier lives" in caplog.text
+    assert later.earlier == []
+    fill(later, range(1, 3))
+    later.close()
+    last = Ledger(path, fresh=False)
+    assert len(last.earlier) == 2
+    last.close()
 
 
 def test_a_place_that_was_freed_in_an_earlier_life_serves_another(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import logging
 import mmap
 import os
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -46,12 +47,16 @@ EPOCH = 10  # the topic's
 SUBSCRIPTIONS = 11  # of the latest life
 ROOM = 12  # records for which there is room
 HEARD = 13  # when (ns) the latest life's connection stood last
+LAYOUT = 14  # THIS_LAYOUT
+
+THIS_LAYOUT = int.from_bytes(b"ledger 1", sys.byteorder)
+"""What says that a file is a ledger of the layout above: another layout bears another number."""
 
 HAS_ENDED = -1
 """LAST_TS of a topic that was left because its instrument had ended."""
 
-EMPTY = struct.pack(f"{ROOM + 1}q", *[0] * ROOM, STEP).ljust(STEP * RECORD, b"\0")
-"""What a ledger begins with: a header that says for how many records there is room, and these."""
+EMPTY = struct.pack(f"{LAYOUT + 1}q", *[0] * ROOM, STEP, 0, THIS_LAYOUT).ljust(STEP * RECORD, b"\0")
+"""What a ledger begins with: a header that says what it is and for how many records there is room, and these."""
 
 _WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE, EPOCH)
 """Those that make an Entry, in its order."""
@@ -95,16 +100,25 @@ class Ledger:
         self.earlier = [entry for entry in entries.values() if entry.last_ts]
 
     def _find(self) -> bool:
-        """Map the file if it is there; return whether it is."""
+        """Map the file if it is there, and is a ledger; return whether it is."""
         try:
             file = os.open(self._path, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
             return False
-        if is_whole := os.fstat(file).st_size == SIZE:
-            self._map_file(file)
-        else:
+        if os.fstat(file).st_size != SIZE:
             os.close(file)
-        return is_whole
+            return False
+        self._map_file(file)
+        if not (is_sound := self._is_sound()):
+            self.close()
+        return is_sound
+
+    def _is_sound(self) -> bool:
+        """Whether the mapped file is what a life has left, not something else of that length."""
+        cells, room = self.cells, self.cells[ROOM]
+        if cells[LAYOUT] != THIS_LAYOUT or not 0 < room <= TOPICS + 1:
+            return False
+        return all(-1 <= cells[number * WORDS + LENGTH] <= RECORD - TEXT for number in range(1, room))
 
     def _make(self, content: bytes) -> None:
         """Make the file, with records that are in use. Raises OSError.
@@ -146,7 +160,7 @@ class Ledger:
         for number in range(1, cells[ROOM]):
             slot, start = number * WORDS, number * RECORD + TEXT
             length = cells[slot + LENGTH]
-            if not length or length > RECORD - TEXT:
+            if not length:
                 return
             self._records = number
             if length > 0 and not any(cells[slot + cell] for cell in _WORDS if cell != EPOCH):
