@@ -882,6 +882,45 @@ def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(to
     assert [type(each) for each in trade(6)] == [Trade], "it is told once"
 
 
+def test_a_trade_that_comes_after_the_first_though_it_is_older_is_said_late_and_once(topics: Topics) -> None:
+    """What lies between the two is missing then: it is fetched, or named. Of before them nothing is asked for."""
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+
+    def take(*numbers: int) -> list[tuple[int, bool]]:
+        rows = [msgspec.to_builtins(make_option_trade(name, seq)) for seq in numbers]
+        published = feed.take(Line(feed.channel.name, (name,)).encode(rows), START)
+        return [(said.trade_seq, said.backfilled is True) for _, said in published if isinstance(said, Trade)]
+
+    assert take(18, 17) == [(18, False), (17, True)]
+    assert take(17, 18, 14, 15, 17, 14) == [(14, True), (15, True)]
+    assert (feed.duplicates, feed.changed) == (4, True)
+    asked: list[tuple[int, int]] = []
+    said: list[Any] = []
+    for step in heal_feed(feed, START, 0):  # no answer to any request
+        if isinstance(step, Ask):
+            asked.append((step.params["start_seq"], step.params["end_seq"]))
+        else:
+            said += step.tape.end_healing(step.holes, START)
+    assert asked == [(15, 16)] * len(PAUSES)
+    assert [(each.missing_from, each.missing_to) for each in said if isinstance(each, Gap)] == [(16, 16)]
+    assert [each.missing for each in said if isinstance(each, Repair)] == [[(16, 16)]]
+    assert take(14, 15, 17, 18, 19) == [(19, False)]
+    assert take(13) == [(13, True)]
+
+
+def test_a_trade_of_before_a_topic_was_left_is_not_said_again_where_the_new_first_is_later(topics: Topics) -> None:
+    name = "BTC-27MAR27-90000-C"
+    line = Line("trades.option.BTC.raw", (name,))
+    for first, late, said in ((18, 17, 2), (25, 18, 1)):
+        feed = TradeFeed(parse_channel(line.channel), topics)
+        feed.losses.confirm(START)
+        rows = [msgspec.to_builtins(make_option_trade(name, seq)) for seq in (first, late)]
+        assert len(feed.take(line.encode(rows), START)) == said
+        topics.leave(feed.tapes[name].stream, START)
+
+
 def fits(trade: TradeData, params: dict[str, Any]) -> bool:
     """Whether a request asks for a trade."""
     numbers: bool = params.get("start_seq", 0) <= trade.trade_seq

@@ -97,9 +97,9 @@ class TradeFeed(Feed):
         )  # fmt: skip
 
     def _take_late(self, tape: Tape, data: TradeData, receive_ts: int, published: Published) -> None:
-        """A trade out of its order fills a hole; any other has been published already."""
+        """A trade out of its order fills a hole, or comes before all others; any other has been published already."""
         is_anew = find_count(tape, data, receive_ts, published)
-        if (hole := tape.find_hole(data.trade_seq)) is None:
+        if (hole := tape.find_hole(data.trade_seq) or tape.open_before(data.trade_seq)) is None:
             self.duplicates += 1
             return
         hole.came.add(data.trade_seq)

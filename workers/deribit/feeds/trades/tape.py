@@ -184,6 +184,18 @@ class Tape:
         """The hole that holds this trade; None if it is not missing."""
         return next((hole for hole in self.holes if hole.holds(seq)), None)
 
+    def open_before(self, seq: int) -> Hole | None:
+        """A trade older than the first that came of the instrument has come: what lies between is missing too.
+
+        None if it is not older: it has been said then.
+        """
+        stream = self.stream
+        first = self.topics.ledger.cells[stream.slot + FIRST] if stream.slot else 0
+        if not stream.left_at < seq < first or any(seq in hole.came for hole in self.holes):
+            return None
+        self._note_first(seq)
+        return self.open_hole(None, seq, first - 1)
+
     def fill(self, seq: int) -> bool:
         """Take a fetched trade; false if it is not missing, or not any more."""
         if seq <= self.stream.last_id:
