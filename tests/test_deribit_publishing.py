@@ -291,7 +291,7 @@ async def test_what_was_refused_of_an_instrument_is_asked_for_again_when_it_is_l
     async with collecting(practice, faults, listings, QUOTE, other) as run:
         subscriptions = run.worker.client.reconciler.subscriptions
         await wait_for(lambda: len(subscriptions.refused) == 2, "the refusals")
-        data = {"timestamp": 1, "instrument_name": "BTC-PERPETUAL", **event}
+        data = {"timestamp": time.time_ns() // 1_000_000, "instrument_name": "BTC-PERPETUAL", **event}
         run.worker.take_frames([encode_data(listings, data)], time.time_ns())
         if event.get("state") == "closed":
             assert QUOTE in subscriptions.refused
