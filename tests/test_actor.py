@@ -6,6 +6,9 @@ import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import msgpack
@@ -18,7 +21,7 @@ from workers.actor import main
 
 
 class Failing:
-    """A kind of worker that fails as soon as it has been told to answer."""
+    """A kind of worker that fails as soon as it has been told to fail; whatever else it is asked it answers huge."""
 
     def __init__(self) -> None:
         self.news = asyncio.Event()
@@ -35,6 +38,8 @@ class Failing:
         return {}
 
     async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
+        if op != "fail":
+            return {"huge": 1 << 64}
         # A look-up of a name that nobody answers goes on, whoever has given it up; loops have threads for it.
         asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
         self._failing.set()
@@ -55,9 +60,9 @@ def live_failing(end: socket.socket) -> None:
     main("failing", end)
 
 
-def test_a_worker_that_has_crashed_ends_with_its_code_and_is_not_stopped_again(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+@contextmanager
+def failing() -> Iterator[tuple[BaseProcess, socket.socket, Any]]:
+    """Such a worker as a process, our end of its link, and the messages that come there."""
     ours, theirs = socket.socketpair()
     process = multiprocessing.get_context("spawn").Process(target=live_failing, args=(theirs,))
     process.start()
@@ -67,18 +72,37 @@ def test_a_worker_that_has_crashed_ends_with_its_code_and_is_not_stopped_again(
         ours.sendall(encode({"kind": "spec", "spec": {"name": "failing", "log_level": "info"}}))
         messages = read_messages(ours)
         assert next(message for message in messages if message["kind"] == "ready")
-        request = {"kind": "request", "id": 1, "op": "fail", "deadline": 1 << 62, "arguments": {}}
-        ours.sendall(encode(request))
-        reports = (message["report"] for message in messages if message["kind"] == "beat")
-        error = next(report["last_error"] for report in reports if "last_error" in report)
-        assert error == {"message": "RuntimeError: its own fault"}
+        yield process, ours, messages
     finally:
         ours.close()
         process.join(20)
+
+
+def request(number: int, op: str) -> bytes:
+    return encode({"kind": "request", "id": number, "op": op, "deadline": 1 << 62, "arguments": {}})
+
+
+def test_a_worker_that_has_crashed_ends_with_its_code_and_is_not_stopped_again(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with failing() as (process, link, messages):
+        link.sendall(request(1, "fail"))
+        reports = (message["report"] for message in messages if message["kind"] == "beat")
+        error = next(report["last_error"] for report in reports if "last_error" in report)
+        assert error == {"message": "RuntimeError: its own fault"}
     assert process.exitcode == Exit.CRASHED
     log = capfd.readouterr().err
     assert "RuntimeError: its own fault" in log
     assert "stopped after its end" not in log
+
+
+def test_an_answer_that_messagepack_cannot_hold_is_said_to_be_that() -> None:
+    with failing() as (_, link, messages):
+        link.sendall(request(7, "send"))
+        reply = next(message for message in messages if message["kind"] == "reply")
+        assert (reply["id"], reply["ok"], reply["error"]["code"]) == (7, False, "internal")
+        assert reply["error"]["message"].startswith("it was carried out, but MessagePack cannot hold the answer: Int")
+        link.sendall(request(8, "fail"))
 
 
 def read_messages(link: socket.socket) -> Any:

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from collector import __version__
 from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
 from collector.limits import Credits
+from collector.messages import decode, encode
 from workers.deribit import Client
 from workers.deribit.connection.bootstrap import Login, build_auth, build_first_requests, build_refresh, sign
 from workers.deribit.connection.session import Session
@@ -77,6 +78,25 @@ def test_of_a_long_error_no_more_is_told_than_one_can_read(error: dict[str, Any]
     assert len(str(ExchangeError(error))) == MAX_WORDS
     assert ExchangeError(error).told == {"code": 0, "message": str(ExchangeError(error))}
     assert ExchangeError(short := {"code": 1, "message": "m", "data": [1]}).told is short
+
+
+@pytest.mark.parametrize(
+    ("text", "code", "words"),
+    [
+        (b'{"code":5,"message":"big","data":{"n":18446744073709551616}}', 5, "5 big ({'n': 18446744073709551616})"),
+        (b'{"code":5,"message":-9223372036854775809}', 5, "5 -9223372036854775809"),
+        (b'{"code":18446744073709551616,"message":"m"}', 0, "0 m"),
+    ],
+    ids=["beyond 64 bits", "below them", "such a code"],
+)
+def test_of_an_error_that_messagepack_cannot_hold_there_are_words(text: bytes, code: int, words: str) -> None:
+    reply = decode_frame(b'{"jsonrpc":"2.0","id":9,"error":' + text + b"}")
+    assert isinstance(reply, Reply)
+    assert reply.error is not None
+    assert str(reply.error).startswith(words)
+    assert reply.error.raw == reply.error.told == {"code": code, "message": str(reply.error)}
+    state = {"result": {"a": {"last_error": reply.error.told}}}
+    assert decode(encode(state)) == state
 
 
 def test_notifications_are_told_apart_whatever_the_order_of_their_keys() -> None:

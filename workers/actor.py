@@ -189,7 +189,7 @@ class Actor:
 
     def _send_report(self, report: dict[str, Any]) -> None:
         report |= self._usage.measure()
-        if not self._send({"kind": "beat", "report": report}):
+        if self._send({"kind": "beat", "report": report}):
             self._send({"kind": "beat", "report": {}})  # alive all the same
 
     async def _leave(self) -> None:
@@ -234,18 +234,19 @@ class Actor:
             log.exception("%s failed", op)
             refusal = ControlError("internal", "the worker failed to answer; see its log").to_map()
             reply = {"kind": "reply", "id": number, "ok": False, "error": refusal}
-        if not self._send(reply):
-            failure = ControlError("internal", "the answer cannot be put into MessagePack").to_map()
+        if why := self._send(reply):
+            words = f"it was carried out, but MessagePack cannot hold the answer: {why}"
+            failure = ControlError("internal", words).to_map()
             self._send({"kind": "reply", "id": number, "ok": False, "error": failure})
 
-    def _send(self, message: dict[str, Any]) -> bool:
-        """Send what may hold anything that the exchange wrote; False if that has no form in MessagePack."""
+    def _send(self, message: dict[str, Any]) -> str:
+        """Send what may hold anything that the exchange wrote; return why not, if that has no form in MessagePack."""
         try:
             self._link.send(message)
         except (ValueError, TypeError, OverflowError) as error:
             log.error("%s cannot be sent to the supervisor: %s", message["kind"], error)
-            return False
-        return True
+            return str(error)
+        return ""
 
     async def _carry_out(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         left = (deadline - time.time_ns()) / 1e9

@@ -4,12 +4,16 @@ from enum import Enum
 from typing import Any
 
 from collector.lifecycle import Exit
+from collector.messages import encode
 
 MAX_WORDS = 500
 """Letters of an error that are told in logs, reasons and messages: the exchange may send as many as a frame holds."""
 
 MAX_TOLD = 5_000
-"""Letters of an error that stand in the state as the exchange sent it: each beat carries it."""
+"""Bytes of an error that stand in the state as the exchange sent it: each beat carries it."""
+
+MAX_INT = 1 << 63
+"""Integers below it have a place in MessagePack, negative ones too."""
 
 
 class Lost(Exception):
@@ -36,23 +40,32 @@ class NotConnected(Exception):
 
 
 class ExchangeError(Exception):
-    """The exchange answered with an error; `raw` is its own error object, unchanged."""
+    """The exchange answered with an error.
+
+    `raw` is its own error object, unchanged; `told` what states have of it: the same, or MAX_WORDS of it if it is long.
+    Both are such words if MessagePack cannot hold it: no state and no reply may fail for what an exchange said.
+    """
 
     def __init__(self, raw: dict[str, Any]) -> None:
         super().__init__(raw)
-        self.raw = raw
-        code = raw.get("code")
-        self.code = code if isinstance(code, int) else 0
-
-    @property
-    def told(self) -> dict[str, Any]:
-        """The error as states have it: as it was sent, or in MAX_WORDS if it is too long for that."""
-        return self.raw if len(repr(self.raw)) <= MAX_TOLD else {"code": self.code, "message": str(self)}
+        code, data = raw.get("code"), raw.get("data")
+        self.code = code if isinstance(code, int) and abs(code) < MAX_INT else 0
+        detail = f" ({data})" if data is not None else ""
+        self._words = f"{self.code} {raw.get('message', '')}{detail}"[:MAX_WORDS]
+        size, brief = _measure(raw), {"code": self.code, "message": self._words}
+        self.raw = raw if size else brief
+        self.told = raw if 0 < size <= MAX_TOLD else brief
 
     def __str__(self) -> str:
-        data = self.raw.get("data")
-        detail = f" ({data})" if data is not None else ""
-        return f"{self.code} {self.raw.get('message', '')}{detail}"[:MAX_WORDS]
+        return self._words
+
+
+def _measure(raw: dict[str, Any]) -> int:
+    """Bytes of it as deep in MessagePack as a state may have it; 0 if it has no form there."""
+    try:
+        return len(encode([[[[raw]]]]))
+    except (ValueError, OverflowError):
+        return 0
 
 
 class Reaction(Enum):
