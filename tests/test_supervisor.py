@@ -26,7 +26,7 @@ from collector.messages import ControlError
 from collector.supervisor.runtime import EPOCH_AT, FILES, FILES_EACH, RuntimeDir
 from collector.supervisor.supervisor import Supervisor
 from tests.collected import QUICK, Collected, collected, is_alive
-from tests.pipeline import find_port, short_directory, subscribed, write_config
+from tests.pipeline import ask, find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
 
 DEAD = {"url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1, "retry_delay": 0.02}
@@ -248,6 +248,17 @@ def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one(f
         psutil.Process(before["pid"]).kill()
         run.wait_state("a", restarts=1)
         run.program.wait_line(r"a: ended for an unknown reason \(the forkserver was gone\)", stream="err")
+
+
+def test_it_runs_also_where_stdin_stdout_and_stderr_are_closed() -> None:
+    """What is opened next is not taken for one of them, as the forkserver took it."""
+    with short_directory() as directory:
+        command = collector("run", str(write_config(directory, {"a": QUICK}, exchange={})))
+        with running("sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *command) as program:
+            control = f"ipc://{directory}/run/control"
+            wait_until(lambda: ask(control, "get_state", connection="a")["state"] == "live", "a live connection")
+            program.process.terminate()
+            assert program.wait_exit() == 0
 
 
 def stop_forkserver(run: Collected) -> psutil.Process:

@@ -3,6 +3,7 @@
 Only `exchange` imports aiohttp and workers: a command should answer at once.
 """
 
+import os
 import sys
 from importlib import import_module
 from io import TextIOWrapper
@@ -33,6 +34,10 @@ INTERRUPTED = 130
 
 
 class _Lazy(click.Group):
+    def main(self, *args: Any, **options: Any) -> Any:
+        fill_closed_files()
+        return super().main(*args, **options)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -52,6 +57,18 @@ class _Lazy(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
+
+
+def fill_closed_files() -> None:
+    """Put /dev/null in the place of stdin, stdout and stderr that are closed.
+
+    Whatever is opened next would be taken for them: the forkserver dies of that.
+    """
+    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, mode), True)  # it has the least number that is free
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
