@@ -33,7 +33,21 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C of what was not done: as a shell says it of a program that SIGINT has ended."""
 
 
-class _Lazy(click.Group):
+class Command(click.Command):
+    """A command that says it in one line, too, if its help cannot be written."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        """Read the arguments; an option as --help prints at once (click calls this)."""
+        try:
+            return super().make_context(*args, **options)
+        except OSError:
+            from collector.cli.options import exit_unread  # which needs this module
+
+            with exit_unread():
+                raise
+
+
+class _Lazy(Command, click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         fill_closed_files()
         return super().main(*args, **options)
@@ -62,13 +76,15 @@ class _Lazy(click.Group):
 def fill_closed_files() -> None:
     """Put /dev/null in the place of stdin, stdout and stderr that are closed.
 
-    Whatever is opened next would be taken for them: the forkserver dies of that.
+    Whatever is opened next would be taken for them: the forkserver dies of that. To write to such a stdout is an error.
     """
-    for number, mode in enumerate((os.O_RDONLY, os.O_WRONLY, os.O_WRONLY)):
+    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, mode), True)  # it has the least number that is free
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
 
 
 @click.command(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
@@ -84,5 +100,5 @@ def fill_closed_files() -> None:
 def main(ctx: click.Context, log_level: str) -> None:
     """Collect Deribit's market data and publish it on ZeroMQ."""
     ctx.obj = {"log_level": log_level}
-    if isinstance(sys.stdout, TextIOWrapper):  # else it is closed
+    if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks, as Latin-1 an ellipsis

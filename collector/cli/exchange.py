@@ -7,11 +7,14 @@ from typing import Any
 
 import click
 
+from collector.cli import Command
+from collector.cli.options import exit_unread
+
 PACE = click.FloatRange(0, 100_000)
 """More than any machine can do; without a bound the first step of the market might have no end."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), show_default=True, help="Port; 0 is any free one.")
 @click.option(
@@ -42,7 +45,8 @@ def exchange(list_faults: bool, **spec: Any) -> None:
     from collector.faults import list_faults as describe_faults
 
     if list_faults:
-        click.echo(describe_faults())
+        with exit_unread():
+            click.echo(describe_faults())
         return
     try:
         asyncio.run(_serve(spec))
@@ -60,5 +64,6 @@ async def _serve(spec: dict[str, Any]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     endpoints = await worker.start()
-    click.echo(f"listening on {endpoints['url']}")
+    with exit_unread(1):
+        click.echo(f"listening on {endpoints['url']}")
     await worker.run()
