@@ -50,6 +50,18 @@ def call(control: str, *arguments: str, **env: str) -> subprocess.CompletedProce
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [("state",), ("connect",), ("subscribe", "c"), ("unsubscribe", "c"), ("send", "public/test"), ("close",)],
+    ids=lambda arguments: arguments[0],
+)
+def test_an_empty_name_is_no_name(control: str, arguments: tuple[str, ...]) -> None:
+    """A shell variable that is not set must not mean all connections."""
+    done = call(control, arguments[0], "", *arguments[1:])
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.search(r"Invalid value for '\[?NAME\]?': it is empty", done.stderr)
+
+
 def get_output(control: str, *arguments: str) -> str:
     done = call(control, *arguments)
     assert (done.returncode, done.stderr) == (0, ""), done
@@ -501,6 +513,8 @@ def test_python_client_asks_by_name(control: str) -> None:
             asked.send("futures", "public/ticker", {"instrument_name": "NONE"})
         assert raised.value.code == "exchange_error"
         assert raised.value.data["code"] == -32602
+        with pytest.raises(ControlError, match="unknown_connection: no connection ''"):
+            asked.get_state("")
 
 
 def test_book_is_in_sync_again_after_messages_were_lost_on_the_way(control: str) -> None:

@@ -10,13 +10,20 @@ import click
 
 from collector.cli import Command
 from collector.cli.facts import print_facts, print_table
-from collector.cli.options import asking_options, control_option, exit_on_error, exit_unread, timeout_option
+from collector.cli.options import (
+    asking_options,
+    control_option,
+    exit_on_error,
+    exit_unread,
+    read_name,
+    timeout_option,
+)
 from collector.cli.render import printable
 from collector.client.control import Control
 
 
 @click.command(cls=Command)
-@click.argument("name", required=False)
+@click.argument("name", type=read_name, required=False)
 @asking_options("5s")
 def state(name: str | None, control: str | None, timeout: float, as_json: bool) -> None:
     """Show how all connections are, or all there is to know of one."""
@@ -29,7 +36,7 @@ def state(name: str | None, control: str | None, timeout: float, as_json: bool) 
 
 
 @click.command(cls=Command)
-@click.argument("name")
+@click.argument("name", type=read_name)
 @click.argument("channels", metavar="[CHANNEL]...", nargs=-1)
 @click.option("--from", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
               help="Take the [[connection]] table of that name from a configuration file.")  # fmt: skip
@@ -69,7 +76,7 @@ KEPT = "the wish is kept; collector state NAME shows what comes of it"
 def channel_command(act: Callable[..., None]) -> click.Command:
     """A command that changes the channels of one connection."""
     channels = click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
-    return click.command(cls=Command)(click.argument("name")(channels(asking_options("5s")(act))))
+    return click.command(cls=Command)(click.argument("name", type=read_name)(channels(asking_options("5s")(act))))
 
 
 @channel_command
@@ -106,7 +113,7 @@ def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeo
 
 
 @click.command(cls=Command)
-@click.argument("name")
+@click.argument("name", type=read_name)
 @click.argument("method")
 @click.argument("params", required=False)
 @control_option
@@ -129,7 +136,7 @@ def send(name: str, method: str, params: str | None, control: str | None, timeou
 
 
 @click.command(cls=Command)
-@click.argument("name")
+@click.argument("name", type=read_name)
 @asking_options("10s")
 def close(name: str, control: str | None, timeout: float, as_json: bool) -> None:
     """End a connection and its worker for good; the others go on."""

@@ -35,6 +35,13 @@ def read_duration(text: str) -> float:
     return seconds
 
 
+def read_name(text: str) -> str:
+    """A connection's name; for click arguments. None at all would be all of them."""
+    if not text:
+        raise click.BadParameter("it is empty (a shell variable that is not set?)")
+    return text
+
+
 control_option = click.option(
     "--control",
     metavar="ENDPOINT",

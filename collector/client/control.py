@@ -101,7 +101,7 @@ class Control(OwnSocket):
 
     def get_state(self, name: str | None = None) -> dict[str, Any]:
         """The state of one connection, or {name: state} of all."""
-        return self._ask_map("get_state", **({"connection": name} if name else {}))
+        return self._ask_map("get_state", connection=name)
 
     def ask(self, op: str, **arguments: Any) -> Any:
         """Send one request and wait for its result."""
