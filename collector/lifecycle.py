@@ -91,7 +91,7 @@ class Exit(IntEnum):
     """
 
     STOPPED = 0  # asked to stop
-    CRASHED = 1  # an error that nobody foresaw
+    CRASHED = 1  # an error that nobody foresaw, or a shortage (memory, files, disk)
     BAD_SPEC = 2  # the spec does not describe something that this kind can run (endpoint already bound, ...)
     CREDENTIALS = 3  # the exchange refused the credentials
     BANNED = 4  # the exchange refuses this host or account for good
@@ -103,8 +103,8 @@ FINAL_EXITS = frozenset({Exit.CREDENTIALS, Exit.BANNED})
 """Exits after which another start could not help."""
 
 FINAL_AT_FIRST = frozenset({Exit.BAD_SPEC})
-"""The same of a connection that was never live. What has run as configured can run so again: that a disk is full, or
-that somebody sits on its endpoint, passes."""
+"""The same of a connection that was never live. What has run as configured can run so again: that somebody sits on its
+endpoint passes."""
 
 BEAT_INTERVAL = 1.0
 """Seconds between two beats of a worker."""

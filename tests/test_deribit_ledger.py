@@ -225,16 +225,17 @@ def run_on_small_disk(place: Path, size: int, *argv: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=REPOSITORY)
 
 
-def test_a_worker_does_not_start_on_a_full_disk_and_says_so() -> None:
+def test_a_worker_that_was_never_live_is_started_again_on_a_full_disk_and_says_why() -> None:
     with short_directory() as directory:
         disk = directory / "run"
         disk.mkdir()
-        table = {"url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.BTC-PERPETUAL"]}
+        table = {"url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.BTC-PERPETUAL"], "retry_delay": 0.02}
         config = write_config(directory, {"w": table})
         done = run_on_small_disk(disk, 64, *collector("run", str(config)))
     assert done.returncode == 1, done.stderr
-    assert "w: cannot start: [Errno 28] no room for the ledger: No space left on device: " in done.stderr
+    assert "w: cannot start just now: [Errno 28] no room for the ledger: No space left on device: " in done.stderr
     assert str(disk / "w.ledger") in done.stderr
+    assert "w: crashed (see its log): never live in 6 starts, given up" in done.stderr
     assert "no connection is left" in done.stderr
 
 

@@ -37,6 +37,11 @@ except ImportError:  # it is not built for every platform; asyncio's own loop do
 TAKEN_BY_ORPHAN = ORPHAN_GRACE + 0.5
 """Seconds after which what listens on an endpoint is no worker that a killed supervisor has left."""
 
+SHORTAGES = frozenset({
+    errno.EAGAIN, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC
+})  # fmt: skip
+"""What the system may have again a moment later: no fault of the spec."""
+
 log = logging.getLogger("actor")
 
 
@@ -127,6 +132,8 @@ class Actor:
         except (OSError, ValueError) as error:
             if self._stopping:
                 return Exit.STOPPED
+            if isinstance(error, OSError) and error.errno in SHORTAGES:
+                return self._fail(Exit.CRASHED, f"cannot start just now: {error}")
             hint = "; write another endpoint, or stop what listens there" if is_taken(error) else ""
             return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
         except Exception as error:

@@ -140,7 +140,11 @@ class Ledger:
         self._map_file(file)
 
     def _map_file(self, file: int) -> None:
-        mapped = mmap.mmap(file, SIZE)
+        try:
+            mapped = mmap.mmap(file, SIZE)
+        except OSError as error:
+            os.close(file)
+            raise OSError(error.errno, f"the ledger cannot be mapped: {error.strerror}", str(self._path)) from None
         self._file, self._map, self.cells = file, mapped, memoryview(mapped).cast("q")
 
     def restore(self) -> None:
