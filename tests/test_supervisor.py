@@ -544,6 +544,24 @@ def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_li
 
 
 @pytest.mark.parametrize(
+    ("make", "options", "said"),
+    [("mkdir", "rw", "(Is a directory); remove it, or write"), ("touch", "ro", "(Read-only file system); write")],
+)
+def test_a_lock_is_to_be_removed_only_where_that_helps(make: str, options: str, said: str) -> None:
+    with short_directory() as directory:
+        place = directory / "run"
+        place.mkdir(mode=0o700)
+        command = collector("run", str(write_config(directory, {"a": DEAD})))
+        mount = 'mount -t tmpfs -o mode=700 tmpfs "$0"'
+        script = f'{mount} && {make} "$0/lock" && mount -o remount,{options} "$0" && exec "$@"'
+        mounting = ["unshare", "-rm", "sh", "-c"]
+        if subprocess.run([*mounting, mount, str(place)], capture_output=True).returncode:
+            pytest.skip("this system lets nobody mount a disk")
+        done = subprocess.run([*mounting, script, str(place), *command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, f"{place}/lock cannot be opened {said}" in done.stderr) == (2, True), done.stderr
+
+
+@pytest.mark.parametrize(
     ("mode", "names", "is_ours"),
     [
         (0o755, (), True),

@@ -1,5 +1,6 @@
 """What a collector needs of the system: open files, and a directory of its own, locked and free of stale sockets."""
 
+import errno
 import fcntl
 import logging
 import os
@@ -98,8 +99,9 @@ def _lock(path: Path, where: str) -> int:
     try:
         lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     except OSError as error:
+        cure = "remove it, or " if os.path.lexists(path / "lock") and error.errno != errno.EROFS else ""
         raise ConfigError(
-            f"{where}: runtime_dir {path}: {path}/lock cannot be opened ({error.strerror}); remove it, or {_ANOTHER}"
+            f"{where}: runtime_dir {path}: {path}/lock cannot be opened ({error.strerror}); {cure}{_ANOTHER}"
         ) from None
     finally:
         os.close(directory)
