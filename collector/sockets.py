@@ -11,10 +11,15 @@ def remove_socket(endpoint: str) -> None:
     if scheme != "ipc":
         return
     try:
-        if stat.S_ISSOCK(os.lstat(path).st_mode) and _is_left(path):
+        if is_socket(path) and _is_left(path):
             os.unlink(path)
     except OSError:
         return  # it is gone, or not ours to remove
+
+
+def is_socket(path: str) -> bool:
+    """Whether a socket's file lies at a path. Raises OSError if nothing does."""
+    return stat.S_ISSOCK(os.lstat(path).st_mode)
 
 
 def _is_left(path: str) -> bool:

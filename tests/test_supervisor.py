@@ -505,6 +505,20 @@ def test_the_socket_of_another_program_is_left_to_it(key: str, kind: socket.Sock
             program.wait_line(rf"(a: cannot start|control {endpoint} cannot be bound): .*in use", stream="err")
 
 
+@pytest.mark.parametrize("name", ["a.pub", "control"])
+def test_what_is_no_socket_is_not_said_to_listen(name: str) -> None:
+    with short_directory() as directory:
+        (directory / "run").mkdir(mode=0o700)
+        (directory / "run" / name).write_text("mine")
+        with running(*collector("run", str(write_config(directory, {"a": DEAD})))) as program:
+            assert program.wait_exit() == 1
+            program.wait_line(
+                "File exists.*; (remove|write another endpoint, or remove) what is no socket", stream="err"
+            )
+            assert "in use" not in program.text()
+        assert (directory / "run" / name).read_text() == "mine"
+
+
 def test_the_socket_of_another_program_is_left_to_it_at_run_time_too() -> None:
     with collected() as run, served(run.directory / "other", socket.SOCK_STREAM):
         run.wait_state("a")

@@ -42,6 +42,12 @@ SHORTAGES = frozenset({
 })  # fmt: skip
 """What the system may have again a moment later: no fault of the spec."""
 
+HINTS: dict[int | None, str] = {
+    errno.EADDRINUSE: "; write another endpoint, or stop what listens there",
+    errno.EEXIST: "; write another endpoint, or remove what is no socket",
+}
+"""What to do where an endpoint is taken."""
+
 log = logging.getLogger("actor")
 
 
@@ -134,7 +140,7 @@ class Actor:
                 return Exit.STOPPED
             if isinstance(error, OSError) and error.errno in SHORTAGES:
                 return self._fail(Exit.CRASHED, f"cannot start just now: {error}")
-            hint = "; write another endpoint, or stop what listens there" if is_taken(error) else ""
+            hint = HINTS.get(error.errno, "") if isinstance(error, OSError) else ""
             return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
         except Exception as error:
             return self._crash(error)

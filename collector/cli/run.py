@@ -1,6 +1,7 @@
 """`collector run`: start the supervisor and stay until asked to stop."""
 
 import asyncio
+import errno
 import logging
 import multiprocessing.util
 import os
@@ -58,8 +59,9 @@ def run(ctx: click.Context, file: Path, live_view: bool) -> None:
     try:
         code = asyncio.run(_collect(config, directory, ctx.obj["log_level"], live_view))
     except zmq.ZMQError as error:
-        cure = "stop what listens there, or write another endpoint"
-        fail(f"{config.path}: [collector] control {config.control} cannot be bound: {error}; {cure}")
+        cure = "remove what is no socket" if error.errno == errno.EEXIST else "stop what listens there"
+        words = f"control {config.control} cannot be bound: {error}; {cure}, or write another endpoint"
+        fail(f"{config.path}: [collector] {words}")
     sys.exit(code)
 
 

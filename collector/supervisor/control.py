@@ -13,7 +13,7 @@ import zmq
 import zmq.asyncio
 
 from collector.messages import ControlError, Request, decode_request, encode_reply
-from collector.sockets import remove_socket
+from collector.sockets import is_socket, remove_socket
 
 MAX_REQUEST = 64 << 20
 """Bytes of a frame up to which an answer is given (bad_request beyond messages.MAX_CONTROL); then the peer is cut."""
@@ -49,7 +49,7 @@ class ControlServer:
         remove_socket(endpoint)
         scheme, _, path = endpoint.partition("://")
         if scheme == "ipc" and os.path.lexists(path):  # ZeroMQ would remove it, whoever listens there
-            raise zmq.ZMQError(errno.EADDRINUSE)
+            raise zmq.ZMQError(errno.EADDRINUSE if is_socket(path) else errno.EEXIST)
         mask = os.umask(0o177)  # an ipc socket is for its owner alone, wherever it lies
         try:
             self._socket.bind(endpoint)

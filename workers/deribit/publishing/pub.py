@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from collector.sockets import remove_socket
+from collector.sockets import is_socket, remove_socket
 from workers.deribit.publishing.peer import Peer
 from workers.deribit.publishing.zmtp import GREETING, NoSubscriber, Wish, encode_size, encode_topic
 
@@ -253,8 +253,10 @@ def listen_tcp(place: str) -> socket.socket:
 
 
 def listen_ipc(path: str) -> socket.socket:
-    """Listen at a path; the file of one that listens no more is replaced. Raises OSError if somebody listens there."""
+    """Listen at a path; the file of one that listens no more is replaced. Raises OSError if it is taken."""
     remove_socket(f"ipc://{path}")
+    if os.path.lexists(path) and not is_socket(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     return _listen(socket.socket(socket.AF_UNIX), path)
 
 
