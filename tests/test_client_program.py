@@ -342,8 +342,8 @@ def test_what_was_found_wrong_ends_with_1_though_nobody_reads_it(control: str, t
 @pytest.mark.parametrize(
     "command",
     [
-        "plan configs/demo.toml", "state", "state --json", "send futures public/test", "tail", "exchange", "--help",
-        "--version", "tail --help", "exchange --list-faults",
+        "plan configs/demo.toml", "state", "state --json", "send futures public/test", "tail", "exchange",
+        "exchange --list-faults",
     ],
 )  # fmt: skip
 def test_output_that_cannot_be_written_is_told_in_one_line(

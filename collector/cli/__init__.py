@@ -33,21 +33,7 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C of what was not done: as a shell says it of a program that SIGINT has ended."""
 
 
-class Command(click.Command):
-    """A command that says it in one line, too, if its help cannot be written."""
-
-    def make_context(self, *args: Any, **options: Any) -> click.Context:
-        """Read the arguments; an option as --help prints at once (click calls this)."""
-        try:
-            return super().make_context(*args, **options)
-        except OSError:
-            from collector.cli.options import exit_unread  # which needs this module
-
-            with exit_unread():
-                raise
-
-
-class _Lazy(Command, click.Group):
+class _Lazy(click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         fill_closed_files()
         return super().main(*args, **options)

@@ -7,14 +7,13 @@ from collections.abc import Iterator
 
 import click
 
-from collector.cli import Command
 from collector.cli.options import exit_unread, fail
 from collector.cli.render import pad_rows, say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
 
 
-@click.command(cls=Command)
+@click.command()
 @click.argument("file", type=click.Path())
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def plan(file: str, as_json: bool) -> None:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from collector.cli import Command
 from collector.cli.options import (
     Ending,
     control_option,
@@ -41,7 +40,7 @@ REDRAW = 0.25
 """Seconds between two pictures of the live view."""
 
 
-@click.command(cls=Command)
+@click.command()
 @click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
 @endpoint_option
 @control_option
