@@ -107,7 +107,7 @@ def test_it_says_who_asks(headers: dict[str, str], said: str) -> None:
         assert [line for line in program.out if "agent" in line.lower()] == [said]
 
 
-def test_the_list_and_one_of_it() -> None:
+def test_the_list_of_the_practice_exchange() -> None:
     port = find_port()
     with exchange(port, "--options", "100"):
         catalogue = Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2?faults=mute", {"X-Desk": "7"}, 5.0)
@@ -118,8 +118,6 @@ def test_the_list_and_one_of_it() -> None:
         options = [each for each in listed.values() if each.kind == "option"]
         assert len(options) == 100
         assert all(each.expiry and each.strike and each.option_type in ("call", "put") for each in options)
-        assert catalogue.read_one("BTC-PERPETUAL") == perpetual
-        assert catalogue.read_one("NOPE") is None
 
 
 @pytest.mark.parametrize(
@@ -178,11 +176,5 @@ def test_it_knows_the_exchanges_clock() -> None:
     with exchange(port, "--faults", "clock:-86400000"):
         catalogue = Catalogue(f"ws://127.0.0.1:{port}/ws/api/v2", {}, 5.0)
         assert abs(catalogue.read_ms() / 1000 - time.time()) < 3600
-        catalogue.read_one("NOPE")
+        catalogue.read_all()
         assert abs(catalogue.read_ms() / 1000 + 86_400 - time.time()) < 3600
-
-
-def test_an_instrument_that_cannot_be_is_no_request() -> None:
-    catalogue = Catalogue("ws://127.0.0.1:9/", {}, 1.0)
-    with pytest.raises(Unreachable, match="cannot be reached"):
-        catalogue.read_one("BTC\r\nHost: elsewhere")

@@ -421,7 +421,7 @@ async def test_a_refused_upgrade_is_tried_again(practice: str, fault: str, words
 async def test_proxies_of_the_environment_are_not_used(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for kind in ("http", "https", "ws", "wss", "all", "no"):
         monkeypatch.setenv(f"{kind}_proxy", "http://127.0.0.1:9" if kind != "no" else "")
-    assert await Catalogue(practice, {}, 10.0).fetch_one("BTC-PERPETUAL")
+    assert await Catalogue(practice, {}, 10.0).fetch()
     async with connected(practice, retry_count=1) as (client, _):
         assert client.is_live
 

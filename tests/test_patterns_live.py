@@ -489,7 +489,7 @@ def test_one_that_is_closed_just_as_the_list_comes_starts_nothing() -> None:
     with_exchange(act, "--options", "200")
 
 
-def test_a_state_that_is_told_before_the_listing_is_no_question() -> None:
+def test_only_of_an_instrument_whose_listing_nobody_told_the_whole_list_is_asked_for() -> None:
     async def check(config: Config) -> None:
         supervisor = Supervisor(config, "info", time.time_ns)
         follower = supervisor.start_connection(config.connections[0], from_file=True).follower
@@ -497,7 +497,10 @@ def test_a_state_that_is_told_before_the_listing_is_no_question() -> None:
         name = {"instrument_name": "BTC-25DEC26-90000-C"}
         assert follower._take_rows([{**name, "state": "open"}, {**name, "state": "preopen", "kind": "option"}])
         assert follower._listed[name["instrument_name"]].state == "open"
-        assert not follower._unknown
+        follower._take_rows([{"instrument_name": "BTC-25DEC26-1-C", "state": "delivered"}])
+        assert not follower._outdated.is_set()
+        follower._take_rows([{"instrument_name": "BTC-25DEC26-1-C", "state": "open"}])
+        assert follower._outdated.is_set()
 
     table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
     with short_directory() as directory:

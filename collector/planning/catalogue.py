@@ -25,9 +25,6 @@ MAX_ANSWER = 64 << 20
 HEADERS = {"Accept": "application/json", "User-Agent": f"deribit-collector/{__version__}"}
 """Sent unless the configuration has its own: some hosts refuse what Python would call itself."""
 
-NOT_THERE = (-32602, 10020, 13019, 13020)
-"""Error codes that mean: no such instrument."""
-
 Result = TypeVar("Result")
 
 
@@ -72,10 +69,6 @@ class Catalogue:
             self._sharing.add_done_callback(lambda task: task.cancelled() or task.exception())
         return dict(await asyncio.shield(self._sharing))
 
-    async def fetch_one(self, name: str) -> Instrument | None:
-        """One instrument; None if the exchange knows none of that name. Raises Unreachable."""
-        return await _run_aside(lambda: self.read_one(name))
-
     def read_all(self) -> dict[str, Instrument]:
         """The same as `fetch`, for programs without an event loop."""
         rows = self._ask("get_instruments?currency=any")
@@ -84,12 +77,8 @@ class Catalogue:
             raise Unreachable(f"{self.host} lists no instruments")
         return listed
 
-    def read_one(self, name: str) -> Instrument | None:
-        """The same as `fetch_one`, for programs without an event loop."""
-        return read_instrument(self._ask(f"get_instrument?instrument_name={name}"))
-
     def _ask(self, question: str) -> Any:
-        """The `result` of a GET; None where the exchange says that there is no such thing."""
+        """The `result` of a GET. Raises Unreachable."""
         try:
             status, body = self._get(f"/api/v2/public/{question}")
         except (OSError, HTTPException, ValueError, RuntimeError) as error:  # a host that is no host; no more threads
@@ -105,8 +94,6 @@ class Catalogue:
         match answer:
             case {"result": result} if status == 200:
                 return result
-            case {"error": {"code": code}} if code in NOT_THERE:
-                return None
             case {"error": {"code": code, "message": message}}:
                 raise Unreachable(f"{self.host} answered {str(code)[:20]} {str(message)[:100]}")
         raise Unreachable(f"{self.host} answered with HTTP {status} and no list")

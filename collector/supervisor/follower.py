@@ -7,7 +7,6 @@ when instruments expire and new ones are listed, finds what was missed.
 import asyncio
 import logging
 import random
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sized
 from contextlib import suppress
@@ -15,7 +14,7 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from collector.channels import parse_channel
+from collector.channels import ENDED, parse_channel
 from collector.config import ConfigError, Connection
 from collector.config.patterns import Instrument, expand, is_instrument, read_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
@@ -40,9 +39,6 @@ AGAIN = 30.0
 
 BREATH = 0.2
 """Seconds in which what workers tell is gathered: a new series comes one by one, and each round costs some requests."""
-
-MAX_SINGLE = 5
-"""Unknown instruments that are asked for one by one; for more, the whole list is."""
 
 MAX_ROWS = 50_000
 """Events that wait to be looked at; what is beyond them, a look at the whole list finds."""
@@ -74,10 +70,8 @@ class Follower:
         self._missing: set[str] = set()
         self._rows: list[dict[str, Any]] = []
         self._recent: list[dict[str, Any]] | None = None  # rows taken while the list is looked at
-        self._unknown: set[str] = set()
         self._woken = asyncio.Event()
-        self._asking = asyncio.Event()
-        self._is_outdated = False
+        self._outdated = asyncio.Event()  # something has happened that nobody told
 
     # before the start
 
@@ -148,11 +142,12 @@ class Follower:
         """Note what a worker tells (see workers.deribit.feeds.listings)."""
         match event:
             case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
-                self._rows.append(row)
-                self._is_outdated |= len(self._rows) > MAX_ROWS
-                del self._rows[MAX_ROWS:]
+                if len(self._rows) < MAX_ROWS:
+                    self._rows.append(row)
+                else:
+                    self._outdated.set()
             case {"event": "listening"}:  # what happened before, it cannot have heard
-                self._is_outdated = True
+                self._outdated.set()
         self._woken.set()
 
     # what happens to others
@@ -178,38 +173,27 @@ class Follower:
             self._woken.clear()
             rows, self._rows = self._rows, []
             if self._recent is not None:
-                self._is_outdated |= len(self._recent) + len(rows) > MAX_ROWS
+                if len(self._recent) + len(rows) > MAX_ROWS:
+                    self._outdated.set()
                 self._recent = (self._recent + rows)[:MAX_ROWS]
             self._adjust(self._take_rows(rows))
-            if self._unknown or self._is_outdated:
-                self._asking.set()
             await asyncio.sleep(BREATH)
         looking.cancel()
 
     async def _look(self) -> None:
-        """Ask the exchange beside that: for single instruments that nobody knows, and for the whole list in time."""
-        due = time.monotonic() + self._find_next_check()
-        checked = time.monotonic()
-        has_failed = False
+        """Look at the whole list beside that: in time, and soon where something has happened that nobody told."""
         while True:
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._asking.wait(), max(0.0, due - time.monotonic()))
-            self._asking.clear()
-            await self._ask_for_unknown()
-            if self._is_outdated and not has_failed:
-                due = min(due, checked + RECHECK)
-            if time.monotonic() >= due:
-                has_failed = not await self._check()
-                checked = time.monotonic()
-                due = checked + (AGAIN if has_failed else self._find_next_check())
-                self._woken.set()
-
-    def _find_next_check(self) -> float:
-        return find_next_check(self._catalogue.read_ms() / 1000)
+                async with asyncio.timeout(find_next_check(self._catalogue.read_ms() / 1000)):
+                    await asyncio.sleep(RECHECK)
+                    await self._outdated.wait()
+            while not await self._check():
+                await asyncio.sleep(AGAIN)
+            self._woken.set()
 
     async def _check(self) -> bool:
         """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
-        self._is_outdated = False  # what happens from now on, this look may be too early for
+        self._outdated.clear()  # what happens from now on, this look may be too early for
         self._recent = []
         try:
             fresh = await self._catalogue.fetch()
@@ -222,7 +206,8 @@ class Follower:
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
         self._missing = kept
-        self._is_outdated |= bool(kept)
+        if kept:
+            self._outdated.set()
         self._listed = {name: self._listed[name] for name in kept} | fresh
         self._rows = recent + self._rows  # again: the list may be older
         return True
@@ -235,23 +220,9 @@ class Follower:
                 self._listed[name] = instrument
             elif name in self._listed and isinstance(state, str):
                 self._listed[name] = replace(self._listed[name], state=state)
-            else:
-                self._unknown.add(name)
-        if len(self._unknown) > MAX_SINGLE:
-            self._unknown.clear()
-            self._is_outdated = True
+            elif state not in ENDED:  # who has ended without being known is not wanted either
+                self._outdated.set()
         return {row["instrument_name"] for row in rows if row.get("state") == "open"}
-
-    async def _ask_for_unknown(self) -> None:
-        while self._unknown:
-            name = self._unknown.pop()
-            try:
-                instrument = await self._catalogue.fetch_one(name)
-            except Unreachable as error:
-                log.debug("%s: %s is left to the next check: %s", self._name, name, error)
-            else:
-                self._listed.update({name: instrument} if instrument else {})
-                self._woken.set()
 
     def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments.
