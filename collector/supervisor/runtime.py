@@ -4,7 +4,6 @@ import errno
 import fcntl
 import logging
 import os
-import re
 import resource
 import stat
 import time
@@ -140,17 +139,10 @@ def _open_private(path: Path, where: str) -> int:
     if facts.st_uid != os.getuid():
         fault = f"belongs to user {facts.st_uid}; remove it, or {_ANOTHER}"
     elif facts.st_mode & 0o077:
-        cure = f"chmod 700 it, or {_ANOTHER}" if _is_for_us(directory, facts.st_mode) else _ANOTHER
-        fault = f"is open to others (mode {stat.S_IMODE(facts.st_mode):o}); {cure}"
+        mode = f"{stat.S_IMODE(facts.st_mode):o}"
+        # It may be /tmp or /run: for root to close these to all others would be a disaster.
+        fault = f"is open to others (mode {mode}); {_ANOTHER}, or close this one if it is yours alone (mode 700)"
     if fault:
         os.close(directory)
         raise ConfigError(f"{where} {fault}")
     return directory
-
-
-_OURS = re.compile(r"lock|control|credits-.*|.*\.(pub|ledger|ledger\.new)")
-
-
-def _is_for_us(directory: int, mode: int) -> bool:
-    """Whether nobody else uses it: to close /tmp or /run to all others, as root can, would be a disaster."""
-    return not mode & stat.S_ISVTX and all(map(_OURS.fullmatch, os.listdir(directory)))
