@@ -9,10 +9,10 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from http.client import HTTPConnection, HTTPException, HTTPSConnection
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from collector import __version__
@@ -24,8 +24,6 @@ MAX_ANSWER = 64 << 20
 
 HEADERS = {"Accept": "application/json", "User-Agent": f"deribit-collector/{__version__}"}
 """Sent unless the configuration has its own: some hosts refuse what Python would call itself."""
-
-Result = TypeVar("Result")
 
 
 class Unreachable(Exception):
@@ -59,7 +57,10 @@ class Catalogue:
 
     async def fetch(self) -> dict[str, Instrument]:
         """All instruments by name. Raises Unreachable."""
-        return await _run_aside(self.read_all)
+        try:
+            return await run_aside(self.read_all, "catalogue")
+        except RuntimeError as error:
+            raise Unreachable(f"the list cannot be asked for ({error})") from None
 
     async def share(self) -> dict[str, Instrument]:
         """The same as `fetch`, but an answer that somebody waits for already will do. Raises Unreachable."""
@@ -124,10 +125,3 @@ def _shut(end: socket.socket, is_late: threading.Event) -> None:
     is_late.set()
     with suppress(OSError):  # the other end was faster
         end.shutdown(socket.SHUT_RDWR)
-
-
-async def _run_aside(work: Callable[[], Result]) -> Result:
-    try:
-        return await run_aside(work, "catalogue")
-    except RuntimeError as error:
-        raise Unreachable(f"the list cannot be asked for ({error})") from None
