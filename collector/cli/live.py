@@ -12,11 +12,10 @@ from collector.cli.render import describe, printable, show_clock, show_level
 from collector.client.orderbook import OrderBook
 from collector.client.rules.check import SECOND
 from collector.client.rules.heartbeats import LAST, SILENCE
-from collector.client.stream import MAX_TOPICS, Loss, Message
+from collector.client.stream import MAX_TOPICS, ON_DATA_TOPICS, Loss, Message
 from collector.messages import Topic
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
-EVENTS = frozenset({"gap", "repair", "status"})
 STYLES = {"live": "green", "recovering": "yellow", "stale": "yellow", "buy": "green", "sell": "red"}
 
 
@@ -39,7 +38,7 @@ class Row:
             self.book.apply(message)
         if message.type == "status":
             self.state = printable(message["state"])
-        elif message.type not in EVENTS:
+        elif message.type not in ON_DATA_TOPICS:
             self.message = message
             self.count += 0 if message.is_join else 1
             self.came = now
@@ -87,7 +86,7 @@ class Board:
         if item.topic.type == "heartbeat":
             self.connections[item.instrument] = item
             return
-        if item.type in EVENTS and not item.is_join:
+        if item.type in ON_DATA_TOPICS and not item.is_join:
             self.note_event(item)
         if item.topic.type == "status":
             return
