@@ -14,7 +14,7 @@ import msgpack
 
 from collector.messages import encode
 
-MAX_FRAME = 64 << 20
+MAX_MESSAGE = 64 << 20
 """Bytes of one message on a link; one more and the link is cut."""
 
 MAX_ITEMS = 8 << 20
@@ -35,7 +35,7 @@ class Link(asyncio.Protocol):
         self._ended = ended
         self._transport: asyncio.Transport | None = None
         self._unpacker = msgpack.Unpacker(
-            max_buffer_size=MAX_FRAME, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS, strict_map_key=True
+            max_buffer_size=MAX_MESSAGE, max_array_len=MAX_ITEMS, max_map_len=MAX_ITEMS, strict_map_key=True
         )
         self._fault = "end of file"
 
