@@ -65,7 +65,8 @@ class _Aside(logging.Handler):
             try:
                 write_all(self._file, f"{line}\n".encode(errors="backslashreplace"))
             except OSError:  # the disk is full, say
-                with self.lock or threading.Lock():
+                assert self.lock is not None  # logging has made it
+                with self.lock:
                     self._missing += 1
 
     def close(self) -> None:
