@@ -11,7 +11,11 @@ from collector.messages import ControlError
 from collector.supervisor.keeper import Keeper
 
 PATIENCE = 30
-"""Seconds that a worker has to carry out what nobody waits for."""
+"""Seconds that a worker has to carry out what nobody waits for.
+
+After this, as at the deadline of who waits, it asks for these channels no more by themselves, but for all that are
+missing in one call: wishes of one channel each would wait for credits one after another, 200 of them for a minute.
+"""
 
 UNHEARD = ("not_connected", "expired", "timeout")
 """Codes after which it is not sure that the worker knows of a wish. To hear it twice does no harm."""
