@@ -193,7 +193,7 @@ async def test_a_gap_that_has_been_repaired_is_healing_no_more(practice: str) ->
 async def test_a_book_out_of_step_gives_no_value_until_it_has_one(practice: str) -> None:
     async with collecting(practice, "gap:5@1,slow:public/unsubscribe=1@1", BOOK) as run:
         topic = "deribit.book.BTC-PERPETUAL.100ms"
-        await run.hearer.hear_of(topic, type="status", state="recovering")
+        await run.hearer.hear_of(topic, type="status", state="recovering", reason="sequence")
         with joined(run, topic) as late:
             assert (await wait_join(late, topic, type="status"))["state"] == "recovering"
             assert [body["type"] for body in list_joins(late, topic)] == ["gap", "status"]

@@ -152,7 +152,7 @@ async def test_the_connection_tells_its_states(practice: str) -> None:
 async def test_each_channel_tells_its_state_on_its_topic(practice: str) -> None:
     async with collecting(practice, "drop:2,first:1", QUOTE, BOOK, TRADES, "quote.NOPE") as run:
         for topic in ("quote.BTC-PERPETUAL.raw", "book.BTC-PERPETUAL.100ms", "trade.BTC-PERPETUAL.100ms"):
-            await run.hearer.hear_of(f"deribit.{topic}", type="status", state="recovering")
+            await run.hearer.hear_of(f"deribit.{topic}", type="status", state="recovering", reason="disconnect")
             await run.hearer.hear(partial(is_live, run.hearer, f"deribit.{topic}"), "the second life")
             told = [body["state"] for body in run.hearer.find(f"deribit.{topic}", type="status")]
             assert [state for state, _ in groupby(told)][-3:] == ["live", "recovering", "live"]
