@@ -88,6 +88,10 @@ class Life:
                     page = Page(msgspec.convert([make_trade(*each) for each in found], list[TradeData]), has_more)
         return said
 
+    def end(self) -> list[Any]:
+        """The channel is given up in the midst of its healing; return what is said of it."""
+        return [describe(message) for _, message in self.feed.end(True, 7)]
+
     def take_up_again(self) -> None:
         """The channel is closed, and asked for and confirmed once more."""
         for stream in self.feed.streams.values():
@@ -296,6 +300,24 @@ def test_nor_does_an_exchange_that_tells_no_times(life: Life) -> None:
             asked += isinstance(healing.send(page), Ask)
             page = Page(msgspec.convert([make_trade(3, -START)], list[TradeData]), True)
     assert 1 < asked < 100
+
+
+def test_what_was_lost_last_is_told_after_what_an_earlier_loss_had_left_open(life: Life) -> None:
+    """Of trades before the first one no gap has told: theirs comes with the repair, and two gaps may not meet."""
+    life.take_up_again()
+    life.feed.skip(b"no frame", 9)
+    assert life.take((106, 50)) == [106]
+    life.feed.skip(b"no frame", 9)
+    assert life.end() == [("disconnect", 104, 105), [(104, 105)], ("sequence", 107)]
+
+
+def test_also_where_a_new_count_was_found_after_it(life: Life) -> None:
+    life.feed.losses.confirmed_at = 8
+    life.feed.lose("disconnect", 8)
+    assert life.take((104, 5000)) == [("disconnect",), 104]
+    life.feed.lose("disconnect", 9)
+    assert life.fetch((103, 4000)) == [("sequence",), -103, ("disconnect", 105)]
+    assert life.end() == [[], ("disconnect", 1, 102), [(1, 102)], ("disconnect", 105)]
 
 
 def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:

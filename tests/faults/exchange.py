@@ -30,7 +30,9 @@ class Loss(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What is on its way to the worker: a frame of a line, an ack (names) or an answer (to whom, page)."""
+    """What is on its way to the worker: a frame of a line (`garbled`: nobody can read it), an ack (names) or an answer
+    (to whom, page).
+    """
 
     kind: str
     line: "Line | None" = None
@@ -55,7 +57,8 @@ class Line:
 
     def encode(self, data: Any) -> bytes:
         params = {"channel": self.channel, "data": data}
-        return json.dumps({"jsonrpc": "2.0", "method": "subscription", "params": params}).encode()
+        frame = {"jsonrpc": "2.0", "method": "subscription", "params": params}
+        return json.dumps(frame, separators=(",", ":")).encode()
 
 
 class Exchange:
@@ -71,9 +74,11 @@ class Exchange:
             Line("book.ETH-PERPETUAL.100ms", ("ETH-PERPETUAL",)),
         ]
         self.history: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.garble = 0.0
+        """How likely a frame that arrives cannot be read."""
         self.behind = rng.choice((0, 0, 150, 400))
         self.subscribed: set[Line] = set()
-        self.known: set[Line] = set()
+        self.known: dict[Line, int] = {}
         self.pipe: deque[Item] = deque()
         self.books: dict[str, tuple[dict[float, float], dict[float, float]]] = {}
         self.change_id = rng.randrange(1, 10**9)
@@ -81,6 +86,8 @@ class Exchange:
             self.behind = FAR_BEHIND
         self._trade_id = rng.randrange(1, 10**6)
         self.arrived: set[str] = set()
+        self.shown: dict[str, int] = {}
+        """By topic of trades, the last of which the worker could know that it came or was lost."""
         self._counts: Counter[str] = Counter()
         self._numbers: Counter[str] = Counter()
         for name in ("BTC-PERPETUAL", "ETH-PERPETUAL", *OPTIONS[:2]):
@@ -214,7 +221,7 @@ class Exchange:
             return
         for trade in trades:
             name, number = trade["instrument_name"], self.truth.find(trade)
-            if number not in self.truth.lost[name]:
+            if number not in self.truth.lost[name] and trade["timestamp"] >= self.known[line]:
                 self.truth.owed.setdefault(line.name_topic(name), number)
 
     def subscribe(self, lines: list[Line], late: bool = False) -> None:
@@ -258,14 +265,24 @@ class Exchange:
     def take(self) -> Item:
         """What arrives at the worker next."""
         item = self.pipe.popleft()
+        if item.kind == "frame" and self.garble and self.rng.random() < self.garble:
+            item = item._replace(kind="garbled")
         if item.kind == "ack":
-            self.known.update(item.data)
+            for line in item.data:
+                self.known.setdefault(line, self.now)
         elif item.line is not None and item.line.family == "trades":
             for trade in item.data:
                 topic = item.line.name_topic(trade["instrument_name"])
-                self.truth.owed.setdefault(topic, self.truth.find(trade))
-                self.arrived.add(topic)
+                self._show(topic, self.truth.find(trade))
+                if item.kind == "frame":
+                    self.truth.owed.setdefault(topic, self.truth.find(trade))
+                    self.arrived.add(topic)
+            if item.kind == "garbled":
+                self._owe(item.line, item.data)
         return item
+
+    def _show(self, topic: str, number: int) -> None:
+        self.shown[topic] = max(self.shown.get(topic, 0), number)
 
     def reset(self) -> None:
         """It forgets its history and begins to count anew: trades from a lower number, books from any."""
@@ -291,6 +308,9 @@ class Exchange:
             if item.line is not None:
                 self._owe(item.line, item.data)
         self.pipe.clear()
+        for line in self.lines:
+            for name in line.instruments if line.family == "trades" else ():
+                self._show(line.name_topic(name), max(self.truth.trades[name], default=0))
         for line in self.subscribed:
             line.held = None
         self.subscribed.clear()

@@ -145,8 +145,12 @@ class Account:
         if "missing_from" not in message:
             self.under.clear()  # the exchange may count anew from here
         elif not message["healing"]:
-            run = range(message["missing_from"], message["missing_to"] + 1)
-            self.named.update(self.count * COUNT + seq for seq in run)
+            start, first = self.count * COUNT, message["missing_from"]
+            if (last := message.get("missing_to")) is not None:
+                self.named.update(range(start + first, start + last + 1))
+            else:
+                numbers = self.truth.trades[message.instrument]
+                self.named.update(number for number in numbers if number >= start + first)
 
     def _take_repair(self, message: Message) -> Iterator[str]:
         key = message.epoch, message["gap"]

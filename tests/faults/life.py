@@ -1,6 +1,8 @@
 """One life of a worker without its loop: its feeds, its publisher on a real socket, its ledger; and who listens."""
 
 import time
+from collections.abc import Container
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +10,7 @@ import zmq
 
 from collector.channels import parse_channel
 from tests.faults.judge import Received
+from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.normalise import create_feed
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
@@ -101,6 +104,16 @@ class Life:
         changed, feed.changed = feed.changed, False
         return changed
 
+    def skip(self, channel: str, frame: bytes, now: int) -> bool:
+        """A frame comes that cannot be read. Returns whether something follows from it."""
+        feed = self.feeds[channel]
+        with suppress(ValueError):
+            feed.take(frame, now)
+            raise AssertionError("it can be read")
+        feed.skip(frame, now)
+        changed, feed.changed = feed.changed, False
+        return changed
+
     def list_known(self) -> list[Stream]:
         """The topics of trades of which it knows where they go on."""
         feeds = [feed for feed in self.feeds.values() if isinstance(feed, TradeFeed)]
@@ -122,6 +135,13 @@ class Life:
         while self.unsettled and self.unsettled[0][0] <= now:
             _, tape = self.unsettled.pop(0)
             tape.note_out()
+
+    def stop(self, healing: Container[Feed], now: int) -> None:
+        """It is asked to end, while these are being healed: it says what it does not know to have come."""
+        for feed in self.feeds.values():
+            if isinstance(feed, TradeFeed):
+                for stream, message in feed.end(feed in healing, now):
+                    self.publisher.say(stream, message)
 
     def end(self) -> None:
         """Gone, whether killed or not."""

@@ -23,7 +23,7 @@ from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
 from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
-from workers.deribit.publishing.streams import SURE
+from workers.deribit.publishing.streams import SURE, Message, Stream
 from workers.deribit.rpc.errors import NOT_SERVED, ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
@@ -131,31 +131,22 @@ class Healer:
 
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
-        losses = feed.losses
-        is_open = losses.lost_from is not None or not losses.is_checked
-        is_unfinished = is_open or self._is_under_way(feed)
+        is_under_way = self._is_under_way(feed)
         self._interrupted.discard(feed)
-        feed.is_ended = True
-        losses.begin_healing(self._client.read_clock())  # no other healing follows
-        losses.end(is_whole=False)
-        for tape in feed.tapes.values():
-            tail = tape.tail
-            is_owed = is_unfinished and not tape.stream.is_over
-            if is_owed and (gap := tape.take_last(self._client.read_clock())) is not None:
-                self._publisher.say(tape.stream, gap)
-            if tape.holes:
-                self._say_repairs(feed, Healed(tape, tape.holes))
-            if tail is not None:
-                self._publisher.say(tape.stream, tape.describe_rest(tail, self._client.read_clock()))
+        for stream, message in feed.end(is_under_way, self._client.read_clock()):
+            self._say(stream, message)
         self._rested.set()
 
     def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
         for message in healed.tape.end_healing(healed.holes, self._client.read_clock()):
-            if isinstance(message, Repair):
-                self.repaired += message.repaired
-                self.missing += sum(last - first + 1 for first, last in message.missing)
-            self._publisher.say(healed.tape.stream, message)
+            self._say(healed.tape.stream, message)
         asyncio.get_running_loop().call_later(SURE, self._note_out, feed, healed.tape)
+
+    def _say(self, stream: Stream, message: Message) -> None:
+        if isinstance(message, Repair):
+            self.repaired += message.repaired
+            self.missing += sum(last - first + 1 for first, last in message.missing)
+        self._publisher.say(stream, message)
 
     def _note_out(self, feed: TradeFeed, tape: Tape) -> None:
         if not (self._is_closed or feed.is_ended):  # then the topic is left, or another channel's by now

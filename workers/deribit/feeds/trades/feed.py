@@ -162,6 +162,19 @@ class TradeFeed(Feed):
         """The gap that is due on one of its topics, though no trade follows; None if all that was lost has come."""
         return None if self.losses.is_checked else self.tapes[stream.instrument].take_last(now)
 
+    def end(self, is_healing: bool, now: int) -> Published:
+        """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come.
+
+        `is_healing`: not all that it may lack has been asked for.
+        """
+        losses = self.losses
+        is_unfinished = is_healing or losses.lost_from is not None or not losses.is_checked
+        self.is_ended = True
+        losses.begin_healing(now)  # no other healing follows
+        losses.end(is_whole=False)
+        tapes = self.tapes.values()
+        return [(tape.stream, message) for tape in tapes for message in tape.end(is_unfinished, now)]
+
     def count_healing(self) -> int:
         """How many gaps have their repair still to come."""
         return sum(hole.gap is not None for tape in self.tapes.values() for hole in tape.holes)

@@ -257,12 +257,24 @@ class Tape:
         return bool(self.holes) and self.find_missing(tails) is not None
 
     def end_healing(self, holes: list[Hole], now: int) -> list[Gap | Repair]:
-        """All that can be had of these holes has come: say of each of their gaps what stays missing."""
-        closed = [hole for hole in self.holes if hole in holes]
+        """All that can be had of these holes has come: say of each of their gaps what stays missing.
+
+        Those that have no gap yet come last: theirs may not follow one that was said last, but the repair of that.
+        """
+        closed = sorted((hole for hole in self.holes if hole in holes), key=lambda hole: hole.gap is None)
         self.holes = [hole for hole in self.holes if hole not in holes]
         if self.tail in closed:
             self.tail = None
         return [said for hole in closed for said in self._close_hole(hole, now)]
+
+    def end(self, is_unfinished: bool, now: int) -> list[Gap | Repair]:
+        """No trade follows: say what is not known to have come, what was lost last after all repairs."""
+        tail, said = self.tail, self.end_healing(self.holes, now)
+        if tail is not None:
+            said.append(self.describe_rest(tail, now))
+        elif is_unfinished and not self.stream.is_over and (gap := self.take_last(now)) is not None:
+            said.append(gap)
+        return said
 
     def _close_hole(self, hole: Hole, now: int) -> list[Gap | Repair]:
         stream, unsure_from = self.stream, self.losses.unsure_from
