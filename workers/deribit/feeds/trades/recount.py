@@ -26,8 +26,6 @@ def find_contradiction(tape: Tape, data: TradeData) -> Known | None:
 def begin_count(tape: Tape, known: Known, seq: int, now: int, published: Published) -> None:
     """A trade bears a number that was given before: a gap says so, and nothing goes on from what was before it."""
     stream, holes = tape.stream, tape.holes
-    if stream.due is not None and any(hole.gap is stream.due for hole in holes):
-        tape.publish_due(now, published)  # its repair follows
     published += [(stream, said) for said in tape.end_healing(holes, now)]
     gap = stream.due or tape.announce(now)
     gap.missing_from, gap.healing = UNSET, False

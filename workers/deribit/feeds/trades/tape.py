@@ -103,10 +103,10 @@ class Tape:
             published.append((self.stream, gap))
 
     def take_last(self, now: int) -> Gap | None:
-        """The gap that is due, if there is one, though no trade follows: what it lacks is healed only so far."""
+        """The gap that is due, if there is one, though no trade follows: what it lacks will not be fetched."""
         gap = self._take_due(now)
         if gap is not None:
-            gap.healing = any(hole.gap is gap for hole in self.holes)
+            gap.healing = False
         return gap
 
     def _take_due(self, now: int) -> Gap | None:
