@@ -244,6 +244,31 @@ async def test_a_worker_that_is_stopped_says_so_on_each_topic_and_what_stays_mis
         assert run.hearer.find("deribit.quote.BTC-6NOV20-", type="status")[-1]["state"] == "expired"
 
 
+@in_loop
+async def test_a_connection_that_is_refused_for_good_closes_each_topic(practice: str) -> None:
+    async with collecting(practice, "skip:1,ban:12005", QUOTE, BOOK, TRADES, EXPIRED_QUOTE, login=LOGIN) as run:
+        topics = ("deribit.quote.BTC-PERPETUAL.", "deribit.book.", "deribit.trade.")
+        for topic in topics:
+            await run.hearer.hear_of(topic, type=topic.split(".")[1])
+        run.worker.client.cut("the test wants it so")
+        for topic in topics:
+            await run.hearer.hear_of(topic, type="status", state="recovering", reason="disconnect")
+            await run.hearer.hear_of(topic, type="status", state="closed", reason="failed")
+            assert run.hearer.find(topic)[-1].get("state") == "closed"
+        assert run.hearer.find("deribit.trade.", type="gap")
+        assert run.hearer.find("deribit.status.", type="status")[-1]["state"] == "failed"
+        assert run.hearer.find("deribit.quote.BTC-6NOV20-", type="status")[-1]["state"] == "expired"
+
+
+@in_loop
+async def test_one_that_gives_up_leaves_its_topics_to_its_successor(practice: str) -> None:
+    async with collecting(practice, "skip:1,refuse:503", QUOTE, retry_count=1) as run:
+        await run.hearer.hear_of("deribit.quote.", type="quote")
+        run.worker.client.cut("the test wants it so")
+        await run.hearer.hear_of("deribit.status.", type="status", state="failed")
+        assert run.hearer.find("deribit.quote.", type="status")[-1]["state"] == "recovering"
+
+
 EXPIRED_QUOTE = "quote.BTC-6NOV20-10000-C"
 
 

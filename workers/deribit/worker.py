@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from collector.lifecycle import Exit
+from collector.lifecycle import FINAL_EXITS, Exit
 from workers.deribit.channels import Channels
 from workers.deribit.commands import Commands
 from workers.deribit.connection.bootstrap import Login
@@ -28,7 +28,7 @@ from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.watching.patrol import Patrol
-from workers.deribit.watching.statuses import OVER, STOPPED, Statuses
+from workers.deribit.watching.statuses import FAILED, OVER, STOPPED, Statuses
 
 log = logging.getLogger("deribit")
 
@@ -212,7 +212,10 @@ class Worker(Listener):
         for feed in self.feeds.values():
             if feed.condition[0] != "expired":
                 feed.lose("disconnect", self.client.read_clock())
-                self.statuses.tell(feed, "recovering", "disconnect")
+                if self.client.exit in FINAL_EXITS:  # no later life builds it up again
+                    self.channels.say_last(feed, *FAILED)
+                else:
+                    self.statuses.tell(feed, "recovering", "disconnect")
         self.patrol.lose()
 
     def confirm_channels(self, names: list[str]) -> None:

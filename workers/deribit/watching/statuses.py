@@ -19,8 +19,9 @@ FAREWELLS = 2
 LAST_TRADES = 60 * 1_000_000_000
 """Time from the end of an instrument (ns) after which no trade of it comes late any more."""
 
-UNSUBSCRIBED, STOPPED = ("closed", "unsubscribed"), ("closed", "stopped")
-"""State and reason of a channel that was given up, and of all when the worker is asked to stop."""
+UNSUBSCRIBED, STOPPED, FAILED = ("closed", "unsubscribed"), ("closed", "stopped"), ("closed", "failed")
+"""State and reason of a channel that was given up, of all when the worker is asked to stop, and of all when the
+exchange has refused the connection for good."""
 
 OVER = ("expired", EXPIRED)
 """Those of one whose instrument has ended."""
