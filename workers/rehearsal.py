@@ -19,7 +19,11 @@ from workers.deribit.worker import create_worker
 
 
 def rehearse() -> Exit:
-    """Let a worker try to connect to a port on which nobody listens; it gives up. Nothing of it is left."""
+    """Let a worker try to connect to a port on which nobody listens; it gives up.
+
+    Nothing of it is left but libuv's threads, idle: uvloop resolves by them even an address. Libuv starts its own anew
+    in each process that is forked.
+    """
     with tempfile.TemporaryDirectory() as directory, socket.socket() as nobody, open(os.devnull, "wb") as nowhere:
         nobody.bind(("127.0.0.1", 0))
         start_log("rehearsal", "info", nowhere.fileno())
