@@ -22,6 +22,7 @@ from tests.exchange_client import KEYS, Client, connect, exchange, fetch, get
 from tests.support import collector, in_loop, running
 from workers.exchange.exchange import Counts, Exchange, Settings, find_failure
 from workers.exchange.protocol.auth import DEFAULT_KEYS
+from workers.exchange.server import Server
 
 
 @pytest.fixture(scope="module")
@@ -573,6 +574,11 @@ async def test_tls_with_a_certificate_of_ones_own(tmp_path: Path) -> None:
         async with connect(url) as client:
             await client.ask("public/subscribe", channels=["book.BTC-PERPETUAL.100ms"])
             await client.wait_data("book.BTC-PERPETUAL.100ms", 3)
+
+
+def test_the_url_holds_an_ipv6_address_in_brackets() -> None:
+    for host, shown in (("::1", "[::1]"), ("127.0.0.1", "127.0.0.1"), ("localhost", "localhost")):
+        assert Server(Exchange(Settings(host=host, options=0), 0)).url == f"ws://{shown}:0/ws/api/v2"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

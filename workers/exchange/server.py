@@ -56,7 +56,8 @@ class Server:
     @property
     def url(self) -> str:
         scheme = "wss" if self.exchange.settings.certificate else "ws"
-        return f"{scheme}://{self.exchange.settings.host}:{self.port}/ws/api/v2"
+        host = self.exchange.settings.host
+        return f"{scheme}://{f'[{host}]' if ':' in host else host}:{self.port}/ws/api/v2"
 
     async def start(self) -> None:
         """Bind and serve. Raises OSError if the port is taken or the certificate cannot be read."""
