@@ -223,6 +223,25 @@ def test_an_endpoint_that_an_orphan_still_holds_is_waited_for() -> None:
         run.wait_gone()
 
 
+def test_a_stopped_orphan_does_not_keep_the_next_collector_from_its_own_directory() -> None:
+    with collected() as run:
+        orphan = psutil.Process(run.wait_state("a")["pid"])
+        run.find_processes()
+        orphan.suspend()
+        wait_until(lambda: orphan.status() == psutil.STATUS_STOPPED, "its stop")
+        run.program.process.kill()
+        run.program.process.wait()  # its output goes on: the orphan has it too
+        with running(*collector("run", str(run.config))) as next_one:
+            next_one.wait_line("a: live")
+            assert "in use" not in next_one.text()
+            orphan.resume()
+            run.wait_gone()
+            with subscribed(f"ipc://{run.runtime_dir}/a.pub") as subscriber:  # the orphan has not taken it along
+                subscriber.wait_for("deribit.quote.", type="quote")
+            next_one.process.send_signal(signal.SIGINT)
+            assert next_one.wait_exit() == 0
+
+
 def test_a_worker_that_was_stopped_while_its_supervisor_died_ends_when_it_goes_on() -> None:
     with collected() as run:
         worker = psutil.Process(run.wait_state("a")["pid"])

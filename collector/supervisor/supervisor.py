@@ -78,6 +78,7 @@ class Supervisor:
         """Start all, watch them until `end` or until no connection is left, stop all; return the exit code."""
         watching = self.guard(self._watch())
         self._remove_pools()  # what a killed supervisor left is out of date
+        self._remove_orphaned()
         try:
             if self.config.exchange is not None:
                 self._start_exchange()
@@ -218,6 +219,15 @@ class Supervisor:
     def _remove_pools(self) -> None:
         for path in self.config.runtime_dir.glob("credits-*"):
             _remove(path)
+
+    def _remove_orphaned(self) -> None:
+        """Remove the sockets of a killed supervisor's workers: one that is stopped would serve its own for ever.
+
+        Nobody else listens in a directory that is ours, and locked.
+        """
+        for path in self.config.runtime_dir.glob("*.pub"):
+            if path.is_socket():
+                _remove(path)
 
     def _build_spec(self, keeper: Keeper) -> dict[str, Any]:
         return {
