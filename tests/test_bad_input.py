@@ -46,7 +46,7 @@ def collecting(faults: str = "", options: Sequence[str] = ("--seed", "1"), **tab
                 yield Running(program, ear, f"ipc://{directory}/run/control", publish)
                 program.process.terminate()
                 assert program.wait_exit() == 0, program.text()
-                ear.check("gap", "time")
+                ear.check("time")
 
 
 def wait_for_more(ear: Subscriber) -> None:

@@ -160,7 +160,7 @@ async def test_a_join_shows_the_same_book_as_the_stream(practice: str) -> None:
 
 @in_loop
 async def test_the_last_gap_comes_first(practice: str) -> None:
-    async with collecting(practice, "", BOOK, TRADES, breaks="gap") as run:
+    async with collecting(practice, "", BOOK, TRADES) as run:
         topic = "deribit.book.BTC-PERPETUAL.100ms"
         for number in (1, 2):
             run.hearer.drain()
