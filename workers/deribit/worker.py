@@ -200,7 +200,6 @@ class Worker(Listener):
                 self.intake.first_until = NEVER
             elif state == "live":
                 self.patrol.begin()
-                self.healer.resume()
             elif state == "closed":
                 for feed in self.feeds.values():
                     if feed.condition[0] != "expired":

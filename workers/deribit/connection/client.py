@@ -108,7 +108,7 @@ class Client:
         """Connect and return once live; from then on stay connected. Raises Lost or Refused if that fails for good."""
         if self._life is None:
             self.start().add_done_callback(log_failure)
-        live, life = asyncio.create_task(self._live.wait()), self.start()
+        live, life = asyncio.create_task(self.wait_live()), self.start()
         try:
             await asyncio.wait({live, life}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -351,6 +351,10 @@ class Client:
     def is_live(self) -> bool:
         """Whether it is live, and not about to be cut."""
         return self._live.is_set()
+
+    async def wait_live(self) -> None:
+        """Wait until it is live."""
+        await self._live.wait()
 
     def read_clock(self) -> int:
         """Now, in ns since 1970; while a burst is handed out, the time at which it was read."""

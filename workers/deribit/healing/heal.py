@@ -50,58 +50,47 @@ class Healer:
         self._turns: asyncio.Queue[TradeFeed] = asyncio.Queue()
         self._room = asyncio.Semaphore(AT_ONCE)
         self._calling: set[TradeFeed] = set()
-        self._healing: set[TradeFeed] = set()
-        self._interrupted: set[TradeFeed] = set()
+        self._under_way: set[TradeFeed] = set()
         self._is_closed = False
         self._rested = asyncio.Event()
         self.repaired = 0
         self.missing = 0
 
     def heal(self, feed: TradeFeed) -> None:
-        """Fetch what this feed lacks, soon; once more where that is under way already."""
-        if feed not in self._calling:
-            self._calling.add(feed)
-            if feed not in self._healing:
-                self._turns.put_nowait(feed)
-
-    def resume(self) -> None:
-        """The connection is live: go on with what its loss has interrupted, also where no channel is confirmed anew."""
-        interrupted, self._interrupted = self._interrupted, set()
-        for feed in interrupted:
-            self.heal(feed)
+        """Fetch what this feed lacks, as soon as the connection is live; once more where that is under way already."""
+        self._calling.add(feed)
+        if feed not in self._under_way:
+            self._under_way.add(feed)
+            self._turns.put_nowait(feed)
 
     async def run(self) -> None:
         """Heal whatever is asked for, until cancelled: a feed that must be patient holds up none but itself."""
         async with together() as group:
             while True:
+                feed = await self._turns.get()
+                await self._client.wait_live()
                 await self._room.acquire()
-                group.create_task(self._take_turn(await self._turns.get()))
+                group.create_task(self._take_turn(feed))
 
     async def _take_turn(self, feed: TradeFeed) -> None:
         self._calling.discard(feed)
-        self._healing.add(feed)
         await self._heal_feed(feed)
-        self._healing.discard(feed)
+        self._room.release()
         if feed in self._calling:
             self._turns.put_nowait(feed)
-        self._room.release()
+        else:
+            self._under_way.discard(feed)
         self._rested.set()
 
     async def finish(self, feeds: list[TradeFeed]) -> None:
         """Heal these, and wait until nothing more can be had of what they lack."""
         for feed in feeds:
             self.heal(feed)
-        while any(self._is_under_way(feed) for feed in feeds):
+        while any(feed in self._under_way and not feed.is_ended for feed in feeds):
             self._rested.clear()
             await self._rested.wait()
 
-    def _is_under_way(self, feed: TradeFeed) -> bool:
-        return feed in self._calling or feed in self._healing or feed in self._interrupted
-
     async def _heal_feed(self, feed: TradeFeed) -> None:
-        if not self._client.is_live:
-            self._interrupted.add(feed)
-            return
         session = self._client.session
         healing = heal_feed(feed, time.time_ns(), session.clock_offset, session.earlier_offset)
         feed.changed = False
@@ -111,10 +100,7 @@ class Healer:
                 self.heal(feed)
         except (Lost, NotConnected, TimeoutError) as error:
             log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
-            if self._client.is_live:
-                self.heal(feed)
-            else:
-                self._interrupted.add(feed)
+            self.heal(feed)
 
     async def _carry_out(self, feed: TradeFeed, healing: Healing) -> None:
         page, said = None, count(1)
@@ -131,9 +117,7 @@ class Healer:
 
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
-        is_under_way = self._is_under_way(feed)
-        self._interrupted.discard(feed)
-        for stream, message in feed.end(is_under_way, self._client.read_clock()):
+        for stream, message in feed.end(feed in self._under_way, self._client.read_clock()):
             self._say(stream, message)
         self._rested.set()
 
