@@ -54,14 +54,14 @@ def connect(
     collector connect options --from configs/deribit.toml      (again, after it was closed or has failed)
     """
     settings_advice = "" if file else "any key of the table can be given: --set KEY=VALUE"
-    with exit_on_error(bad_request=settings_advice):
-        given = {"url": url, "publish": publish, "channels": list(channels) or None}
-        table = {
-            "name": name,
-            **(read_table(file, name) if file else {}),
-            **dict(map(read_setting, settings)),
-            **{key: value for key, value in given.items() if value is not None},
-        }
+    # A connection that was never live is not kept: no state shows how it is.
+    with exit_on_error(bad_request=settings_advice, not_connected=""):
+        wanted = {"name": name, "url": url, "publish": publish, "channels": list(channels) or None}
+        given = {key: value for key, value in wanted.items() if value is not None}
+        further = dict(map(read_setting, settings))
+        if twice := given.keys() & further:
+            raise ValueError(f"--set {min(twice)}: it is given already, as {given[min(twice)]}; leave one of them out")
+        table = (read_table(file, name) if file else {}) | further | given
         if not table.get("url"):
             example = "--url wss://www.deribit.com/ws/api/v2"
             raise ValueError(f"{name} has no URL to connect to; add {example}, or --from FILE that has its table")
