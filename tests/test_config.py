@@ -371,7 +371,8 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "no such credentials": (
         HEAD + 'credentials = "DESK"',
-        "desk.toml: [[connection]] a: credentials = DESK: set DESK_CLIENT_ID and DESK_CLIENT_SECRET in the environment",
+        "desk.toml: [[connection]] a: credentials = DESK: set DESK_CLIENT_ID and DESK_CLIENT_SECRET in the environment "
+        "in which the collector is started",
     ),
     "a secret for a prefix": (
         HEAD + 'credentials = "hUsh-9f8a7s6df"',

@@ -211,7 +211,10 @@ def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Cre
             "and set DERIBIT_CLIENT_ID and DERIBIT_CLIENT_SECRET"
         )
     if prefix not in secrets:
-        raise ConfigError(f"{where} = {prefix}: set {prefix}_CLIENT_ID and {prefix}_CLIENT_SECRET in the environment")
+        raise ConfigError(
+            f"{where} = {prefix}: set {prefix}_CLIENT_ID and {prefix}_CLIENT_SECRET in the environment in which the "
+            "collector is started"
+        )
     if fault := secrets[prefix].read_again().fault:
         raise ConfigError(f"{where} = {prefix}: {fault}")
     return prefix
