@@ -385,6 +385,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "secret outside": ('client_secret = "hUsh"\n' + HEAD, f"desk.toml: client_secret: {SECRETS}"),
     "table of secrets": ('[secrets]\nx = "hUsh"\n' + HEAD, f"desk.toml: secrets: {SECRETS}"),
     "header": (HEAD + 'headers = { Authorization = "Bearer hUsh" }', f"a: headers: Authorization: {SECRETS}"),
+    "login under another name": (HEAD + 'headers = { X-Api = "Basic hUsh" }', f"a: headers: X-Api: {SECRETS}"),
     "header with dashes": (HEAD + 'headers = { X-API-Key = "hUsh" }', f"a: headers: X-API-Key: {SECRETS}"),
     "login in headers": (HEAD + 'headers = { CF-Access-Client-Id = "hUsh" }', f"CF-Access-Client-Id: {SECRETS}"),
     "private key": (HEAD + 'headers = { Private-Key = "hUsh" }', f"a: headers: Private-Key: {SECRETS}"),
@@ -396,6 +397,10 @@ REFUSED: dict[str, tuple[str, str]] = {
     "key in the url": (HEAD.replace("v2", "v2?api-key=hUsh"), f"[[connection]] a: url: {SECRETS}"),
     # URL and headers
     "scheme": (HEAD.replace("wss", "https"), "url begins with https://; write wss://www.deribit.com/ws/api/v2"),
+    "scheme without a host": (
+        HEAD.replace(URL, "file:///x"),
+        "url begins with file://; write for example wss://www.deribit.com/ws/api/v2",
+    ),
     "scheme at home": (
         HEAD.replace(URL, "http://[::1]:8080/"),
         "url begins with http://; write ws://[::1]:8080/ws/api/v2",

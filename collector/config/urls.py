@@ -12,6 +12,7 @@ PRACTICE = "practice"
 
 _EXAMPLE = "wss://www.deribit.com/ws/api/v2"
 _HEADER = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]{1,100}\Z")
+_LOGIN = re.compile(r"(basic|bearer|deri-hmac-sha256) +\S+\Z", re.I)
 _HANDSHAKE = re.compile(r"upgrade|connection|host|content-length|transfer-encoding|sec-websocket-.*", re.I)
 
 
@@ -60,7 +61,8 @@ def _check_parts(url: str, login: bool, where: str) -> None:
         raise ConfigError(f"{where}: a user or password stands before the host; {SECRET_ADVICE}")
     if parts.scheme not in ("ws", "wss"):
         instead = "ws" if is_loopback(host) else "wss"
-        raise ConfigError(f"{where} begins with {show(parts.scheme)}://; write {instead}://{parts.netloc}/ws/api/v2")
+        better = f"{instead}://{parts.netloc}/ws/api/v2" if host else f"for example {_EXAMPLE}"
+        raise ConfigError(f"{where} begins with {show(parts.scheme)}://; write {better}")
     if not host or port == 0 or parts.fragment:
         raise ConfigError(f"{where} needs a host, no port 0 and no #; write for example {_EXAMPLE}")
     if login and parts.scheme == "ws" and not is_loopback(host):
@@ -92,7 +94,7 @@ def check_headers(headers: Mapping[Any, Any], where: str) -> None:
         here = f"{where}: headers: {show(name)}"
         if not isinstance(name, str) or not _HEADER.match(name):
             raise ConfigError(f"{here} is no header name; write letters, digits and -")
-        if sounds_secret(name):
+        if sounds_secret(name) or _LOGIN.match(str(value)):
             raise ConfigError(f"{here}: {SECRET_ADVICE}")
         if _HANDSHAKE.fullmatch(name):
             raise ConfigError(f"{here} belongs to the WebSocket upgrade itself; leave it out")
