@@ -68,6 +68,7 @@ class Board:
         self.notes = notes
         self.rows: dict[Topic, Row] = {}
         self.connections: dict[str, Message] = {}
+        self._states: dict[Topic, str] = {}
         self.endpoints: dict[str, str] = {}
         self.count = 0
         self.rate = 0.0
@@ -89,6 +90,7 @@ class Board:
         if item.type in ON_DATA_TOPICS and not item.is_join:
             self.note_event(item)
         if item.topic.type == "status":
+            self._states[item.topic] = item["state"]
             return
         if item.topic not in self.rows:
             if len(self.rows) >= MAX_TOPICS:
@@ -100,11 +102,12 @@ class Board:
 
     def note_event(self, message: Message) -> None:
         """Remember a gap, a repair or a change of state; a status that says nothing new is left out."""
-        known = self.rows[message.topic].state if message.topic in self.rows else ""
+        topic = message.topic
+        known = self.rows[topic].state if topic in self.rows else self._states.get(topic, "")
         if message.type == "status" and message["state"] in (known, known or "live"):
             return
         style = "red" if message.type == "gap" else STYLES.get(message.get("state", ""), "")
-        where = f"{message.topic.type} {message.instrument}"
+        where = f"{'connection' if topic.type == 'status' else topic.type} {message.instrument}"
         self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {describe(message)}", style=style))
 
     def measure(self) -> None:
