@@ -7,6 +7,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -505,6 +506,35 @@ def test_only_of_an_instrument_whose_listing_nobody_told_the_whole_list_is_asked
     table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
     with short_directory() as directory:
         asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
+
+
+def test_what_leaves_a_pattern_by_the_time_is_let_go_also_while_the_list_cannot_be_had(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where nothing is told either: only the clock moves then."""
+    monkeypatch.setattr("collector.supervisor.follower.RECHECK", 0.1)
+    monkeypatch.setattr("collector.supervisor.follower.CHECK", 0.1)
+    monkeypatch.setattr("collector.supervisor.follower.AGAIN", 0.1)
+
+    async def check(config: Config, stop: Callable[[], None]) -> None:
+        supervisor = Supervisor(config, "info", time.time_ns)
+        running = asyncio.create_task(supervisor.run())
+        while "a" not in supervisor.entries or not (entry := supervisor.entries["a"]).channels:
+            await asyncio.sleep(0.05)
+        stop()
+        supervisor.find_catalogue(entry.connection)._offset += 400 * 86_400
+        async with asyncio.timeout(20):
+            while entry.channels:
+                await asyncio.sleep(0.05)
+        supervisor.end(0)
+        await running
+
+    table = {**QUICK, "channels": ["quote.{kind=option,expiry<365d}"], "retry_count": 1000}
+    with short_directory() as directory, ExitStack() as stack:
+        stack.enter_context(exchange(port := find_port(), "--options", "100"))
+        table["url"] = f"ws://127.0.0.1:{port}/ws/api/v2"
+        (directory / "run").mkdir(mode=0o700)
+        asyncio.run(check(load_config(write_config(directory, {"a": table}), {}), stack.close))
 
 
 def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:

@@ -189,7 +189,6 @@ class Follower:
                     await self._outdated.wait()
             while not await self._check():
                 await asyncio.sleep(AGAIN)
-            self._woken.set()
 
     async def _check(self) -> bool:
         """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
@@ -202,6 +201,7 @@ class Follower:
             return False
         finally:
             recent, self._recent = self._recent or [], None
+            self._woken.set()  # also where it has failed: time goes on, and some leave their patterns by it
         now = self._catalogue.read_ms()
         missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
         kept = missing - self._missing
