@@ -62,13 +62,13 @@ class _Lazy(click.Group):
 def fill_closed_files() -> None:
     """Put /dev/null in the place of stdin, stdout and stderr that are closed.
 
-    Whatever is opened next would be taken for them: the forkserver dies of that. To write to such a stdout is an error.
+    Whatever is opened next would be taken for them: the forkserver dies of that.
     """
-    for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
+    for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.set_inheritable(os.open(os.devnull, mode), True)  # it has the least number that is free
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # it has the least number that is free
     if sys.stdout is None:
         sys.stdout = os.fdopen(1, "w", closefd=False)
 
