@@ -313,6 +313,12 @@ async def test_a_connection_is_well_again_in_the_end(url: str) -> None:
 
 
 @in_loop
+async def test_a_frame_is_nested_deeper_than_pythons_json_can_read(url: str) -> None:
+    async with connect(url, "deep_json:0.1") as client:
+        await client.wait(lambda: any("[" * 50_000 in text for text in client.texts), "a deep frame")
+
+
+@in_loop
 async def test_a_fault_that_is_named_more_than_once_holds_each_time(url: str) -> None:
     twice = f"drop_subscribe:{BOOK}@1,drop_subscribe:*@1,oversized:4000000@0.1,oversized:5000000@0.3"
     async with connect(url, f"error:public/test=13028@1,error:public/test=11094@2,{twice}") as client:

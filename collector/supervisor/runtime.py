@@ -141,7 +141,7 @@ def _open_private(path: Path, where: str) -> int:
     elif facts.st_mode & 0o077:
         mode = f"{stat.S_IMODE(facts.st_mode):o}"
         # It may be /tmp or /run: for root to close these to all others would be a disaster.
-        fault = f"is open to others (mode {mode}); {_ANOTHER}, or close this one if it is yours alone (mode 700)"
+        fault = f"is open to others (mode {mode}); if it is yours alone, close it (chmod 700), else {_ANOTHER}"
     if fault:
         os.close(directory)
         raise ConfigError(f"{where} {fault}")
