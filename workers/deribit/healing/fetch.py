@@ -93,9 +93,14 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
 
 def heal_known(feed: TradeFeed) -> Healing:
     """Fetch by number what is known to be missing, while a healing of the channel waits for an answer by time."""
-    holes = [hole for tape in feed.tapes.values() for hole in tape.holes]
-    if feed.losses.lost_from is not None and any(hole.is_bounded for hole in holes):
-        yield from _fetch_numbers(feed, 0, False, None)
+    if feed.losses.lost_from is None:
+        return
+    for tape in [each for each in feed.tapes.values() if any(hole.is_bounded for hole in each.holes)]:
+        missing = tape.find_missing(tails=False)
+        if missing is not None and not (yield from _fetch_run(tape.stream, *missing, 0.0)):
+            return  # what is refused, or not there yet, is left to that healing
+        if not tape.lacks_more(tails=False):
+            yield Healed(tape, [hole for hole in tape.holes if hole.is_bounded])
 
 
 def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None) -> Healing:

@@ -67,9 +67,9 @@ class Healer:
         """Heal whatever is asked for, until cancelled: a feed that must be patient holds up none but itself."""
         async with together() as group:
             while True:
+                await self._room.acquire()
                 feed = await self._turns.get()
                 await self._client.wait_live()
-                await self._room.acquire()
                 group.create_task(self._take_turn(feed))
 
     async def _take_turn(self, feed: TradeFeed) -> None:
