@@ -40,7 +40,7 @@ from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed, heal_known
 from workers.deribit.healing.heal import read_page
-from workers.deribit.publishing.ledger import HEARD
+from workers.deribit.publishing.ledger import HEARD, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.rpc.errors import ExchangeError
@@ -481,9 +481,12 @@ def test_while_an_answer_by_time_is_awaited_only_what_is_known_to_be_missing_is_
         trade(other, 9)
     asked = run_healing(heal_known(feed), answer_nothing)
     runs = [(ask.params["instrument_name"], ask.params.get("end_seq")) for ask in asked]
-    assert runs == [(other, 8)] * (len(PAUSES) if is_bounded else 0)
+    assert runs == [(other, 8)] * is_bounded
+    refused = run_healing(heal_known(feed), lambda ask: None)
+    assert len(refused) == is_bounded
     assert feed.losses.lost_from is not None
     assert feed.tapes[quiet].stream.due is not None
+    assert len(feed.tapes[other].holes) == is_bounded, "what could not be had yet is given up by no other healing"
 
 
 @in_loop
@@ -876,6 +879,7 @@ def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(to
             said += step.tape.end_healing(step.holes, START)
     said += [] if is_late else trade(5)
     gap = next(each for each in said if isinstance(each, Gap))
+    assert trade(3) == [], "it was said to stay missing"
     assert (gap.reason, gap.from_ts, gap.missing_from, gap.missing_to) == ("disconnect", START - 9, 1, 4)
     assert gap.healing is is_late
     assert [(each.gap, each.missing) for each in said if isinstance(each, Repair)] == [(gap.id, [(1, 4)])] * is_late
@@ -896,6 +900,7 @@ def test_a_trade_that_comes_after_the_first_though_it_is_older_is_said_late_and_
     assert take(18, 17) == [(18, False), (17, True)]
     assert take(17, 18, 14, 15, 17, 14) == [(14, True), (15, True)]
     assert (feed.duplicates, feed.changed) == (4, True)
+    assert topics.ledger.cells[feed.tapes[name].stream.slot + UNHEALED] == 14, "a later life would fetch from there"
     asked: list[tuple[int, int]] = []
     said: list[Any] = []
     for step in heal_feed(feed, START, 0):  # no answer to any request

@@ -82,7 +82,8 @@ class Tape:
         else:
             if losses.unsure_from is not None and stream.left_at < last:
                 published.append((stream, self._describe_missing(stream.left_at + 1, last, now)))
-            self._note_first(seq)
+                last = stream.left_at
+            self._note_first(last + 1)
 
     def _note_first(self, seq: int) -> None:
         """A later life need not fetch what lies before the first trade of all."""
@@ -194,6 +195,7 @@ class Tape:
         if not stream.left_at < seq < first or any(seq in hole.came for hole in self.holes):
             return None
         self._note_first(seq)
+        self.topics.ledger.lower(stream.slot, UNHEALED, seq)
         return self.open_hole(None, seq, first - 1)
 
     def fill(self, seq: int) -> bool:
@@ -285,6 +287,7 @@ class Tape:
             self._note_first(first)
             if unsure_from is not None and hole.first < first:
                 missing.insert(0, (hole.first, first - 1))
+                self._note_first(hole.first)
             if not missing:
                 return []
             gap = self._describe_missing(missing[0][0], missing[-1][1], now)
