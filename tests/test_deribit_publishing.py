@@ -176,9 +176,10 @@ async def test_a_channel_that_awaits_its_first_full_state_says_so_as_soon_as_it_
             await run.hearer.hear_of("deribit.status.", reason="after whatever is said of channels")
             told = run.hearer.find("deribit.book.")[0]
             assert (told["seq"], told["state"], told["reason"]) == (1, "recovering", "subscribe")
-            stream = run.worker.feeds[BOOK.encode()].stream
-            status = stream.status
+            feed = run.worker.feeds[BOOK.encode()]
+            stream, status, feed.waiting_since = feed.stream, feed.stream.status, 1.0  # it waited once, long ago
             run.worker.confirm_channels([BOOK])
+            assert time.monotonic() - feed.waiting_since < 60, "its snapshot is not late yet"
             assert (stream.status is status, stream.lost) == (True, is_restart), "it is said once"
             late = Hearer(run.worker.publisher.endpoint, prefixes=["deribit.book."])
             await late.hear(lambda: late.joins, "an answer to a late subscriber")

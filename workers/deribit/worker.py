@@ -230,6 +230,7 @@ class Worker(Listener):
         if feed.is_complete:
             self.statuses.tell(feed, "live", "")
         else:
+            feed.waiting_since = time.monotonic()
             self.statuses.tell_awaited(feed)
         if isinstance(feed, ListingFeed):
             self.channels.events.append({"event": "listening"})

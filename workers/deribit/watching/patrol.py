@@ -261,7 +261,7 @@ class Patrol:
     # -- books --------------------------------------------------------------------------------------------------------
 
     def _judge_waiting(self, feed: Feed) -> None:
-        """A snapshot that does not come is asked for again, ever less often."""
+        """A snapshot that does not come is asked for again, as often as the book's allowance lasts."""
         now = time.monotonic()
         if feed.channel.name not in self._client.reconciler.subscriptions.confirmed:
             feed.waiting_since = 0.0
@@ -272,8 +272,10 @@ class Patrol:
 
     def resync(self, feed: Feed) -> None:
         """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if all of them do."""
+        if self._ask_anew(feed):
+            return
         books = [each for each in self._feeds.values() if isinstance(each, BookFeed)]
-        if not self._ask_anew(feed) and len(books) > 1 and all(map(_is_sick, books)):
+        if len(books) > 1 and all(map(_is_sick, books)):
             self._reconnect(time.time_ns(), "all books out of step")
 
     def _ask_anew(self, feed: Feed) -> bool:
