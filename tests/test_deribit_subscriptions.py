@@ -524,6 +524,25 @@ async def test_who_gives_up_a_call_of_an_earlier_connection_leaves_those_of_this
         assert subscriptions.is_any_in_flight([QUOTE])
 
 
+@in_loop
+async def test_what_callers_have_given_up_waiting_for_is_asked_for_in_one_call(practice: str) -> None:
+    """One by one, a crowd of calls would cost all credits of a minute."""
+    channels = [f"quote.{name}-PERPETUAL" for name in ("BTC", "ETH", "SOL_USDC", "XRP_USDC")]
+    async with connected(practice) as (client, _):
+        pool = client.reconciler.credits
+        assert isinstance(pool, Credits)
+        pool.level = -1e6
+        asking = [asyncio.create_task(client.subscribe([name])) for name in channels]
+        subscriptions = client.reconciler.subscriptions
+        await wait_for(lambda: subscriptions.is_any_in_flight(channels), "the calls")
+        for task in asking:
+            task.cancel()
+        await asyncio.gather(*asking, return_exceptions=True)
+        pool.level, requests = 1e6, client.traffic.requests.last
+        await wait_for(lambda: subscriptions.confirmed >= {*channels}, "all of them")
+        assert client.traffic.requests.last == requests + 1
+
+
 # -- many -------------------------------------------------------------------------------------------------------------
 
 
@@ -563,6 +582,6 @@ async def test_calls_of_a_life_that_failed_are_not_sent_in_the_next(large: tuple
     faults = "error:public/set_heartbeat=11094,first:1"
     async with connected(url, faults, live=False, channels=names, retry_delay=30) as (_, ear):
         await wait_for(lambda: ear.find("backoff"), "the loss")
-        ours = {"connect", "_live_on", "wait", "run_test"}
+        ours = {"connect", "_live_on", "wait_live", "run_test"}
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert {getattr(task.get_coro(), "__name__", "") for task in others} <= ours

@@ -144,10 +144,16 @@ class Client:
         return dict.fromkeys(names, True)
 
     async def _settle_beside(self, channels: list[str]) -> None:
-        """Settle as part of this connection: that ends with it, and goes on where the caller gives up waiting."""
+        """Settle as part of this connection, with which it ends, for as long as the caller waits.
+
+        What waits for credits then is asked for by the upkeep, all in one call.
+        """
         if self.is_live:
             settling = self.spawn(self._settle(channels))
-            await asyncio.wait({settling})
+            try:
+                await asyncio.wait({settling})
+            finally:
+                settling.cancel()
             if not settling.cancelled():
                 settling.result()  # raises what the listener raises
 
