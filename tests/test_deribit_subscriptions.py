@@ -543,6 +543,23 @@ async def test_what_callers_have_given_up_waiting_for_is_asked_for_in_one_call(p
         assert client.traffic.requests.last == requests + 1
 
 
+@in_loop
+async def test_a_call_that_was_sent_is_seen_through_though_its_caller_has_given_up(practice: str) -> None:
+    """Else the exchange would send a channel of which nobody knows, whoever unsubscribes from it."""
+    async with connected(practice, "slow:public/subscribe=0.5") as (client, ear):
+        asking = asyncio.create_task(client.subscribe([QUOTE]))
+        await wait_for(lambda: client.traffic.requests.waiting, "the request")
+        asking.cancel()
+        await asyncio.gather(asking, return_exceptions=True)
+        requests = client.traffic.requests.last
+        assert await client.subscribe([QUOTE]) == {QUOTE: True}
+        assert client.traffic.requests.last == requests, "it was on its way already"
+        await wait_for(lambda: ear.frames, "data")
+        await client.unsubscribe([QUOTE])
+        assert client.reconciler.subscriptions.confirmed == set()
+        assert client.traffic.requests.last == requests + 1
+
+
 # -- many -------------------------------------------------------------------------------------------------------------
 
 

@@ -90,7 +90,7 @@ class Client:
         told = self.listener
         self.session = Session(self.traffic.send, calls, login, heartbeat_interval, cancel_on_disconnect)
         self.reconciler = Reconciler(
-            self.traffic.send, self.session, subscribing, told.confirm_channels, told.refuse_channels
+            self.traffic.send, self.session, subscribing, told.confirm_channels, told.refuse_channels, self.spawn
         )
         self.machine = Machine(CONNECTION, "closed", self._note_change)
         self.since = time.time_ns()
@@ -146,7 +146,7 @@ class Client:
     async def _settle_beside(self, channels: list[str]) -> None:
         """Settle as part of this connection, with which it ends, for as long as the caller waits.
 
-        What waits for credits then is asked for by the upkeep, all in one call.
+        What waits for credits then is asked for by the upkeep, all in one call; what was sent is seen through.
         """
         if self.is_live:
             settling = self.spawn(self._settle(channels))

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from collector.channels import has_expired
@@ -36,7 +36,8 @@ key was reset), and a new connection logs in anew."""
 class Reconciler:
     """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`.
 
-    What waits here must be cancelled before `end`: no call of one connection may go on in the next.
+    What waits here, and what it has `spawn` do beside that, must be cancelled before `end`: no call of one connection
+    may go on in the next.
     """
 
     def __init__(
@@ -46,12 +47,14 @@ class Reconciler:
         credits: Pool,
         confirm: Callable[[list[str]], None],
         refuse: Callable[[list[str], str], None],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self.subscriptions = Subscriptions()
         self._send = send
         self._session = session
         self._confirm = confirm
         self._refuse = refuse
+        self._spawn = spawn
         self.credits = credits
         self._turn = asyncio.Lock()
         self._answered = asyncio.Event()
@@ -105,8 +108,18 @@ class Reconciler:
         return {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
 
     async def _place(self, call: Call) -> None:
+        """Send a call once there are credits for it. What was sent is seen through, whoever gives up waiting for it."""
+        sent = None
         try:
             await self._wait_for_credits(call)
+            sent = self._spawn(self._see_through(call))
+            await asyncio.shield(sent)
+        finally:
+            if sent is None:
+                self._end_call(call)
+
+    async def _see_through(self, call: Call) -> None:
+        try:
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
             await self._take_error(call, error)
@@ -115,9 +128,12 @@ class Reconciler:
         else:
             self._take_answer(call, answered)
         finally:
-            self.subscriptions.abandon(call)  # not before: others would ask for the same, and use up the tries
-            self._answered.set()  # those who wait for it look what came of it
-            self._answered = asyncio.Event()
+            self._end_call(call)  # not before: others would ask for the same, and use up the tries
+
+    def _end_call(self, call: Call) -> None:
+        self.subscriptions.abandon(call)
+        self._answered.set()  # those who wait for it look what came of it
+        self._answered = asyncio.Event()
 
     def _take_answer(self, call: Call, answered: Any) -> None:
         if call.leaves:
