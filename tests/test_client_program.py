@@ -178,12 +178,12 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
         (
             ("connect", "x", "--url", "practice", "--set", "url=wss://y"),
             2,
-            "--set url: it is given already, as practice",
+            "--set url: that is given beside it already; leave one",
         ),
         (
             ("connect", "x", "--url", "practice", "--set", "name=y"),
             2,
-            "--set name: it is given already, as x; leave one",
+            "--set name: that is given beside it already; leave one",
         ),
         (("connect", "x", "--set", "nonsense"), 2, "write KEY=VALUE"),
         (("connect", "x", "--from", "configs/deribit.toml"), 2, "there is no [[connection]] 'x'; there are "),

@@ -60,7 +60,7 @@ def connect(
         given = {key: value for key, value in wanted.items() if value is not None}
         further = dict(map(read_setting, settings))
         if twice := given.keys() & further:
-            raise ValueError(f"--set {min(twice)}: it is given already, as {given[min(twice)]}; leave one of them out")
+            raise ValueError(f"--set {min(twice)}: that is given beside it already; leave one of them out")
         table = (read_table(file, name) if file else {}) | further | given
         if not table.get("url"):
             example = "--url wss://www.deribit.com/ws/api/v2"
