@@ -94,7 +94,7 @@ def check_headers(headers: Mapping[Any, Any], where: str) -> None:
         here = f"{where}: headers: {show(name)}"
         if not isinstance(name, str) or not _HEADER.match(name):
             raise ConfigError(f"{here} is no header name; write letters, digits and -")
-        if sounds_secret(name) or _LOGIN.match(str(value)):
+        if sounds_secret(name) or _LOGIN.match(str(value).strip()):
             raise ConfigError(f"{here}: {SECRET_ADVICE}")
         if _HANDSHAKE.fullmatch(name):
             raise ConfigError(f"{here} belongs to the WebSocket upgrade itself; leave it out")
