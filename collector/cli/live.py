@@ -90,7 +90,8 @@ class Board:
         if item.type in ON_DATA_TOPICS and not item.is_join:
             self.note_event(item)
         if item.topic.type == "status":
-            self._states[item.topic] = item["state"]
+            if item.type == "status":
+                self._states[item.topic] = item["state"]
             return
         if item.topic not in self.rows:
             if len(self.rows) >= MAX_TOPICS:
