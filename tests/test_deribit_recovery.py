@@ -911,8 +911,11 @@ def test_a_trade_that_comes_after_the_first_though_it_is_older_is_said_late_and_
     assert asked == [(15, 16)] * len(PAUSES)
     assert [(each.missing_from, each.missing_to) for each in said if isinstance(each, Gap)] == [(16, 16)]
     assert [each.missing for each in said if isinstance(each, Repair)] == [[(16, 16)]]
+    assert take(12) == [(12, True)]
+    feed.tapes[name].note_out()
+    assert topics.ledger.cells[feed.tapes[name].stream.slot + UNHEALED] == 12, "no end of another healing"
     assert take(14, 15, 17, 18, 19) == [(19, False)]
-    assert take(13) == [(13, True)]
+    assert take(13, 11) == [(13, True), (11, True)]
 
 
 def test_a_trade_of_before_a_topic_was_left_is_not_said_again_where_the_new_first_is_later(topics: Topics) -> None:

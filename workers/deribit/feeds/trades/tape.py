@@ -301,5 +301,6 @@ class Tape:
     def note_out(self) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
         cells, slot = self.topics.ledger.cells, self.stream.slot
-        cells[slot + UNHEALED] = min((hole.first for hole in self.holes if hole.gap is not None), default=0)
+        is_known = [hole for hole in self.holes if hole.gap is not None or hole.came]
+        cells[slot + UNHEALED] = min((hole.first for hole in is_known), default=0)
         self.note_doubt()
