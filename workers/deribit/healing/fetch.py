@@ -92,7 +92,7 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
 
 
 def heal_known(feed: TradeFeed) -> Healing:
-    """Fetch by number, once, what is known to be missing, while a healing of the channel waits for an answer by time."""
+    """Fetch once, by number, what is known to be missing, while a healing of the channel awaits an answer by time."""
     if feed.losses.lost_from is None:
         return
     for tape in [each for each in feed.tapes.values() if any(hole.is_bounded for hole in each.holes)]:
