@@ -508,21 +508,19 @@ def test_only_of_an_instrument_whose_listing_nobody_told_the_whole_list_is_asked
         asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
 
 
-def test_what_leaves_a_pattern_by_the_time_is_let_go_also_while_the_list_cannot_be_had(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_what_leaves_a_pattern_by_the_time_is_let_go_also_where_the_list_cannot_be_had() -> None:
     """Where nothing is told either: only the clock moves then."""
-    monkeypatch.setattr("collector.supervisor.follower.RECHECK", 0.1)
-    monkeypatch.setattr("collector.supervisor.follower.CHECK", 0.1)
-    monkeypatch.setattr("collector.supervisor.follower.AGAIN", 0.1)
 
     async def check(config: Config, stop: Callable[[], None]) -> None:
         supervisor = Supervisor(config, "info", time.time_ns)
         running = asyncio.create_task(supervisor.run())
-        while "a" not in supervisor.entries or not (entry := supervisor.entries["a"]).channels:
-            await asyncio.sleep(0.05)
+        async with asyncio.timeout(20):
+            while "a" not in supervisor.entries or not (entry := supervisor.entries["a"]).channels:
+                await asyncio.sleep(0.05)
         stop()
         supervisor.find_catalogue(entry.connection)._offset += 400 * 86_400
+        assert entry.follower is not None
+        assert not await entry.follower._check()
         async with asyncio.timeout(20):
             while entry.channels:
                 await asyncio.sleep(0.05)
