@@ -16,8 +16,8 @@ class Feed(ABC):
     - `is_ended` is set when nobody asks for the channel any more.
     - `condition` is the (state, reason) last said on its topics.
     - `last_ts` is when data came last (ns), `mute_since` what that was when its silence was last told.
-    - `waiting_since` is when a snapshot was asked for (s, monotonic; 0: none is awaited), `allowance` how often it may
-      still be asked for anew (None: it never was).
+    - `waiting_since` is when a wait for its snapshot began last (s, monotonic): the exchange gave the channel, or was
+      asked for it anew; `allowance` is how often it still may be (None: it never was).
     - `dropped` and `duplicates` count oddities.
     """
 

@@ -262,12 +262,8 @@ class Patrol:
 
     def _judge_waiting(self, feed: Feed) -> None:
         """A snapshot that does not come is asked for again, as often as the book's allowance lasts."""
-        now = time.monotonic()
-        if feed.channel.name not in self._client.reconciler.subscriptions.confirmed:
-            feed.waiting_since = 0.0
-        elif not feed.waiting_since:
-            feed.waiting_since = now
-        elif now - feed.waiting_since > SNAPSHOT_WAIT:
+        is_given = feed.channel.name in self._client.reconciler.subscriptions.confirmed
+        if is_given and time.monotonic() - feed.waiting_since > SNAPSHOT_WAIT:
             self._ask_anew(feed)
 
     def resync(self, feed: Feed) -> None:
