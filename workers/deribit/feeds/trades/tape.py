@@ -86,7 +86,7 @@ class Tape:
             self._note_first(last + 1)
 
     def _note_first(self, seq: int) -> None:
-        """A later life need not fetch what lies before the first trade of all."""
+        """A later life need not fetch what lies before the first trade that came, or was said to be missing."""
         self.topics.ledger.lower(self.stream.slot, FIRST, seq)
 
     # -- what is said -------------------------------------------------------------------------------------------------
@@ -301,6 +301,6 @@ class Tape:
     def note_out(self) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
         cells, slot = self.topics.ledger.cells, self.stream.slot
-        is_known = [hole for hole in self.holes if hole.gap is not None or hole.came]
-        cells[slot + UNHEALED] = min((hole.first for hole in is_known), default=0)
+        unhealed = [hole.first for hole in self.holes if hole.gap is not None or hole.came]
+        cells[slot + UNHEALED] = min(unhealed, default=0)
         self.note_doubt()
