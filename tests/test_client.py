@@ -17,6 +17,7 @@ import zmq
 
 import collector
 from collector import Control, ControlError, Subscriber
+from collector.cli.render import format_line
 from collector.client.control import NobodyAnswers
 from collector.client.questions import Questions
 from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
@@ -360,7 +361,8 @@ def test_reported_losses_stand_in_the_stream(publisher: Any) -> None:
         index_message(3, epoch=later),
     ]
     expected: list[Any] = [
-        4, 5, 5, ("repeated", 5, 5), ("sequence", 6, 9), 9, 10, 1, ("epoch", 0, 0), ("sequence", 2, 2), 3,
+        4, 5, 5, ("repeated", 5, 5), ("sequence", 6, 9), 9, 10,
+        ("anew", 0, 0), 1, ("epoch", 0, 0), ("sequence", 2, 2), 3,
     ]  # fmt: skip
     with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
         wait_subscribed(publisher)
@@ -465,11 +467,51 @@ def test_topics_of_years_are_forgotten_for_new_ones_but_not_those_that_speak() -
     assert (lost.reason, lost.first, lost.last) == ("sequence", 3, 3)
 
 
+STATUS: dict[str, Any] = {"type": "status", "state": "live", "connection": "b"}
+RESTART: dict[str, Any] = {"type": "gap", "id": 1, "reason": "restart", "from_ts": START, "to_ts": START}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ({}, [{"seq": 1, **STATUS}, {"seq": 2}], [1, "anew", 2]),
+        ({}, [{"seq": 1, **RESTART}, {"seq": 2}], [1, 2]),
+        (STATUS, [{"seq": 1}], [1]),
+        ({}, [{"seq": 4}, {"seq": 5}], ["anew", 4, 5]),
+        ({}, [{"seq": 2, **RESTART}], ["sequence", 2]),
+        ({}, [{"seq": 2, "join": True, **RESTART}], ["sequence", 2]),
+        ({}, [{"seq": 0, "join": True}], ["anew", 0]),
+    ],
+    ids=["no gap", "gap", "no data before", "dropped as well", "gap after a drop", "joined gap", "joined data"],
+)
+def test_data_of_a_new_epoch_without_a_gap_are_a_loss_once(
+    publisher: Any, before: dict[str, Any], after: list[dict[str, Any]], expected: list[int | str]
+) -> None:
+    with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
+        wait_subscribed(publisher)
+        for keys in [{"seq": 3, **before}, *({"epoch": START + 5, **keys} for keys in after)]:
+            publisher.send_multipart(index_message(**keys))
+        got = [subscriber.receive(10) for _ in [before, *expected]]
+        assert [item.reason if isinstance(item, Loss) else item and item.seq for item in got] == [3, *expected]
+        assert subscriber.receive(0) is None
+
+
+def test_a_type_that_came_later_than_this_program_is_read(publisher: Any) -> None:
+    topic = "deribit.rumour.btc_usd.raw"
+    with Subscriber([endpoint_of(publisher)]) as subscriber:
+        wait_subscribed(publisher)
+        publisher.send_multipart([topic.encode(), index_message(1, type="rumour")[1]])
+        message = subscriber.receive(10)
+        assert isinstance(message, Message)
+        assert (str(message.topic), message.type, message["price"]) == (topic, "rumour", 1.0)
+        assert "rumour" in format_line(message)
+
+
 def test_the_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any) -> None:
     closed: dict[str, Any] = {"type": "status", "state": "closed", "reason": "unsubscribed", "connection": "b"}
     with Subscriber([endpoint_of(publisher)]) as subscriber:
         wait_subscribed(publisher)
-        sent = [index_message(7), index_message(1, epoch=START + 5), index_message(8, **closed)]
+        sent = [index_message(7), index_message(1, epoch=START + 5, **RESTART), index_message(8, **closed)]
         for frames in [*sent, index_message(2, epoch=START + 5)]:
             publisher.send_multipart(frames)
         got = [subscriber.receive(10) for _ in range(3)]
@@ -484,7 +526,6 @@ def test_what_cannot_be_read_is_a_loss_and_hurts_nobody(publisher: Any) -> None:
         [b"", b""], [b"x"], [*good, b"third"], [good[0], b"\xc1"], [good[0], good[1][:-3]], [b"\xff.b.c.d", good[1]],
         [b"deribit.quote.btc_usd.raw", good[1]], [good[0], b"\xdf\xff\xff\xff\xff"], [good[0], b"\x81" * 9000],
         [good[0], b"\x90"], [good[0], good[1].replace(b"price", b"prize")],
-        [b"deribit.indey.btc_usd.raw", good[1].replace(b"index", b"indey")],
     ]  # fmt: skip
     with Subscriber(endpoint_of(publisher), on_loss="report") as subscriber:
         wait_subscribed(publisher)

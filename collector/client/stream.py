@@ -21,6 +21,9 @@ MAX_TOPICS = 200_000
 ON_DATA_TOPICS = frozenset({"gap", "repair", "status"})
 """Types that also stand on the topics of other types, in order with the data."""
 
+_NO_DATA = frozenset({"status", "repair", "heartbeat"})
+"""Types that are neither data nor say where data are missing."""
+
 
 class Message(Mapping[str, Any]):
     """One message: the keys of the envelope as attributes, every key by `message["price"]` or `message.get("iv")`.
@@ -69,11 +72,12 @@ class Message(Mapping[str, Any]):
 
 
 class Loss(NamedTuple):
-    """What this reader could not have: nobody else may have lost it (what the collector lost is a `gap` message).
+    """What this reader could not have, and no `gap` message tells of: nobody else may have lost it.
 
-    `reason`: `sequence` (messages `first` to `last` of the topic were dropped on the way), `repeated` (a number came
-    again), `epoch` (a message of an earlier epoch), `malformed` (a message that cannot be read; `detail` says why, and
-    `topic` is None if even that could not be read).
+    `reason`: `sequence` (messages `first` to `last` of the topic were dropped on the way), `anew` (its data go on in
+    another epoch, and no gap says what is missing between: the collector was started anew, or the topic was left and
+    taken up again), `repeated` (a number came again), `epoch` (a message of an earlier epoch), `malformed` (a message
+    that cannot be read; `detail` says why, and `topic` is None if even that could not be read).
     """
 
     topic: Topic | None
@@ -101,9 +105,12 @@ class LossError(Exception):
 
 
 def read_message(*frames: bytes) -> Message:
-    """Read one message, with all that its type promises. Raises ValueError, in one line, for frames that are none."""
+    """Read one message, with all that its type promises (of one that came later than this program, its envelope).
+
+    Raises ValueError, in one line, for frames that are none.
+    """
     message = read_envelope(*frames)
-    faults = find_faults(message.payload, SCHEMA[message.type])
+    faults = find_faults(message.payload, SCHEMA.get(message.type, {}))
     if faults:
         raise ValueError("; ".join(faults))
     return message
@@ -139,30 +146,28 @@ def describe_malformed(topic: bytes, error: ValueError) -> Loss:
 
 @lru_cache(maxsize=65536)
 def read_topic(topic: bytes) -> Topic:
-    """Read a topic frame. Raises ValueError if it is no topic, or of a type that the wire does not have."""
+    """Read a topic frame. Raises ValueError if it is no topic."""
     try:
-        parsed = parse_topic(topic[:1000].decode())
+        return parse_topic(topic[:1000].decode())
     except UnicodeDecodeError:
         raise ValueError(f"not a topic: {topic[:100]!r}") from None
-    if parsed.type not in SCHEMA:
-        raise ValueError(f"there is no type {parsed.type!r:.60}")
-    return parsed
 
 
 class SequenceCheck:
     """Follows the numbers of each topic. In a greater epoch they start again with 1."""
 
     def __init__(self) -> None:
-        self._last: OrderedDict[Topic, tuple[int, int]] = OrderedDict()  # who spoke longest ago comes first
+        # The epoch and number of each topic's last message, and the epoch of its last data or gap (0: there were none).
+        self._last: OrderedDict[Topic, tuple[int, int, int]] = OrderedDict()  # who spoke longest ago comes first
 
     def follow(self, message: Message) -> Loss | None:
         """Take the next message of a topic; return what is wrong with its number, if anything."""
         topic, epoch, seq = message.topic, message.epoch, message.seq
         if topic not in self._last:
-            self._start(topic, epoch, seq)
+            self._start(topic, epoch, seq, epoch if message.type not in _NO_DATA else 0)
             return None
         self._last.move_to_end(topic)
-        last_epoch, last = self._last[topic]
+        last_epoch, last, told = self._last[topic]
         if epoch < last_epoch:
             return Loss(topic, "epoch", epoch, detail=f"epoch {epoch} after {last_epoch}")
         if epoch > last_epoch:
@@ -170,8 +175,13 @@ class SequenceCheck:
         if not message.is_join and seq <= last:
             return Loss(topic, "repeated", epoch, seq, seq, f"seq {seq} after {last}")
         missed_to = seq if message.is_join else seq - 1  # a join says the last number used, and takes none
-        self._last[topic] = (epoch, max(last, seq))
+        self._last[topic] = (epoch, max(last, seq), told if message.type in _NO_DATA else epoch)
         return Loss(topic, "sequence", epoch, last + 1, missed_to) if missed_to > last else None
+
+    def is_anew(self, message: Message) -> bool:
+        """Whether it is the first data of a greater epoch, and no gap has said what is missing before them."""
+        last = self._last.get(message.topic)
+        return last is not None and 0 < last[2] < message.epoch and message.type not in (*_NO_DATA, "gap")
 
     def is_outdated(self, message: Message) -> bool:
         """Whether it is a status of an earlier epoch: the last word of who fed the topic before, which came late."""
@@ -188,7 +198,7 @@ class SequenceCheck:
             del self._last[topic]
         return gone
 
-    def _start(self, topic: Topic, epoch: int, seq: int) -> None:
+    def _start(self, topic: Topic, epoch: int, seq: int, told: int) -> None:
         if len(self._last) >= MAX_TOPICS:
             self._last.popitem(last=False)
-        self._last[topic] = (epoch, seq)
+        self._last[topic] = (epoch, seq, told)

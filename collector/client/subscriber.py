@@ -42,10 +42,10 @@ class Subscriber(OwnSocket):
     `endpoints`: one or several; None finds them, also those that come later, by asking the collector at `control`
     (an endpoint; None is the default one), and keeps them in `found` by the connection's name; `timeout`: seconds that
     it gets for the first answer. `prefixes`: of the topics to read, e.g. "deribit.book.BTC-PERPETUAL.". `on_loss`:
-    "raise" raises LossError where messages were dropped on the way to this reader or cannot be read; "report" yields
-    the Loss in its place; of the topic then comes its current full message, as for a late subscriber. `queue`: messages
-    that may wait here for a slow reader. For one thread only: to end it from another one, let it `receive(0.5)` until a
-    threading.Event is set.
+    "raise" raises LossError where messages were dropped on the way to this reader, cannot be read, or may be missing
+    because their topic is fed anew; "report" yields the Loss in its place. After dropped ones the current full message
+    of their topic comes, as for a late subscriber. `queue`: messages that may wait here for a slow reader. For one
+    thread only: to end it from another one, let it `receive(0.5)` until a threading.Event is set.
 
         with Subscriber(prefixes=["deribit.trade."]) as subscriber:
             for message in subscriber:
@@ -166,12 +166,16 @@ class Subscriber(OwnSocket):
             return self._report(describe_malformed(frames[0], error))
         if self._sequence.is_outdated(message):
             return None
+        is_anew = self._sequence.is_anew(message)
         loss = self._sequence.follow(message)
         is_lost = loss is not None and loss.reason == "sequence"
         if message.is_join:
             self._questions.settle(message.topic)
         elif (is_lost or message.topic in self._questions.unanswered) and message.topic.type != "heartbeat":
             self.ask_again(message.topic)  # heartbeats are not said again
+        if is_anew and (loss is None or is_lost):
+            detail = "it is fed anew, and no gap says what is missing before this"
+            loss, is_lost = Loss(message.topic, "anew", message.epoch, detail=detail), True
         if loss is None:
             return message
         if is_lost:

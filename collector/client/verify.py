@@ -99,7 +99,8 @@ class Verifier:
         return sum(check.healing for check in checks), sum(check.missing for check in checks)
 
     def _find_faults(self, message: Message, now: int) -> Iterator[Fault]:
-        faults = find_faults(message.payload, SCHEMA[message.type])
+        shape = SCHEMA.get(message.type)
+        faults = [f"there is no type {message.type!r:.60}"] if shape is None else find_faults(message.payload, shape)
         if faults:
             yield "schema", "; ".join(faults)
         elif message.type == "status":

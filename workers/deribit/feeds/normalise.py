@@ -144,24 +144,21 @@ MAX_DEPTH = 100
 """How deep lists and maps of a message may be nested; Deribit's are at 4. Readers give up somewhere, Python's msgpack
 after 1,024; and what Python itself takes differs from version to version."""
 
-PLAIN_TYPES = ("index", "volatility", "expiration_price", "funding", "candle")
-"""The small types: their keys are those of the wire's table."""
-
 
 class PlainFeed(Feed):
     """The small types: a fixed set of keys, the current value of one thing."""
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
         super().__init__(channel, topics)
-        self._keys = SCHEMA[channel.type]
+        self._checks = PLAIN_TYPES[channel.type]
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One message."""
         data = read_map(frame)
         stream = self.stream
         message = stream.build_envelope(receive_ts, take_timestamp(data))
-        for key, kind in self._keys.items():
-            message[key] = _CHECKS[kind](key, data.get(key))
+        for key, check in self._checks.items():
+            message[key] = check(key, data.get(key))
         stream.current = message
         return [(stream, message)]
 
@@ -190,6 +187,12 @@ def _check_bool(key: str, value: Any) -> bool:
 
 
 _CHECKS = {"float": _check_number, "count": _check_count, "bool": _check_bool}
+
+PLAIN_TYPES = {
+    type: {key: _CHECKS[kind] for key, kind in SCHEMA[type].items()}
+    for type in ("index", "volatility", "expiration_price", "funding", "candle")
+}
+"""The small types: their keys are those of the wire's table, each of one of these kinds, and none may be absent."""
 
 
 class MarkPricesFeed(Feed):
