@@ -78,6 +78,8 @@ TRADE = '[{"instrument_name":"A-B","trade_seq":1,"trade_id":"1","price":1,"amoun
 NOTHING = '"tick_direction":null,"liquidation":null,"block_trade_id":null,"combo_id":null,"iv":null'
 NULLS = TRADE.replace('"trade_seq":1', f'"trade_seq":2,{NOTHING}')
 """What a trade may lack, spelled as null."""
+CANDLE = '{"open":1,"high":1,"low":1,"close":1,"volume":1,"cost":1,"tick":1.7672e12}'
+"""A whole number, spelled as another."""
 HOSTILE = [
     ("quote.A-B", "5"),
     ("quote.A-B", '{"timestamp":"soon"}'),
@@ -107,6 +109,8 @@ SOUND = [
     ("trades.A-B.100ms", TRADE, "deribit.trade.A-B.100ms"),
     ("trades.A-B.100ms", NULLS, "deribit.trade.A-B.100ms"),
     ("user.any", '{"price":"market_price"}', "deribit.other.user:any.raw"),
+    ("quote.A-B", '{"best_bid_price":1.5}', "deribit.quote.A-B.raw"),
+    ("chart.trades.A-B.1", CANDLE, "deribit.candle.A-B.1"),
 ]
 
 
@@ -115,14 +119,16 @@ def test_each_hostile_frame_is_refused_and_sound_ones_behind_it_come(tmp_path: P
     frames = [f'{head}{channel}","data":{data}{tail}\n' for channel, data, *_ in [*HOSTILE, *SOUND]]
     recording = tmp_path / "hostile.jsonl"
     recording.write_text("".join(frames))
-    channels = sorted({channel for channel, _ in HOSTILE})
+    channels = sorted({channel for channel, *_ in [*HOSTILE, *SOUND]})
     replay = ("--replay", str(recording), "--speed", "0")
     with collecting(options=replay, channels=channels, credentials="PRACTICE") as run:
         for _, _, topic in SOUND:
             run.ear.wait_for(topic, type=topic.split(".")[1])
+        assert run.ear.find("deribit.candle.", type="candle")[0]["tick"] == 1767200000000
+        assert [body["exchange_ts"] for body in run.ear.find("deribit.quote.", type="quote")] == [1_000_000, 0]
         state = run.get_state()
         assert (state["state"], state["malformed"], state["restarts"]) == ("live", len(HOSTILE), 0)
-        data = ("quote", "book", "trade", "ticker", "index", "other")
+        data = ("quote", "book", "trade", "ticker", "index", "other", "candle")
         assert [topic for topic, body in run.ear.messages if body["type"] in data] == [topic for _, _, topic in SOUND]
         plain, of_nulls = run.ear.find("deribit.trade.A-B.", type="trade")
         assert plain.keys() == {key for key in {**ENVELOPE, **SCHEMA["trade"]} if not key.endswith("?")}

@@ -357,6 +357,22 @@ async def test_an_incremental_ticker_that_missed_a_change_is_asked_for_anew(prac
         assert not run.hearer.find(BOOKS, type="gap")
 
 
+@pytest.mark.parametrize("spelling", [(b":", b": "), (b'{"jsonrpc"', b'{"json\0rpc"'), (b'{"jsonrpc":"2.0",', b"")])
+@in_loop
+async def test_a_frame_that_is_no_json_is_a_loss_of_the_channels_that_it_names(
+    practice: str, spelling: tuple[bytes, bytes]
+) -> None:
+    async with collecting(practice, "", BOOK, OTHER) as run:
+        await run.hearer.hear_of(BOOKS, type="status", state="live")
+        frame = encode_data(BOOK, BROKEN).replace(*spelling)[:-3]
+        run.worker.client.traffic._take([frame])
+        assert run.worker.intake.malformed == 1
+        await run.hearer.hear_of(BOOKS, type="gap", reason="sequence")
+        await run.hearer.hear_of(BOOKS, type="book", reason="resync")
+        await hear_more(run, ["deribit.book.ETH-PERPETUAL.100ms"])
+        assert not run.hearer.find("deribit.book.ETH-PERPETUAL.", type="gap")
+
+
 @in_loop
 async def test_a_book_of_which_a_change_could_not_be_read_is_out_of_step_at_once(practice: str) -> None:
     """The next change may be long in coming, or as unreadable: meanwhile the book is wrong."""
@@ -762,9 +778,10 @@ def test_what_is_traded_while_a_channel_is_refused_comes_though_it_was_healed_me
         life.end()
 
 
+@pytest.mark.parametrize("is_cut", [False, True], ids=["whole", "cut off"])
 @pytest.mark.parametrize("name", ["null", "true", '"BTC-27MAR27-1-C"'])
-def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_speak_of(name: str) -> None:
-    """On quiet ones too: no later trade would show what they miss."""
+def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_speak_of(name: str, is_cut: bool) -> None:
+    """On quiet ones too: no later trade would show what they miss. What was cut off may have been of any."""
     channel, names = "trades.option.any.100ms", ["BTC-27MAR27-1-C", "BTC-27MAR27-2-C"]
     with short_directory() as directory:
         life = Life(directory, [channel], START, is_first=True)
@@ -773,8 +790,11 @@ def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_sp
         life.take(channel, encode_data(channel, [make_option_trade(n, 7) for n in names]), START)
         missed = make_option_trade(names[0], 8)
         frame = encode_data(channel, [msgspec.to_builtins(missed) | {"price": None}])
-        feed.skip(frame.replace(f'"{names[0]}"'.encode(), name.encode()), START + SECOND)
-        assert [stream.lost for stream in feed.streams.values()] == [True, names[0] not in name]
+        frame = frame.replace(f'"{names[0]}"'.encode(), name.encode())
+        if is_cut:
+            frame = frame.replace(b"}]", b'},{"timestamp":17')
+        feed.skip(frame, START + SECOND)
+        assert [stream.lost for stream in feed.streams.values()] == [True, is_cut or names[0] not in name]
         healer = heal_life(life, START + 2 * SECOND)
         while healer.ask is not None:
             healer.take([missed] if healer.ask.params.get("currency") == "BTC" else [], False, START + 2 * SECOND)

@@ -28,9 +28,11 @@ def draw_loss(rng: Random) -> Loss:
 
 
 def garble(frame: bytes, rng: Random) -> bytes:
-    """A frame as nobody can read it; of whom it speaks may still be seen."""
-    if rng.random() < 0.5:
+    """A frame as nobody can read it; of whom it speaks may still be seen, or of some of them."""
+    if rng.random() < 0.3:
         frame = frame.replace(b"instrument_name", b"name")
+    if rng.random() < 0.5:
+        return frame[: rng.randrange(frame.index(b'"data":'), len(frame))]
     return frame.replace(b'"timestamp":', b'"timestamp":"')
 
 

@@ -1,6 +1,7 @@
 """The way of each frame: what is read becomes messages here. What each step costs: docs/performance.md."""
 
 import logging
+import re
 import time
 from collections.abc import Callable
 
@@ -17,6 +18,12 @@ from workers.deribit.watching.samples import Samples
 log = logging.getLogger("deribit")
 
 START = len(DATA_PREFIX)
+
+_CHANNEL = re.compile(rb'"channel"\s*:\s*"([^"\\]{1,200})"')
+"""The channels that a frame names which is no JSON: Deribit's own spelling but for spaces."""
+
+LOG_ALL, LOG_EVERY = 10, 60.0
+"""Malformed frames that are all logged; of further ones one in so many seconds is."""
 
 FIRST_VALUES = 1.0
 """Seconds in which what a channel says first may come, once the exchange has confirmed it; what is no older counts."""
@@ -49,6 +56,7 @@ class Intake:
     """
 
     malformed = 0
+    _log_at = 0.0
     unknown = 0
     first_until = 0.0
 
@@ -88,7 +96,7 @@ class Intake:
             try:
                 published = feed.take(frame, receive_ts)
             except ValueError as error:
-                self.take_malformed(frame, f"{feed.channel.name}: {error}")
+                self._note_malformed(frame, f"{feed.channel.name}: {error}")
                 feed.skip(frame, receive_ts)
             else:
                 if published:
@@ -117,9 +125,20 @@ class Intake:
         return feed
 
     def take_malformed(self, frame: bytes, reason: str) -> None:
-        """Count and log a frame that is not what it should be; the log is kept short when many come."""
+        """Count a frame that is not what it should be. It may have held data of the channels that it names."""
+        self._note_malformed(frame, reason)
+        with self._publisher.gather():
+            for feed in filter(None, map(self._channels.feeds.get, set(_CHANNEL.findall(frame)))):
+                feed.skip(frame, time.time_ns())
+                if feed.changed:
+                    self._attend(feed)
+
+    def _note_malformed(self, frame: bytes, reason: str) -> None:
+        """Count and log it; the log is kept short when many come."""
         self.malformed += 1
-        if self.malformed <= 10 or self.malformed % 1000 == 0:
+        now = time.monotonic()
+        if self.malformed <= LOG_ALL or now >= self._log_at:
+            self._log_at = now + LOG_EVERY
             log.warning("malformed frame %d: %.300s: %.120r", self.malformed, reason, frame)
 
     def _sample(self, receive_ts: int) -> None:

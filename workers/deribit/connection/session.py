@@ -208,7 +208,7 @@ class Session:
         # The exchange's ms is cut off, not rounded: half of one belongs to the estimate, and to its error.
         error = (received - sent) // 2 + 500_000
         is_better = self._synced_at is None or error <= self.clock_error
-        if type(theirs) is int and 0 <= theirs <= MAX_MS and is_better:
-            self._ahead = theirs * 1_000_000 + 500_000 - (sent + received) // 2
+        if type(theirs) in (int, float) and 0 <= theirs <= MAX_MS and is_better:
+            self._ahead = int(theirs) * 1_000_000 + 500_000 - (sent + received) // 2
             self.measured_offset = self.clock_offset
             self._error, self._synced_at = error, received

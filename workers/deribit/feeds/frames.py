@@ -73,7 +73,7 @@ class TradeData(msgspec.Struct, gc=False, kw_only=True):
 
 
 class QuoteData(msgspec.Struct, gc=False):
-    timestamp: Time
+    timestamp: Time = 0
     best_bid_price: float | None = None
     best_bid_amount: float | None = None
     best_ask_price: float | None = None

@@ -175,6 +175,8 @@ def _check_number(key: str, value: Any) -> float:
 
 
 def _check_count(key: str, value: Any) -> int:
+    if type(value) is float and value.is_integer():  # 1.7e12 is a count as well
+        value = int(value)
     if type(value) is int and 0 <= value < 1 << 63:
         return value
     raise Malformed(f"{key} is {value!r:.60}")

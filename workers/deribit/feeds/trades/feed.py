@@ -4,23 +4,20 @@ Facts: trade_seq counts each instrument's trades without a hole (90,988 in a row
 one instrument a later number is never an older trade. An exchange that was reset counts anew, from a lower number.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 from msgspec import UNSET, UnsetType
 
 from collector.channels import Channel
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.feed import Feed
-from workers.deribit.feeds.frames import MS, TradeData, read_trades
+from workers.deribit.feeds.frames import MS, TradeData, read_any, read_trades
 from workers.deribit.feeds.trades.losses import Losses
 from workers.deribit.feeds.trades.recount import begin_count, find_contradiction, find_count, take_doubt_over
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.publishing.ledger import NEWEST
 from workers.deribit.publishing.payloads import Gap, Trade
 from workers.deribit.publishing.streams import Malformed, Published, Stream, Topics
-
-_NAME = re.compile(rb'"instrument_name":"([A-Za-z0-9_-]{1,200})"')
 
 
 class TradeFeed(Feed):
@@ -137,17 +134,18 @@ class TradeFeed(Feed):
 
     def skip(self, frame: bytes, now: int) -> None:
         """A frame could not be read: its trades are fetched, those of quiet and of new instruments too."""
-        for tape in self._list_touched(frame):
-            tape.lose("sequence", now)
+        for name in self._find_touched(frame):
+            self.tapes[name].lose("sequence", now)
         self._note_loss(now)
         self.changed = True
 
-    def _list_touched(self, frame: bytes) -> list[Tape]:
-        """The tapes that an unreadable frame may have had trades of: all, where it does not name each trade's."""
-        names = _NAME.findall(frame)
-        if self.channel.instrument or not 0 < frame.count(b'"trade_id"') <= len(names):
-            return list(self.tapes.values())
-        return [tape for name in set(names) if (tape := self.tapes.get(name.decode())) is not None]
+    def _find_touched(self, frame: bytes) -> Set[str]:
+        """Of whom an unreadable frame may have had trades: all, unless it is whole and names instruments known here."""
+        try:
+            names = {row["instrument_name"] for row in read_any(frame)}
+        except (ValueError, TypeError, KeyError):
+            return self.tapes.keys()
+        return names if names <= self.tapes.keys() else self.tapes.keys()
 
     def _note_loss(self, now: int) -> None:
         streams, cells = self.streams.values(), self.topics.ledger.cells
