@@ -53,15 +53,6 @@ PROCESS: Table = {
 }
 """One worker process over its lives, as the supervisor sees it. A new one is `waiting`."""
 
-BOOK: Table = {
-    ("awaiting", "snapshot"): "synced",
-    ("synced", "snapshot"): "synced",
-    ("synced", "broken"): "awaiting",
-    ("awaiting", "lost"): "awaiting",
-    ("synced", "lost"): "awaiting",
-}
-"""The book of one channel: deltas are taken only while synced."""
-
 
 class Machine:
     """One state machine: a table, the state now, and the one writer `apply`, which reports each change."""

@@ -260,9 +260,9 @@ async def test_a_book_that_an_unasked_snapshot_has_mended_is_not_asked_for_anew(
         await hear_more(run, [BOOKS])
         feed = run.worker.feeds[BOOK.encode()]
         assert isinstance(feed, BookFeed)
-        change_id = feed.book.change_id
-        sides = {"bids": [["new", *level] for level in sorted(feed.book.bids.items(), reverse=True)],
-                 "asks": [["new", *level] for level in sorted(feed.book.asks.items())]}  # fmt: skip
+        change_id = feed.stream.last_id
+        sides = {"bids": [["new", *level] for level in sorted(feed.bids.items(), reverse=True)],
+                 "asks": [["new", *level] for level in sorted(feed.asks.items())]}  # fmt: skip
         change = {"type": "change", "change_id": change_id + 1, "prev_change_id": 1, "bids": [], "asks": []}
         snapshot = {"type": "snapshot", "change_id": change_id, **sides}
         run.worker.take_frames([encode_data(BOOK, change), encode_data(BOOK, snapshot)], time.time_ns())
@@ -380,7 +380,7 @@ async def test_a_book_of_which_a_change_could_not_be_read_is_out_of_step_at_once
         await run.hearer.hear_of(BOOKS, type="status", state="live")
         feed = run.worker.feeds[BOOK.encode()]
         assert isinstance(feed, BookFeed)
-        change = BROKEN | {"prev_change_id": feed.book.change_id, "bids": [["moved", 1.0, 1.0]]}
+        change = BROKEN | {"prev_change_id": feed.stream.last_id, "bids": [["moved", 1.0, 1.0]]}
         run.worker.take_frames([encode_data(BOOK, change)] * 2, time.time_ns())
         assert (run.worker.intake.malformed, feed.condition) == (2, ("recovering", "sequence"))
         (gap,) = await run.hearer.hear_of(BOOKS, type="gap", reason="sequence")

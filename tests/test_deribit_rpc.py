@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collector import __version__
-from collector.lifecycle import BOOK, CONNECTION, PROCESS, Machine, Table
+from collector.lifecycle import CONNECTION, PROCESS, Machine, Table
 from collector.limits import Credits
 from collector.messages import decode, encode
 from workers.deribit import Client
@@ -270,7 +270,7 @@ def test_each_error_code_has_the_reaction_that_its_documents_ask_for(reaction: R
     assert {code for code, asked in REACTIONS.items() if asked is reaction} <= set(DOCUMENTED[reaction])
 
 
-@pytest.mark.parametrize("table", [CONNECTION, PROCESS, BOOK])
+@pytest.mark.parametrize("table", [CONNECTION, PROCESS])
 def test_a_machine_goes_only_where_its_table_says(table: Table) -> None:
     states = {state for state, _ in table} | set(table.values())
     events = {event for _, event in table}

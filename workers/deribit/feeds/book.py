@@ -7,7 +7,6 @@ change names the change_id before it *in this channel*; ids of one book may jump
 from msgspec import UNSET, UnsetType
 
 from collector.channels import Channel
-from collector.lifecycle import BOOK, Machine
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.frames import MS, Change, read_book, read_window
@@ -18,44 +17,7 @@ Levels = dict[float, float]
 Side = list[tuple[float, float]]
 
 
-class BookState:
-    """Amounts by price on each side."""
-
-    def __init__(self) -> None:
-        self.machine = Machine(BOOK, "awaiting")
-        self.bids: Levels = {}
-        self.asks: Levels = {}
-        self.change_id = 0
-        self.exchange_ts = 0
-        self._reason = "subscribe"
-
-    def await_snapshot(self, reason: str, event: str) -> None:
-        """The next snapshot will be for `reason` (subscribe or resync); until then deltas are dropped."""
-        self._reason = reason
-        self.machine.apply(event)
-
-    def replace(self, bids: list[Change], asks: list[Change], change_id: int) -> tuple[Side, Side, str]:
-        """Take a snapshot. Returns its levels and its reason: `exchange` if nobody asked for it."""
-        reason = self._reason if self.machine.state == "awaiting" else "exchange"
-        self.machine.apply("snapshot")
-        self.bids, self.asks = {}, {}
-        return *self.apply(bids, asks, change_id), reason
-
-    def apply(self, bids: list[Change], asks: list[Change], change_id: int) -> tuple[Side, Side]:
-        """Set levels; return them as they are said."""
-        self.change_id = change_id
-        return _set_levels(self.bids, bids) if bids else [], _set_levels(self.asks, asks) if asks else []
-
-    def build_snapshot(self, instrument: str, epoch: int, receive_ts: int, reason: str) -> Book:
-        """The whole book now, best levels first, as a message."""
-        bids, asks = sorted(self.bids.items(), reverse=True), sorted(self.asks.items())
-        return Book(
-            EXCHANGE, instrument, epoch, 0, self.exchange_ts, receive_ts,
-            "snapshot", self.change_id, bids, asks, reason=reason,
-        )  # fmt: skip
-
-
-def _set_levels(levels: Levels, changes: list[Change]) -> Side:
+def set_levels(levels: Levels, changes: list[Change]) -> Side:
     """On the path of every message."""
     side: Side = []
     for action, price, amount in changes:
@@ -69,42 +31,52 @@ def _set_levels(levels: Levels, changes: list[Change]) -> Side:
 
 
 class BookFeed(Feed):
-    """A full book: checks the chain of change ids and keeps the levels."""
+    """A full book: checks the chain of change ids and keeps the levels. Deltas are taken only while `is_complete`."""
 
     is_complete = False
+    _reason = "subscribe"  # what the next snapshot is for
+    _exchange_ts = 0
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
         super().__init__(channel, topics)
-        self.book = BookState()
+        self.bids: Levels = {}
+        self.asks: Levels = {}
         self.stream.describe = self._build_snapshot
 
     def _build_snapshot(self) -> Message | None:
+        """The whole book now, best levels first."""
         if not self.is_complete:
             return None
-        return self.book.build_snapshot(self.stream.instrument, self.stream.epoch, self.stream.last_ts, "subscribe")
+        stream = self.stream
+        bids, asks = sorted(self.bids.items(), reverse=True), sorted(self.asks.items())
+        return Book(
+            EXCHANGE, stream.instrument, stream.epoch, 0, self._exchange_ts, stream.last_ts,
+            "snapshot", stream.last_id, bids, asks, reason="subscribe",
+        )  # fmt: skip
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """A snapshot, a delta, a gap where the chain is broken, or nothing while a snapshot is awaited."""
         data = read_book(frame)
-        book, stream = self.book, self.stream
+        stream = self.stream
         change_id, previous = data.change_id, data.prev_change_id
         reason: str | UnsetType
         # Frames of 2019 and older bear no type: there a snapshot is what has no previous id.
         if data.type == "snapshot" or (data.type is None and not previous):
-            bids, asks, reason = book.replace(data.bids, data.asks, change_id)
-            kind, previous = "snapshot", None
+            kind, previous, reason = "snapshot", None, "exchange" if self.is_complete else self._reason
+            self.bids, self.asks = {}, {}
             if not self.is_complete:
                 self.is_complete = self.changed = True
         elif not self.is_complete:
             self.dropped += 1
             return []
-        elif previous != book.change_id or not previous:
+        elif previous != stream.last_id or not previous:
             return self._break(change_id, receive_ts)
         else:
-            bids, asks = book.apply(data.bids, data.asks, change_id)
             kind, reason = "delta", UNSET
         stream.last_id = change_id
-        book.exchange_ts = exchange_ts = data.timestamp * MS
+        self._exchange_ts = exchange_ts = data.timestamp * MS
+        bids = set_levels(self.bids, data.bids) if data.bids else []
+        asks = set_levels(self.asks, data.asks) if data.asks else []
         message = Book(
             EXCHANGE, stream.instrument, stream.epoch, 0, exchange_ts, receive_ts,
             kind, change_id, bids, asks, UNSET if previous is None else previous, reason,
@@ -112,7 +84,7 @@ class BookFeed(Feed):
         return [(stream, message)]
 
     def _break(self, change_id: int, receive_ts: int) -> Published:
-        self.book.await_snapshot("resync", "broken")
+        self._reason = "resync"
         self.is_complete, self.changed = False, True
         gap = self.stream.lose("sequence", self.topics, receive_ts)
         if gap is None:
@@ -131,7 +103,7 @@ class BookFeed(Feed):
         """The connection is gone, or the channel was left for a resync: the next snapshot is for what follows."""
         super().lose(reason, now)
         self.is_complete = self.changed = False
-        self.book.await_snapshot("resync" if reason == "sequence" else "subscribe", "lost")
+        self._reason = "resync" if reason == "sequence" else "subscribe"
 
 
 class WindowFeed(Feed):
