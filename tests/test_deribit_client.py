@@ -94,7 +94,7 @@ async def test_what_needs_the_login_does_not_wait_for_public_subscriptions(pract
         ear,
     ):
         await wait_for(lambda: ear.confirmed == [OWN], "the private channel")
-        await wait_for(lambda: set(client.traffic.requests.methods.values()) == mute, "the two that get no answer")
+        await wait_for(lambda: set(dict(client.traffic.waiting.values())) == mute, "the two that get no answer")
 
 
 @in_loop
@@ -126,8 +126,8 @@ async def test_data_come_without_a_greeting_and_without_the_time(practice: str, 
         assert (client.attempts, client.get_state()["clock_offset"]) == (1, 0)
         client.session._sync_at = asked_at = time.monotonic()  # the time is asked for again
         await wait_for(lambda: client.session._sync_at > asked_at, "the next question")
-        requests = client.traffic.requests.methods
-        await wait_for(lambda: "public/get_time" not in requests.values(), "an answer, or the end of patience")
+        waiting = client.traffic.waiting
+        await wait_for(lambda: "public/get_time" not in dict(waiting.values()), "an answer, or the end of patience")
         await ear.wait_frames([QUOTE])
         assert client.reconnects == 0
 
@@ -336,7 +336,7 @@ async def test_every_test_request_is_answered(practice: str, faults: str, channe
     # On a busy machine the answer to a flood's test_request takes some time, and who gives none in time is cut.
     settings: dict[str, Any] = {"heartbeat_interval": 1.0}
     async with connected(practice, f"{faults}heartbeat_floor:1", channels=channels, **settings) as (client, ear):
-        await wait_for(lambda: client.traffic.requests.last > 6 + bool(channels), "answers to test_requests")
+        await wait_for(lambda: client.traffic.requests > 6 + bool(channels), "answers to test_requests")
         assert (client.machine.state, client.reconnects, ear.malformed) == ("live", 0, [])
         if channels:
             assert len(ear.frames) > 1000
@@ -368,8 +368,8 @@ async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> 
 @in_loop
 async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None:
     async with connected(practice, "no_heartbeat,heartbeat_floor:0.1", heartbeat_interval=0.1) as (client, ear):
-        sent = client.traffic.requests.last
-        await wait_for(lambda: client.traffic.requests.last >= sent + 5, "five proofs of life")
+        sent = client.traffic.requests
+        await wait_for(lambda: client.traffic.requests >= sent + 5, "five proofs of life")
         assert [state for state, _ in ear.states][-1] == "live"
 
 
@@ -757,7 +757,7 @@ async def test_a_hundred_requests_at_once_get_each_its_own_answer(practice: str)
         names = ["BTC-PERPETUAL", "ETH-PERPETUAL"] * 45
         tickers = await asyncio.gather(*(client.send("public/ticker", {"instrument_name": name}) for name in names))
         assert [ticker["instrument_name"] for ticker in tickers] == names
-        assert client.traffic.requests.waiting == {}
+        assert client.traffic.waiting == {}
 
 
 @in_loop

@@ -555,7 +555,7 @@ async def test_who_loses_the_connection_while_it_waits_hears_that_the_outcome_is
         client = run.worker.client
         await wait_for(lambda: client.is_live, "live")
         asking = asyncio.create_task(run.ask("send", method="public/status"))
-        await wait_for(lambda: "public/status" in client.traffic.requests.methods.values(), "the request")
+        await wait_for(lambda: "public/status" in dict(client.traffic.waiting.values()), "the request")
         client.cut("the test wants it so")
         with pytest.raises(ControlError, match="answer came; whether it was carried out is not known"):
             await asking

@@ -236,10 +236,10 @@ async def test_books_that_break_together_are_asked_for_anew_together(practice: s
     async with collecting(practice, "", *books) as run:
         feeds = [run.worker.feeds[name.encode()] for name in books]
         await wait_for(lambda: all(feed.is_complete for feed in feeds), "all books")
-        requests = run.worker.client.traffic.requests.last
+        requests = run.worker.client.traffic.requests
         run.worker.take_frames([encode_data(name, BROKEN) for name in books], time.time_ns())
         await wait_for(lambda: all(feed.is_complete for feed in feeds), "all books again")
-        assert (run.worker.patrol.resyncs, run.worker.client.traffic.requests.last - requests) == (3, 2)
+        assert (run.worker.patrol.resyncs, run.worker.client.traffic.requests - requests) == (3, 2)
         gaps = await run.hearer.hear_of("deribit.book.", 3, type="gap")
         assert [gap["reason"] for gap in gaps] == ["sequence"] * 3
 
@@ -592,8 +592,8 @@ async def test_healing_goes_on_on_a_connection_that_asks_for_the_channel_no_more
     async with collecting(practice, faults, TRADES) as run:
         (gap,) = await run.hearer.hear_of(TRADED, type="gap")
         client = run.worker.client
-        methods = client.traffic.requests.methods
-        await wait_for(lambda: "public/get_last_trades_by_instrument" in methods.values(), "healing")
+        waiting = client.traffic.waiting
+        await wait_for(lambda: "public/get_last_trades_by_instrument" in dict(waiting.values()), "healing")
         client.reconciler.expire([TRADES])
         client.cut("for a loss")
         (repair,) = await run.hearer.hear_of(TRADED, type="repair", gap=gap["id"])

@@ -488,7 +488,7 @@ async def test_all_who_ask_for_a_channel_at_once_get_its_true_answer(practice: s
 async def test_who_waits_for_a_call_of_another_is_told_when_the_connection_is_lost(practice: str) -> None:
     async with connected(practice, "no_reply:public/subscribe,first:1", timeout=60) as (client, ear):
         asking = [asyncio.create_task(client.subscribe([QUOTE])) for _ in range(2)]
-        await wait_for(lambda: client.traffic.requests.waiting, "the call")
+        await wait_for(lambda: client.traffic.waiting, "the call")
         client.cut("the test wants it so")
         kept = {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
         assert await asyncio.gather(*asking) == [{QUOTE: kept}] * 2
@@ -538,9 +538,9 @@ async def test_what_callers_have_given_up_waiting_for_is_asked_for_in_one_call(p
         for task in asking:
             task.cancel()
         await asyncio.gather(*asking, return_exceptions=True)
-        pool.level, requests = 1e6, client.traffic.requests.last
+        pool.level, requests = 1e6, client.traffic.requests
         await wait_for(lambda: subscriptions.confirmed >= {*channels}, "all of them")
-        assert client.traffic.requests.last == requests + 1
+        assert client.traffic.requests == requests + 1
 
 
 @in_loop
@@ -548,16 +548,16 @@ async def test_a_call_that_was_sent_is_seen_through_though_its_caller_has_given_
     """Else the exchange would send a channel of which nobody knows, whoever unsubscribes from it."""
     async with connected(practice, "slow:public/subscribe=0.5") as (client, ear):
         asking = asyncio.create_task(client.subscribe([QUOTE]))
-        await wait_for(lambda: client.traffic.requests.waiting, "the request")
+        await wait_for(lambda: client.traffic.waiting, "the request")
         asking.cancel()
         await asyncio.gather(asking, return_exceptions=True)
-        requests = client.traffic.requests.last
+        requests = client.traffic.requests
         assert await client.subscribe([QUOTE]) == {QUOTE: True}
-        assert client.traffic.requests.last == requests, "it was on its way already"
+        assert client.traffic.requests == requests, "it was on its way already"
         await wait_for(lambda: ear.frames, "data")
         await client.unsubscribe([QUOTE])
         assert client.reconciler.subscriptions.confirmed == set()
-        assert client.traffic.requests.last == requests + 1
+        assert client.traffic.requests == requests + 1
 
 
 # -- many -------------------------------------------------------------------------------------------------------------

@@ -11,17 +11,18 @@ from workers.deribit.connection.pace import Pace
 from workers.deribit.connection.socket import Socket
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
-from workers.deribit.rpc.requests import Requests
 
 
 class Traffic:
     """Numbers and counts go on over all sockets. `heed(error, method)` hears of each error in an answer, first of all.
 
-    `timeout` bounds the opening of a socket, and each request that names none of its own.
+    `requests` is the number of the newest request, `waiting` holds those without an answer: no answer can be taken for
+    another's. `timeout` bounds the opening of a socket, and each request that names none of its own.
     """
 
     frames = 0
     malformed = 0
+    requests = 0
     _stamp = 0
     _bytes = 0
     _socket: Socket | None = None
@@ -29,7 +30,7 @@ class Traffic:
     def __init__(
         self, listener: Listener, heed: Callable[[ExchangeError, str], None], timeout: float, read_pause: float
     ) -> None:
-        self.requests = Requests()
+        self.waiting: dict[int | None, tuple[str, asyncio.Future[Any]]] = {}
         self._listener = listener
         self._heed = heed
         self._timeout = timeout
@@ -49,17 +50,22 @@ class Traffic:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
         if self._socket is None:
             raise NotConnected("there is no connection")
-        number, answer = self.requests.open(method)
+        self.requests = number = self.requests + 1
+        answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.waiting[number] = method, answer
         try:
             async with asyncio.timeout(timeout or self._timeout):
                 await self._socket.send(encode_request(number, method, params or {}))
                 return await answer
         finally:
-            self.requests.close(number)
+            del self.waiting[number]
 
     def end(self) -> Socket | None:
         """No answer comes any more; return the socket, which is to be closed."""
-        self.requests.fail(Lost("the connection ended before the answer came"))
+        for _, answer in self.waiting.values():
+            if not answer.done():
+                answer.set_exception(Lost("the connection ended before the answer came"))
+                answer.exception()  # where nobody waits any more, nobody need be told
         for task in self._answering:
             task.cancel()
         socket, self._bytes, self._socket = self._socket, self.bytes_read, None
@@ -102,14 +108,15 @@ class Traffic:
         return isinstance(found, Data)
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
+        method, answer = self.waiting.get(reply.number, ("", None))
         if reply.error is not None:
-            self._heed(reply.error, self.requests.methods.get(reply.number, ""))
-        if self.requests.take_reply(reply):
-            return
-        if reply.error is not None:
-            self._take_bad(frame, f"an error that answers no request of ours: {reply.error}")
-        else:
-            self._take_bad(frame, "an answer to no request of ours")
+            self._heed(reply.error, method)
+        if answer is None:
+            if reply.number is None or not 0 < reply.number <= self.requests:  # else nobody waits for it any more
+                error = f"an error that answers no request of ours: {reply.error}"
+                self._take_bad(frame, error if reply.error else "an answer to no request of ours")
+        elif not answer.done():
+            answer.set_exception(reply.error) if reply.error else answer.set_result(reply.result)
 
     def _take_bad(self, frame: bytes, reason: str) -> None:
         self.malformed += 1
