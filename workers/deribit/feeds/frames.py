@@ -8,7 +8,7 @@ what Deribit adds to them one day is passed on as well. A frame that a typed dec
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET, Meta
 
 from workers.deribit.publishing.payloads import Number, Ticker, Time
 from workers.deribit.publishing.streams import Malformed
@@ -62,14 +62,14 @@ class TradeData(msgspec.Struct, gc=False, kw_only=True):
     instrument_name: str
     trade_seq: Count
     mark_price: Number = UNSET
-    tick_direction: Count | UnsetType = UNSET
+    tick_direction: Count | None = None
     contracts: Number = UNSET
-    combo_trade_id: str | int | UnsetType = UNSET
+    combo_trade_id: str | int | None = None
     trade_id: str | int
     iv: Number = UNSET
-    liquidation: str | UnsetType = UNSET
-    block_trade_id: str | int | UnsetType = UNSET
-    combo_id: str | UnsetType = UNSET
+    liquidation: str | None = None
+    block_trade_id: str | int | None = None
+    combo_id: str | None = None
 
 
 class QuoteData(msgspec.Struct, gc=False):
@@ -87,25 +87,9 @@ TickerData = dict[str, Scalar | dict[str, _Nested] | list[_Nested]]
 _json = msgspec.json.Decoder()
 
 
-_OPTIONAL = ("tick_direction", "liquidation", "block_trade_id", "combo_id", "combo_trade_id")
-
-
-def drop_nulls(value: Any) -> Any:
-    """One row of decoded JSON, or a list of rows, without the optional members of trades that say nothing: null is the
-    same as absent there. What lies deeper is passed as it is: it may be of any depth.
-    """
-    return [_drop_nulls(row) for row in value] if value.__class__ is list else _drop_nulls(value)
-
-
-def _drop_nulls(row: Any) -> Any:
-    if row.__class__ is dict:
-        return {key: each for key, each in row.items() if each is not None or key not in _OPTIONAL}
-    return row
-
-
 def convert_laxly(value: Any, kind: Any) -> Any:
     """Convert decoded JSON to a type, taking numbers that are spelled as text. Raises what msgspec raises."""
-    loose = msgspec.convert(drop_nulls(value), kind, strict=False)
+    loose = msgspec.convert(value, kind, strict=False)
     # That takes the text "nan" for a number; JSON has none for it but null, for the strict way to judge.
     return msgspec.json.decode(msgspec.json.encode(loose), type=kind)
 

@@ -36,8 +36,8 @@ class Book(Payload, tag="book", gc=False):
     reason: str | UnsetType = UNSET
 
 
-class Trade(Payload, tag="trade", gc=False):
-    """One trade; `side` is the taker's."""
+class Trade(Payload, tag="trade", gc=False, omit_defaults=True):
+    """One trade; `side` is the taker's. What is None by default is absent then."""
 
     price: float
     amount: float
@@ -46,12 +46,12 @@ class Trade(Payload, tag="trade", gc=False):
     trade_seq: int
     mark_price: Number = UNSET
     index_price: Number = UNSET
-    tick_direction: int | UnsetType = UNSET
+    tick_direction: int | None = None
     iv: Number = UNSET
-    liquidation: str | UnsetType = UNSET
-    block_trade_id: str | UnsetType = UNSET
-    combo_id: str | UnsetType = UNSET
-    combo_trade_id: str | UnsetType = UNSET
+    liquidation: str | None = None
+    block_trade_id: str | None = None
+    combo_id: str | None = None
+    combo_trade_id: str | None = None
     contracts: Number = UNSET
     backfilled: bool | UnsetType = UNSET
 

@@ -210,5 +210,5 @@ class TradeFeed(Feed):
             self._say_late(tape, data, is_anew, now, published)
 
 
-def _text(value: str | int | UnsetType) -> str | UnsetType:
+def _text(value: str | int | None) -> str | None:
     return str(value) if isinstance(value, int) else value
