@@ -66,7 +66,7 @@ async def test_subscribers_of_an_earlier_life_that_stay_away_are_not_waited_for_
         await worker.start()
         assert worker.publisher.is_holding
         await wait_for(lambda: not worker.publisher.is_holding, "the end of its patience")
-        await worker._end()
+        worker._end()
 
 
 def list_joins(hearer: Hearer, topic: str) -> list[dict[str, Any]]:

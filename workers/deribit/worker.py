@@ -116,18 +116,15 @@ class Worker(Listener):
             for task in tasks:
                 task.cancel()
             await asyncio.wait(tasks, timeout=WINDING_UP)
-            await self._end()
+            self._end()
         return self.client.exit
 
-    async def _end(self) -> None:
-        """Close all: from now on nothing is said, for the publisher is closed by a thread of its own."""
+    def _end(self) -> None:
+        """Close all. It waits for slow subscribers, but for less time than the supervisor waits for beats."""
         self.commands.end()
         self.joins.end()
         self.healer.close()
-        try:
-            await asyncio.to_thread(self.publisher.close)
-        except RuntimeError:  # the system allows no further thread
-            self.publisher.close()
+        self.publisher.close()
         self.ledger.close()
 
     def stop(self) -> None:
