@@ -93,10 +93,6 @@ class Exit(IntEnum):
 FINAL_EXITS = frozenset({Exit.CREDENTIALS, Exit.BANNED})
 """Exits after which another start could not help."""
 
-FINAL_AT_FIRST = frozenset({Exit.BAD_SPEC})
-"""The same of a connection that was never live. What has run as configured can run so again: that somebody sits on its
-endpoint passes."""
-
 BEAT_INTERVAL = 1.0
 """Seconds between two beats of a worker."""
 

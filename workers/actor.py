@@ -82,13 +82,9 @@ def main(kind: str, end: socket.socket) -> None:
     gc.freeze()  # what the forkserver loaded stays shared: a collection would touch, and so copy, every page of it
     _watch_lifeline(end)
     with asyncio.Runner(loop_factory=new_event_loop) as runner:
-        code = runner.run(_live(kind, end))
+        code = runner.run(Actor(kind).live(end))
         logging.shutdown()
         os._exit(int(code))  # to close the loop is to wait for its threads; a name that nobody resolves holds one long
-
-
-async def _live(kind: str, end: socket.socket) -> Exit:
-    return await Actor(kind).live(end)
 
 
 def _watch_lifeline(end: socket.socket) -> None:
@@ -110,7 +106,6 @@ class Actor:
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
-        self._spec: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self._worker: Worker | None = None
         self._stopping = False
         self._link_ended = asyncio.Event()
@@ -119,6 +114,7 @@ class Actor:
 
     async def live(self, end: socket.socket) -> Exit:
         """Take the spec, start, run; return why it ended."""
+        self._spec: asyncio.Future[dict[str, Any] | None] = asyncio.get_running_loop().create_future()
         self._link = await open_link(end, self._receive, self._lose_link)
         spec = await self._spec
         if spec is None:
@@ -163,7 +159,7 @@ class Actor:
             try:
                 return await worker.start()
             except OSError as error:
-                if not is_taken(error) or time.monotonic() > end or self._stopping:
+                if error.errno != errno.EADDRINUSE or time.monotonic() > end or self._stopping:
                     raise
                 if not is_told:
                     log.warning("%s; tried for %g s", error, TAKEN_BY_ORPHAN)
@@ -274,11 +270,6 @@ class Actor:
             raise ControlError(
                 "timeout", "no answer within the deadline; whether it was carried out is not known"
             ) from None
-
-
-def is_taken(error: Exception) -> bool:
-    """Whether somebody else listens where a worker wants to."""
-    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
 
 
 class Usage:

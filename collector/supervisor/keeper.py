@@ -10,7 +10,6 @@ from typing import Any, TypeVar
 from collector.lifecycle import (
     BEAT_INTERVAL,
     BEATS_MISSED,
-    FINAL_AT_FIRST,
     FINAL_EXITS,
     MAX_RESTARTS,
     PROCESS,
@@ -218,7 +217,8 @@ class Keeper:
         return self._live_since is not None and time.monotonic() - self._live_since >= STEADY_AFTER
 
     def _is_hopeless(self, code: int, failures: int) -> bool:
-        if code in FINAL_EXITS or (code in FINAL_AT_FIRST and not self.was_live):
+        # What has run as configured can run so again: that somebody sits on its endpoint passes.
+        if code in FINAL_EXITS or (code == Exit.BAD_SPEC and not self.was_live):
             log.error("%s: %s: not started again", self.name, describe_exit(code))
             return True
         if not self.was_live and failures > MAX_RESTARTS:

@@ -206,8 +206,8 @@ _REASONS = {
 def describe_exit(code: int) -> str:
     """Say in words why a child ended."""
     if code < 0:
-        return f"killed by {signal.Signals(-code).name}" if -code in _SIGNALS else f"killed by signal {-code}"
+        return f"killed by {_SIGNALS.get(-code, f'signal {-code}')}"
     return _REASONS.get(code, f"ended with exit code {code}")
 
 
-_SIGNALS = frozenset(int(each) for each in signal.Signals)
+_SIGNALS = {int(each): each.name for each in signal.Signals}

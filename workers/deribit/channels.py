@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from collector.channels import LISTINGS, parse_channel, share_topic
+from collector.channels import parse_channel, share_topic
 from workers.deribit.connection.subscriptions import EXPIRED, OWN, Subscriptions, is_same
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
@@ -60,10 +60,6 @@ class Channels:
                 self.feeds[key] = create_feed(channel, self._topics)
             added.append(self.feeds[key])
         return added
-
-    def follow_listings(self) -> None:
-        """Hear of instruments that come and go, for the supervisor: channels of this connection come from patterns."""
-        self.add(list(LISTINGS), is_asked=False)
 
     def take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""

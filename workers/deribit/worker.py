@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from collector.channels import LISTINGS
 from collector.lifecycle import FINAL_EXITS, Exit
 from workers.deribit.channels import Channels
 from workers.deribit.commands import Commands
@@ -92,7 +93,7 @@ class Worker(Listener):
         self._is_following = bool(spec.get("follow"))
         self.channels.add(spec["channels"])
         if self._is_following:
-            self.channels.follow_listings()
+            self.channels.add(list(LISTINGS), is_asked=False)  # its channels come from patterns
         self.channels.take_over()
 
     # -- the life of a worker (see workers.actor) ---------------------------------------------------------------------

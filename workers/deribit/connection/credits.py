@@ -11,7 +11,6 @@ import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from collector.limits import CALL_BURST, CALL_REFILL, REFILL, SUBSCRIBE_BURST, Credits
 
@@ -19,22 +18,6 @@ _STATE = struct.Struct("ddd?")
 
 MOMENT = 0.002
 """Seconds after which to look again at a pool that another worker looks at just now."""
-
-
-class Pool(Protocol):
-    """Credits of this process alone, or shared ones."""
-
-    def take(self, cost: float, now: float, reserve: float = 0.0) -> float:
-        """See Credits.take."""
-
-    def shrink(self, now: float) -> None:
-        """See Credits.shrink."""
-
-
-async def pay(pool: Pool, cost: float, reserve: float = 0.0) -> None:
-    """Wait until the credits of a call are there, and take them."""
-    while wait := pool.take(cost, time.monotonic(), reserve):
-        await asyncio.sleep(wait)
 
 
 class SharedCredits:
@@ -71,6 +54,15 @@ class SharedCredits:
             os.pwrite(self._file, _STATE.pack(credits.burst, credits.level, credits.since, credits.is_spent), 0)
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
+
+
+Pool = Credits | SharedCredits
+
+
+async def pay(pool: Pool, cost: float, reserve: float = 0.0) -> None:
+    """Wait until the credits of a call are there, and take them."""
+    while wait := pool.take(cost, time.monotonic(), reserve):
+        await asyncio.sleep(wait)
 
 
 def create_pools() -> tuple[Credits, Credits]:
