@@ -120,7 +120,7 @@ def test_a_place_that_was_freed_in_an_earlier_life_serves_another(tmp_path: Path
     ledger.close()
     again = Ledger(tmp_path / "a.ledger", fresh=False)
     assert [entry.last_ts for entry in again.earlier] == list(range(2, 10))
-    assert not again.had(name_topic(1))
+    assert name_topic(1) not in again._slots
     assert again.find_slot(name_topic(100)) == first
     assert [again.cells[first + cell] for cell in (LAST_TS, LAST_ID, UNHEALED, FIRST)] == [0] * 4
     again.close()

@@ -96,7 +96,6 @@ class Ledger:
         self._free: list[int] = []
         entries = dict(self._read())
         self._slots = {entry.topic: slot for slot, entry in entries.items()}
-        self._had = frozenset(self._slots)
         self.earlier = [entry for entry in entries.values() if entry.last_ts]
 
     def _find(self) -> bool:
@@ -174,10 +173,6 @@ class Ledger:
                 continue
             topic = self._map[start : start + length].decode("utf-8", "replace")
             yield slot, Entry(topic, *(cells[slot + cell] for cell in _WORDS))
-
-    def had(self, topic: str) -> bool:
-        """Whether an earlier life had this topic (or channel)."""
-        return topic in self._had
 
     def find_slot(self, topic: str) -> int:
         """The slot of a topic, taken at need; 0 where there is no room for it, or it is too long."""

@@ -43,9 +43,8 @@ class Losses:
 
     def recall(self) -> None:
         """Go on from what an earlier life has told."""
-        ledger = self._ledger
-        if ledger.had(self._channel):
-            cells, slot = ledger.cells, ledger.find_slot(self._channel)
+        cells = self._ledger.cells
+        if slot := self._ledger.find_slot(self._channel):
             self.confirmed_at, self.lost_from = cells[slot + FIRST], cells[slot + UNHEALED] or None
             self.away_from = (self.confirmed_at and (cells[slot + AWAY] or cells[HEARD])) or None
 
