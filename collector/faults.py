@@ -130,28 +130,14 @@ class Setting(NamedTuple):
     at: float
 
 
-class Faults:
-    """The faults of one connection, by name. Without any it is false."""
+class Faults(dict[str, list[Setting]]):
+    """The faults of one connection: each setting of a fault by its name, as it may be named more than once."""
 
-    def __init__(self, text: str = "") -> None:
-        self.text = text
-        self._settings: dict[str, list[Setting]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._settings)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._settings
-
-    def add(self, name: str, setting: Setting) -> None:
-        self._settings.setdefault(name, []).append(setting)
-
-    def names(self) -> set[str]:
-        return set(self._settings)
+    text = ""
 
     def all(self, name: str) -> list[Setting]:
-        """Each setting of a fault; it may be named more than once."""
-        return self._settings.get(name, [])
+        """Each setting of a fault."""
+        return self.get(name, [])
 
     def number(self, name: str, default: float = 0.0) -> float:
         """The number of a fault that was named; else the default."""
@@ -164,7 +150,8 @@ def parse_faults(text: str, where: str = "connection") -> Faults:
 
     `where`: "connection" (from a URL: the exchange's own faults are refused) or "exchange".
     """
-    faults = Faults(text)
+    faults = Faults()
+    faults.text = text
     for item in filter(None, (part.strip() for part in text.split(","))):
         name, _, argument = item.partition(":")
         fault = TABLE.get(name)
@@ -172,7 +159,7 @@ def parse_faults(text: str, where: str = "connection") -> Faults:
             raise ValueError(f"no fault {name[:40]!r}; {_suggest(name)}")
         if fault in EXCHANGE_FAULTS and where == "connection":
             raise ValueError(f"fault {name!r} is for the whole exchange: give it to the exchange, not in the URL")
-        faults.add(name, _check_bounds(fault, _read_argument(fault, argument)))
+        faults.setdefault(name, []).append(_check_bounds(fault, _read_argument(fault, argument)))
     return faults
 
 

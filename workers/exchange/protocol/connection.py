@@ -4,6 +4,7 @@ No I/O: the server moves the bytes.
 """
 
 from collections import Counter, deque
+from copy import copy
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
@@ -11,8 +12,8 @@ from collector.faults import FOREVER, Faults
 from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Counts, Exchange, find_failure
 from workers.exchange.market.market import MAX_BEHIND
-from workers.exchange.protocol.distort import Distortion, distort_envelope, distorts, make_nonsense
-from workers.exchange.protocol.lateness import Lateness, delays
+from workers.exchange.protocol.distort import Distortion, distort_envelope, make_nonsense
+from workers.exchange.protocol.lateness import Lateness
 from workers.exchange.protocol.rpc import (
     NO_ID,
     Call,
@@ -60,7 +61,8 @@ class Connection:
 
     def __init__(self, exchange: Exchange, faults: Faults, transport: Transport, now: float, address: str) -> None:
         exchange.opened += 1
-        self._exchange, self._faults, self._transport = exchange, faults, transport
+        self._exchange, self._transport = exchange, transport
+        self._faults = faults = copy(faults)  # which ends for this connection alone
         self.session = Session(exchange.opened, now, last_request=now, last_sent=now)
         self.outbox: deque[Outgoing] = deque()
         self.waiting = 0
@@ -71,8 +73,8 @@ class Connection:
         self._own = Credits(now, self._limit) if exchange.settings.own_credits else None
         self._delay = faults.number("delay") / 1000.0
         self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
-        self._distortion = Distortion(faults, self._rng, self._report) if distorts(faults) else None
-        self._lateness = Lateness(faults, now) if delays(faults) else None
+        self._distortion = Distortion(faults, self._rng, self._report)
+        self._lateness = Lateness(faults, now)
         self._counts: Counts = Counter()
         self._done: set[str] = set()
         self._periodic = {name: now + faults.number(name) for name in _NONSENSE if name in faults}
@@ -88,7 +90,7 @@ class Connection:
         label = self.session.subscriptions.get(frame.channel)
         if label is not None and not frame.recorded:
             frame = Frame(frame.channel, frame.data, frame.feed, label=label)
-        for text in [frame.text] if self._distortion is None else self._distortion.apply(frame):
+        for text in self._distortion.apply(frame):
             self._send_data(text)
 
     def _is_mute(self, channel: str) -> bool:
@@ -102,15 +104,12 @@ class Connection:
         return "fragments" in self._faults and age >= self._faults.number("fragments")
 
     def _send_data(self, text: bytes) -> None:
-        if self._lateness is None:
-            self._send(text)
-            return
         self._lateness.hold(text, self._now)
-        self._release(self._lateness, self._now)
+        self._release(self._now)
         self._bound_waiting(self._lateness.size)
 
-    def _release(self, lateness: Lateness, until: float) -> None:
-        for text in lateness.take_due(until):
+    def _release(self, until: float) -> None:
+        for text in self._lateness.take_due(until):
             self._send(text)
 
     def _say(self, text: bytes) -> None:
@@ -202,8 +201,7 @@ class Connection:
         if reply.silent:
             self.close(1000, "")
             return
-        if self._distortion is not None:
-            self._distortion.forget_others(self.session.subscriptions)
+        self._distortion.forget_others(self.session.subscriptions)
         late = "ack_late" in self._faults
         if not late:
             self._answer(self._find_id(call), reply.result, now)
@@ -274,16 +272,14 @@ class Connection:
         )
         self._cut_at, self._flooded = self._cut_at + by, self._flooded + by
         self._periodic = {name: due + by for name, due in self._periodic.items()}
-        if self._lateness is not None:
-            self._lateness.move(by)
+        self._lateness.move(by)
 
     def _run_timed_faults(self, now: float) -> None:
         age = now - self.session.opened
         if age >= self._faults.number("until", FOREVER):
             self._recover()
             return
-        if self._lateness is not None:
-            self._release(self._lateness, now)
+        self._release(now)
         self._run_endings(age)
         if self.session.ended:
             return
@@ -294,16 +290,13 @@ class Connection:
         for place, setting in enumerate(self._faults.all("oversized")):
             if age >= setting.at and self._once(f"oversized {place}"):
                 self._send_nonsense("oversized", setting.value)
-        if "flood" in self._faults and self._distortion is not None:
+        if "flood" in self._faults:
             self._flood(now)
 
     def _recover(self) -> None:
-        self._faults, self.silent = Faults(), False
-        if self._distortion is not None:
-            self._distortion.end()
-        if self._lateness is not None:
-            self._release(self._lateness, FOREVER)
-            self._lateness = None
+        self._faults.clear()
+        self.silent = False
+        self._release(FOREVER)
         self._periodic.clear()
         self._done.clear()
 
@@ -337,8 +330,7 @@ class Connection:
         self._exchange.oracle.note("fault", connection=self.session.number, fault=kind)
 
     def _flood(self, now: float) -> None:
-        repeatable = self._distortion.repeatable if self._distortion else {}
-        texts = [text for channel, text in repeatable.items() if not self._is_mute(channel)]
+        texts = [text for channel, text in self._distortion.repeatable.items() if not self._is_mute(channel)]
         due = int((now - self._flooded) * self._faults.number("flood"))
         if texts and due and not self.session.ended:
             self._flooded += due / self._faults.number("flood")

@@ -11,23 +11,17 @@ from collector.faults import Faults
 from workers.exchange.channels.hub import Frame
 from workers.exchange.protocol.rpc import encode
 
-_FRAME_FAULTS = {
-    "no_snapshot", "gap", "duplicate", "reorder", "prev0", "resnapshot", "crossed", "lost_trades",
-    "wrong_types", "unknown_fields", "exponents", "clock", "flood",
-}  # fmt: skip
 _REPEATABLE = ("ticker.", "quote.", "deribit_price_index.", "perpetual.")
 _NUMBER = re.compile(rb"(?<=[:,\[])(-?)(\d+)(?:\.(\d+))?(?=[,\]}])")
 _UNKNOWN = {"never_seen_before": {"nested": [1, "two", None]}}
 _ODD_VALUES: tuple[Any, ...] = ("text", None, True, [], {}, "12.5", -1, 1e308)
 
 
-def distorts(faults: Faults) -> bool:
-    """Whether any of the faults touches data frames."""
-    return bool(faults.names() & _FRAME_FAULTS)
-
-
 class Distortion:
-    """The data faults of one connection; `report(fault, frame)` is told of each."""
+    """The data faults of one connection; `report(fault, frame)` is told of each.
+
+    Where there are none any more, what has been begun is ended with the next frames.
+    """
 
     def __init__(self, faults: Faults, rng: Random, report: Callable[[str, Frame], None]) -> None:
         self._faults, self._rng, self._report = faults, rng, report
@@ -42,10 +36,6 @@ class Distortion:
         for state in (self._held, self._crossed, self.repeatable):
             for channel in [channel for channel in state if channel not in channels]:
                 del state[channel]
-
-    def end(self) -> None:
-        """No more faults; what has been begun is ended with the next frames."""
-        self._faults = Faults()
 
     def apply(self, frame: Frame) -> list[bytes]:
         """The texts that go out in the place of a frame, in order; maybe none."""
@@ -62,7 +52,7 @@ class Distortion:
             self._held[changed.channel] = changed
             return []
         texts = [self._respell(frame) for frame in frames]
-        if changed.channel.startswith(_REPEATABLE):
+        if "flood" in self._faults and changed.channel.startswith(_REPEATABLE):
             self.repeatable[changed.channel] = texts[0]
         return texts
 

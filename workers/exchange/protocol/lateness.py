@@ -5,13 +5,6 @@ from collections.abc import Iterator
 
 from collector.faults import FOREVER, Faults
 
-LATE = ("lag", "backlog")
-
-
-def delays(faults: Faults) -> bool:
-    """Whether any of the faults makes data late."""
-    return any(name in faults for name in LATE)
-
 
 class Lateness:
     """The frames that wait; `size` is their bytes. Times are seconds since 1970, `opened` that of the connection."""
