@@ -170,7 +170,7 @@ class Server:
             raise RpcError(int(failure.value))
         if call.method in SOCKET_METHODS:
             raise RpcError(10030)
-        session = Session(0, now / 1000.0)
+        session = Session(0)
         await _log_in(request, self.exchange, session, now)
         context = Context(self.exchange, session, _Nobody(), faults, call.params or {}, now, self._counts)
         return carry_out(call.method, context).result

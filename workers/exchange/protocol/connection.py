@@ -57,28 +57,28 @@ class Transport(Protocol):
 
 
 class Connection:
-    """The exchange's side of one socket. Times are seconds since 1970."""
+    """The exchange's side of one socket. Times are seconds since 1970, or of its `age`: since it was opened."""
 
     def __init__(self, exchange: Exchange, faults: Faults, transport: Transport, now: float, address: str) -> None:
         exchange.opened += 1
         self._exchange, self._transport = exchange, transport
         self._faults = faults = copy(faults)  # which ends for this connection alone
-        self.session = Session(exchange.opened, now, last_request=now, last_sent=now)
+        self.session = Session(exchange.opened)
         self.outbox: deque[Outgoing] = deque()
         self.waiting = 0
         self.silent = False
-        self._now, self._cut_at = now, FOREVER
+        self._now, self._age, self._cut_at = now, 0.0, FOREVER
         self.address = address
         self._limit = faults.number("credits") if "credits" in faults else None
         self._own = Credits(now, self._limit) if exchange.settings.own_credits else None
         self._delay = faults.number("delay") / 1000.0
         self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
         self._distortion = Distortion(faults, self._rng, self._report)
-        self._lateness = Lateness(faults, now)
+        self._lateness = Lateness(faults)
         self._counts: Counts = Counter()
         self._done: set[str] = set()
-        self._periodic = {name: now + faults.number(name) for name in _NONSENSE if name in faults}
-        self._flooded = now
+        self._periodic = {name: faults.number(name) for name in _NONSENSE if name in faults}
+        self._flooded = 0.0
         exchange.oracle.note("opened", connection=self.session.number, faults=faults.text)
 
     # Out
@@ -94,18 +94,16 @@ class Connection:
             self._send_data(text)
 
     def _is_mute(self, channel: str) -> bool:
-        age = self._now - self.session.opened
-        return any(s.text in ("*", channel) and age >= s.at for s in self._faults.all("mute"))
+        return any(s.text in ("*", channel) and self._age >= s.at for s in self._faults.all("mute"))
 
     @property
     def is_fragmenting(self) -> bool:
         """Whether its text frames are to go out in fragments."""
-        age = self._now - self.session.opened
-        return "fragments" in self._faults and age >= self._faults.number("fragments")
+        return "fragments" in self._faults and self._age >= self._faults.number("fragments")
 
     def _send_data(self, text: bytes) -> None:
-        self._lateness.hold(text, self._now)
-        self._release(self._now)
+        self._lateness.hold(text, self._age)
+        self._release(self._age)
         self._bound_waiting(self._lateness.size)
 
     def _release(self, until: float) -> None:
@@ -120,19 +118,18 @@ class Connection:
             return
         self.waiting += len(payload)
         self.outbox.append(Outgoing(self._now + self._delay, opcode, payload, code))
-        self.session.last_sent = self._now
+        self.session.last_sent = self._age
         self._transport.wake()
         self._bound_waiting()
 
     def _bound_waiting(self, held: int = 0) -> None:
         if self.waiting + held > self._faults.number("slow_reader", MAX_WAITING):
-            self.end("connection_too_slow")
-            self._transport.cut(False)
+            self.cut("connection_too_slow")
 
     def close(self, code: int, reason: str) -> None:
         """Send a close frame behind what waits already; a client that does not come to read it is cut in the end."""
         self._send(reason.encode(), CLOSE, code)
-        self._cut_at = FOREVER if self.silent else self._now + LAST_WORDS
+        self._cut_at = FOREVER if self.silent else self._age + LAST_WORDS
         self.end(reason or f"close {code}")
 
     def cut(self, reason: str, reset: bool = False) -> None:
@@ -155,8 +152,8 @@ class Connection:
         number = self.session.number
         self._exchange.oracle.note("fault", connection=number, fault=fault, channel=frame.channel, **ids)
 
-    def _report_request(self, fault: str, call: Call, now: float) -> None:
-        number, ms = self.session.number, int(now * 1000)
+    def _report_request(self, fault: str, call: Call) -> None:
+        number, ms = self.session.number, int(self._now * 1000)
         self._exchange.oracle.note("fault", connection=number, fault=fault, method=call.method, timestamp=ms)
 
     # In
@@ -176,25 +173,27 @@ class Connection:
         if self.session.ended or self.silent:
             return
         self._note_time(now)
-        self.session.last_request = now
+        self.session.last_request = self._age
         if self.session.heartbeat is not None and "deaf" not in self._faults:
             self.session.heartbeat.answer()
         try:
             call = read_call(text)
         except RpcError as error:
-            self._answer(NO_ID, error, now)
+            self._answer(NO_ID, error)
             return
         if find_failure(self._faults, "no_reply", call.method, self._counts) is None:
-            self._carry_out(call, now)
+            self._carry_out(call)
         else:
-            self._report_request("no_reply", call, now)
+            self._report_request("no_reply", call)
 
-    def _carry_out(self, call: Call, now: float) -> None:
+    def _carry_out(self, call: Call) -> None:
+        ms, params = int(self._now * 1000), call.params or {}
         try:
-            self._check(call, now)
-            reply = carry_out(call.method, self._make_context(call, now))
+            self._check(call, ms)
+            context = Context(self._exchange, self.session, self, self._faults, params, ms, self._counts)
+            reply = carry_out(call.method, context)
         except RpcError as error:
-            self._answer(call.id, error, now)
+            self._answer(call.id, error)
             if error.code == 10028:
                 self.close(1008, "too_many_requests")
             return
@@ -204,41 +203,36 @@ class Connection:
         self._distortion.forget_others(self.session.subscriptions)
         late = "ack_late" in self._faults
         if not late:
-            self._answer(self._find_id(call), reply.result, now)
+            self._answer(self._find_id(call), reply.result)
         for frame in reply.frames:
             self.deliver(frame)
         if late:
-            self._answer(self._find_id(call), reply.result, now)
+            self._answer(self._find_id(call), reply.result)
 
-    def _check(self, call: Call, now: float) -> None:
-        if not self._find_credits(now).spend(call.method, now):
+    def _check(self, call: Call, ms: int) -> None:
+        if not self._find_credits(ms).spend(call.method, self._now):
             raise RpcError(10028)
         failure = find_failure(self._faults, "error", call.method, self._counts)
         if failure is not None:
-            self._report_request("error", call, now)
+            self._report_request("error", call)
             raise RpcError(int(failure.value))
         if "maintenance" in self._done:
             raise RpcError(11051)
         if call.params is None:
             raise refuse_param("params", "must be an object")  # its form on the wire is not known
 
-    def _find_credits(self, now: float) -> Credits:
+    def _find_credits(self, ms: int) -> Credits:
         """The pools that pay: the account's where somebody is logged in, else the address's."""
-        login = self.session.login if self.session.is_logged_in(int(now * 1000)) else None
+        login = self.session.login if self.session.is_logged_in(ms) else None
         payer = f"account {login.client_id}" if login else f"address {self.address}"
-        return self._own or self._exchange.find_credits(payer, self._limit, now)
-
-    def _make_context(self, call: Call, now: float) -> Context:
-        ms = int(now * 1000)
-        return Context(self._exchange, self.session, self, self._faults, call.params or {}, ms, self._counts)
+        return self._own or self._exchange.find_credits(payer, self._limit, self._now)
 
     def _find_id(self, call: Call) -> Any:
         wrong = find_failure(self._faults, "wrong_id", call.method, self._counts)
         return call.id if wrong is None else 999_999_999
 
-    def _answer(self, id: Any, outcome: Any, now: float) -> None:
-        skew = int(self._faults.number("clock") * 1000)
-        us_in = int(now * 1e6) + skew
+    def _answer(self, id: Any, outcome: Any) -> None:
+        us_in = int(self._now * 1e6) + int(self._faults.number("clock") * 1000)
         self._say(encode_answer(id, outcome, us_in, us_in + 60 + self.session.number % 40))
 
     # Time
@@ -246,52 +240,45 @@ class Connection:
     def tick(self, now: float) -> None:
         """Do what is due: heartbeats, the idle cut, timed faults."""
         self._note_time(now)
-        if now >= self._cut_at:
+        if self._age >= self._cut_at:
             self._transport.cut(False)
         if self.session.ended:
             return
         if self._faults:
-            self._run_timed_faults(now)
+            self._run_timed_faults(self._age)
         heartbeat = self.session.heartbeat
         if heartbeat is not None and "no_heartbeat" not in self._faults and not self.silent:
-            for kind in heartbeat.find_due(now, self.session.last_sent):
+            for kind in heartbeat.find_due(self._age, self.session.last_sent):
                 if kind == "close":
                     self.close(4000, "heartbeat close")
                 else:
                     self._say(encode_heartbeat(kind))
-        elif self.session.is_idle(now, self._faults.number("idle", IDLE)):
+        elif self.session.is_idle(self._age, self._faults.number("idle", IDLE)):
             self.cut("idle")
 
     def _note_time(self, now: float) -> None:
-        """Where the clock was set, or all stood still, no time has gone by: as for the market."""
-        by, self._now, session = now - self._now, now, self.session
+        """Where the clock was set, or all stood still, it has not grown older: as for the market."""
+        by, self._now = now - self._now, now
         if abs(by) * 1000 <= MAX_BEHIND:
-            return
-        session.opened, session.last_request, session.last_sent = (
-            each + by for each in (session.opened, session.last_request, session.last_sent)
-        )
-        self._cut_at, self._flooded = self._cut_at + by, self._flooded + by
-        self._periodic = {name: due + by for name, due in self._periodic.items()}
-        self._lateness.move(by)
+            self._age += by
 
-    def _run_timed_faults(self, now: float) -> None:
-        age = now - self.session.opened
+    def _run_timed_faults(self, age: float) -> None:
         if age >= self._faults.number("until", FOREVER):
             self._recover()
             return
-        self._release(now)
+        self._release(age)
         self._run_endings(age)
         if self.session.ended:
             return
         for name, due in self._periodic.items():
-            if now >= due:
-                self._periodic[name] = now + max(0.05, self._faults.number(name))
+            if age >= due:
+                self._periodic[name] = age + max(0.05, self._faults.number(name))
                 self._send_nonsense(name)
         for place, setting in enumerate(self._faults.all("oversized")):
             if age >= setting.at and self._once(f"oversized {place}"):
                 self._send_nonsense("oversized", setting.value)
         if "flood" in self._faults:
-            self._flood(now)
+            self._flood()
 
     def _recover(self) -> None:
         self._faults.clear()
@@ -329,9 +316,9 @@ class Connection:
             self._send(payload, TEXT if is_text else BINARY)
         self._exchange.oracle.note("fault", connection=self.session.number, fault=kind)
 
-    def _flood(self, now: float) -> None:
+    def _flood(self) -> None:
         texts = [text for channel, text in self._distortion.repeatable.items() if not self._is_mute(channel)]
-        due = int((now - self._flooded) * self._faults.number("flood"))
+        due = int((self._age - self._flooded) * self._faults.number("flood"))
         if texts and due and not self.session.ended:
             self._flooded += due / self._faults.number("flood")
             for place in range(min(due, 20_000)):

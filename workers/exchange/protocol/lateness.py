@@ -7,11 +7,10 @@ from collector.faults import FOREVER, Faults
 
 
 class Lateness:
-    """The frames that wait; `size` is their bytes. Times are seconds since 1970, `opened` that of the connection."""
+    """The frames that wait; `size` is their bytes. Times are seconds since the connection was opened."""
 
-    def __init__(self, faults: Faults, opened: float) -> None:
+    def __init__(self, faults: Faults) -> None:
         self._faults = faults
-        self._opened = opened
         self._waiting: deque[tuple[float, bytes]] = deque()
         self.size = 0
 
@@ -27,19 +26,14 @@ class Lateness:
             self.size -= len(text)
             yield text
 
-    def move(self, by: float) -> None:
-        """The clock was set: what waits waits on for as long."""
-        self._opened += by
-        self._waiting = deque((due + by, text) for due, text in self._waiting)
-
     def _find_due(self, now: float) -> float:
         """When a frame of this time is to go out: what is later never goes earlier."""
         due = now
         for setting in self._faults.all("lag"):
-            if now >= self._opened + setting.at:
+            if now >= setting.at:
                 due = max(due, now + setting.value)
         for setting in self._faults.all("backlog"):
-            since = now - self._opened - setting.at
+            since = now - setting.at
             if since > 0:
                 due = max(due, now - since + since / setting.value if setting.value > 0 else FOREVER)
         return due

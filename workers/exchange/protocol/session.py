@@ -72,10 +72,12 @@ class Credits:
 
 @dataclass(slots=True)
 class Session:
-    """The state of one connection; `number` is its number since the exchange started."""
+    """The state of one connection; `number` is its number since the exchange started.
+
+    Its times are of its age, in seconds.
+    """
 
     number: int
-    opened: float
     subscriptions: dict[str, str | None] = field(default_factory=dict)  # channel -> label
     login: Login | None = None
     heartbeat: Heartbeat | None = None
@@ -88,6 +90,6 @@ class Session:
         """Whether a login holds at `now` (ms)."""
         return self.login is not None and self.login.expires > now
 
-    def is_idle(self, now: float, limit: float) -> bool:
+    def is_idle(self, age: float, limit: float) -> bool:
         """Whether Deribit would drop it: nothing subscribed, no heartbeat, and silent for `limit` seconds."""
-        return not self.subscriptions and self.heartbeat is None and now - self.last_request >= limit
+        return not self.subscriptions and self.heartbeat is None and age - self.last_request >= limit

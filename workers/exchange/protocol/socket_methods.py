@@ -76,7 +76,7 @@ def set_heartbeat(call: Context) -> Reply:
         raise refuse_param("interval", "must be at least 10")
     if interval > MOST:
         raise refuse_param("interval", "is too large")
-    call.session.heartbeat = Heartbeat(float(interval), call.now / 1000.0)
+    call.session.heartbeat = Heartbeat(float(interval), call.session.last_request)
     return Reply("ok")
 
 
