@@ -117,6 +117,10 @@ class Account:
         }  # fmt: skip
 
 
+Own = tuple[Instrument, dict[str, Any], dict[str, Any] | None]
+"""An order of ours, and its trade."""
+
+
 class OwnFeed(Feed):
     """`user.orders.*`, `user.trades.*`, `user.changes.*`; raw orders come one object a frame, all else as arrays."""
 
@@ -128,29 +132,26 @@ class OwnFeed(Feed):
         self.period = PERIODS[interval]
         self._account, self._what = account, what
         self._kind, self._currency = kind, currency
-        self._pending: list[tuple[Instrument, dict[str, Any], dict[str, Any] | None]] = []
+        self._pending: list[Own] = []
 
     def take(self, event: Event) -> bool:
         if event.own and event.instrument.matches(self._kind, self._currency):
             self._pending += [(event.instrument, order, trade) for order, trade in event.own]
-        return self.more()
-
-    def more(self) -> bool:
         return bool(self._pending)
 
-    def flush(self) -> Data | None:
-        if not self._pending:
-            return None
-        if self._what == "orders" and self.period == 0:
-            return self._pending.pop(0)[1]
-        of = self._pending[0][0]
-        taken = [p for p in self._pending if self._what != "changes" or p[0] is of]
-        self._pending = [p for p in self._pending if p not in taken]
-        orders, trades = [order for _, order, _ in taken], [trade for _, _, trade in taken if trade]
+    def flush(self) -> list[Data]:
+        pending, self._pending = self._pending, []
         if self._what == "changes":
-            positions = [self._account.describe_position(of)] if trades else []
-            return {"instrument_name": of.name, "trades": trades, "orders": orders, "positions": positions}
-        return (orders if self._what == "orders" else trades) or None
+            return [self._describe_changes(of, pending) for of in dict.fromkeys(of for of, _, _ in pending)]
+        orders, trades = [order for _, order, _ in pending], [trade for _, _, trade in pending if trade]
+        told = orders if self._what == "orders" else trades
+        return told if told is orders and self.period == 0 else [told] if told else []
+
+    def _describe_changes(self, of: Instrument, pending: list[Own]) -> Data:
+        orders = [order for each, order, _ in pending if each is of]
+        trades = [trade for each, _, trade in pending if each is of and trade]
+        positions = [self._account.describe_position(of)] if trades else []
+        return {"instrument_name": of.name, "trades": trades, "orders": orders, "positions": positions}
 
 
 class PortfolioFeed(Feed):
@@ -170,10 +171,8 @@ class PortfolioFeed(Feed):
         currency = event.instrument.currency
         if event.own and currency in self._currencies and currency not in self._changed:
             self._changed.append(currency)
-        return self.more()
-
-    def more(self) -> bool:
         return bool(self._changed)
 
-    def flush(self) -> Data | None:
-        return self._account.describe(self._changed.pop(0)) if self._changed else None
+    def flush(self) -> list[Data]:
+        changed, self._changed = self._changed, []
+        return [self._account.describe(currency) for currency in changed]

@@ -29,8 +29,8 @@ ACTIONS = {(False, True): "new", (True, True): "change", (True, False): "delete"
 
 
 class Feed:
-    """One channel. `period` is as in PERIODS; `steady`: a frame each period, whether or not anything happened;
-    `refresh`: ms after which it counts as changed even without events (0: never)."""
+    """One channel and those who listen. `period` is as in PERIODS; `steady`: a frame each period, whether or not
+    anything happened; `refresh`: ms after which it counts as changed even without events (0: never)."""
 
     period = 100
     steady = False
@@ -40,6 +40,8 @@ class Feed:
         self.channel = channel
         self.market = market
         self.instrument = instrument
+        self.subscribers: dict[Any, None] = {}
+        self.dirty = False
 
     def open(self) -> list[Data]:
         """Return the data of the frames that a new subscriber gets at once."""
@@ -49,13 +51,9 @@ class Feed:
         """Note an event; say whether there may be something to send because of it."""
         return False
 
-    def flush(self) -> Data | None:
-        """Return the data of the next frame; None if there is nothing to say."""
-        return None
-
-    def more(self) -> bool:
-        """Whether another flush would give another frame at once."""
-        return False
+    def flush(self) -> list[Data]:
+        """Return the data of the next frames: of none if there is nothing to say."""
+        return []
 
 
 class InstrumentFeed(Feed):
@@ -99,7 +97,7 @@ class BookFeed(InstrumentFeed):
             self._before.setdefault((change.side, change.tick), change.old)
         return bool(event.changes)
 
-    def flush(self) -> Data | None:
+    def flush(self) -> list[Data]:
         book = self.market.books[self.of.name]
         sides: tuple[list[Any], list[Any]] = ([], [])
         for side in (BID, ASK):
@@ -109,12 +107,12 @@ class BookFeed(InstrumentFeed):
                     sides[side].append(self._change(old, tick, new))
         self._before.clear()
         if not sides[BID] and not sides[ASK]:
-            return None
+            return []
         previous, self._change_id, self._timestamp = self._change_id, book.change_id, book.timestamp
-        return {
+        return [{
             "timestamp": book.timestamp, "type": "change", "change_id": book.change_id, "instrument_name": self.of.name,
             "bids": sides[BID], "asks": sides[ASK], "prev_change_id": previous,
-        }  # fmt: skip
+        }]  # fmt: skip
 
     def _change(self, old: int, tick: int, new: int) -> list[Any]:
         action = ACTIONS[bool(old), bool(new)]
@@ -128,19 +126,18 @@ class GroupedBookFeed(InstrumentFeed):
         super().__init__(channel, market, instrument)
         self._group, self._depth = group, depth
 
-    def open(self) -> list[Data]:
-        return [self.flush()]
-
     def take(self, event: Event) -> bool:
         return bool(event.changes)
 
-    def flush(self) -> Data:
+    def flush(self) -> list[Data]:
         book = self.market.books[self.of.name]
-        return {
+        return [{
             "timestamp": book.timestamp, "change_id": book.change_id, "instrument_name": self.of.name,
             "bids": group_levels(self.market, self.of, BID, self._group, self._depth),
             "asks": group_levels(self.market, self.of, ASK, self._group, self._depth),
-        }  # fmt: skip
+        }]  # fmt: skip
+
+    open = flush
 
 
 class TradesFeed(Feed):
@@ -158,9 +155,9 @@ class TradesFeed(Feed):
             self._pending += event.trades
         return bool(self._pending)
 
-    def flush(self) -> Data | None:
+    def flush(self) -> list[Data]:
         pending, self._pending = self._pending, []
-        return pending or None
+        return [pending] if pending else []
 
 
 class TickerFeed(InstrumentFeed):
@@ -170,14 +167,13 @@ class TickerFeed(InstrumentFeed):
         super().__init__(channel, market, instrument)
         self.refresh = 3000 if instrument.kind == "option" else 1000
 
-    def open(self) -> list[Data]:
-        return [describe_ticker(self.market, self.of)]
-
     def take(self, event: Event) -> bool:
         return True
 
-    def flush(self) -> Data:
-        return describe_ticker(self.market, self.of)
+    def flush(self) -> list[Data]:
+        return [describe_ticker(self.market, self.of)]
+
+    open = flush
 
 
 class IncrementalTickerFeed(TickerFeed):
@@ -192,12 +188,12 @@ class IncrementalTickerFeed(TickerFeed):
     def open(self) -> list[Data]:
         return [{"type": "snapshot", **self._last}]
 
-    def flush(self) -> Data | None:
+    def flush(self) -> list[Data]:
         last, self._last = self._last, describe_ticker(self.market, self.of)
         changed = find_changes(last, self._last)
         if not changed.keys() - {"timestamp"}:
-            return None
-        return {"type": "change", **changed, "instrument_name": self.of.name, "timestamp": self._last["timestamp"]}
+            return []
+        return [{"type": "change", **changed, "instrument_name": self.of.name, "timestamp": self._last["timestamp"]}]
 
 
 def find_changes(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -229,9 +225,9 @@ class QuoteFeed(InstrumentFeed):
     def take(self, event: Event) -> bool:
         return bool(event.changes)
 
-    def flush(self) -> Data | None:
+    def flush(self) -> list[Data]:
         last, self._last = self._last, describe_quote(self.market, self.of)
-        return self._last if last != {**self._last, "timestamp": last["timestamp"]} else None
+        return [self._last] if last != {**self._last, "timestamp": last["timestamp"]} else []
 
 
 class PerpetualFeed(InstrumentFeed):
@@ -242,8 +238,8 @@ class PerpetualFeed(InstrumentFeed):
     def take(self, event: Event) -> bool:
         return bool(event.trades)
 
-    def flush(self) -> Data:
-        return describe_perpetual(self.market, self.of)
+    def flush(self) -> list[Data]:
+        return [describe_perpetual(self.market, self.of)]
 
 
 class ChartFeed(InstrumentFeed):
@@ -270,12 +266,15 @@ class ChartFeed(InstrumentFeed):
             self._bar["cost"] = round(self._bar["cost"] + cost, 8)
         return bool(event.trades)
 
-    def flush(self) -> Data | None:
-        return dict(self._bar) or None
+    def flush(self) -> list[Data]:
+        return [dict(self._bar)] if self._bar else []
 
 
 class SteadyFeed(Feed):
-    """A channel with a frame each period; `describe` gives its data, or None for nothing this time."""
+    """A channel with a frame each period; `describe` gives its data, or None for nothing this time.
+
+    `at_once`: a new subscriber gets one, too.
+    """
 
     steady = True
 
@@ -288,11 +287,11 @@ class SteadyFeed(Feed):
         self._at_once = at_once
 
     def open(self) -> list[Data]:
-        first = self.flush() if self._at_once else None
-        return [] if first is None else [first]
+        return self.flush() if self._at_once else []
 
-    def flush(self) -> Data | None:
-        return self._describe()
+    def flush(self) -> list[Data]:
+        data = self._describe()
+        return [] if data is None else [data]
 
 
 class PlatformFeed(Feed):
@@ -302,14 +301,11 @@ class PlatformFeed(Feed):
     steady = True
 
     def open(self) -> list[Data]:
-        return [self._describe(index) for index in list_indices(self.market)]
+        return [{"locked": False, "price_index": index, "reasons": []} for index in list_indices(self.market)]
 
-    def _describe(self, index: str) -> Data:
-        return {"locked": False, "price_index": index, "reasons": []}
-
-    def flush(self) -> Data:
-        indices = list_indices(self.market)
-        return self._describe(indices[self.market.now // 1000 % len(indices)])
+    def flush(self) -> list[Data]:
+        each = self.open()
+        return [each[self.market.now // 1000 % len(each)]]
 
 
 class LifeFeed(Feed):
@@ -320,21 +316,18 @@ class LifeFeed(Feed):
     def __init__(self, channel: str, market: Market, kind: str, currency: str, creations: bool) -> None:
         super().__init__(channel, market)
         self._kind, self._currency, self._creations = kind, currency, creations
-        self._next: Data | None = None
+        self._next: list[Data] = []
 
     def take(self, event: Event) -> bool:
         wanted = event.created if self._creations else event.state
         if not wanted or not event.instrument.matches(self._kind, self._currency):
             return False
-        if self._creations:
-            self._next = {"timestamp": event.timestamp, **event.instrument.row}
-        else:
-            self._next = {"timestamp": event.timestamp, "state": event.state, "instrument_name": event.instrument.name}
+        state = {"state": event.state, "instrument_name": event.instrument.name}
+        self._next = [{"timestamp": event.timestamp, **(event.instrument.row if self._creations else state)}]
         return True
 
-    def flush(self) -> Data | None:
-        data, self._next = self._next, None
-        return data
+    def flush(self) -> list[Data]:
+        return self._next
 
 
 def list_indices(market: Market) -> list[str]:

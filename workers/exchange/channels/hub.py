@@ -1,10 +1,12 @@
 """From the market's events to frames for subscribers: one feed a channel, each frame encoded once for all."""
 
+from collections import defaultdict
 from typing import Any, Protocol
 
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.feeds import Feed
 from workers.exchange.channels.names import open_feed
+from workers.exchange.market.instruments import Instrument
 from workers.exchange.market.market import MAX_BEHIND, Event, Market
 from workers.exchange.protocol.rpc import encode_notification
 
@@ -39,66 +41,41 @@ class Subscriber(Protocol):
     def deliver(self, frame: Frame) -> None: ...
 
 
-class _Line:
-    """A channel with those who listen to it."""
-
-    __slots__ = ("dirty", "feed", "subscribers")
-
-    def __init__(self, feed: Feed) -> None:
-        self.feed = feed
-        self.subscribers: dict[Subscriber, None] = {}
-        self.dirty = False
-
-
 class Hub:
     """All channels that somebody listens to."""
 
     def __init__(self, market: Market, account: Account, recorded: frozenset[str] = frozenset()) -> None:
         self._market, self._account = market, account
         self._recorded = recorded
-        self._lines: dict[str, _Line] = {}
-        self._named: dict[str, list[_Line]] = {}
-        self._wide: list[_Line] = []
+        self._feeds: dict[str, Feed] = {}
+        self._of: defaultdict[Instrument | None, list[Feed]] = defaultdict(list)
         self._boundary = market.now // 100
 
     def offers(self, channel: str) -> bool:
         """Whether there is such a channel."""
-        if channel in self._lines or channel in self._recorded:
-            return True
-        return open_feed(channel, self._market, self._account) is not None
+        return self._find(channel) is not None
+
+    def _find(self, channel: str) -> Feed | None:
+        recorded = Feed(channel, self._market) if channel in self._recorded else None
+        return self._feeds.get(channel) or recorded or open_feed(channel, self._market, self._account)
 
     def subscribe(self, channel: str, subscriber: Subscriber) -> list[Frame]:
         """Add a listener to a channel that is offered; return the frames that it gets first."""
-        line = self._lines.get(channel) or self._open(channel)
-        if line is None:
-            return []
-        line.subscribers[subscriber] = None
-        return [Frame(channel, data, line.feed) for data in line.feed.open()]
-
-    def _open(self, channel: str) -> _Line | None:
-        feed = Feed(channel, self._market) if channel in self._recorded else None
-        feed = feed or open_feed(channel, self._market, self._account)
-        if feed is None:
-            return None
-        line = self._lines[channel] = _Line(feed)
-        if channel not in self._recorded:
-            self._find_row(feed).append(line)
-        return line
-
-    def _find_row(self, feed: Feed) -> list[_Line]:
-        return self._wide if feed.instrument is None else self._named.setdefault(feed.instrument.name, [])
+        feed = self._find(channel)
+        assert feed is not None, "it is offered"
+        if channel not in self._feeds:
+            self._feeds[channel] = feed
+            self._of[feed.instrument].append(feed)
+        feed.subscribers[subscriber] = None
+        return [Frame(channel, data, feed) for data in feed.open()]
 
     def unsubscribe(self, channel: str, subscriber: Subscriber) -> None:
         """Take a listener away; the feed ends with its last one."""
-        line = self._lines.get(channel)
-        if line is None:
-            return
-        line.subscribers.pop(subscriber, None)
-        if not line.subscribers:
-            del self._lines[channel]
-            row = self._find_row(line.feed)
-            if line in row:
-                row.remove(line)
+        feed = self._feeds[channel]
+        feed.subscribers.pop(subscriber, None)
+        if not feed.subscribers:
+            del self._feeds[channel]
+            self._of[feed.instrument].remove(feed)
 
     def advance(self, now: int) -> list[Event]:
         """Let the market live until `now` and send what follows; return its events."""
@@ -114,9 +91,9 @@ class Hub:
     def take(self, event: Event) -> None:
         """Send what follows from one event."""
         self._account.take(event)
-        for line in (*self._named.get(event.instrument.name, ()), *self._wide):
-            if line.feed.take(event):
-                self._note(line)
+        for feed in (*self._of.get(event.instrument, ()), *self._of[None]):
+            if feed.take(event):
+                self._note(feed)
 
     def _catch_up(self) -> None:
         end = self._market.now // 100
@@ -126,38 +103,33 @@ class Hub:
             self._boundary += 1
             self._tick(self._boundary * 100)
 
-    def _note(self, line: _Line) -> None:
-        line.dirty = True
-        if line.feed.period == 0:
-            self._flush(line)
+    def _note(self, feed: Feed) -> None:
+        feed.dirty = True
+        if feed.period == 0:
+            self._flush(feed)
 
     def _tick(self, now: int) -> None:
-        for line in list(self._lines.values()):
-            feed = line.feed
+        for feed in list(self._feeds.values()):
             alive = feed.instrument is None or feed.instrument.state == "open"
             if feed.refresh and alive and now % feed.refresh == 0:
-                self._note(line)
+                self._note(feed)
             due = feed.period and now % feed.period == 0
-            if due and (line.dirty or feed.steady):
-                self._flush(line)
+            if due and (feed.dirty or feed.steady):
+                self._flush(feed)
 
-    def _flush(self, line: _Line) -> None:
-        line.dirty = False
-        while True:
-            data = line.feed.flush()
-            if data is not None:
-                self._publish(line, Frame(line.feed.channel, data, line.feed))
-            if not line.feed.more():
-                return
+    def _flush(self, feed: Feed) -> None:
+        feed.dirty = False
+        for data in feed.flush():
+            self._publish(feed, Frame(feed.channel, data, feed))
 
-    def _publish(self, line: _Line, frame: Frame) -> None:
-        for subscriber in list(line.subscribers):
+    def _publish(self, feed: Feed, frame: Frame) -> None:
+        for subscriber in list(feed.subscribers):
             subscriber.deliver(frame)
 
     def relay(self, frame: Frame) -> bool:
         """Send a recorded frame to whoever subscribed to its channel; False if nobody did."""
-        line = self._lines.get(frame.channel)
-        if line is None or not line.subscribers:
+        feed = self._feeds.get(frame.channel)
+        if feed is None:
             return False
-        self._publish(line, frame)
+        self._publish(feed, frame)
         return True
