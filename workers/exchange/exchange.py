@@ -98,11 +98,11 @@ class Exchange:
         """Let the market live until `now` (ms) and send what follows."""
         events = self.hub.advance(now)
         if not self.market.frozen:
-            for name, change in (("listing", self._list), ("expiry", self._expire)):
+            for name, change in (("listing", self.market.list_option), ("expiry", self.market.expire_next)):
                 period = self._find_period(name)
                 if name in self.faults and not 0 < self._next[name] - now <= period:  # the clock may be set back
                     self._next[name] = now + period
-                    events += change()
+                    events += self.hub.take(change())
         self.oracle.note_market(events)
         if self.replay is not None:
             for frame in self.replay.take_due(now / 1000.0):
@@ -110,18 +110,6 @@ class Exchange:
 
     def _find_period(self, name: str) -> int:
         return max(100, int(self.faults.number(name) * 1000))
-
-    def _list(self) -> list[Any]:
-        return self._send(self.market.list_option())
-
-    def _expire(self) -> list[Any]:
-        name = self.market.find_next_expiry()
-        return self._send(self.market.expire(name)) if name else []
-
-    def _send(self, events: list[Any]) -> list[Any]:
-        for event in events:
-            self.hub.take(event)
-        return events
 
     def find_life(self, faults: Faults) -> float:
         """Seconds that a token lives."""

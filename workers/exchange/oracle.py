@@ -27,16 +27,12 @@ class Oracle:
 
     def note_market(self, events: list[Event]) -> None:
         """Write the trades, listings and expiries among the events."""
-        if self._file is None or not events:
-            return
-        lines = []
         for event in events:
-            lines += [{"event": "trade", **{key: trade[key] for key in _TRADE}} for trade in event.trades]
+            for trade in event.trades:
+                self.note("trade", **{key: trade[key] for key in _TRADE})
             if event.created or event.state == "delivered":
                 what = "listed" if event.created else "expired"
-                lines.append({"event": what, "instrument_name": event.instrument.name, "timestamp": event.timestamp})
-        if lines:
-            self._file.write(b"".join(encode(line) + b"\n" for line in lines))
+                self.note(what, instrument_name=event.instrument.name, timestamp=event.timestamp)
 
     def close(self) -> None:
         if self._file is not None:

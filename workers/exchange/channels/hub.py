@@ -1,6 +1,7 @@
 """From the market's events to frames for subscribers: one feed a channel, each frame encoded once for all."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 from workers.exchange.channels.account import Account
@@ -83,17 +84,19 @@ class Hub:
         while self._market.step(now):
             # Windows end before the quantum's first event: a frame never says half of an event.
             self._catch_up()
-            for event in self._market.move():
-                self.take(event)
-                events.append(event)
+            events += self.take(self._market.move())
         return events
 
-    def take(self, event: Event) -> None:
-        """Send what follows from one event."""
-        self._account.take(event)
-        for feed in (*self._of.get(event.instrument, ()), *self._of[None]):
-            if feed.take(event):
-                self._note(feed)
+    def take(self, events: Iterable[Event]) -> list[Event]:
+        """Send what follows from each event, while it is the newest; return them."""
+        taken = []
+        for event in events:
+            taken.append(event)
+            self._account.take(event)
+            for feed in (*self._of.get(event.instrument, ()), *self._of[None]):
+                if feed.take(event):
+                    self._note(feed)
+        return taken
 
     def _catch_up(self) -> None:
         end = self._market.now // 100

@@ -258,10 +258,10 @@ class Market:
         self._weigh()
         return [Event(instrument, self.now, state="open", created=True) for instrument in made]
 
-    def find_next_expiry(self) -> str | None:
-        """The instrument that would expire next: the first dated option by expiry and name."""
+    def expire_next(self) -> list[Event]:
+        """End the instrument that would expire next: the first dated option by expiry and name."""
         options = [i for i in self.catalogue.by_name.values() if i.kind == "option" and not self._is_leg(i)]
-        return min(options, key=lambda i: (i.expiry, i.name)).name if options else None
+        return self.expire(min(options, key=lambda i: (i.expiry, i.name)).name) if options else []
 
     def _is_leg(self, instrument: Instrument) -> bool:
         return any(leg is instrument for combo in self.catalogue.by_name.values() for _, leg in combo.legs)

@@ -11,7 +11,6 @@ from collector.faults import Faults
 from workers.exchange.channels.hub import Frame, Subscriber
 from workers.exchange.channels.names import is_private, is_raw
 from workers.exchange.exchange import Counts, Exchange, find_failure
-from workers.exchange.market.market import Event
 from workers.exchange.protocol.distort import distort_result
 from workers.exchange.protocol.methods import VERSION, find_instrument
 from workers.exchange.protocol.rpc import RpcError, refuse_param
@@ -205,7 +204,7 @@ def place_order(call: Context, direction: str) -> Reply:
             raise refuse_param(key, "must be a positive number")
     label = str(call.params.get("label", ""))
     event = call.exchange.account.place(of, direction, float(amount or 0), float(price), label, call.session.number)
-    _publish(call.exchange, [event])
+    call.exchange.hub.take([event])
     return Reply({"order": event.own[0][0], "trades": []})
 
 
@@ -216,26 +215,19 @@ def cancel_order(call: Context) -> Reply:
     if order_id not in call.exchange.account.orders:
         raise RpcError(11044)
     event = call.exchange.account.cancel(order_id)
-    _publish(call.exchange, [event])
+    call.exchange.hub.take([event])
     return Reply(event.own[0][0])
 
 
 def cancel_all(call: Context) -> Reply:
-    events = call.exchange.account.cancel_all()
-    _publish(call.exchange, events)
-    return Reply(len(events))
-
-
-def _publish(exchange: Exchange, events: list[Event]) -> None:
-    for event in events:
-        exchange.hub.take(event)
+    return Reply(len(call.exchange.hub.take(call.exchange.account.cancel_all())))
 
 
 def end_session(exchange: Exchange, session: Session, subscriber: Subscriber) -> None:
     """Forget a connection: its subscriptions, and its orders if it wanted that."""
     _leave_all(exchange, session, subscriber)
     if session.cancel_on_disconnect:
-        _publish(exchange, exchange.account.cancel_all(session.number, "cancel_on_disconnect"))
+        exchange.hub.take(exchange.account.cancel_all(session.number, "cancel_on_disconnect"))
 
 
 LOGIN_METHODS: dict[str, Callable[[Context], Reply]] = {
