@@ -34,24 +34,18 @@ def check_together(
             f"{prefix}{len(connections)} connections, Deribit takes {MAX_CONNECTIONS} from one address; "
             "write more channels into fewer [[connection]]"
         )
-    _check_names(connections, prefix)
+    names: set[str] = set()
     for connection in connections:
+        if (name := connection.name) in names:
+            raise ConfigError(f"{prefix}[[connection]] {name}: name is used twice; write for example {name}-2")
+        names.add(name)
         if connection.is_practice and exchange_port is None:
             raise ConfigError(
-                f"{prefix}[[connection]] {connection.name}: url practice needs the practice exchange; write [exchange]"
+                f"{prefix}[[connection]] {name}: url practice needs the practice exchange; write [exchange]"
             )
     _check_endpoints(connections, prefix, control, exchange_port)
-    _check_patterns(connections, prefix)
+    _check_repeats(connections, prefix)
     _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix, running)
-
-
-def _check_names(connections: Sequence[Connection], prefix: str) -> None:
-    seen: set[str] = set()
-    for connection in connections:
-        if connection.name in seen:
-            name = connection.name
-            raise ConfigError(f"{prefix}[[connection]] {name}: name is used twice; write for example {name}-2")
-        seen.add(connection.name)
 
 
 def _check_endpoints(connections: Sequence[Connection], prefix: str, control: str, exchange_port: int | None) -> None:
@@ -75,26 +69,24 @@ def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None
     owners[endpoint] = who
 
 
-def _check_patterns(connections: Sequence[Connection], prefix: str) -> None:
-    """A pattern written twice; patterns that meet in some instrument are found once they are expanded."""
+def _check_repeats(connections: Sequence[Connection], prefix: str) -> None:
+    """What is written twice; patterns that meet in some instrument are found once they are expanded."""
     owners: dict[str, str] = {}
     for connection in connections:
-        for pattern in connection.patterns:
-            if pattern in owners:
-                _refuse_repeat(pattern, owners[pattern], connection.name, prefix)
-            owners[pattern] = connection.name
+        for name in (*connection.channels, *connection.patterns):
+            if name in owners:
+                place = "twice" if owners[name] == connection.name else f"in connection {owners[name]} too"
+                raise ConfigError(
+                    f"{prefix}[[connection]] {connection.name}: channels: {name} stands {place}; write it once"
+                )
+            owners[name] = connection.name
 
 
 def _check_topics(placed: list[Placed], prefix: str, running: Container[str]) -> None:
     rivals = Rivals()
-    names: dict[str, str] = {}
     for here in placed:
-        owner, channel = here
-        if channel.name in names:
-            _refuse_repeat(channel.name, names[channel.name], owner, prefix)
-        names[channel.name] = owner
-        for other in rivals.find(channel):
-            if not may_share(other, here) and not (other[0] == owner and owner in running):
+        for other in rivals.find(here[1]):
+            if not may_share(other, here) and not (other[0] == here[0] and here[0] in running):
                 _refuse_pair(other, here, prefix)
         rivals.add(here)
 
@@ -147,11 +139,6 @@ def may_share(one: Placed, other: Placed) -> bool:
     if one[1].type == "instrument":
         return one[1].name.split(".")[1] != other[1].name.split(".")[1]
     return one[1].type == "platform" and one[1].name != other[1].name
-
-
-def _refuse_repeat(name: str, first: str, second: str, prefix: str) -> None:
-    place = "twice" if first == second else f"in connection {first} too"
-    raise ConfigError(f"{prefix}[[connection]] {second}: channels: {name} stands {place}; write it once")
 
 
 def _refuse_pair(one: Placed, other: Placed, prefix: str) -> None:
