@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec import to_builtins
 
 from collector.config import ConfigError, load_config
 from collector.config.patterns import Instrument
@@ -19,7 +20,7 @@ from collector.limits import (
     chunk_channels,
     measure_call,
 )
-from collector.planning.plan import Listing, make_plan, plan_calls
+from collector.planning.plan import Listing, PlannedPattern, make_plan, plan_calls
 from tests.pipeline import exchange, find_port
 from tests.support import REPOSITORY, collector
 from workers.deribit.connection.bootstrap import build_first_requests
@@ -95,7 +96,7 @@ def test_a_plan_counts_calls_time_and_login(tmp_path: Path) -> None:
     assert (pool.host, pool.login, pool.connections, pool.calls) == ("www.deribit.com", "DESK", ("a", "b"), 12)
     assert pool.seconds == pytest.approx(0.9)
     assert any("2 connections share one pool" in note for note in plan.notes)
-    assert "hush" not in json.dumps(plan.to_map())
+    assert "hush" not in json.dumps(to_builtins(plan))
 
 
 def test_connections_with_other_keys_draw_on_other_pools(tmp_path: Path) -> None:
@@ -172,7 +173,7 @@ def test_patterns_are_planned_as_they_expand(tmp_path: Path) -> None:
     (url,) = {connection.url for connection in config.connections}
     listed = {name: Instrument(name, "option") for number in range(700) if (name := f"A-{number}")}
     plan = make_plan(config, Listing(0, {url: listed}))
-    assert plan.patterns == (("a", "quote.A-*", 700),)
+    assert plan.patterns == (PlannedPattern("a", "quote.A-*", 700),)
     assert [connection.name for connection in plan.connections] == ["a-1", "a-2", "b"]
     assert sum(len(connection.channels) for connection in plan.connections) == 701
     first, second, _ = plan.connections
@@ -183,7 +184,7 @@ def test_patterns_are_planned_as_they_expand(tmp_path: Path) -> None:
     asked = [sum(call.channels for call in connection.calls) for connection in plan.connections]
     assert asked == [len(first.channels) + 2, len(second.channels) + 2, 0]
     unknown = make_plan(config, Listing(0, {}, {url: "nobody is there"}))
-    assert unknown.patterns == (("a", "quote.A-*", None),)
+    assert unknown.patterns == (PlannedPattern("a", "quote.A-*", None),)
     assert "a stays unexpanded: nobody is there" in unknown.notes
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import click
+from msgspec import to_builtins
 
 from collector.cli.options import exit_unread, fail
 from collector.cli.render import pad_rows, say_count
@@ -30,7 +31,7 @@ def plan(file: str, as_json: bool) -> None:
         fail(str(error), 2)
     code = 1 if listing.failures else 0
     with exit_unread(code):
-        click.echo(json.dumps(made.to_map(), indent=2) if as_json else "\n".join(write_plan(made)))
+        click.echo(json.dumps(to_builtins(made), indent=2) if as_json else "\n".join(write_plan(made)))
     for failure in dict.fromkeys(listing.failures.values()):
         click.echo(f"collector: patterns stay unexpanded: {failure}", err=True)
     sys.exit(code)

@@ -1,9 +1,10 @@
 """What a configuration would do at the exchange, and what that costs there. Pure: no I/O, no clock."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+
+from msgspec import Struct
 
 from collector.channels import LISTINGS, parse_channel
 from collector.config import Config, ConfigError, Connection, Credentials, check_together
@@ -26,7 +27,7 @@ BOOTSTRAP = ("public/hello", "public/set_heartbeat", "public/get_time")
 """Calls of each bootstrap besides subscribing."""
 
 
-class Call(NamedTuple):
+class Call(Struct, frozen=True):
     """One subscribe call: how many channels, and bytes of JSON."""
 
     method: str
@@ -43,7 +44,7 @@ class Listing:
     failures: Mapping[str, str] = field(default_factory=dict)
 
 
-class PlannedPattern(NamedTuple):
+class PlannedPattern(Struct, frozen=True):
     """One pattern: how many channels it stands for, None while unknown."""
 
     connection: str
@@ -51,7 +52,7 @@ class PlannedPattern(NamedTuple):
     channels: int | None
 
 
-class PlannedConnection(NamedTuple):
+class PlannedConnection(Struct, frozen=True):
     """One worker. `types` counts its channels by the type of message; `rate` is messages a second in a quiet market."""
 
     name: str
@@ -66,7 +67,7 @@ class PlannedConnection(NamedTuple):
     seconds: float
 
 
-class Pool(NamedTuple):
+class Pool(Struct, frozen=True):
     """Connections that draw on the same credits, and the seconds until all of them are subscribed."""
 
     host: str
@@ -76,7 +77,7 @@ class Pool(NamedTuple):
     seconds: float
 
 
-class Plan(NamedTuple):
+class Plan(Struct, frozen=True):
     """The whole: `notes` say what works, but may surprise."""
 
     path: str
@@ -88,14 +89,6 @@ class Plan(NamedTuple):
     pools: tuple[Pool, ...]
     connections_limit: int
     notes: tuple[str, ...]
-
-    def to_map(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON."""
-        plan = self._asdict()
-        plan["connections"] = [c._asdict() | {"calls": [k._asdict() for k in c.calls]} for c in self.connections]
-        plan["patterns"] = [pattern._asdict() for pattern in self.patterns]
-        plan["pools"] = [pool._asdict() for pool in self.pools]
-        return plan
 
 
 def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
@@ -153,7 +146,7 @@ def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> Planne
         publish=connection.publish,
         login=connection.credentials or "",
         channels=connection.channels,
-        types=_count_types(connection.channels),
+        types=Counter(parse_channel(name).type for name in connection.channels),
         rate=round(sum(map(estimate_rate, connection.channels)), 1),
         bootstrap=_list_bootstrap(connection),
         calls=calls,
@@ -172,13 +165,6 @@ def plan_calls(channels: Iterable[str]) -> Iterable[Call]:
     for (_, method), names in groups.items():
         for chunk in chunk_channels(names, method):
             yield Call(method, len(chunk), measure_call(chunk, method))
-
-
-def _count_types(channels: Iterable[str]) -> dict[str, int]:
-    types: dict[str, int] = defaultdict(int)
-    for name in channels:
-        types[parse_channel(name).type] += 1
-    return dict(types)
 
 
 def _list_bootstrap(connection: Connection) -> tuple[str, ...]:
