@@ -8,7 +8,6 @@ import logging
 import os
 import queue
 import select
-import sys
 import threading
 import time
 from typing import Any
@@ -99,6 +98,6 @@ def start_log(name: str, level: str, file: int = 2) -> None:
 
     `logging.shutdown` writes what is still to be written: for a process whose end does not call that by itself.
     """
-    writer = _Aside(file) if sys.stderr is not None else logging.NullHandler()
+    writer = _Aside(file)
     writer.setFormatter(_Line(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
     logging.basicConfig(level=level.upper(), handlers=[writer], force=True)

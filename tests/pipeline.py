@@ -85,7 +85,7 @@ class Subscriber:
 
     def _receive(self) -> tuple[str, dict[str, Any]]:
         topic, payload = self._socket.recv_multipart()
-        self.findings += self._verifier.check(topic, payload, time.time_ns())
+        self.findings += self._verifier.check(topic, payload, now_ns=time.time_ns())
         return topic.decode(), msgpack.unpackb(payload, strict_map_key=True)
 
     def check(self, *broken: str) -> None:

@@ -620,7 +620,7 @@ def test_a_topic_goes_on_for_its_readers_where_an_older_connection_takes_it_up(h
             def check(later_than: int, **keys: str) -> bool:
                 if (frames := watcher.receive_frames(1)) is None:
                     return False
-                found.extend(verifier.check_frames(frames, time.time_ns()))
+                found.extend(verifier.check(*frames, now_ns=time.time_ns()))
                 message = read_envelope(*frames)
                 return message.epoch > later_than and keys.items() <= message.items()
 

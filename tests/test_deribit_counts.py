@@ -469,7 +469,7 @@ def check_anew(url: str, oracle: Path, recorder: Recorder, future: str, since: i
     assert check_topics(recorder, since) > 3
     verifier, book = Verifier(), OrderBook()
     for each in list(recorder.records["w"]):
-        assert verifier.check(each.topic, each.payload, each.at) == []
+        assert verifier.check(each.topic, each.payload, now_ns=each.at) == []
         book.apply(read_message(each.topic, each.payload))
     assert book.in_sync
 

@@ -61,7 +61,7 @@ def test_books_and_tickers_flow_and_every_rule_of_the_wire_holds(live: Collected
     assert snapshot["bids"][0][0] < snapshot["asks"][0][0]
     verifier = Verifier()
     for topic, payload in subscriber.messages:
-        assert not verifier.check(topic.encode(), msgpack.packb(payload), time.time_ns())
+        assert not verifier.check(topic.encode(), msgpack.packb(payload), now_ns=time.time_ns())
     assert abs(live.get_state("a")["clock_offset"]) < 60e9
 
 

@@ -46,7 +46,7 @@ class Wire:
         return self.send(topic.encode(), encode(payload))
 
     def send(self, topic: bytes, payload: bytes) -> list[str]:
-        rules = [finding.rule for finding in self.verifier.check(topic, payload, self.now)]
+        rules = [finding.rule for finding in self.verifier.check(topic, payload, now_ns=self.now)]
         self.found += rules
         return rules
 
@@ -483,7 +483,7 @@ def test_loss_on_the_way_does_not_accuse_book_trades_or_heartbeats(wire: Wire) -
 
 @given(st.binary(max_size=200), st.binary(max_size=400))
 def test_any_bytes_give_findings_and_never_an_exception(topic: bytes, payload: bytes) -> None:
-    assert Verifier().check(topic, payload, START)
+    assert Verifier().check(topic, payload, now_ns=START)
 
 
 WORDS = st.sampled_from(["type", "seq", "epoch", "kind", "bids", "change_id", "reason", "join", "state", "trade_seq"])

@@ -71,7 +71,10 @@ async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_v
     control = ControlServer(config.control, commands.answer)
     serving, guarding = supervisor.guard(control.serve()), supervisor.guard(_guard_files(directory, control))
     _greet(config, control.endpoint)
-    view = stopping.view = _open_view(control.endpoint) if live_view else None
+    if live_view:
+        from collector.cli.watch import View  # only a person who watches needs what draws
+
+        stopping.view = View(control.endpoint)
     try:
         code = await supervisor.run()
     finally:
@@ -79,7 +82,7 @@ async def _collect(config: Config, directory: RuntimeDir, log_level: str, live_v
         guarding.cancel()
         control.close()
         remove_socket(config.control)
-        is_shown = view is None or view.close()
+        is_shown = stopping.view is None or stopping.view.close()
     log.info("ended")
     code = stopping.forced or code
     if not is_shown:  # the interpreter would wait for output that nobody takes
@@ -104,12 +107,6 @@ async def _guard_files(directory: RuntimeDir, control: ControlServer) -> None:
             if str(error) != trouble:
                 log.error("files were removed and cannot be made again: %s", error)
             trouble = str(error)
-
-
-def _open_view(control: str) -> "View":
-    from collector.cli.watch import View  # only a person who watches needs what draws
-
-    return View(control)
 
 
 def _greet(config: Config, control: str) -> None:

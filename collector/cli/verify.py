@@ -86,7 +86,7 @@ class Verdict:
             self._asked = time.time_ns()
             frames = subscriber.receive_frames(min(rest, 1.0))
             if frames is not None:
-                self._keep(self.verifier.check_frames(frames, time.time_ns()))
+                self._keep(self.verifier.check(*frames, now_ns=time.time_ns()))
 
     def _keep(self, findings: list[Finding]) -> None:
         for finding in findings:

@@ -58,12 +58,8 @@ class Verifier:
         """From now on heartbeats of this connection should come."""
         self._expected.setdefault(connection, now_ns)
 
-    def check(self, topic: bytes, payload: bytes, now_ns: int) -> list[Finding]:
-        """Check the next message, which came at `now_ns`. Returns what is wrong with it."""
-        return self.check_frames([topic, payload], now_ns)
-
-    def check_frames(self, frames: list[bytes], now_ns: int) -> list[Finding]:
-        """Check a message as it came from the socket, however many frames that are."""
+    def check(self, *frames: bytes, now_ns: int) -> list[Finding]:
+        """Check the next message, which came at `now_ns`, however many frames it has. Returns what is wrong with it."""
         self.messages += 1
         try:
             message = read_envelope(*frames)

@@ -77,7 +77,7 @@ def judge(record: list[Received], truth: Truth, is_whole: bool = True) -> Iterat
     verifier = Verifier()
     topics: dict[str, list[Message]] = defaultdict(list)
     for topic, payload, at in record:
-        for finding in verifier.check(topic, payload, at):
+        for finding in verifier.check(topic, payload, now_ns=at):
             if finding.rule not in truth.allowed:
                 yield f"{finding.rule}: {finding.topic}: {finding.text}"
         topics[topic.decode()].append(read_message(topic, payload))
