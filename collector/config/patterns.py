@@ -8,10 +8,11 @@ A pattern is a channel name whose instrument is a glob, conditions in braces, or
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import filter as filter_names
+from operator import eq, ge, gt, le, lt
 from typing import Any, NamedTuple
 
 from collector.channels import ENDED, KINDS, Channel, parse_channel
@@ -38,7 +39,8 @@ _WORD = re.compile(r"[A-Za-z0-9_]{1,30}\Z")
 _SPAN = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([dh])\Z")
 _HOURS = {"d": 24, "h": 1}
 _EQUAL = ("=",)
-_ORDERED = ("<", ">", "<=", ">=", "=")
+_COMPARE: dict[str, Callable[[float, Any], bool]] = {"<": lt, ">": gt, "<=": le, ">=": ge, "=": eq}
+_ORDERED = tuple(_COMPARE)
 
 CONDITIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
     "kind": (_EQUAL, "kind=option", f"the kind: {', '.join(_KINDS)}"),
@@ -71,11 +73,6 @@ class Instrument:
     def is_listed(self, now: int) -> bool:
         """Whether it is traded, or may be again, at `now` (ms)."""
         return self.state not in ENDED and not 0 < self.expiry <= now - SETTLING
-
-    @property
-    def is_perpetual(self) -> bool:
-        """Whether it is a future without expiry: only those have funding."""
-        return self.kind == "future" and not self.expiry
 
 
 def is_instrument(name: Any) -> bool:
@@ -225,31 +222,18 @@ def _parse_word(key: str, value: str, pattern: str) -> str:
 
 def meets(instrument: Instrument, pattern: Pattern, now: int) -> bool:
     """Whether an instrument whose name fits meets all other conditions of a pattern at `now` (ms)."""
-    if pattern.head == "perpetual." and not instrument.is_perpetual:
-        return False
+    if pattern.head == "perpetual." and (instrument.kind != "future" or instrument.expiry):
+        return False  # only futures without expiry have funding
     return all(_holds(condition, instrument, now) for condition in pattern.conditions)
 
 
 def _holds(condition: Condition, instrument: Instrument, now: int) -> bool:
     key, sign, value, is_span = condition
     if key == "expiry":
-        return bool(instrument.expiry) and _compare(instrument.expiry - (now if is_span else 0), sign, value)
+        return bool(instrument.expiry) and _COMPARE[sign](instrument.expiry - (now if is_span else 0), value)
     if key == "strike":
-        return instrument.strike is not None and _compare(instrument.strike, sign, value)
+        return instrument.strike is not None and _COMPARE[sign](instrument.strike, value)
     return value in _list_words(key, instrument)
-
-
-def _compare(left: float, sign: str, right: Any) -> bool:
-    match sign:
-        case "<":
-            return bool(left < right)
-        case ">":
-            return bool(left > right)
-        case "<=":
-            return bool(left <= right)
-        case ">=":
-            return bool(left >= right)
-    return bool(left == right)
 
 
 def _list_words(key: str, instrument: Instrument) -> Sequence[str]:
