@@ -10,15 +10,12 @@ from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.market.market import Market
 from workers.exchange.oracle import Oracle
-from workers.exchange.protocol.auth import LIFE, Authority
+from workers.exchange.protocol.auth import Authority
 from workers.exchange.protocol.distort import shift_times
 from workers.exchange.protocol.methods import MARKET_METHODS
 from workers.exchange.protocol.rpc import RpcError
 from workers.exchange.protocol.session import Credits
 from workers.exchange.replay import Recorded, Replay
-
-MAX_CONNECTIONS = 32
-"""Of one client address; the next upgrade gets HTTP 429."""
 
 MAX_NAMES = 10_000
 """How many names that clients make up (their faults, pools, methods) are remembered; with more, it is begun anew."""
@@ -66,11 +63,6 @@ class Exchange:
         for name in self._next:
             self._next[name] += self._find_period(name)
 
-    @property
-    def max_connections(self) -> int:
-        """How many connections of one address are taken; 0 is any number."""
-        return int(self.faults.number("connections", MAX_CONNECTIONS))
-
     def draw_faults(self, text: str | None) -> Faults:
         """The faults of the next connection: those of its URL, else the exchange's. Raises ValueError.
 
@@ -110,10 +102,6 @@ class Exchange:
 
     def _find_period(self, name: str) -> int:
         return max(100, int(self.faults.number(name) * 1000))
-
-    def find_life(self, faults: Faults) -> float:
-        """Seconds that a token lives."""
-        return 0.0 if "expired_token" in faults else faults.number("token_life", LIFE)
 
     def ask(self, method: str, params: dict[str, Any], now: int, faults: Faults) -> Any:
         """Answer a method that needs no socket. Raises RpcError."""

@@ -7,7 +7,6 @@ from typing import NamedTuple
 import msgspec
 
 _RECEIVED = re.compile(rb"(\d+(?:\.\d+)?): (\{.*)")
-_SENT = re.compile(rb"wss?://\S+ <")
 
 
 class Recorded(NamedTuple):
@@ -49,8 +48,6 @@ def read_recording(path: str) -> list[Recorded]:
 
 
 def _read_line(line: bytes) -> Recorded | None:
-    if _SENT.match(line):
-        return None
     timed = _RECEIVED.match(line)
     if timed:
         return _read_frame(float(timed[1]), timed[2])

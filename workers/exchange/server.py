@@ -25,6 +25,9 @@ from workers.exchange.protocol.socket_methods import SOCKET_METHODS, Context, ca
 
 log = logging.getLogger(__name__)
 
+MAX_CONNECTIONS = 32
+"""Of one client address; the next upgrade gets HTTP 429."""
+
 STEP = 0.02
 """Seconds between two moves of the market."""
 
@@ -133,7 +136,7 @@ class Server:
 
     def _is_full(self, address: str) -> bool:
         """Whether a client address has as many connections as it may, those that are just being opened among them."""
-        limit = self.exchange.max_connections
+        limit = int(self.exchange.faults.number("connections", MAX_CONNECTIONS))  # 0 is any number
         held = sum(not s.connection.session.ended for s in self._sockets if s.connection.address == address)
         return bool(limit) and held + self._opening[address] >= limit
 
@@ -371,7 +374,7 @@ class _Socket:
                     frame = outbox.popleft()
                     if frame.opcode == CLOSE:
                         return await self._close(frame.code, frame.payload)
-                    if frame.opcode == TEXT and self.connection.is_fragmenting:
+                    if frame.opcode == TEXT and self.connection.has_begun("fragments"):
                         await self._send_fragments(frame.payload)
                     else:
                         await self.response.send_frame(frame.payload, WSMsgType(frame.opcode))

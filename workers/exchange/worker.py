@@ -53,14 +53,12 @@ class ExchangeWorker:
         self._stopped.set()
 
 
-def read_settings(spec: dict[str, Any], keys: str) -> Settings:
-    """Turn a spec into settings. Raises ValueError for unknown faults or recordings, OSError for unreadable files."""
+def create_worker(spec: dict[str, Any]) -> ExchangeWorker:
+    """Make the worker of a spec: port, faults, and optionally what else `Settings` has, and `replay` (paths).
+
+    Raises ValueError for unknown faults or recordings, OSError for unreadable files.
+    """
     names = ("host", "port", "faults", "seed", "rate", "options", "oracle", "speed", "own_credits", "certificate")
     recording = tuple(frame for path in spec.get("replay") or () for frame in read_recording(path))
     given = {name: spec[name] for name in names if spec.get(name) is not None}
-    return Settings(**given, recording=recording, keys=read_keys(keys))
-
-
-def create_worker(spec: dict[str, Any]) -> ExchangeWorker:
-    """Make the worker of a spec: port, faults, and optionally what else `Settings` has, and `replay` (paths)."""
-    return ExchangeWorker(read_settings(spec, os.environ.get(KEYS, "")))
+    return ExchangeWorker(Settings(**given, recording=recording, keys=read_keys(os.environ.get(KEYS, ""))))

@@ -19,7 +19,7 @@ from workers.exchange.market.payloads import (
     describe_ranking,
     describe_statistics,
     describe_ticker,
-    group_levels,
+    list_levels,
 )
 
 PERIODS = {"raw": 0, "100ms": 100, "agg2": 1000}
@@ -133,8 +133,8 @@ class GroupedBookFeed(InstrumentFeed):
         book = self.market.books[self.of.name]
         return [{
             "timestamp": book.timestamp, "change_id": book.change_id, "instrument_name": self.of.name,
-            "bids": group_levels(self.market, self.of, BID, self._group, self._depth),
-            "asks": group_levels(self.market, self.of, ASK, self._group, self._depth),
+            "bids": list_levels(self.market, self.of, BID, self._depth, self._group),
+            "asks": list_levels(self.market, self.of, ASK, self._depth, self._group),
         }]  # fmt: skip
 
     open = flush

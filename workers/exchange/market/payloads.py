@@ -3,9 +3,10 @@
 Reads the market, changes nothing.
 """
 
+from collections import Counter
 from typing import Any
 
-from workers.exchange.market.book import ASK, BID, Book
+from workers.exchange.market.book import ASK, BID, sort_levels
 from workers.exchange.market.instruments import Instrument
 from workers.exchange.market.market import Market
 from workers.exchange.market.pricing import YEAR_MS, imply_volatility
@@ -102,44 +103,34 @@ def _describe_option(market: Market, of: Instrument) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def list_levels(market: Market, of: Instrument, side: int, depth: int = 100_000) -> list[list[float]]:
-    """One side of the true book, best first: [[price, amount], ...]."""
-    levels = market.books[of.name].sides[side]
-    ticks = sorted(levels, reverse=side == BID)[:depth]
-    return [[market.to_price(of, tick), market.to_amount(of, levels[tick])] for tick in ticks]
+def list_levels(
+    market: Market, of: Instrument, side: int, depth: int | None = None, group: float = 0.0
+) -> list[list[float]]:
+    """One side of the true book, best first: [[price, amount], ...].
 
-
-def group_levels(market: Market, of: Instrument, side: int, group: float, depth: int) -> list[list[float]]:
-    """One side of the book in price steps of `group` (0: as it is): bids rounded down, asks rounded up."""
-    if not group or group <= of.tick:
-        return list_levels(market, of, side, depth)
+    In price steps of `group` (0: as it is): bids rounded down, asks rounded up.
+    """
     width = max(1, round(group / of.tick))
-    sums: dict[int, int] = {}
+    sums: Counter[int] = Counter()
     for tick, lots in market.books[of.name].sides[side].items():
-        place = tick // width if side == BID else -(-tick // width)
-        sums[place] = sums.get(place, 0) + lots
-    places = sorted(sums, reverse=side == BID)[:depth]
+        sums[tick // width if side == BID else -(-tick // width)] += lots
+    places = sort_levels(side, list(sums))[:depth]
     return [[market.to_price(of, place * width), market.to_amount(of, sums[place])] for place in places]
 
 
 def describe_order_book(market: Market, of: Instrument, depth: int) -> Data:
     """Result of public/get_order_book."""
-    book: Book = market.books[of.name]
-    ticker = describe_ticker(market, of)
     sides = {"bids": list_levels(market, of, BID, depth), "asks": list_levels(market, of, ASK, depth)}
-    return {**ticker, **sides, "change_id": book.change_id}
+    return {**describe_ticker(market, of), **sides, "change_id": market.books[of.name].change_id}
 
 
 def describe_true_book(market: Market, of: Instrument) -> Data:
     """The whole book as it really is, for checking what a client made of the stream. Not Deribit's."""
-    sides = {"bids": list_levels(market, of, BID), "asks": list_levels(market, of, ASK)}
-    day = market.days[of.name]
     return {
-        "instrument_name": of.name,
-        "change_id": market.books[of.name].change_id,
-        "trade_seq": day.trade_seq,
-        **sides,
-    }
+        "instrument_name": of.name, "change_id": market.books[of.name].change_id,
+        "trade_seq": market.days[of.name].trade_seq,
+        "bids": list_levels(market, of, BID), "asks": list_levels(market, of, ASK),
+    }  # fmt: skip
 
 
 def describe_summary(market: Market, of: Instrument) -> Data:

@@ -96,10 +96,9 @@ class Connection:
     def _is_mute(self, channel: str) -> bool:
         return any(s.text in ("*", channel) and self._age >= s.at for s in self._faults.all("mute"))
 
-    @property
-    def is_fragmenting(self) -> bool:
-        """Whether its text frames are to go out in fragments."""
-        return "fragments" in self._faults and self._age >= self._faults.number("fragments")
+    def has_begun(self, name: str) -> bool:
+        """Whether the time has come for a fault that begins so many SECONDS after opening."""
+        return self._age >= self._faults.number(name, FOREVER)
 
     def _send_data(self, text: bytes) -> None:
         self._lateness.hold(text, self._age)
@@ -263,7 +262,7 @@ class Connection:
             self._age += by
 
     def _run_timed_faults(self, age: float) -> None:
-        if age >= self._faults.number("until", FOREVER):
+        if self.has_begun("until"):
             self._recover()
             return
         self._release(age)
@@ -292,12 +291,12 @@ class Connection:
             if age >= setting.at:
                 self.close(int(setting.value), "closed on request")
         for name, reset in (("reset", True), ("drop", False)):
-            if name in self._faults and age >= self._faults.number(name):
+            if self.has_begun(name):
                 self.cut(name, reset)
-        if "half_open" in self._faults and age >= self._faults.number("half_open") and self._once("half_open"):
+        if self.has_begun("half_open") and self._once("half_open"):
             self.silent = True
             self._exchange.oracle.note("silent", connection=self.session.number)
-        if "maintenance" in self._faults and age >= self._faults.number("maintenance"):
+        if self.has_begun("maintenance"):
             self._maintain(age - self._faults.number("maintenance"))
 
     def _maintain(self, since: float) -> None:

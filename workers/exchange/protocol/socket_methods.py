@@ -11,6 +11,7 @@ from collector.faults import Faults
 from workers.exchange.channels.hub import Frame, Subscriber
 from workers.exchange.channels.names import is_private, is_raw
 from workers.exchange.exchange import Counts, Exchange, find_failure
+from workers.exchange.protocol.auth import LIFE
 from workers.exchange.protocol.distort import distort_result
 from workers.exchange.protocol.methods import VERSION, find_instrument
 from workers.exchange.protocol.rpc import RpcError, refuse_param
@@ -52,7 +53,7 @@ def say_hello(call: Context) -> Reply:
 def authenticate(call: Context) -> Reply:
     if "ban" in call.faults:
         raise RpcError(int(call.faults.number("ban")))
-    life = call.exchange.find_life(call.faults)
+    life = 0.0 if "expired_token" in call.faults else call.faults.number("token_life", LIFE)
     login, result = call.exchange.authority.grant(call.params, call.now, call.session.number, life)
     call.session.login = login
     return Reply(result)
@@ -106,7 +107,8 @@ def _subscribe(call: Context, channels: list[str]) -> Reply:
     if any(map(is_raw, channels)) and not session.is_logged_in(call.now):
         raise RpcError(13778)
     label = call.params.get("label")
-    offered = [channel for channel in channels if not _drops(call, channel) and hub.offers(channel)]
+    given = [each for each in channels if not find_failure(call.faults, "drop_subscribe", each, call.counts)]
+    offered = filter(hub.offers, given)
     reply = Reply(sorted(offered, reverse=True))
     for channel in reply.result:
         if channel not in session.subscriptions:
@@ -115,10 +117,6 @@ def _subscribe(call: Context, channels: list[str]) -> Reply:
             if call.exchange.replay is not None:
                 call.exchange.replay.wake(call.now / 1000.0)
     return reply
-
-
-def _drops(call: Context, channel: str) -> bool:
-    return find_failure(call.faults, "drop_subscribe", channel, call.counts) is not None
 
 
 def unsubscribe(call: Context) -> Reply:
