@@ -59,9 +59,7 @@ class Exchange:
         self.relayed = 0
         self._named: Counter[str] = Counter()
         self._credits: dict[tuple[str, float | None], Credits] = {}
-        self._next = {"listing": now, "expiry": now}
-        for name in self._next:
-            self._next[name] += self._find_period(name)
+        self._next = {name: now + self._find_period(name) for name in ("listing", "expiry")}
 
     def draw_faults(self, text: str | None) -> Faults:
         """The faults of the next connection: those of its URL, else the exchange's. Raises ValueError.

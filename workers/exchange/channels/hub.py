@@ -8,7 +8,7 @@ from workers.exchange.channels.account import Account
 from workers.exchange.channels.feeds import Feed
 from workers.exchange.channels.names import open_feed
 from workers.exchange.market.instruments import Instrument
-from workers.exchange.market.market import MAX_BEHIND, Event, Market
+from workers.exchange.market.market import Event, Market
 from workers.exchange.protocol.rpc import encode_notification
 
 
@@ -83,7 +83,9 @@ class Hub:
         events = []
         while self._market.step(now):
             # Windows end before the quantum's first event: a frame never says half of an event.
-            self._catch_up()
+            if (boundary := self._market.now // 100) != self._boundary:
+                self._boundary = boundary
+                self._tick(boundary * 100)
             events += self.take(self._market.move())
         return events
 
@@ -97,14 +99,6 @@ class Hub:
                 if feed.take(event):
                     self._note(feed)
         return taken
-
-    def _catch_up(self) -> None:
-        end = self._market.now // 100
-        if abs(end - self._boundary) > MAX_BEHIND // 100:  # as the market does
-            self._boundary = end - 1
-        while self._boundary < end:
-            self._boundary += 1
-            self._tick(self._boundary * 100)
 
     def _note(self, feed: Feed) -> None:
         feed.dirty = True
