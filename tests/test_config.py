@@ -781,7 +781,7 @@ def test_nothing_but_a_config_error(values: dict[str, Any]) -> None:
     environ = dict(KEYS_IN_PLACE)
     refusal = ""
     try:
-        build_config(values, Path("x"), "x", environ, take_secrets(environ))
+        build_config(values, Path("x"), environ, take_secrets(environ))
     except ConfigError as error:
         refusal = str(error)
     assert "\n" not in refusal

@@ -149,9 +149,9 @@ def read_table(file: Path, name: str) -> dict[str, Any]:
     from collector.config.reader import read_toml
 
     try:
-        tables = {str(table["name"]): dict(table) for table in read_toml(file, str(file)).get("connection", [])}
+        tables = {str(table["name"]): dict(table) for table in read_toml(file).get("connection", [])}
     except ConfigError as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(f"{file}: {error}") from None
     except (KeyError, TypeError, ValueError):
         raise ValueError(f"{file}: connections are [[connection]] tables, each with a name") from None
     if name not in tables:

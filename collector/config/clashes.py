@@ -20,43 +20,39 @@ _EACH = "*"
 
 
 def check_together(
-    connections: Sequence[Connection], where: str = "", control: str = "", exchange_port: int | None = 0,
-    running: Container[str] = (),
-) -> None:  # fmt: skip
+    connections: Sequence[Connection], control: str = "", exchange_port: int | None = 0, running: Container[str] = ()
+) -> None:
     """Check what only shows across connections. Raises ConfigError.
 
-    `where` (the file) begins each error; `exchange_port` is None where no practice exchange runs; `running` names those
+    `exchange_port` is None where no practice exchange runs; `running` names those
     that stand already, and so are compared with others only: they may still have a channel that they are just leaving.
     """
-    prefix = f"{where}: " if where else ""
     if len(connections) > MAX_CONNECTIONS:
         raise ConfigError(
-            f"{prefix}{len(connections)} connections, Deribit takes {MAX_CONNECTIONS} from one address; "
+            f"{len(connections)} connections, Deribit takes {MAX_CONNECTIONS} from one address; "
             "write more channels into fewer [[connection]]"
         )
     names: set[str] = set()
     for connection in connections:
         if (name := connection.name) in names:
-            raise ConfigError(f"{prefix}[[connection]] {name}: name is used twice; write for example {name}-2")
+            raise ConfigError(f"[[connection]] {name}: name is used twice; write for example {name}-2")
         names.add(name)
         if connection.is_practice and exchange_port is None:
-            raise ConfigError(
-                f"{prefix}[[connection]] {name}: url practice needs the practice exchange; write [exchange]"
-            )
-    _check_endpoints(connections, prefix, control, exchange_port)
-    _check_repeats(connections, prefix)
-    _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], prefix, running)
+            raise ConfigError(f"[[connection]] {name}: url practice needs the practice exchange; write [exchange]")
+    _check_endpoints(connections, control, exchange_port)
+    _check_repeats(connections)
+    _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], running)
 
 
-def _check_endpoints(connections: Sequence[Connection], prefix: str, control: str, exchange_port: int | None) -> None:
+def _check_endpoints(connections: Sequence[Connection], control: str, exchange_port: int | None) -> None:
     owners: dict[Endpoint, str] = {}
     if exchange_port:
         owners[Endpoint("tcp", "127.0.0.1", exchange_port)] = "port under [exchange]"
     if control:
-        _claim(owners, control, "control under [collector]", f"{prefix}[collector]: control")
+        _claim(owners, control, "control under [collector]", "[collector]: control")
     for connection in connections:
         who = f"publish of {connection.name}"
-        _claim(owners, connection.publish, who, f"{prefix}[[connection]] {connection.name}: publish")
+        _claim(owners, connection.publish, who, f"[[connection]] {connection.name}: publish")
 
 
 def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None:
@@ -69,25 +65,23 @@ def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None
     owners[endpoint] = who
 
 
-def _check_repeats(connections: Sequence[Connection], prefix: str) -> None:
+def _check_repeats(connections: Sequence[Connection]) -> None:
     """What is written twice; patterns that meet in some instrument are found once they are expanded."""
     owners: dict[str, str] = {}
     for connection in connections:
         for name in (*connection.channels, *connection.patterns):
             if name in owners:
                 place = "twice" if owners[name] == connection.name else f"in connection {owners[name]} too"
-                raise ConfigError(
-                    f"{prefix}[[connection]] {connection.name}: channels: {name} stands {place}; write it once"
-                )
+                raise ConfigError(f"[[connection]] {connection.name}: channels: {name} stands {place}; write it once")
             owners[name] = connection.name
 
 
-def _check_topics(placed: list[Placed], prefix: str, running: Container[str]) -> None:
+def _check_topics(placed: list[Placed], running: Container[str]) -> None:
     rivals = Rivals()
     for here in placed:
         for other in rivals.find(here[1]):
             if not may_share(other, here) and not (other[0] == here[0] and here[0] in running):
-                _refuse_pair(other, here, prefix)
+                _refuse_pair(other, here)
         rivals.add(here)
 
 
@@ -141,9 +135,9 @@ def may_share(one: Placed, other: Placed) -> bool:
     return one[1].type == "platform" and one[1].name != other[1].name
 
 
-def _refuse_pair(one: Placed, other: Placed, prefix: str) -> None:
+def _refuse_pair(one: Placed, other: Placed) -> None:
     place = "" if one[0] == other[0] else f" of connection {one[0]}"
     raise ConfigError(
-        f"{prefix}[[connection]] {other[0]}: channels: {other[1].name} would feed the same topics as "
+        f"[[connection]] {other[0]}: channels: {other[1].name} would feed the same topics as "
         f"{one[1].name}{place}; write one of them"
     )

@@ -4,7 +4,8 @@ The tables below are the only place that knows them; the documentation is checke
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 
@@ -13,6 +14,15 @@ class ConfigError(Exception):
 
     def __init__(self, line: str) -> None:
         super().__init__(" ".join(line.split()))
+
+
+@contextmanager
+def within(where: str) -> Iterator[None]:
+    """Begin each error with where it is. A ValueError is what a single value's reader says of it."""
+    try:
+        yield
+    except (ConfigError, ValueError) as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 REQUIRED: Any = object()
@@ -30,7 +40,7 @@ class Key(NamedTuple):
     high: float = float("inf")
 
 
-TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+TYPES: dict[str, tuple[Any, str]] = {
     "string": ((str,), "a string"),
     "seconds": ((int, float), "a number of seconds"),
     "integer": ((int,), "a whole number"),
@@ -127,16 +137,16 @@ def suggest(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     return close[0] if close else ""
 
 
-def read_table(table: Mapping[str, Any], kind: str, where: str) -> dict[str, Any]:
+def read_table(table: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """Return the values of all keys of a table of that kind, defaults filled in.
 
-    `where` begins each error. Raises ConfigError for a key unknown or missing, a wrong type, a number out of bounds.
+    Raises ConfigError for a key unknown or missing, a wrong type, a number out of bounds.
     """
     keys = KEYS[kind]
     for name in table:
         if name not in keys:
-            raise ConfigError(f"{where}: {_explain_unknown(name, keys)}")
-    return {name: _read_value(table, name, key, f"{where}: {name}") for name, key in keys.items()}
+            raise ConfigError(_explain_unknown(name, keys))
+    return {name: _read_value(table.get(name), name, key) for name, key in keys.items()}
 
 
 def _explain_unknown(name: Any, keys: Mapping[str, Key]) -> str:
@@ -157,35 +167,28 @@ def show(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _read_value(table: Mapping[str, Any], name: str, key: Key, where: str) -> Any:
-    value = table.get(name)
+def _read_value(value: Any, name: str, key: Key) -> Any:
     if value is None:  # never in TOML, but a program may say so through the control channel
         if key.default is REQUIRED:
-            raise ConfigError(f"{where} is missing; write for example {name} = {key.example}")
+            raise ConfigError(f"{name} is missing; write for example {name} = {key.example}")
         return key.default
-    _check_type(value, name, key, where)
+    types, words = TYPES[key.type]
+    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
+        raise ConfigError(f"{name} must be {words}; write for example {name} = {key.example}")
     if key.type in ("seconds", "integer"):
-        return _read_number(value, key, where)
+        return _read_number(value, name, key)
     if key.type == "list of strings":
-        return _read_list(value, name, key, where)
+        return _read_list(value, name, key)
     if key.type == "string" and len(value) > key.high:
-        raise ConfigError(f"{where} is {len(value)} characters long; write at most {key.high:.0f}")
+        raise ConfigError(f"{name} is {len(value)} characters long; write at most {key.high:.0f}")
     return value
 
 
-def _check_type(value: Any, name: str, key: Key, where: str) -> None:
-    types, words = TYPES[key.type]
-    if not isinstance(value, types) or (isinstance(value, bool) and bool not in types):
-        raise ConfigError(f"{where} must be {words}; write for example {name} = {key.example}")
-
-
-def _read_number(value: float, key: Key, where: str) -> float:
+def _read_number(value: float, name: str, key: Key) -> float:
     if not key.low <= value <= key.high:  # also catches nan
         if key.type == "seconds" and value >= 100 and 1000 * key.low <= value <= 1000 * key.high:
-            raise ConfigError(f"{where} = {value} looks like milliseconds; times are in seconds, write {value / 1000}")
-        raise ConfigError(
-            f"{where} = {show(value)} is out of range; write {_say_range(key)}, for example {key.example}"
-        )
+            raise ConfigError(f"{name} = {value} looks like milliseconds; times are in seconds, write {value / 1000}")
+        raise ConfigError(f"{name} = {show(value)} is out of range; write {_say_range(key)}, for example {key.example}")
     return float(value) if key.type == "seconds" else value
 
 
@@ -194,10 +197,10 @@ def _say_range(key: Key) -> str:
     return f"{key.low:.10g} to {key.high:.10g}{unit}"
 
 
-def _read_list(value: list[Any], name: str, key: Key, where: str) -> tuple[str, ...]:
+def _read_list(value: list[Any], name: str, key: Key) -> tuple[str, ...]:
     for number, item in enumerate(value, 1):
         if not isinstance(item, str):
-            raise ConfigError(f"{where}: item {number} must be a string; write for example {name} = {key.example}")
+            raise ConfigError(f"{name}: item {number} must be a string; write for example {name} = {key.example}")
         if not key.low <= len(item) <= key.high:
-            raise ConfigError(f"{where}: item {number} is {len(item)} characters long; write 1 to {key.high:.0f}")
+            raise ConfigError(f"{name}: item {number} is {len(item)} characters long; write 1 to {key.high:.0f}")
     return tuple(value)

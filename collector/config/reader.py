@@ -21,6 +21,7 @@ from collector.config.keys import (
     show,
     sounds_secret,
     suggest,
+    within,
 )
 from collector.config.patterns import is_pattern, parse_pattern
 from collector.config.urls import check_headers, check_url
@@ -51,49 +52,49 @@ def load_config(path: str | os.PathLike[str], environ: MutableMapping[str, str])
     """Read and check a file. Takes the secrets out of `environ`. Raises ConfigError."""
     secrets = take_secrets(environ)
     where = str(path) if str(path).isprintable() else repr(str(path))
-    return build_config(read_toml(path, where), Path(path), where, environ, secrets)
+    with within(where):
+        return build_config(read_toml(path), Path(path), environ, secrets)
 
 
-def read_toml(path: str | os.PathLike[str], where: str) -> dict[str, Any]:
-    """The tables of a TOML file. `where` begins each error. Raises ConfigError."""
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError."""
     import tomllib  # only `run` and `plan` read files; the other commands must start fast
 
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_FILE + 1)
         if len(text) > MAX_FILE:
-            raise ConfigError(f"{where}: larger than {MAX_FILE >> 20} MiB; is this the right file?")
+            raise ConfigError(f"larger than {MAX_FILE >> 20} MiB; is this the right file?")
         return tomllib.loads(text.decode("utf-8-sig"))  # Windows' editors write a BOM
     except FileNotFoundError:
-        raise ConfigError(
-            f"{where}: no such file; write the path of a configuration, or copy one of configs/"
-        ) from None
+        raise ConfigError("no such file; write the path of a configuration, or copy one of configs/") from None
     except OSError as error:
-        raise ConfigError(f"{where}: cannot be read ({error.strerror}); write the path of a readable file") from None
+        raise ConfigError(f"cannot be read ({error.strerror}); write the path of a readable file") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{where}: not TOML: byte {error.start} is not UTF-8; save the file as UTF-8") from None
+        raise ConfigError(f"not TOML: byte {error.start} is not UTF-8; save the file as UTF-8") from None
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where}: not TOML: {str(error)[:200]}") from None
+        raise ConfigError(f"not TOML: {str(error)[:200]}") from None
 
 
 def build_config(
-    tables: Mapping[str, Any], path: Path, where: str, environ: Mapping[str, str], secrets: Mapping[str, Credentials]
+    tables: Mapping[str, Any], path: Path, environ: Mapping[str, str], secrets: Mapping[str, Credentials]
 ) -> Config:
-    """Check what a file holds. `where` (the file) begins each error. Raises ConfigError."""
-    _check_tables(tables, where)
-    collector = read_table(tables.get("collector", {}), "collector", f"{where}: [collector]")
-    runtime_dir = _read_runtime_dir(collector["runtime_dir"], where, environ)
-    control = _read_control(collector["control"], runtime_dir, where)
-    if collector["http"]:
-        raise ConfigError(f'{where}: [collector]: http comes later; write http = "" or leave it out')
-    if collector["scheduling"] not in ("batch", "normal"):
-        raise ConfigError(f'{where}: [collector]: scheduling must be "batch" or "normal"')
-    exchange = _read_exchange(tables, where)
+    """Check what a file holds. Raises ConfigError."""
+    _check_tables(tables)
+    with within("[collector]"):
+        collector = read_table(tables.get("collector", {}), "collector")
+        runtime_dir = _read_runtime_dir(collector["runtime_dir"], environ)
+        control = _read_control(collector["control"], runtime_dir)
+        if collector["http"]:
+            raise ConfigError('http comes later; write http = "" or leave it out')
+        if collector["scheduling"] not in ("batch", "normal"):
+            raise ConfigError('scheduling must be "batch" or "normal"')
+    exchange = _read_exchange(tables)
     connections = tuple(
-        read_connection(table, f"{where}: [[connection]] {_label(table, number)}", runtime_dir, secrets)
+        read_connection(table, f"[[connection]] {_label(table, number)}", runtime_dir, secrets)
         for number, table in enumerate(tables["connection"], 1)
     )
-    check_together(connections, where, control, exchange.port if exchange else None)
+    check_together(connections, control, exchange.port if exchange else None)
     return Config(
         path, runtime_dir, control, collector["scheduling"], collector["read_pause"], exchange, connections, secrets
     )
@@ -104,17 +105,17 @@ def _label(table: Mapping[str, Any], number: int) -> str:
     return name if isinstance(name, str) and _NAME.match(name) and len(name) <= 40 else f"number {number}"
 
 
-def _check_tables(tables: Mapping[str, Any], where: str) -> None:
+def _check_tables(tables: Mapping[str, Any]) -> None:
     for name, value in tables.items():
         if name not in KEYS:
-            raise ConfigError(f"{where}: {_explain_table(name, value)}")
+            raise ConfigError(_explain_table(name, value))
         if name != "connection" and not isinstance(value, dict):
-            raise ConfigError(f"{where}: {name} must be a table; write [{name}]")
+            raise ConfigError(f"{name} must be a table; write [{name}]")
     connections = tables.get("connection", [])
     if not isinstance(connections, list) or not all(isinstance(table, dict) for table in connections):
-        raise ConfigError(f"{where}: connection must be a list of tables; write [[connection]] with two brackets")
+        raise ConfigError("connection must be a list of tables; write [[connection]] with two brackets")
     if not connections:
-        raise ConfigError(f"{where}: there is no connection; write at least one [[connection]] with name and url")
+        raise ConfigError("there is no connection; write at least one [[connection]] with name and url")
 
 
 def _explain_table(name: str, value: Any) -> str:
@@ -131,39 +132,37 @@ def _explain_table(name: str, value: Any) -> str:
     return f"unknown table or key {show(name)}; {advice}"
 
 
-def _read_runtime_dir(text: str, where: str, environ: Mapping[str, str]) -> Path:
+def _read_runtime_dir(text: str, environ: Mapping[str, str]) -> Path:
     if not text:
         return default_runtime_dir(environ)
     if not text.startswith("/") or not text.isprintable():
-        raise ConfigError(f'{where}: [collector]: runtime_dir must be an absolute path; write "/run/collector"')
+        raise ConfigError('runtime_dir must be an absolute path; write "/run/collector"')
     return Path(os.path.normpath(text))
 
 
-def _read_control(text: str, runtime_dir: Path, where: str) -> str:
-    where = f"{where}: [collector]: control"
-    control = _read_endpoint(text, f"ipc://{runtime_dir}/control", where)
+def _read_control(text: str, runtime_dir: Path) -> str:
+    control = _read_endpoint(text, f"ipc://{runtime_dir}/control", "control")
     if control.endswith(":*"):
-        raise ConfigError(f"{where} {control} has no fixed port, nobody could find it; write tcp://127.0.0.1:5600")
+        raise ConfigError(f"control {control} has no fixed port, nobody could find it; write tcp://127.0.0.1:5600")
     return control
 
 
-def _read_exchange(tables: Mapping[str, Any], where: str) -> Exchange | None:
+def _read_exchange(tables: Mapping[str, Any]) -> Exchange | None:
     if "exchange" not in tables:
         return None
-    exchange = Exchange(**read_table(tables["exchange"], "exchange", f"{where}: [exchange]"))
-    try:
-        parse_faults(exchange.faults, "exchange")
-    except ValueError as error:
-        raise ConfigError(f"{where}: [exchange]: faults: {error}") from None
+    with within("[exchange]"):
+        exchange = Exchange(**read_table(tables["exchange"], "exchange"))
+        with within("faults"):
+            parse_faults(exchange.faults, "exchange")
     return exchange
 
 
-def _read_endpoint(text: str, default: str, where: str) -> str:
+def _read_endpoint(text: str, default: str, name: str) -> str:
     try:
         return str(parse_endpoint(text or default))
     except ValueError as error:
         cure = "" if text else " (it is the default: shorten runtime_dir under [collector])"
-        raise ConfigError(f"{where} {show_endpoint(text or default)} {error}{cure}") from None
+        raise ConfigError(f"{name} {show_endpoint(text or default)} {error}{cure}") from None
 
 
 def show_endpoint(text: str) -> str:
@@ -178,59 +177,54 @@ def read_connection(
 
     Whether it can stand beside the others is for `check_together` to say.
     """
-    values = read_table(table, "connection", where)
-    _check_name(values["name"], where)
-    values["publish"] = _read_endpoint(
-        values["publish"], f"ipc://{runtime_dir}/{values['name']}.pub", f"{where}: publish"
-    )
-    values["credentials"] = _check_credentials(table.get("credentials"), where, secrets)
-    check_url(values["url"], bool(values["credentials"]), where)
-    check_headers(values["headers"], where)
-    values["patterns"] = tuple(filter(is_pattern, values["channels"]))
-    _check_channels(values, where)
-    values["channels"] = tuple(name for name in values["channels"] if not is_pattern(name))
-    _check_sending(values, where)
+    with within(where):
+        values = read_table(table, "connection")
+        _check_name(values["name"])
+        values["publish"] = _read_endpoint(values["publish"], f"ipc://{runtime_dir}/{values['name']}.pub", "publish")
+        values["credentials"] = _check_credentials(table.get("credentials"), secrets)
+        check_url(values["url"], bool(values["credentials"]))
+        check_headers(values["headers"])
+        values["patterns"] = tuple(filter(is_pattern, values["channels"]))
+        with within("channels"):
+            _check_channels(values)
+        values["channels"] = tuple(name for name in values["channels"] if not is_pattern(name))
+        _check_sending(values)
     return Connection(**{**values, "headers": dict(values["headers"])})
 
 
-def _check_name(name: str, where: str) -> None:
+def _check_name(name: str) -> None:
     if not _NAME.match(name):
         better = re.sub(r"[^a-z0-9-]+", "-", name.lower()).strip("-") or "futures"
-        raise ConfigError(f"{where}: name {show(name)} may hold only a-z, 0-9 and -; write for example {better[:40]}")
+        raise ConfigError(f"name {show(name)} may hold only a-z, 0-9 and -; write for example {better[:40]}")
     if name in _RESERVED:
-        raise ConfigError(f"{where}: name {name} is taken by the collector itself; write for example {name}-1")
+        raise ConfigError(f"name {name} is taken by the collector itself; write for example {name}-1")
 
 
-def _check_credentials(prefix: str | None, where: str, secrets: Mapping[str, Credentials]) -> str | None:
+def _check_credentials(prefix: str | None, secrets: Mapping[str, Credentials]) -> str | None:
     if prefix is None:
         return None
-    where = f"{where}: credentials"
     if not _PREFIX.match(prefix):  # never shown: it may be the secret itself
         raise ConfigError(
-            f"{where} must be the prefix of two environment variables; write for example DERIBIT, "
+            "credentials must be the prefix of two environment variables; write for example DERIBIT, "
             "and set DERIBIT_CLIENT_ID and DERIBIT_CLIENT_SECRET"
         )
     if prefix not in secrets:
         raise ConfigError(
-            f"{where} = {prefix}: set {prefix}_CLIENT_ID and {prefix}_CLIENT_SECRET in the environment in which the "
-            "collector is started"
+            f"credentials = {prefix}: set {prefix}_CLIENT_ID and {prefix}_CLIENT_SECRET in the environment in which "
+            "the collector is started"
         )
     if fault := secrets[prefix].read_again().fault:
-        raise ConfigError(f"{where} = {prefix}: {fault}")
+        raise ConfigError(f"credentials = {prefix}: {fault}")
     return prefix
 
 
-def _check_channels(values: Mapping[str, Any], where: str) -> None:
-    where = f"{where}: channels"
+def _check_channels(values: Mapping[str, Any]) -> None:
     if (number := len(values["patterns"])) > MAX_PATTERNS:
-        raise ConfigError(f"{where}: there are {number} patterns; write at most {MAX_PATTERNS}, each for more")
-    try:
-        for name in values["channels"]:
-            check_family(name)
-            channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
-            check_login(channel, name, bool(values["credentials"]))
-    except ValueError as error:
-        raise ConfigError(f"{where}: {error}") from None
+        raise ConfigError(f"there are {number} patterns; write at most {MAX_PATTERNS}, each for more")
+    for name in values["channels"]:
+        check_family(name)
+        channel = parse_channel(parse_pattern(name).write_channel("INSTRUMENT") if is_pattern(name) else name)
+        check_login(channel, name, bool(values["credentials"]))
 
 
 def check_family(name: str) -> None:
@@ -250,9 +244,9 @@ def check_login(channel: Channel, written: str, login: bool) -> None:
     raise ValueError(f"{written} {what}; write credentials = ... or leave it out")
 
 
-def _check_sending(values: Mapping[str, Any], where: str) -> None:
+def _check_sending(values: Mapping[str, Any]) -> None:
     if values["cancel_on_disconnect"] and not values["credentials"]:
-        raise ConfigError(f"{where}: cancel_on_disconnect needs a login; write credentials = ... or leave it out")
+        raise ConfigError("cancel_on_disconnect needs a login; write credentials = ... or leave it out")
     for method in values["send_allow"]:
         if not _METHOD.match(method):
-            raise ConfigError(f"{where}: send_allow: {show(method)} is no method; write for example private/buy")
+            raise ConfigError(f"send_allow: {show(method)} is no method; write for example private/buy")

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from msgspec import Struct
 
 from collector.channels import LISTINGS, parse_channel
-from collector.config import Config, ConfigError, Connection, Credentials, check_together
+from collector.config import Config, Connection, Credentials, check_together
+from collector.config.keys import within
 from collector.config.patterns import Instrument
 from collector.config.urls import name_host
 from collector.limits import (
@@ -93,9 +94,10 @@ class Plan(Struct, frozen=True):
 
 def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
     """Work out what a checked configuration would do. Raises ConfigError for what only shows in expanded patterns."""
-    expanded = [(connection, _expand(connection, config, listing)) for connection in config.connections]
-    shards = [shard for _, found in expanded for shard in found.shards]
-    check_together(shards, str(config.path), config.control, config.exchange.port if config.exchange else None)
+    with within(str(config.path)):
+        expanded = [(connection, _expand(connection, listing)) for connection in config.connections]
+        shards = [shard for _, found in expanded for shard in found.shards]
+        check_together(shards, config.control, config.exchange.port if config.exchange else None)
     patterns = tuple(
         PlannedPattern(connection.name, pattern, found.found.get(pattern))
         for connection, found in expanded for pattern in connection.patterns
@@ -119,15 +121,12 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
     )
 
 
-def _expand(connection: Connection, config: Config, listing: Listing) -> Spread:
+def _expand(connection: Connection, listing: Listing) -> Spread:
     """What runs in the place of a connection: itself, where it has no patterns or the exchange's list is not known."""
     listed = listing.listed.get(connection.url)
     if not connection.patterns or listed is None:
         return Spread({}, [connection])
-    try:
-        return spread(connection, listed, listing.now)
-    except ConfigError as error:
-        raise ConfigError(f"{config.path}: {error}") from None
+    return spread(connection, listed, listing.now)
 
 
 def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:

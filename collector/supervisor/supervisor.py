@@ -179,7 +179,7 @@ class Supervisor:
         ]
         port = None if self.config.exchange is None else self.exchange_port
         names = [other.name for other in others]
-        check_together([*others, *connections], "", self.config.control, port, names)
+        check_together([*others, *connections], self.config.control, port, names)
 
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
