@@ -734,6 +734,31 @@ def test_first_trades_whose_healing_was_cut_by_a_kill_do_not_cost_a_request_each
         later.end()
 
 
+def test_what_came_before_a_first_trade_is_fetched_also_where_its_healing_was_cut_by_a_kill() -> None:
+    """It first traded while nobody was there, and that was known in the killed life alone."""
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    rows = [make_option_trade("BTC-27MAR27-1-C", seq) for seq in range(1, 303)]
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        life.confirm(channel, START)
+        life.lose(START + second)
+        life.confirm(channel, START + second)
+        life.take(channel, encode_data(channel, [rows[300]]), START + 2 * second)
+        life.end()
+        later = Life(directory, [channel], START + 3 * second, is_first=False)
+        reader = later.listen()
+        later.confirm(channel, START + 3 * second)
+        later.take(channel, encode_data(channel, [rows[301]]), START + 4 * second)
+        healer = heal_life(later, START + 5 * second)
+        while healer.ask is not None:
+            healer.take([row for row in rows if fits(row, healer.ask.params)], False, START + 5 * second)
+        reader.receive(later.said, START)
+        said = [msgspec.msgpack.decode(received.payload) for received in reader.record]
+        assert sorted(body["trade_seq"] for body in said if body["type"] == "trade") == list(range(1, 303))
+        reader.close()
+        later.end()
+
+
 def test_options_that_are_quiet_after_a_loss_do_not_cost_a_request_each() -> None:
     """What one of them missed makes the channel be healed once more: all the others have been asked for by time."""
     channel, second = "trades.option.any.100ms", 1_000_000_000

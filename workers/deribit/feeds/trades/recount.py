@@ -61,8 +61,12 @@ def _forget_count(tape: Tape, known: Known, begun: int) -> None:
 
 
 def take_doubt_over(tape: Tape) -> None:
-    """What an earlier life had not found out: whether the exchange has begun to count anew."""
-    cells, slot = tape.topics.ledger.cells, tape.stream.slot
+    """What an earlier life had not found out: whether the exchange has begun to count anew, what came before the first
+    trade that it saw.
+    """
+    cells, slot, last = tape.topics.ledger.cells, tape.stream.slot, tape.stream.last_id
     known = cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME]
     if slot and known[0]:
         tape.holes = [Hole(None, known[0] + 1, known[0], known)]
+    if slot and last and not cells[slot + FIRST]:
+        tape.holes.append(Hole(None, 1, last, (0, 0)))
