@@ -47,19 +47,19 @@ class Channels:
 
         Without `is_asked` nobody but the supervisor wants to hear what they tell of instruments.
         """
-        self._subscriptions.ask(names)
-        added: list[Feed] = []
+        added: dict[bytes, Feed] = {}
         for name in names:
-            if (key := name.encode()) in self.feeds:
+            if (key := name.encode()) in self.feeds or key in added:
                 continue
-            channel = self._subscriptions.asked[name]
+            channel = parse_channel(name)
             if channel.type == "instrument":
                 again = self._subscriptions.give_another_chance
-                self.feeds[key] = ListingFeed(channel, self._topics, self.events, again, is_asked)
+                added[key] = ListingFeed(channel, self._topics, self.events, again, is_asked)
             else:
-                self.feeds[key] = create_feed(channel, self._topics)
-            added.append(self.feeds[key])
-        return added
+                added[key] = create_feed(channel, self._topics)
+        self._subscriptions.ask(names)
+        self.feeds.update(added)
+        return list(added.values())
 
     def take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""

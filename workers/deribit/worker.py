@@ -238,7 +238,8 @@ class Worker(Listener):
 
     def refuse_channels(self, names: list[str], reason: str) -> None:
         """Say on the topic of each that it will not come."""
-        log.warning("%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
+        level = logging.INFO if reason == EXPIRED else logging.WARNING
+        log.log(level, "%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
         with self.publisher.gather():
             for name in names:
                 feed = self.feeds.get(name.encode())
