@@ -29,7 +29,7 @@ CALL_COST, CALL_POOL = 500, 50_000
 """All other calls: 100 at once, then 20 a second."""
 
 CALL_BURST, CALL_REFILL = 0.9 * CALL_POOL, 0.9 * REFILL
-"""What we use of that pool by ourselves; the rest is for answers to test_request, and for what control sends."""
+"""What we use of that pool by ourselves; the rest is for answers to test_request."""
 
 REGAIN = 3_600.0
 """Seconds in which a pool that was made smaller (see Credits.shrink) grows from nothing to its whole size."""

@@ -5,9 +5,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
+from collector.limits import CALL_COST
 from collector.messages import ControlError
 from workers.deribit.channels import Channels
 from workers.deribit.connection.client import Client
+from workers.deribit.connection.credits import pay
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.heal import Healer
 from workers.deribit.publishing.publisher import Publisher
@@ -91,5 +93,6 @@ class Commands:
                 await self._healer.finish(feeds)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
+        await pay(self._client.session.credits, CALL_COST)  # overdrawn, the exchange cuts the data off with it
         # The deadline of the command bounds it, not the connection's own timeout.
         return await self._client.send(arguments["method"], arguments.get("params"), timeout=3600)

@@ -28,8 +28,11 @@ class Refused(Exception):
     """The exchange said no for good; `exit` says which no. Another attempt would be harmful."""
 
     def __init__(self, message: str, exit: Exit) -> None:
-        super().__init__(message)
+        super().__init__(message, exit)
         self.exit = exit
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class NotConnected(Exception):
