@@ -340,6 +340,15 @@ def test_a_forkserver_whose_socket_was_removed_is_replaced(lost: str) -> None:
         assert not is_alive(forkserver)
 
 
+def test_workers_are_started_though_the_working_directory_was_removed(tmp_path: Path) -> None:
+    (release := tmp_path / "release").mkdir()
+    with collected(cwd=release) as run:
+        run.wait_state("a")
+        release.rmdir()
+        run.find_process("a").kill()
+        run.wait_state("a", restarts=1)
+
+
 def test_a_restarted_exchange_keeps_its_port() -> None:
     with collected({"a": {**QUICK, "retry_count": 1000}}) as run:
         before = run.wait_state("a")

@@ -76,6 +76,7 @@ class Spawner:
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = self._context.Process(target=enter, args=(kind, end), daemon=True)
+        _leave_lost_directory()
         try:
             with end, _hidden_main():
                 child.start()
@@ -96,6 +97,14 @@ def kill_forkserver() -> bool:
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)  # our child: the number is no other's before it was waited for
     return True
+
+
+def _leave_lost_directory() -> None:
+    """Go to / if the working directory was removed, or is closed to us: each child is told to go where we are."""
+    try:
+        os.chdir(os.getcwd())
+    except OSError:
+        os.chdir("/")
 
 
 @contextmanager
