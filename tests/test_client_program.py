@@ -447,7 +447,7 @@ def test_verify_ends_with_1_on_a_broken_stream() -> None:
             assert publisher.poll(20_000)
             payload = {"type": "index", "exchange": "deribit", "instrument": "btc_usd", "epoch": 1, "exchange_ts": 0}
             for seq in (1, 2, 4):
-                body = encode({**payload, "seq": seq, "receive_ts": 1, "price": 1.0})
+                body = encode({**payload, "seq": seq, "receive_ts": time.time_ns(), "price": 1.0})
                 publisher.send_multipart([b"deribit.index.btc_usd.raw", body])
             publisher.send_multipart([b"three", b"frames", b"here"])
             assert program.wait_exit() == 1

@@ -744,6 +744,7 @@ def test_what_it_says_is_newer_than_what_was_said_before_the_clock_was_set_back(
                 run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])
                 taken_up = reader.wait_for("deribit.quote.ETH-PERPETUAL.")
                 assert taken_up["epoch"] > before["epoch"]
+                reader.check()
             psutil.Process(before["pid"]).kill()
             assert run.wait_state("a", restarts=1)["epoch"] > taken_up["epoch"]
             next_one.process.send_signal(signal.SIGINT)

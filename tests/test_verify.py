@@ -398,7 +398,7 @@ def break_rest_more(wire: Wire) -> dict[str, list[str]]:
     broken["join: another state"] = wire.status(TICKER, "stale", join=True)
     broken["gap: from no time"] = wire.gap(TICKER, 3, from_ts=0)
     broken["gap: of heartbeats"] = wire.gap(BEAT, 4)
-    broken["time: before this life"] = wire.say("deribit.index.eth_usd.raw", price=1.0, receive_ts=START // 1_000_000)
+    broken["time: read, not in ns"] = wire.say("deribit.index.eth_usd.raw", price=1.0, receive_ts=START // 1_000_000)
     broken["time: not in ns"] = wire.ticker(exchange_ts=wire.now // 1_000_000)
     broken["time: the exchange says no status"] = wire.status(TICKER, "live", exchange_ts=wire.now)
     broken["status: of another connection"] = wire.say(BEAT, **{**LIVE, "connection": "options"})

@@ -28,7 +28,7 @@ RULES = {
     "duplicate": "a trade comes once, but for marked repeats after a restart",
     "hole": "trade_seq rises by one; a hole has been announced by a gap",
     "repair": "after healing, each trade of a gap has come, and is counted, or is named as missing, once",
-    "time": "receive_ts does not fall on a topic, nor leave this life; both times are in ns",
+    "time": "receive_ts does not fall on a topic, nor is it ahead; both times are in ns",
     "status": "states are words of the wire; after expired nothing comes",
     "heartbeat": "each connection says once a second that it lives",
 }
