@@ -184,6 +184,8 @@ def test_missing_or_abandoned_socket_file_is_said_at_once(tmp_path: Path) -> Non
             listener.bind(str(path))
         with pytest.raises(ControlError, match="left behind"):
             control.get_state()
+    with Control(f"ipc://{tmp_path}") as control, pytest.raises(ControlError, match="is no socket"):
+        control.get_state()
 
 
 def test_a_stopped_collector_with_its_queue_full_is_waited_for_no_longer_than_the_timeout(tmp_path: Path) -> None:

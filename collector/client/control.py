@@ -149,7 +149,7 @@ def check_listener(endpoint: str) -> None:
         return
     reasons = {
         errno.ENOENT: "no collector runs at {}: there is no such socket file",
-        errno.ECONNREFUSED: "no collector runs at {}: its socket file was left behind by one that is gone",
+        errno.ECONNREFUSED: "no collector runs at {}: it is no socket, or was left behind by one that is gone",
         errno.EACCES: "the collector at {} cannot be asked: its socket file belongs to another user",
     }
     with socket.socket(socket.AF_UNIX) as probe:
