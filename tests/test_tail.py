@@ -189,7 +189,17 @@ def test_reading_for_a_while_in_which_nothing_came_is_told_at_its_end() -> None:
         collector("tail", "--for", "0.5s", "--endpoint", endpoint), capture_output=True, text=True, timeout=60
     )
     assert (done.returncode, done.stdout) == (0, "")
-    assert done.stderr.startswith(f"collector: nothing came from {endpoint}; ")
+    assert done.stderr.startswith(f"collector: nothing came from {endpoint}; a topic is like ")
+
+
+def test_where_nothing_came_it_is_told_that_a_socket_file_cannot_be_reached(tmp_path: Path) -> None:
+    shut = f"ipc://{tmp_path}/a.pub"
+    done = subprocess.run(
+        collector("tail", "--for", "0.5s", "--endpoint", shut), capture_output=True, text=True, timeout=60
+    )
+    assert done.stderr.startswith(
+        f"collector: nothing came from {shut} (not there, or closed to you); a topic is like "
+    )
 
 
 def test_on_a_terminal_too_it_is_told_that_nothing_came(market: Market) -> None:

@@ -116,11 +116,16 @@ class Silence:
 
     def _say(self, said: str) -> None:
         wanted = f" on topics that begin with {' or '.join(map(repr, self._prefixes))}" if self._prefixes else ""
-        where = ", ".join(sorted(self._subscriber.endpoints)) or "no connection"
+        where = ", ".join(map(_show_endpoint, sorted(self._subscriber.endpoints))) or "no connection"
         advice = (
             "a topic is like deribit.trade.BTC-PERPETUAL.100ms; `collector state` shows what is collected, and where"
         )
         click.echo(printable(f"collector: {said}{wanted} from {where}; {advice}"), err=True)
+
+
+def _show_endpoint(endpoint: str) -> str:
+    is_shut = endpoint.startswith("ipc:///") and not os.access(endpoint.removeprefix("ipc://"), os.W_OK)
+    return f"{endpoint} (not there, or closed to you)" if is_shut else endpoint
 
 
 def write_json(items: Items) -> None:
