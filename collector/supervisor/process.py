@@ -12,6 +12,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -84,8 +85,8 @@ class Spawner:
         except (FileNotFoundError, ConnectionRefusedError):
             if not kill_forkserver():
                 raise
-            # Programs that clear out /tmp have removed its socket, and the directory of that: nobody can reach it.
-            multiprocessing.current_process()._config["tempdir"] = None  # type: ignore[attr-defined]
+            # Programs that clear out /tmp have removed its socket, or the directory of that: nobody can reach it.
+            multiprocessing.current_process()._config["tempdir"] = tempfile.tempdir = None  # type: ignore[attr-defined]
             raise OSError("the socket of the forkserver was removed; the next start has a new one") from None
         return child
 
