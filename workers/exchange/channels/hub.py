@@ -66,7 +66,8 @@ class Hub:
         assert feed is not None, "it is offered"
         if channel not in self._feeds:
             self._feeds[channel] = feed
-            self._of[feed.instrument].append(feed)
+            if channel not in self._recorded:
+                self._of[feed.instrument].append(feed)
         feed.subscribers[subscriber] = None
         return [Frame(channel, data, feed) for data in feed.open()]
 
@@ -76,7 +77,8 @@ class Hub:
         feed.subscribers.pop(subscriber, None)
         if not feed.subscribers:
             del self._feeds[channel]
-            self._of[feed.instrument].remove(feed)
+            if channel not in self._recorded:
+                self._of[feed.instrument].remove(feed)
 
     def advance(self, now: int) -> list[Event]:
         """Let the market live until `now` and send what follows; return its events."""

@@ -111,9 +111,11 @@ def list_levels(
     In price steps of `group` (0: as it is): bids rounded down, asks rounded up.
     """
     width = max(1, round(group / of.tick))
-    sums: Counter[int] = Counter()
-    for tick, lots in market.books[of.name].sides[side].items():
-        sums[tick // width if side == BID else -(-tick // width)] += lots
+    sums = market.books[of.name].sides[side]
+    if width > 1:
+        levels, sums = sums, Counter()
+        for tick, lots in levels.items():
+            sums[tick // width if side == BID else -(-tick // width)] += lots
     places = sort_levels(side, list(sums))[:depth]
     return [[market.to_price(of, place * width), market.to_amount(of, sums[place])] for place in places]
 

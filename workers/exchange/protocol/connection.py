@@ -8,7 +8,7 @@ from copy import copy
 from random import Random
 from typing import Any, NamedTuple, Protocol
 
-from collector.faults import FOREVER, Faults
+from collector.faults import EXCHANGE_FAULTS, FOREVER, Faults
 from workers.exchange.channels.hub import Frame
 from workers.exchange.exchange import Counts, Exchange, find_failure
 from workers.exchange.market.market import MAX_BEHIND
@@ -63,6 +63,7 @@ class Connection:
         exchange.opened += 1
         self._exchange, self._transport = exchange, transport
         self._faults = faults = copy(faults)  # which ends for this connection alone
+        self._is_sound = not faults.keys() - {fault.name for fault in EXCHANGE_FAULTS}
         self.session = Session(exchange.opened)
         self.outbox: deque[Outgoing] = deque()
         self.waiting = 0
@@ -90,6 +91,8 @@ class Connection:
         label = self.session.subscriptions.get(frame.channel)
         if label is not None and not frame.recorded:
             frame = Frame(frame.channel, frame.data, frame.feed, label=label)
+        if self._is_sound:  # most are: the way through all faults costs half as much again
+            return self._send(frame.text)
         for text in self._distortion.apply(frame):
             self._send_data(text)
 
