@@ -734,7 +734,8 @@ def test_first_trades_whose_healing_was_cut_by_a_kill_do_not_cost_a_request_each
         later.end()
 
 
-def test_what_came_before_a_first_trade_is_fetched_also_where_its_healing_was_cut_by_a_kill() -> None:
+@pytest.mark.parametrize("fetched", [0, 50])
+def test_what_came_before_a_first_trade_is_fetched_also_where_its_healing_was_cut_by_a_kill(fetched: int) -> None:
     """It first traded while nobody was there, and that was known in the killed life alone."""
     channel, second = "trades.option.any.100ms", 1_000_000_000
     rows = [make_option_trade("BTC-27MAR27-1-C", seq) for seq in range(1, 303)]
@@ -744,6 +745,8 @@ def test_what_came_before_a_first_trade_is_fetched_also_where_its_healing_was_cu
         life.lose(START + second)
         life.confirm(channel, START + second)
         life.take(channel, encode_data(channel, [rows[300]]), START + 2 * second)
+        if fetched:
+            heal_life(life, START + 2 * second).take(rows[:fetched], True, START + 2 * second)
         life.end()
         later = Life(directory, [channel], START + 3 * second, is_first=False)
         reader = later.listen()
@@ -756,6 +759,26 @@ def test_what_came_before_a_first_trade_is_fetched_also_where_its_healing_was_cu
         said = [msgspec.msgpack.decode(received.payload) for received in reader.record]
         assert sorted(body["trade_seq"] for body in said if body["type"] == "trade") == list(range(1, 303))
         reader.close()
+        later.end()
+
+
+def test_what_was_published_from_the_first_trade_on_is_not_fetched_again_after_a_kill() -> None:
+    """Of an instrument that began to trade while we collected, too: its first trade has number 1, as it should."""
+    channel, second = "trades.BTC-27MAR27-1-C.100ms", 1_000_000_000
+    rows = [make_option_trade("BTC-27MAR27-1-C", seq) for seq in range(1, 302)]
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        life.confirm(channel, START)
+        life.take(channel, encode_data(channel, rows[:-1]), START + second)
+        life.end()
+        later = Life(directory, [channel], START + 2 * second, is_first=False)
+        later.confirm(channel, START + 2 * second)
+        later.take(channel, encode_data(channel, rows[-1:]), START + 3 * second)
+        healer = heal_life(later, START + 4 * second)
+        while healer.ask is not None:
+            assert healer.ask.method == "public/get_last_trades_by_instrument"
+            healer.take([row for row in rows if fits(row, healer.ask.params)], False, START + 4 * second)
+        assert later.publisher.published == 100 + 1 + 2  # those that may not have gone out, the new one, gap and repair
         later.end()
 
 
@@ -824,6 +847,23 @@ def test_an_unreadable_frame_of_many_instruments_is_a_loss_on_all_that_it_may_sp
         while healer.ask is not None:
             healer.take([missed] if healer.ask.params.get("currency") == "BTC" else [], False, START + 2 * SECOND)
         assert life.publisher.published == 2 + 3  # one gap, its trade, its repair
+        life.end()
+
+
+def test_an_unreadable_frame_of_a_new_instrument_is_no_loss_of_others() -> None:
+    channel = "trades.option.any.100ms"
+    with short_directory() as directory:
+        life = Life(directory, [channel], START, is_first=True)
+        feed = life.feeds[channel]
+        life.confirm(channel, START)
+        life.take(channel, encode_data(channel, [make_option_trade("BTC-27MAR27-1-C", 7)]), START)
+        missed = make_option_trade("BTC-27MAR27-2-C", 1)
+        feed.skip(encode_data(channel, [msgspec.to_builtins(missed) | {"price": None}]), START + SECOND)
+        assert [stream.lost for stream in feed.streams.values()] == [False]
+        healer = heal_life(life, START + 2 * SECOND)
+        while healer.ask is not None:
+            healer.take([missed] if healer.ask.params.get("currency") == "BTC" else [], False, START + 2 * SECOND)
+        assert feed.streams["BTC-27MAR27-2-C"].last_id == 1
         life.end()
 
 

@@ -273,7 +273,10 @@ class Exchange:
         elif item.line is not None and item.line.family == "trades":
             for trade in item.data:
                 topic = item.line.name_topic(trade["instrument_name"])
-                self._show(topic, self.truth.find(trade))
+                number = self.truth.find(trade)
+                # What nobody could read, and the history forgot, is known from what follows, if anything does.
+                if item.kind == "frame" or number not in self.truth.lost[trade["instrument_name"]]:
+                    self._show(topic, number)
                 if item.kind == "frame":
                     self.truth.owed.setdefault(topic, self.truth.find(trade))
                     self.arrived.add(topic)

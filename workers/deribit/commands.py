@@ -93,6 +93,7 @@ class Commands:
                 await self._healer.finish(feeds)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
-        await pay(self._client.session.credits, CALL_COST)  # overdrawn, the exchange cuts the data off with it
+        if self._client.is_live:  # overdrawn, the exchange cuts the data off with it
+            await pay(self._client.session.credits, CALL_COST)
         # The deadline of the command bounds it, not the connection's own timeout.
         return await self._client.send(arguments["method"], arguments.get("params"), timeout=3600)

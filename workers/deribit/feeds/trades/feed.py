@@ -66,7 +66,7 @@ class TradeFeed(Feed):
         for tape, data in zip(tapes, trades, strict=True):
             stream, seq = tape.stream, data.trade_seq
             last = stream.last_id
-            if seq != last + 1 or stream.lost or tape.tail is not None:
+            if not last or seq != last + 1 or stream.lost or tape.tail is not None:
                 if (known := find_contradiction(tape, data)) is not None:
                     begin_count(tape, known, seq, receive_ts, published)
                     tape.open_hole(None, 1, seq - 1)
@@ -140,12 +140,13 @@ class TradeFeed(Feed):
         self.changed = True
 
     def _find_touched(self, frame: bytes) -> Set[str]:
-        """Of whom an unreadable frame may have had trades: all, unless it is whole and names instruments known here."""
+        """Of whom an unreadable frame may have had trades: of all here, unless it is whole and names each."""
         try:
             names = {row["instrument_name"] for row in read_any(frame)}
         except (ValueError, TypeError, KeyError):
-            return self.tapes.keys()
-        return names if names <= self.tapes.keys() else self.tapes.keys()
+            names = {None}
+        is_named = not self.channel.instrument and all(isinstance(name, str) for name in names)
+        return names & self.tapes.keys() if is_named else self.tapes.keys()
 
     def _note_loss(self, now: int) -> None:
         streams, cells = self.streams.values(), self.topics.ledger.cells

@@ -77,7 +77,7 @@ class Tape:
         stream, losses, last = self.stream, self.losses, seq - 1
         if seq <= stream.left_at:  # the exchange has begun to count anew since the topic was left
             stream.left_at = 0
-        if losses.lost_from is not None:  # it may have traded first while we were away
+        if losses.lost_from is not None and last > stream.left_at:  # it may have traded first while we were away
             self.open_hole(None, stream.left_at + 1, last)
         else:
             if losses.unsure_from is not None and stream.left_at < last:
@@ -231,6 +231,7 @@ class Tape:
         hole.came.add(seq)
         if hole.gap is None:  # fetched in order: what lies before it is from before the loss
             self._note_first(seq)
+            self.topics.ledger.lower(self.stream.slot, UNHEALED, seq)
 
     # -- healing ------------------------------------------------------------------------------------------------------
 
