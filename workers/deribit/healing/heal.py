@@ -16,7 +16,7 @@ import msgspec
 from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
-from workers.deribit.connection.together import do_together
+from workers.deribit.connection.together import together
 from workers.deribit.feeds.frames import TradeData, convert_laxly
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
@@ -48,6 +48,7 @@ class Healer:
         self._client = client
         self._publisher = publisher
         self._turns: asyncio.Queue[TradeFeed] = asyncio.Queue()
+        self._room = asyncio.Semaphore(AT_ONCE)
         self._calling: set[TradeFeed] = set()
         self._under_way: set[TradeFeed] = set()
         self._is_closed = False
@@ -64,19 +65,22 @@ class Healer:
 
     async def run(self) -> None:
         """Heal whatever is asked for, until cancelled: a feed that must be patient holds up none but itself."""
-        await do_together(*(self._take_turns() for _ in range(AT_ONCE)))
+        async with together() as group:
+            while True:
+                await self._room.acquire()
+                feed = await self._turns.get()
+                await self._client.wait_live()
+                group.create_task(self._take_turn(feed))
 
-    async def _take_turns(self) -> None:
-        while True:
-            feed = await self._turns.get()
-            await self._client.wait_live()
-            self._calling.discard(feed)
-            await self._heal_feed(feed)
-            if feed in self._calling:
-                self._turns.put_nowait(feed)
-            else:
-                self._under_way.discard(feed)
-            self._rested.set()
+    async def _take_turn(self, feed: TradeFeed) -> None:
+        self._calling.discard(feed)
+        await self._heal_feed(feed)
+        self._room.release()
+        if feed in self._calling:
+            self._turns.put_nowait(feed)
+        else:
+            self._under_way.discard(feed)
+        self._rested.set()
 
     async def finish(self, feeds: list[TradeFeed]) -> None:
         """Heal these, and wait until nothing more can be had of what they lack."""
