@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
 
-from collector.limits import CALL_COST
+from collector.limits import CALL_BURST, CALL_COST
 from collector.messages import ControlError
 from workers.deribit.channels import Channels
 from workers.deribit.connection.client import Client
@@ -93,7 +93,7 @@ class Commands:
                 await self._healer.finish(feeds)
 
     async def _send(self, arguments: dict[str, Any]) -> Any:
-        if self._client.is_live:  # overdrawn, the exchange cuts the data off with it
-            await pay(self._client.session.credits, CALL_COST)
+        if self._client.is_live:  # overdrawn, the exchange cuts the data off with it; bootstraps come first
+            await pay(self._client.session.credits, CALL_COST, reserve=CALL_BURST / 2)
         # The deadline of the command bounds it, not the connection's own timeout.
         return await self._client.send(arguments["method"], arguments.get("params"), timeout=3600)
