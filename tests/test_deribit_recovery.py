@@ -762,6 +762,38 @@ def test_what_came_before_a_first_trade_is_fetched_also_where_its_healing_was_cu
         later.end()
 
 
+def test_and_also_after_two_kills_of_which_the_second_came_amid_a_run_by_number() -> None:
+    channel, second = "trades.option.any.100ms", 1_000_000_000
+    rows = [make_option_trade("BTC-27MAR27-1-C", seq) for seq in range(1, 504)]
+    received: list[bytes] = []
+    with short_directory() as directory:
+        for number, row in enumerate(rows[500:]):
+            now = START + 10 * number * second
+            life = Life(directory, [channel], now, is_first=number == 0)
+            reader = life.listen()
+            life.confirm(channel, now)
+            if number == 0:
+                life.lose(now + second)
+                life.confirm(channel, now + second)
+            life.take(channel, encode_data(channel, [row]), now + 2 * second)
+            healer = heal_life(life, now + 3 * second)
+            while number > 0 and healer.ask is not None:
+                found = [row for row in rows[: 501 + number] if fits(row, healer.ask.params)]
+                is_by_number = "start_seq" in healer.ask.params
+                if number == 2 or is_by_number:
+                    healer.take(found, False, now + 3 * second)
+                else:
+                    healer.go_on(None, now + 3 * second)  # the exchange refuses it
+                if number == 1 and is_by_number:
+                    break
+            reader.receive(life.said, now)
+            received += [each.payload for each in reader.record]
+            reader.close()
+            life.end()
+    said = [msgspec.msgpack.decode(payload) for payload in received]
+    assert {body["trade_seq"] for body in said if body["type"] == "trade"} == {row.trade_seq for row in rows}
+
+
 def test_what_was_published_from_the_first_trade_on_is_not_fetched_again_after_a_kill() -> None:
     """Of an instrument that began to trade while we collected, too: its first trade has number 1, as it should."""
     channel, second = "trades.BTC-27MAR27-1-C.100ms", 1_000_000_000

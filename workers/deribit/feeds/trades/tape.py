@@ -229,7 +229,8 @@ class Tape:
 
     def _fill_hole(self, hole: Hole, seq: int) -> None:
         hole.came.add(seq)
-        if hole.gap is None:  # fetched in order: what lies before it is from before the loss
+        # Fetched in order: what lies before it is from before the loss. But a run by number may begin with the last.
+        if hole.gap is None and seq != hole.last:
             self._note_first(seq)
             self.topics.ledger.lower(self.stream.slot, UNHEALED, seq)
 
@@ -302,6 +303,7 @@ class Tape:
     def note_out(self) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
         cells, slot = self.topics.ledger.cells, self.stream.slot
-        unhealed = [hole.first for hole in self.holes if hole.gap is not None or hole.came]
+        unhealed = [hole.first for hole in self.holes if hole.gap is not None]
+        unhealed += [min(hole.came) for hole in self.holes if hole.gap is None and hole.came]
         cells[slot + UNHEALED] = min(unhealed, default=0)
         self.note_doubt()
