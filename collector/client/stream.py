@@ -72,7 +72,7 @@ class Message(Mapping[str, Any]):
 
 
 class Loss(NamedTuple):
-    """What this reader could not have, and no `gap` message tells of: nobody else may have lost it.
+    """What this reader could not have, and no `gap` message tells of. But for `anew` nobody else may have lost it.
 
     `reason`: `sequence` (messages `first` to `last` of the topic were dropped on the way), `anew` (its data go on in
     another epoch, and no gap says what is missing between: the collector was started anew, or the topic was left and
