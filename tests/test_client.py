@@ -16,11 +16,11 @@ import pytest
 import zmq
 
 import collector
-from collector import Control, ControlError, Subscriber
+from collector import Control, ControlError, OrderBook, Subscriber
 from collector.cli.render import format_line
 from collector.client.control import NobodyAnswers
 from collector.client.questions import Questions
-from collector.client.stream import MAX_TOPICS, Loss, LossError, Message, SequenceCheck
+from collector.client.stream import ANSWERED_WITHIN, MAX_TOPICS, Loss, LossError, Message, SequenceCheck
 from collector.client.subscriber import UNNAMED
 from collector.lifecycle import Exit
 from collector.messages import Topic, decode, encode, parse_topic
@@ -467,6 +467,54 @@ def test_topics_of_years_are_forgotten_for_new_ones_but_not_those_that_speak() -
     assert follow("old-1", 7) is None  # it is a new one too
     assert (lost := follow("old-0", 4)) is not None
     assert (lost.reason, lost.first, lost.last) == ("sequence", 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"seq": 3}, ["sequence", 3]),
+        ({"seq": 1}, [1]),
+        ({"seq": 3, "join": True}, [3]),
+        ({"seq": 3, "receive_ts": START}, [3]),
+    ],
+    ids=["amid its numbers", "from the first on", "joined", "soon after the subscription"],
+)
+def test_a_topic_that_was_new_long_after_it_was_asked_for_is_lost_but_for_what_begins_it(
+    publisher: Any, keys: dict[str, Any], expected: list[int | str]
+) -> None:
+    later = time.time_ns() + 2 * ANSWERED_WITHIN
+    with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
+        wait_subscribed(publisher)
+        publisher.send_multipart(index_message(**{"receive_ts": later, **keys}))
+        got = [subscriber.receive(10) for _ in expected]
+        assert [item.reason if isinstance(item, Loss) else item and item.seq for item in got] == expected
+        lost = [(item.first, item.last) for item in got if isinstance(item, Loss)]
+        assert lost == [(1, 2)] * (len(expected) - 1)
+        assert subscriber.receive(0) is None
+
+
+def test_iterating_goes_on_behind_a_loss_that_was_raised(publisher: Any) -> None:
+    with Subscriber([endpoint_of(publisher)]) as subscriber:
+        wait_subscribed(publisher)
+        for seq in (1, 3, 4):
+            publisher.send_multipart(index_message(seq))
+        items = iter(subscriber)
+
+        def take() -> int:
+            item = next(items)
+            return item.seq if isinstance(item, Message) else 0
+
+        assert take() == 1
+        with pytest.raises(LossError, match="message 2 was lost"):
+            take()
+        assert [take(), take()] == [3, 4]
+
+
+def test_what_is_no_topic_is_neither_read_nor_asked_for(publisher: Any) -> None:
+    with pytest.raises(TypeError, match="a prefix is text or a Topic, not 100"):
+        Subscriber([endpoint_of(publisher)], prefixes=b"deribit.")  # type: ignore[arg-type]
+    with Subscriber([endpoint_of(publisher)]) as subscriber, pytest.raises(TypeError, match="None is no Topic"):
+        subscriber.ask_again(OrderBook().topic)  # type: ignore[arg-type]
 
 
 STATUS: dict[str, Any] = {"type": "status", "state": "live", "connection": "b"}

@@ -21,6 +21,12 @@ MAX_TOPICS = 200_000
 ON_DATA_TOPICS = frozenset({"gap", "repair", "status"})
 """Types that also stand on the topics of other types, in order with the data."""
 
+ANSWERED_WITHIN = 10_000_000_000
+"""Time (ns) after a subscription in which a topic that there was before may be heard amid its numbers: each publisher
+has many to answer for, and the first data may overtake the answer."""
+
+NEVER = 1 << 63
+
 _NO_DATA = frozenset({"status", "repair", "heartbeat"})
 """Types that are neither data nor say where data are missing."""
 
@@ -154,9 +160,14 @@ def read_topic(topic: bytes) -> Topic:
 
 
 class SequenceCheck:
-    """Follows the numbers of each topic. In a greater epoch they start again with 1."""
+    """Follows the numbers of each topic. In a greater epoch they start again with 1.
 
-    def __init__(self) -> None:
+    `asked_at`: since when (ns) all that is read has been subscribed to; NEVER if nobody knows. A topic that is new long
+    after that begins with 1, or with a join.
+    """
+
+    def __init__(self, asked_at: int = NEVER) -> None:
+        self.asked_at = asked_at
         # The epoch and number of each topic's last message, and the epoch of its last data or gap (0: there were none).
         self._last: OrderedDict[Topic, tuple[int, int, int]] = OrderedDict()  # who spoke longest ago comes first
 
@@ -165,7 +176,7 @@ class SequenceCheck:
         topic, epoch, seq = message.topic, message.epoch, message.seq
         if topic not in self._last:
             self._start(topic, epoch, seq, epoch if message.type not in _NO_DATA else 0)
-            return None
+            return Loss(topic, "sequence", epoch, 1, seq - 1) if self._is_begun_late(message) else None
         self._last.move_to_end(topic)
         last_epoch, last, told = self._last[topic]
         if epoch < last_epoch:
@@ -198,7 +209,13 @@ class SequenceCheck:
             del self._last[topic]
         return gone
 
+    def _is_begun_late(self, message: Message) -> bool:
+        """Whether what came before the first message of a topic was dropped on the way. Heartbeats are never joined."""
+        begins = message.seq <= 1 or message.is_join or message.topic.type == "heartbeat"
+        return not begins and message.receive_ts > self.asked_at + ANSWERED_WITHIN
+
     def _start(self, topic: Topic, epoch: int, seq: int, told: int) -> None:
         if len(self._last) >= MAX_TOPICS:
             self._last.popitem(last=False)
+            self.asked_at = NEVER  # it may come again
         self._last[topic] = (epoch, seq, told)

@@ -2,9 +2,9 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import suppress
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import zmq
 
@@ -47,10 +47,12 @@ class Subscriber(OwnSocket):
     of their topic comes, as for a late subscriber. `queue`: messages that may wait here for a slow reader. For one
     thread only: to end it from another one, let it `receive(0.5)` until a threading.Event is set.
 
-        with Subscriber(prefixes=["deribit.trade."]) as subscriber:
-            for message in subscriber:
-                if message.type == "trade":  # gap, repair and status come on the same topics
-                    print(message.instrument, message["price"])
+        with Subscriber(prefixes=["deribit.trade."], on_loss="report") as subscriber:
+            for item in subscriber:
+                if isinstance(item, Loss):
+                    print("lost:", item)
+                elif item.type == "trade":  # gap, repair and status come on the same topics
+                    print(item.instrument, item["price"])
     """
 
     _finder: Control | None = None
@@ -94,8 +96,11 @@ class Subscriber(OwnSocket):
     def subscribe(self, prefix: str | Topic) -> None:
         """Read the topics that begin so, too; what each holds now comes first, as for any late subscriber."""
         text = str(prefix) if isinstance(prefix, Topic) else prefix
+        if not isinstance(text, str):
+            raise TypeError(f"a prefix is text or a Topic, not {text!r}")
         self.socket.subscribe(text)
         self._prefixes.append(text)
+        self._sequence.asked_at = time.time_ns()
 
     def unsubscribe(self, prefix: str | Topic) -> None:
         """Take back one subscription to a prefix; what has come for it and was not read is dropped.
@@ -120,6 +125,7 @@ class Subscriber(OwnSocket):
                     f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
                 ) from None
             self.endpoints.add(endpoint)
+            self._sequence.asked_at = time.time_ns()
 
     def _find(self, states: Any) -> None:
         self.found = find_endpoints(states)
@@ -139,11 +145,13 @@ class Subscriber(OwnSocket):
             self.endpoints.remove(endpoint)
             del self._unnamed[endpoint]
 
-    def __iter__(self) -> Iterator[Message | Loss]:
-        while True:
-            item = self.receive()
-            if item is not None:
-                yield item
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Message | Loss:
+        while (item := self.receive()) is None:  # a generator would be at its end after the first LossError
+            pass
+        return item
 
     def receive(self, timeout: float | None = None) -> Message | Loss | None:
         """The next message (or loss), or None if none comes within `timeout` seconds (None: wait for ever)."""
@@ -188,6 +196,8 @@ class Subscriber(OwnSocket):
         For an OrderBook that waits for a snapshot. Ask as often as you like: what was asked for a moment ago is not
         asked for again before a second is over, or more (see Questions).
         """
+        if not isinstance(topic, Topic):  # an OrderBook that has heard nothing knows none yet
+            raise TypeError(f"{topic!r} is no Topic")
         if self._questions.want(topic, time.monotonic()):
             # A publisher answers each subscription, also one that is taken back at once. Kept, they would pile up.
             self.socket.subscribe(str(topic))
