@@ -4,7 +4,7 @@ import { decode } from "@msgpack/msgpack"
 import { Subscriber } from "zeromq"
 
 const [endpoint, first, ...later] = process.argv.slice(2)
-const socket = new Subscriber({ heartbeatInterval: 500, heartbeatTimeout: 1000 }) // ms; a host that is gone is noticed
+const socket = new Subscriber()
 socket.connect(endpoint)
 socket.subscribe(first)
 

@@ -13,8 +13,6 @@ public class Subscribe {
         String endpoint = arguments[0], first = arguments[1];
         var unpack = new ObjectMapper(new MessagePackFactory());
         try (var context = new ZContext(); var socket = context.createSocket(SocketType.SUB)) {
-            socket.setHeartbeatIvl(500); // ms; a host that is gone without a word is noticed
-            socket.setHeartbeatTimeout(1000);
             socket.setSndHWM(0); // else of more than 1,000 prefixes at once some are dropped
             socket.connect(endpoint);
             socket.subscribe(first);
