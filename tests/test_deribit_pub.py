@@ -29,6 +29,7 @@ from tests.support import running, wait_until
 from workers.deribit.publishing.peer import BLOCK, MAX_LENGTH, MAX_PREFIXES, MAX_UNSENT, Peer
 from workers.deribit.publishing.pub import HEAR_AT_ONCE, RESERVE, PubSocket, Route
 from workers.deribit.publishing.zmtp import (
+    COMMAND,
     GREETING,
     MAX_FRAME,
     READY,
@@ -55,7 +56,7 @@ def frame(body: bytes) -> bytes:
 def conversations(draw: st.DrawFn) -> tuple[bytes, list[Wish]]:
     """What a subscriber says after its READY, and what it wishes by that."""
     said, wishes = b"", []
-    for kind in draw(st.lists(st.sampled_from(["message", "command", "ping", "noise", "unknown"]), max_size=8)):
+    for kind in draw(st.lists(st.sampled_from(["message", "command", "ping", "noise", "long", "unknown"]), max_size=8)):
         prefix, is_wanted = draw(st.binary(max_size=300)), draw(st.booleans())
         if kind == "message":
             said += frame(bytes([is_wanted]) + prefix)
@@ -63,6 +64,8 @@ def conversations(draw: st.DrawFn) -> tuple[bytes, list[Wish]]:
             said += encode_command(b"SUBSCRIBE" if is_wanted else b"CANCEL", prefix)
         elif kind == "ping":
             said += encode_command(b"PING", b"\0\1" + prefix[:16])
+        elif kind == "long":
+            said += frame(b"\1" + prefix + bytes(MAX_FRAME))
         else:
             said += frame(b"\2" + prefix) if kind == "noise" else encode_command(b"HELLO", prefix)
         if kind in ("message", "command"):
@@ -104,8 +107,9 @@ def test_a_heartbeat_is_answered_with_what_it_brings() -> None:
         (GREETING + encode_command(b"READY", b""), "no type"),
         (GREETING + encode_command(b"READY", b"\x0bSocket-Type\xff\xff\xff\xffSUB"), "breaks off"),
         (GREETING + encode_command(b"ERROR", b"\4nope"), "nope"),
-        (GREETING + SUB_READY + encode_size(MAX_FRAME + 1), "4097 bytes"),
-        (GREETING + SUB_READY + struct.pack(">BQ", 2, 1 << 63), "are taken"),
+        (GREETING + encode_size(MAX_FRAME + 1), "before READY"),
+        (GREETING + SUB_READY + encode_size(MAX_FRAME + 1, COMMAND), "4097 bytes"),
+        (GREETING + SUB_READY + struct.pack(">BQ", COMMAND | 2, 1 << 63), "are taken"),
     ],
 )
 def test_who_is_no_subscriber_is_refused(said: bytes, reason: str) -> None:

@@ -8,7 +8,7 @@ import struct
 from typing import NamedTuple
 
 MAX_FRAME = 4096
-"""Bytes of one frame from a subscriber: what comes upstream are subscriptions, nothing longer."""
+"""Bytes of one frame from a subscriber that are held: what comes upstream are subscriptions, nothing longer."""
 
 MORE, LONG, COMMAND = 1, 2, 4
 """Flags of a frame: more frames of this message follow; its size has 8 bytes instead of 1; it is no message."""
@@ -78,10 +78,13 @@ class Conversation:
         self.is_greeted = False
         self.is_ready = False
         self._held = b""
+        self._passing = 0  # bytes still to come of a frame that is too long
 
     def hear(self, data: bytes) -> tuple[list[Wish], bytes]:
         """Take what was received. Returns what is wished for, and what to answer. Raises NoSubscriber."""
-        self._held += data
+        passed = min(self._passing, len(data))
+        self._passing -= passed
+        self._held += data[passed:]
         wishes: list[Wish] = []
         answer = b""
         if not self.is_greeted:
@@ -96,9 +99,12 @@ class Conversation:
                 answer += self._take_command(body, wishes)
             elif not self.is_ready:
                 raise NoSubscriber("a message came before READY")
+            elif at - start > MAX_FRAME:
+                continue  # a proxy passes on whatever its subscribers say
             elif body[:1] in (b"\0", b"\1"):  # anything else is no subscription, and is let pass as libzmq does
                 wishes.append(Wish(body[1:], body[0] == 1))
         self._held = held[at:]
+        self._passing += max(0, at - len(held))
         return wishes, answer
 
     def _take_greeting(self) -> bool:
@@ -141,15 +147,16 @@ class Conversation:
 def find_frame(data: bytes, at: int) -> tuple[int, int, int] | None:
     """Flags of the frame at a place, where its content begins and ends; None if it is not all there.
 
-    Raises NoSubscriber for one that is too long.
+    A message that is too long may end beyond what is there. Raises NoSubscriber for a command that is.
     """
     start = at + (9 if data[at : at + 1] and data[at] & LONG else 2)
     if len(data) < start:
         return None
     size = int.from_bytes(data[at + 1 : start], "big")
-    if size > MAX_FRAME:
-        raise NoSubscriber(f"a frame of {size} bytes; {MAX_FRAME} are taken")
-    return (data[at], start, start + size) if len(data) >= start + size else None
+    is_long = size > MAX_FRAME
+    if is_long and data[at] & COMMAND:
+        raise NoSubscriber(f"a command of {size} bytes; {MAX_FRAME} are taken")
+    return (data[at], start, start + size) if is_long or len(data) >= start + size else None
 
 
 def read_properties(body: bytes) -> dict[bytes, bytes]:
