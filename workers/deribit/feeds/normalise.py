@@ -16,6 +16,7 @@ from workers.deribit.feeds.frames import MS, read_any, read_known_ticker, read_q
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.publishing.payloads import Quote, Ticker
 from workers.deribit.publishing.streams import Malformed, Published, Topics
+from workers.deribit.rpc.codec import MAX_MS
 
 
 class QuoteFeed(Feed):
@@ -253,7 +254,7 @@ class OtherFeed(Feed):
         data = read_any(frame)
         check_encodable(data)
         timestamp = data.get("timestamp") if isinstance(data, dict) else None
-        exchange_ts = timestamp * MS if type(timestamp) is int and 0 <= timestamp < 1 << 43 else 0
+        exchange_ts = timestamp * MS if type(timestamp) is int and 0 <= timestamp <= MAX_MS else 0
         message = self.stream.build_envelope(receive_ts, exchange_ts)
         message["channel"] = self.channel.name
         message["data"] = data
