@@ -139,6 +139,13 @@ def life(tmp_path: Path) -> Iterator[Life]:
     life.ledger.close()
 
 
+def test_what_a_new_count_leaves_missing_is_counted_as_its_repair_says(life: Life) -> None:
+    assert life.take((107, 60)) == [("sequence", 104, 106), 107]
+    assert life.fetch((105, 40)) == [-105]
+    assert life.take((5, 1_000)) == [[(104, 104), (106, 106)], ("sequence",), 5]
+    assert (life.topics.repaired, life.topics.missing) == (1, 2)
+
+
 def test_a_topic_left_and_taken_up_again_does_not_say_a_trade_twice(life: Life) -> None:
     life.take_up_again()
     life.feed.lose("disconnect", 9)

@@ -21,9 +21,8 @@ from workers.deribit.feeds.frames import TradeData, convert_laxly
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
-from workers.deribit.publishing.payloads import Repair
 from workers.deribit.publishing.publisher import Publisher
-from workers.deribit.publishing.streams import SURE, Message, Stream
+from workers.deribit.publishing.streams import SURE
 from workers.deribit.rpc.errors import NOT_SERVED, ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
@@ -42,7 +41,7 @@ AT_ONCE = 64
 
 
 class Healer:
-    """Heals the feeds that call for it, in turn. `repaired` and `missing` count trades over this epoch."""
+    """Heals the feeds that call for it, in turn."""
 
     def __init__(self, client: Client, publisher: Publisher) -> None:
         self._client = client
@@ -53,8 +52,6 @@ class Healer:
         self._under_way: set[TradeFeed] = set()
         self._is_closed = False
         self._rested = asyncio.Event()
-        self.repaired = 0
-        self.missing = 0
 
     def heal(self, feed: TradeFeed) -> None:
         """Fetch what this feed lacks, as soon as the connection is live; once more where that is under way already."""
@@ -118,19 +115,13 @@ class Healer:
     def end(self, feed: TradeFeed) -> None:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
         for stream, message in feed.end(feed in self._under_way, self._client.read_clock()):
-            self._say(stream, message)
+            self._publisher.say(stream, message)
         self._rested.set()
 
     def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
         for message in healed.tape.end_healing(healed.holes, self._client.read_clock()):
-            self._say(healed.tape.stream, message)
+            self._publisher.say(healed.tape.stream, message)
         asyncio.get_running_loop().call_later(SURE, self._note_out, feed, healed.tape)
-
-    def _say(self, stream: Stream, message: Message) -> None:
-        if isinstance(message, Repair):
-            self.repaired += message.repaired
-            self.missing += sum(last - first + 1 for first, last in message.missing)
-        self._publisher.say(stream, message)
 
     def _note_out(self, feed: TradeFeed, tape: Tape) -> None:
         if not (self._is_closed or feed.is_ended):  # then the topic is left, or another channel's by now
@@ -147,7 +138,7 @@ class Healer:
             page = read_page(await self._send_patiently(ask, feed))
         except (ExchangeError, ValueError) as error:
             if isinstance(error, ExchangeError) and error.code == NOT_SERVED:
-                return Page([], False)
+                return Page([], False, is_served=False)
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None
         if not feed.is_ended:

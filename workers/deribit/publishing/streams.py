@@ -133,7 +133,8 @@ class Stream(Route):
 
 
 class Topics:
-    """All streams of one life, by topic. `epoch` is that of what this life has had from its start.
+    """All streams of one life, by topic. `epoch` is that of what this life has had from its start. `gaps` counts the
+    gaps that were found, `repaired` and `missing` the trades of all repairs.
 
     What is made later has the epoch that was begun last (see begin_epoch), and a topic that is left and taken up again
     has a new stream: by then another connection, which began later than this one, may have fed it.
@@ -142,7 +143,7 @@ class Topics:
     def __init__(self, epoch: int, ledger: Ledger) -> None:
         self.epoch = epoch
         self.ledger = ledger
-        self.gaps = 0
+        self.gaps = self.repaired = self.missing = 0
         self._latest = epoch
         self._streams: dict[tuple[str, str, str], Stream] = {}
         self._left: dict[Stream, int] = {}

@@ -298,6 +298,8 @@ class Tape:
         if stream.gap is gap:  # who comes from now on has no repair to wait for; what was said is not touched
             stream.gap = replace(gap, healing=False)
         repaired = len(hole.came) if hole.gap is not None else 0
+        self.topics.repaired += repaired
+        self.topics.missing += sum(last - first + 1 for first, last in missing)
         return [*said, Repair(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, gap.id, repaired, missing)]
 
     def note_out(self) -> None:
