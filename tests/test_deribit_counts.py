@@ -375,6 +375,26 @@ def test_a_later_life_tells_it_again_if_that_may_not_be_out(life: Life, tmp_path
     later.ledger.close()
 
 
+@pytest.mark.parametrize("is_live", [False, True])
+def test_lives_that_are_killed_one_after_the_other_amid_a_new_count_do_not_end_the_last(
+    life: Life, tmp_path: Path, is_live: bool
+) -> None:
+    """What they know is that any number may be given again."""
+    assert life.take((5001, 40)) == [("sequence", 104, 5000), 5001]
+    assert life.take((2501, 3110)) == [[(104, 5000)], ("sequence",), 2501]
+    for _ in range(2):
+        life = Life(tmp_path, is_first=False)
+        assert life.fetch((5001, 40)) == [("restart", 2402), -5001]
+        life.ledger.close()
+    for _ in range(2):
+        last = Life(tmp_path, is_first=False)
+        if is_live:
+            assert last.take((2502, 9000)) == [("restart",), 2502]
+        else:
+            assert -2501 in last.heal((5001, 40), (2501, 3110))
+        last.ledger.close()
+
+
 @pytest.mark.parametrize(("is_out", "first"), [(False, 104), (True, 300)])
 def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
     life: Life, tmp_path: Path, is_out: bool, first: int

@@ -11,7 +11,7 @@ from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades.holes import Hole, Known, contradicts
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.publishing.ledger import BEFORE, BEGUN, FIRST, KNOWN_ID, KNOWN_TIME
-from workers.deribit.publishing.streams import Published
+from workers.deribit.publishing.streams import ANY_ID, Published
 
 
 def find_contradiction(tape: Tape, data: TradeData) -> Known | None:
@@ -67,6 +67,7 @@ def take_doubt_over(tape: Tape) -> None:
     cells, slot, last = tape.topics.ledger.cells, tape.stream.slot, tape.stream.last_id
     known = cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME]
     if slot and known[0]:
-        tape.holes = [Hole(None, known[0] + 1, known[0], known)]
+        number = last if known[0] == ANY_ID else known[0]  # no trade bears that one, so none is asked for
+        tape.holes = [Hole(None, number + 1, number, known)]
     if slot and last and not cells[slot + FIRST]:
         tape.holes.append(Hole(None, 1, last, (0, 0)))

@@ -285,6 +285,8 @@ class Tape:
         missing, gap, said = hole.list_missing(), hole.gap, []
         if gap is None:
             last = stream.last_id if hole.last is None else hole.last
+            if 0 < last < hole.first and hole.last is not None:
+                return []  # it was a doubt, which tells nothing of what came first
             first = min(hole.came, default=last + 1)
             self._note_first(first)
             if unsure_from is not None and hole.first < first:
