@@ -51,10 +51,11 @@ class Ask(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What one request brought; `has_more`: and that was not all."""
+    """What one request brought; `has_more`: and that was not all. Not `is_served`: it never brings any."""
 
     trades: list[TradeData]
     has_more: bool
+    is_served: bool = True
 
 
 class Healed(NamedTuple):
@@ -177,12 +178,12 @@ def _fetch_all(feed: TradeFeed, start: int, end: int, pause: float) -> Fetch:
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency, "kind": kind} for currency in currencies for kind in kinds]
     for subject in subjects:
-        answered &= yield from _fetch_period(subject, start, end, pause)
+        answered &= yield from _fetch_period(feed, subject, start, end, pause)
         pause = 0.0
     return answered
 
 
-def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
+def _fetch_period(feed: TradeFeed, subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
     method = f"public/get_last_trades_by_{'instrument' if 'instrument_name' in subject else 'currency'}_and_time"
     while start <= end:
         params = {**subject, "start_timestamp": start, "end_timestamp": end, "count": PAGE, "sorting": "asc"}
@@ -193,6 +194,8 @@ def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) ->
                 break
         else:
             return False
+        if not page.is_served:
+            feed.losses.note_unserved()
         trades = page.trades
         if not (trades and page.has_more):
             return True

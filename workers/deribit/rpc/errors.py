@@ -117,7 +117,8 @@ TOO_MANY_REQUESTS = 10028
 """A pool of credits is used up."""
 
 NOT_SERVED = 11060
-"""Trades of a spot pair that is matched at Coinbase: they come on no channel, so none can be missing."""
+"""Trades by currency where a spot pair of it is matched at Coinbase. That one's come on no channel, so none can be
+missing; those of other pairs can."""
 
 
 PAUSES = {Reaction.BACK_OFF: 3.0, Reaction.LOCK_OUT: 60.0}

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from collector.channels import guess_kind
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.trades.holes import Hole, Known
 from workers.deribit.feeds.trades.losses import Losses
@@ -34,6 +35,18 @@ class Tape:
     def is_known(self) -> bool:
         """Whether any trade has come before, maybe in an earlier life."""
         return bool(self.stream.last_id or self.stream.last_ts)
+
+    @property
+    def is_unserved(self) -> bool:
+        """Whether what it lacks cannot be asked for by time."""
+        return self.losses.unserved_from is not None and guess_kind(self.stream.instrument) == "spot"
+
+    @property
+    def unsure_from(self) -> int | None:
+        """Since when it may lack trades, should nothing have been heard of it, as it could not be asked for."""
+        losses = self.losses
+        times = (losses.unsure_from, losses.unserved_from if self.is_unserved else None)
+        return min((each for each in times if each is not None), default=None)
 
     def tell_known(self) -> Known:
         """The last number, and the newest time, of all trades so far."""
@@ -80,7 +93,7 @@ class Tape:
         if losses.lost_from is not None and last > stream.left_at:  # it may have traded first while we were away
             self.open_hole(None, stream.left_at + 1, last)
         else:
-            if losses.unsure_from is not None and stream.left_at < last:
+            if self.unsure_from is not None and stream.left_at < last:
                 published.append((stream, self._describe_missing(stream.left_at + 1, last, now)))
                 last = stream.left_at
             self._note_first(last + 1)
@@ -149,7 +162,7 @@ class Tape:
 
     def _date_back(self, gap: Gap, now: int) -> None:
         """An instrument that is new to us may have traded first while the connection was lost."""
-        if (since := self.losses.unsure_from) is not None:
+        if (since := self.unsure_from) is not None:
             gap.reason, gap.from_ts = "disconnect", min(since, gap.from_ts or now)
 
     # -- holes --------------------------------------------------------------------------------------------------------
@@ -241,7 +254,7 @@ class Tape:
 
         Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time.
         """
-        stream, holes = self.stream, self.holes
+        stream, holes, tails = self.stream, self.holes, tails or self.is_unserved
         runs = [run for hole in holes if not hole.is_full for run in hole.list_missing()]
         # The trade before a hole is fetched too, where nothing else may show whether the exchange counts anew.
         is_open = tails and not self.losses.is_checked
@@ -281,7 +294,7 @@ class Tape:
         return said
 
     def _close_hole(self, hole: Hole, now: int) -> list[Gap | Repair]:
-        stream, unsure_from = self.stream, self.losses.unsure_from
+        stream, unsure_from = self.stream, self.unsure_from
         missing, gap, said = hole.list_missing(), hole.gap, []
         if gap is None:
             last = stream.last_id if hole.last is None else hole.last
