@@ -1,6 +1,6 @@
 """The PUB side: numbers each topic's messages, encodes them, and hands them to the socket.
 
-The socket is an XPUB (on the wire the same as PUB), so that new subscriptions can be seen and answered.
+The socket is what ZeroMQ calls an XPUB (on the wire the same as PUB): new subscriptions can be seen and answered.
 """
 
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ NO_DATA = frozenset({Gap, Repair, Status, ConnectionHeartbeat})
 
 
 class Publisher:
-    """One bound XPUB socket. `published` counts messages of this life.
+    """One bound socket. `published` counts messages of this life.
 
     While `is_gathering` is set, messages wait for `flush`: what was gathered goes out by one call of the system for
     each subscriber. `is_holding` is set while they wait for the subscribers of an earlier life to come back.
@@ -112,15 +112,18 @@ class Publisher:
         self._waiting = []  # whatever happens, nothing is sent twice
         encode = self._encode
         messages: list[tuple[Stream, bytes]] = []
+        joins = 0
         for stream, message in waiting:
-            if message.__class__ is dict:
-                self._count_map(stream, message)
-            else:
+            if message.__class__ is not dict:
                 stream.seq = message.seq = stream.seq + 1  # type: ignore[union-attr]
+            elif "join" in message:  # it takes no number, and does not count
+                message["seq"], joins = stream.seq, joins + 1
+            else:
+                message["seq"] = stream.seq = stream.seq + 1
             messages.append((stream, encode(message)))
         self._socket.send(messages)
         self._note_all(waiting)
-        self.published += len(messages)
+        self.published += len(messages) - joins
 
     def _note_first(self, stream: Stream, message: Message, receive_ts: int) -> None:
         """Note the first data of a topic before they go out: were this killed in between, a later life would know
@@ -149,13 +152,6 @@ class Publisher:
                     cells[slot + LAST_ID] = message.change_id
             elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
                 cells[slot + LAST_ID] = 0  # the exchange may count from a lower number now
-
-    def _count_map(self, stream: Stream, message: dict[str, Any]) -> None:
-        if "join" in message:
-            self.published -= 1
-        else:
-            stream.seq += 1
-        message["seq"] = stream.seq
 
     def take_subscriptions(self) -> list[bytes]:
         """The prefixes that were subscribed to since the last call; those that are behind get more."""
