@@ -1,4 +1,4 @@
-"""The wire: topics, control requests and replies, and what travels on the link to a worker.
+"""The wire: topics, control requests and replies.
 
 Nothing here does I/O or reads a clock. What comes in from a socket is hostile until it went
 through one of the decode functions, which bound its size, depth and types.
