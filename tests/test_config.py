@@ -268,6 +268,38 @@ REFUSED: dict[str, tuple[str, str]] = {
         HEAD + 'publish = "ipc:///run/user/7/collector/control"',
         "publish ipc:///run/user/7/collector/control is also control under [collector]; write another path",
     ),
+    "no such directory": (
+        HEAD + 'publish = "ipc:///nowhere/a.pub"',
+        "desk.toml: [[connection]] a: publish ipc:///nowhere/a.pub lies in no directory; make /nowhere, or write for "
+        "example ipc:///run/user/7/collector/a.pub",
+    ),
+    "a file for a directory": (HEAD + 'publish = "ipc:///dev/null/a.pub"', "lies in no directory; make /dev/null, or"),
+    "no such directory in the runtime directory": (
+        HEAD + 'publish = "ipc:///run/user/7/collector/x/a.pub"',
+        "lies in no directory; make /run/user/7/collector/x, or",
+    ),
+    "no directory of control": (
+        '[collector]\ncontrol = "ipc:///nowhere/control"\n' + HEAD,
+        "desk.toml: [collector]: control ipc:///nowhere/control lies in no directory; make /nowhere, or write for "
+        "example ipc:///run/user/7/collector/control",
+    ),
+    **{
+        f"the collector's own {name}": (
+            HEAD + f'publish = "ipc:///run/user/7/collector/{name}"',
+            f"desk.toml: [[connection]] a: publish ipc:///run/user/7/collector/{name} is taken by the "
+            "collector itself; write for example ipc:///run/user/7/collector/a.pub",
+        )
+        for name in ("lock", "a.ledger", "b.ledger", "a.ledger.new", "credits-1", "credits-1.calls")
+    },
+    "the runtime directory": (HEAD + 'publish = "ipc:///run/user/7/collector"', "is taken by the collector itself;"),
+    "control on the lock": (
+        '[collector]\nruntime_dir = "/x"\ncontrol = "ipc:///x/lock"\n' + HEAD,
+        "desk.toml: [collector]: control ipc:///x/lock is taken by the collector itself; write",
+    ),
+    "control on what is removed at each start": (
+        '[collector]\nruntime_dir = "/x"\ncontrol = "ipc:///x/control.pub"\n' + HEAD,
+        "control ipc:///x/control.pub is taken by the collector itself; write for example ipc:///x/control",
+    ),
     "port of the exchange": (
         "[exchange]\nport = 5601\n" + HEAD + 'publish = "tcp://127.0.0.1:5601"',
         "publish tcp://127.0.0.1:5601 is also port under [exchange]; write another port",

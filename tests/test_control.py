@@ -497,6 +497,7 @@ def test_connect_and_close_and_connect_again(shared: Collected) -> None:
         ({"colour": "red"}, "colour"),
         ({"channels": ["quote.BTC-PERPETUAL"]}, "quote.BTC-PERPETUAL"),
         ({"publish": "tcp://0.0.0.0:5000"}, "publish"),
+        ({"publish": "ipc:///nowhere/c.pub"}, "publish ipc:///nowhere/c.pub lies in no directory"),
         ({"credentials": "NOBODY"}, "NOBODY_CLIENT_ID"),
         ({"timeout": 5000}, "milliseconds"),
     ],

@@ -557,13 +557,19 @@ def test_the_socket_of_another_program_is_left_to_it_at_run_time_too() -> None:
         assert (refused.code, "in use" in refused.message) == ("bad_request", True)
 
 
-def test_a_wrong_configuration_ends_with_2() -> None:
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    "wrong", [{"url": "nonsense"}, {"publish": "ipc://HERE/run/lock"}, {"publish": "ipc://HERE/no/x"}]
+)
+def test_a_wrong_configuration_ends_with_2_before_anything_starts(wrong: dict[str, str], command: str) -> None:
     with short_directory() as directory:
-        config = write_config(directory, {"a": {"url": "nonsense"}})
-        with running(*collector("run", str(config))) as program:
+        table = DEAD | {key: value.replace("HERE", str(directory)) for key, value in wrong.items()}
+        config = write_config(directory, {"a": table}, exchange={})
+        with running(*collector(command, str(config))) as program:
             assert program.wait_exit() == 2
             assert len(program.err) == 1
-            assert program.err[0].startswith("collector: ")
+            assert program.err[0].startswith(f"collector: {config}: [[connection]] a: {next(iter(wrong))} ")
+        assert not (directory / "run").exists()
 
 
 @pytest.mark.parametrize(
@@ -581,10 +587,12 @@ def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_li
         if is_link:
             (directory / "run").symlink_to(real)
         config = write_config(directory, {"a": DEAD})
-        with running(*collector("run", str(config))) as program:
-            assert program.wait_exit() == 2
-            assert program.err[-1].startswith(f"collector: {config}: [collector]: runtime_dir {directory}/run {words}")
-            assert "write another directory, for example" in program.err[-1]
+        for command in ("run", "plan"):
+            with running(*collector(command, str(config))) as program:
+                assert program.wait_exit() == 2
+                place = f"collector: {config}: [collector]: runtime_dir {directory}/run"
+                assert program.err[-1].startswith(f"{place} {words}")
+                assert "write another directory, for example" in program.err[-1]
 
 
 @pytest.mark.parametrize(
@@ -609,11 +617,12 @@ def test_a_runtime_directory_that_cannot_be_made_is_a_wrong_configuration() -> N
     with short_directory() as directory:
         (directory / "run").write_text("a file stands here")
         config = write_config(directory, {"a": DEAD})
-        with running(*collector("run", str(config))) as program:
-            assert program.wait_exit() == 2
-            words = f"collector: {config}: [collector]: runtime_dir {directory}/run cannot be used (File exists); write"
-            assert program.err[-1].startswith(words)
-            assert len(program.err) == 1
+        for command in ("run", "plan"):
+            with running(*collector(command, str(config))) as program:
+                assert program.wait_exit() == 2
+                place = f"collector: {config}: [collector]: runtime_dir {directory}/run"
+                assert program.err[-1].startswith(f"{place} cannot be used (File exists); write")
+                assert len(program.err) == 1
 
 
 def test_what_cannot_be_removed_holds_up_neither_the_start_nor_the_end() -> None:

@@ -12,6 +12,7 @@ from collector.cli.options import exit_unread, fail
 from collector.cli.render import pad_rows, say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
+from collector.supervisor.runtime import check_runtime_dir
 
 
 @click.command()
@@ -25,6 +26,7 @@ def plan(file: str, as_json: bool) -> None:
     """
     try:
         config = load_config(file, os.environ)
+        check_runtime_dir(config.runtime_dir, f"{config.path}: [collector]")
         listing = _list_instruments(config)
         made = make_plan(config, listing)
     except ConfigError as error:

@@ -5,14 +5,14 @@ Whatever is wrong is refused before anything starts, in one line: file, table, k
 
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
 from collector.channels import Channel, parse_channel
 from collector.config.clashes import check_together
 from collector.config.credentials import Credentials, take_secrets
-from collector.config.endpoints import parse_endpoint
+from collector.config.endpoints import Endpoint, parse_endpoint
 from collector.config.keys import (
     KEYS,
     SECRET_ADVICE,
@@ -39,6 +39,9 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*\Z")
 _PREFIX = re.compile(r"[A-Z][A-Z0-9_]*\Z")
 _METHOD = re.compile(r"(public|private)/[a-z0-9_]+\Z")
 _RESERVED = ("exchange", "collector", "supervisor")
+
+_FILES = ("lock", "*.ledger", "*.ledger.new", "credits-*")
+"""What the collector makes in its runtime directory besides sockets; of those it removes *.pub at each start."""
 
 DOCUMENTED = (
     "trades", "book", "ticker", "quote", "incremental_ticker", "perpetual", "chart", "markprice", "instrument",
@@ -141,7 +144,7 @@ def _read_runtime_dir(text: str, environ: Mapping[str, str]) -> Path:
 
 
 def _read_control(text: str, runtime_dir: Path) -> str:
-    control = _read_endpoint(text, f"ipc://{runtime_dir}/control", "control")
+    control = _read_endpoint(text, f"ipc://{runtime_dir}/control", "control", runtime_dir)
     if control.endswith(":*"):
         raise ConfigError(f"control {control} has no fixed port, nobody could find it; write tcp://127.0.0.1:5600")
     return control
@@ -157,12 +160,33 @@ def _read_exchange(tables: Mapping[str, Any]) -> Exchange | None:
     return exchange
 
 
-def _read_endpoint(text: str, default: str, name: str) -> str:
+def _read_endpoint(text: str, default: str, name: str, runtime_dir: Path) -> str:
     try:
-        return str(parse_endpoint(text or default))
+        endpoint = parse_endpoint(text or default)
     except ValueError as error:
         cure = "" if text else " (it is the default: shorten runtime_dir under [collector])"
         raise ConfigError(f"{name} {show_endpoint(text or default)} {error}{cure}") from None
+    files = _FILES if name == "publish" else (*_FILES, "*.pub")
+    if fault := _find_fault(endpoint, files, runtime_dir):
+        raise ConfigError(f"{name} {endpoint} {fault} for example {default}")
+    return str(endpoint)
+
+
+def _find_fault(endpoint: Endpoint, files: Iterable[str], runtime_dir: Path) -> str:
+    """Why no socket can be made there, up to what to write instead; "" if it can.
+
+    The runtime directory is made at need. What is closed to us may be open to who will run it.
+    """
+    path = Path(endpoint.place)
+    if endpoint.scheme != "ipc":
+        return ""
+    if runtime_dir.is_relative_to(path) or (path.parent == runtime_dir and any(map(path.match, files))):
+        return "is taken by the collector itself; write"
+    try:
+        is_there = runtime_dir.is_relative_to(path.parent) or bool(os.stat(f"{path.parent}/."))
+    except OSError as error:
+        is_there = not isinstance(error, FileNotFoundError | NotADirectoryError)
+    return "" if is_there else f"lies in no directory; make {path.parent}, or write"
 
 
 def show_endpoint(text: str) -> str:
@@ -180,7 +204,8 @@ def read_connection(
     with within(where):
         values = read_table(table, "connection")
         _check_name(values["name"])
-        values["publish"] = _read_endpoint(values["publish"], f"ipc://{runtime_dir}/{values['name']}.pub", "publish")
+        default = f"ipc://{runtime_dir}/{values['name']}.pub"
+        values["publish"] = _read_endpoint(values["publish"], default, "publish", runtime_dir)
         values["credentials"] = _check_credentials(table.get("credentials"), secrets)
         check_url(values["url"], bool(values["credentials"]))
         check_headers(values["headers"])

@@ -93,8 +93,17 @@ class RuntimeDir:
                     os.utime(path, follow_symlinks=False)
 
 
+def check_runtime_dir(path: Path, where: str) -> None:
+    """Raise ConfigError where something stands at the path that RuntimeDir would refuse; nothing is made.
+
+    What belongs to another user may do for who will run the collector.
+    """
+    if os.path.lexists(path) and not (os.path.isdir(path) and path.stat().st_uid != os.getuid()):
+        os.close(_open_private(path, where))
+
+
 def _lock(path: Path, where: str) -> int:
-    directory = _open_private(path, f"{where}: runtime_dir {path}")
+    directory = _open_private(path, where)
     try:
         lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     except OSError as error:
@@ -128,6 +137,7 @@ _ANOTHER = f'write another directory, for example "/tmp/collector-{os.getuid()}"
 
 
 def _open_private(path: Path, where: str) -> int:
+    where = f"{where}: runtime_dir {path}"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
