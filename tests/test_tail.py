@@ -330,6 +330,18 @@ def test_on_a_terminal_that_cannot_draw_it_writes_lines(market: Market) -> None:
         assert "\x1b" not in terminal.written
 
 
+@pytest.mark.parametrize("command", ["state", "verify --for 1s"])
+@pytest.mark.parametrize(
+    ("wish", "is_plain"), [({}, False), ({"NO_COLOR": ""}, False), ({"NO_COLOR": "1"}, True), ({"term": "dumb"}, True)]
+)
+def test_who_wants_no_colors_gets_none(market: Market, wish: dict[str, str], is_plain: bool, command: str) -> None:
+    market.others = {"other": {"name": "other", "state": "live"}}
+    with on_terminal(*collector(*command.split(), "--control", market.control), **{"NO_COLOR": "", **wish}) as terminal:
+        wait_until(lambda: (terminal.read(), terminal.process.poll() is not None)[1], "its end")
+        assert re.search("other +.*live|checked", terminal.read())
+        assert ("\x1b[" not in terminal.written) == is_plain, terminal.written
+
+
 @pytest.mark.parametrize("term", ["dumb", "xterm-256color"])
 def test_what_others_wrote_does_not_steer_the_terminal(market: Market, term: str) -> None:
     title = "\x1b]0;ours\x07"

@@ -59,6 +59,11 @@ class _Lazy(click.Group):
             formatter.write_dl([(name, summary) for name, (_, summary) in COMMANDS.items()])
 
 
+def is_dumb() -> bool:
+    """Whether the terminal, by its own name, can show lines and no more."""
+    return os.environ.get("TERM", "dumb") in ("dumb", "unknown", "")
+
+
 def fill_closed_files() -> None:
     """Put /dev/null in the place of stdin, stdout and stderr that are closed.
 
@@ -86,5 +91,7 @@ def fill_closed_files() -> None:
 def main(ctx: click.Context, log_level: str) -> None:
     """Collect Deribit's market data and publish it on ZeroMQ."""
     ctx.obj = {"log_level": log_level}
+    if is_dumb() or os.environ.get("NO_COLOR"):
+        ctx.color = False
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # what the terminal's encoding lacks, as Latin-1 an ellipsis

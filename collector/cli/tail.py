@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from collector.cli import is_dumb
 from collector.cli.options import (
     Ending,
     control_option,
@@ -146,8 +147,7 @@ def write_json(items: Items) -> None:
 
 def choose_view() -> Callable[[Subscriber, Items, list[str]], None]:
     """What shows messages, with notes above them: the live view on a terminal that can draw it, else lines."""
-    can_draw = sys.stdout.isatty() and os.environ.get("TERM", "dumb") not in ("dumb", "unknown", "")
-    return draw_live if can_draw else write_lines
+    return draw_live if sys.stdout.isatty() and not is_dumb() else write_lines
 
 
 def draw_live(subscriber: Subscriber, items: Items, notes: list[str]) -> None:
