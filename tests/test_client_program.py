@@ -52,14 +52,17 @@ def call(control: str, *arguments: str, **env: str) -> subprocess.CompletedProce
 
 @pytest.mark.parametrize(
     "arguments",
-    [("state",), ("connect",), ("subscribe", "c"), ("unsubscribe", "c"), ("send", "public/test"), ("close",)],
+    [
+        ("state",), ("connect",), ("subscribe", "c"), ("unsubscribe", "c"), ("send", "public/test"), ("close",),
+        ("run",), ("plan",),
+    ],
     ids=lambda arguments: arguments[0],
-)
+)  # fmt: skip
 def test_an_empty_name_is_no_name(control: str, arguments: tuple[str, ...]) -> None:
-    """A shell variable that is not set must not mean all connections."""
+    """A shell variable that is not set must not mean all connections, nor the working directory."""
     done = call(control, arguments[0], "", *arguments[1:])
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.search(r"Invalid value for '\[?NAME\]?': it is empty", done.stderr)
+    assert re.search(r"Invalid value for '(\[?NAME\]?|FILE)': it is empty", done.stderr)
 
 
 def get_output(control: str, *arguments: str) -> str:

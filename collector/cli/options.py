@@ -36,7 +36,7 @@ def read_duration(text: str) -> float:
 
 
 def read_name(text: str) -> str:
-    """A connection's name; for click arguments. None at all would be all of them."""
+    """A connection's name, or a file's; for click arguments. None at all would be all of them, or where we are."""
     if not text:
         raise click.BadParameter("it is empty (a shell variable that is not set?)")
     return text

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 from msgspec import to_builtins
 
-from collector.cli.options import exit_unread, fail
+from collector.cli.options import exit_unread, fail, read_name
 from collector.cli.render import pad_rows, say_count
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
@@ -16,7 +16,7 @@ from collector.supervisor.runtime import check_runtime_dir
 
 
 @click.command()
-@click.argument("file", type=click.Path())
+@click.argument("file", type=read_name)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def plan(file: str, as_json: bool) -> None:
     """Say what FILE would do: connections, channels, endpoints, calls, and time at the exchange's rates.

@@ -9,14 +9,13 @@ import signal
 import sys
 import time
 from itertools import count
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 import zmq
 
 from collector import __version__
-from collector.cli.options import ONE_WISH, fail
+from collector.cli.options import ONE_WISH, fail, read_name
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.config.urls import hide_secrets
@@ -37,10 +36,10 @@ log = logging.getLogger(__name__)
 
 
 @click.command()
-@click.argument("file", type=click.Path(path_type=Path))
+@click.argument("file", type=read_name)
 @click.option("--watch", "live_view", is_flag=True, help="Show the messages as they are published.")
 @click.pass_context
-def run(ctx: click.Context, file: Path, live_view: bool) -> None:
+def run(ctx: click.Context, file: str, live_view: bool) -> None:
     """Run the collector on FILE until it is asked to stop (Ctrl-C, SIGTERM).
 
     Exit codes: 0 asked to stop, 1 something failed for good, 2 wrong configuration, 3 the exchange refused the
