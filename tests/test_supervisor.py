@@ -50,6 +50,23 @@ def test_a_stop_leaves_no_process_no_socket_and_no_file_but_the_lock(number: sig
                 probe.connect(("127.0.0.1", port))
 
 
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_what_rotates_logs_ends_no_process_by_its_signals(number: signal.Signals) -> None:
+    with collected() as run:
+        before = run.wait_state("a")
+        for process in run.find_processes():
+            process.send_signal(number)
+        assert all(map(is_alive, run.seen.values()))
+        after = run.get_state("a")
+        assert (after["state"], after["pid"], after["restarts"]) == ("live", before["pid"], 0)
+        assert run.stop() == 0, run.program.text()
+    with running(*collector("exchange")) as program:
+        program.wait_line("listening on")
+        for each in (number, signal.SIGTERM):
+            program.process.send_signal(each)
+        assert program.wait_exit() == 0
+
+
 def test_under_nohup_the_end_of_its_terminal_is_not_its_own() -> None:
     with short_directory() as directory:
         config = write_config(directory, {"a": DEAD})

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from collector.cli.options import exit_unread
+from collector.cli.options import exit_unread, ignore_rotation
 
 PACE = click.FloatRange(0, 100_000)
 """More than any machine can do; without a bound the first step of the market might have no end."""
@@ -60,6 +60,7 @@ async def _serve(spec: dict[str, Any]) -> None:
     from workers.exchange.worker import create_worker
 
     worker = create_worker(spec)
+    ignore_rotation()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, worker.stop)
     endpoints = await worker.start()

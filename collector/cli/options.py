@@ -75,6 +75,15 @@ def for_option(default: str | None) -> Callable[[Any], Any]:
     )  # fmt: skip
 
 
+def ignore_rotation() -> None:
+    """Ignore the signals by which programs that rotate logs ask for a new file: there is none to open anew.
+
+    What is started from here inherits this.
+    """
+    for number in (signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
 ONE_WISH = 0.3
 """Seconds after a signal in which another one says the same: some programs signal both the process and its group."""
 

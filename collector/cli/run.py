@@ -15,7 +15,7 @@ import click
 import zmq
 
 from collector import __version__
-from collector.cli.options import ONE_WISH, fail, read_name
+from collector.cli.options import ONE_WISH, fail, ignore_rotation, read_name
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.config.urls import hide_secrets
@@ -127,6 +127,7 @@ class Stopping:
         self.view: View | None = None
         self._asked_at: float | None = None
         self._supervisor = supervisor
+        ignore_rotation()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # nohup means it
