@@ -478,18 +478,23 @@ def test_an_endpoint_that_is_bound_already_ends_it() -> None:
                 program.wait_line("the practice exchange cannot run: .*in use", stream="err")
 
 
-def test_a_worker_for_which_there_is_no_memory_at_first_is_started_again() -> None:
+@pytest.mark.parametrize(
+    ("limit", "words"),
+    [(resource.RLIMIT_AS, "the ledger cannot be mapped"), (resource.RLIMIT_FSIZE, "no room for the ledger")],
+)
+def test_a_worker_for_whose_ledger_there_is_no_room_at_first_is_started_again(limit: int, words: str) -> None:
     with collected() as run:
         run.wait_state("a")
         forkserver = run.find_process("a").parent()
         assert forkserver is not None
-        before = resource.prlimit(forkserver.pid, resource.RLIMIT_AS)
-        room = forkserver.memory_info().vms + (48 << 20)  # enough for some threads, but not for the ledger
-        resource.prlimit(forkserver.pid, resource.RLIMIT_AS, (room, before[1]))
+        before = resource.prlimit(forkserver.pid, limit)
+        # Of memory enough for some threads, but not for the ledger; of files for all but that.
+        room = forkserver.memory_info().vms + (48 << 20) if limit == resource.RLIMIT_AS else 4096
+        resource.prlimit(forkserver.pid, limit, (room, before[1]))
         table = QUICK | {"name": "b", "channels": ["quote.ETH-PERPETUAL"], "retry_delay": 0.5}
         assert run.refuse("connect", connection=table, deadline=time.time_ns() + 500_000_000).code == "timeout"
-        run.program.wait_line(f"b: cannot start just now: .*ledger cannot be mapped: .*'{run.runtime_dir}/b.ledger'")
-        resource.prlimit(forkserver.pid, resource.RLIMIT_AS, before)
+        run.program.wait_line(f"b: cannot start just now: .*{words}: .*'{run.runtime_dir}/b.ledger'")
+        resource.prlimit(forkserver.pid, limit, before)
         assert run.wait_state("b")["restarts"] > 0
 
 

@@ -38,7 +38,7 @@ TAKEN_BY_ORPHAN = ORPHAN_GRACE + 0.5
 """Seconds after which what listens on an endpoint is no worker that a killed supervisor has left."""
 
 SHORTAGES = frozenset({
-    errno.EAGAIN, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC
+    errno.EAGAIN, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC
 })  # fmt: skip
 """What the system may have again a moment later: no fault of the spec."""
 
