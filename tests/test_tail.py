@@ -226,6 +226,7 @@ def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market, numb
         terminal.wait(r"\x1b\[\?1049h")
         terminal.wait(r"messages/s on [1-9]\d* topics")
         terminal.wait(r"bid 10 @ 92,294.5  ask 2,000 @ 92,295  \(1 \+ 1 levels\)")
+        terminal.wait(r"TRADES \(UTC\).*EVENTS \(UTC\)")
         terminal.wait(r"sell 10 @ 92,294.5")
         terminal.wait(r"futures.*live")
         terminal.wait("Ctrl-C leaves; the collector goes on")

@@ -183,8 +183,8 @@ class Board:
 
     def _draw_recent(self, room: int) -> Table:
         table = Table(box=box.SIMPLE_HEAD, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)
-        table.add_column("TRADES", no_wrap=True, overflow="ellipsis", ratio=1)
-        table.add_column("EVENTS", no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("TRADES (UTC)", no_wrap=True, overflow="ellipsis", ratio=1)
+        table.add_column("EVENTS (UTC)", no_wrap=True, overflow="ellipsis", ratio=1)
         trades = [self._draw_trade(trade) for trade in list(self._trades)[-room:]][::-1]
         events = list(self._events)[-room:][::-1] or [Text("none: no gap, no loss, no change of state", style="dim")]
         for at in range(max(len(trades), len(events), 1)):
