@@ -202,6 +202,29 @@ def test_no_endpoint_is_refused_with_what_to_write() -> None:
         Control("nonsense")
 
 
+@pytest.mark.parametrize("timeout", [None, "5", 0, -1.0, 1e10, float("nan")])
+def test_a_timeout_that_is_none_is_refused_with_what_to_give(timeout: Any) -> None:
+    for make in (Control, lambda timeout: Subscriber(timeout=timeout)):
+        with pytest.raises(ValueError, match=r"^timeout=.*: give seconds, for example 5\.0$"):
+            make(timeout=timeout)
+
+
+@pytest.mark.parametrize("queue", [-1, 1 << 31])
+def test_a_queue_that_is_none_is_refused_with_what_to_give(queue: int) -> None:
+    with pytest.raises(ValueError, match=f"^queue={queue}: give a number of messages, 0 for any number$"):
+        Subscriber("ipc:///nowhere/pub", queue=queue)
+
+
+def test_what_is_disconnected_says_so(peer: Any) -> None:
+    control, subscriber = Control(endpoint_of(peer)), Subscriber("ipc:///nowhere/pub")
+    calls = control.get_state, subscriber.receive, lambda: subscriber.subscribe("x"), lambda: subscriber.unsubscribe("")
+    for each in (control, subscriber, control, subscriber):
+        each.disconnect()
+    for call in calls:
+        with pytest.raises(zmq.ZMQError, match=r"^it was disconnected; make a new one$"):
+            call()
+
+
 def test_the_public_names_can_be_seen_and_had() -> None:
     assert set(collector.__all__) <= set(dir(collector))
     assert all(hasattr(collector, name) for name in collector.__all__)

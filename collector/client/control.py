@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from contextlib import suppress
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self, cast
 
 import zmq
 
@@ -29,6 +29,13 @@ class NobodyAnswers(ControlError):
         return self.message
 
 
+class _Disconnected:
+    """Stands in the place of a socket that was closed, whose own errors do not say as much."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise zmq.ZMQError(errno.ENOTSOCK, "it was disconnected; make a new one")
+
+
 class OwnSocket:
     """One ZeroMQ socket in a context of its own, so that closing it leaves nothing behind. For one thread only."""
 
@@ -39,8 +46,11 @@ class OwnSocket:
 
     def disconnect(self) -> None:
         """Leave; the collector goes on. The end of a `with` block does the same."""
+        if self._context.closed:
+            return
         self.socket.close()  # while garbage is collected the context knows of it no more, and would wait for it
         self._context.destroy(linger=0)
+        self.socket = cast(Any, _Disconnected())
 
     def __del__(self) -> None:
         if hasattr(self, "socket"):  # else it was never made
@@ -63,6 +73,8 @@ class Control(OwnSocket):
     """
 
     def __init__(self, endpoint: str | None = None, timeout: float = 5.0) -> None:
+        if not isinstance(timeout, int | float) or not 0 < timeout < 1e9:
+            raise ValueError(f"timeout={timeout!r}: give seconds, for example 5.0")
         super().__init__(zmq.REQ)
         self.endpoint = endpoint or default_control(os.environ)
         self.timeout = timeout
