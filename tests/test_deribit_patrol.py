@@ -11,7 +11,7 @@ import pytest
 
 from tests.deribit_support import QUOTE, Collecting, collecting, living, wait_for
 from tests.support import in_loop
-from workers.deribit.feeds.rhythm import SECOND
+from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import SLICE
 from workers.deribit.watching.statuses import REPEAT
@@ -97,15 +97,29 @@ async def test_between_looks_at_some_channels_the_loop_turns(worker: Worker) -> 
     assert max(steps) <= SLICE + 1  # and a heartbeat
 
 
-def test_what_comes_after_the_clock_was_set_back_ends_a_silence_too(tmp_path: Path) -> None:
-    now, hour = time.time_ns(), 3600 * SECOND
+@pytest.mark.parametrize("step", [-3600, 30, 3600])
+def test_a_clock_that_is_set_neither_makes_silence_nor_hides_it(tmp_path: Path, step: int) -> None:
+    """Of one channel, and of the whole connection."""
+    by_ours, now = time.time_ns(), 1000 * SECOND
     with living(tmp_path, CHANNELS[0], fresh=True) as worker:
-        (feed,) = worker.feeds.values()
-        worker.take_frames([build_quote(CHANNELS[0])], now)
+        (feed,), patrol = worker.feeds.values(), worker.patrol
+        worker.statuses.tell(feed, "live", "")
+
+        def look(comes: bool) -> tuple[bool, bool]:
+            nonlocal by_ours, now
+            by_ours, now = by_ours + SECOND, now + SECOND
+            if comes:
+                worker.take_frames([build_quote(CHANNELS[0])], by_ours)
+            patrol._whole.look(patrol.last_ts, now)
+            return patrol._judge_feeds([feed], now) == [feed], patrol._whole.is_broken(now)
+
+        seen = [look(comes=True) for _ in range(SAMPLES + 1)]
+        by_ours += step * SECOND
+        seen += [look(comes=second > 0) for second in range(5)]
+        assert {*seen, *(look(comes=False) for _ in range(20))} == {(False, False)}
+        assert look(comes=False) == (True, True)
         feed.mute_since = feed.last_ts
         worker.statuses.tell(feed, "stale", "mute")
-        worker.patrol._judge_feeds([feed], now)
-        assert feed.condition == ("stale", "mute")
-        worker.take_frames([build_quote(CHANNELS[0])], now - hour)
-        worker.patrol._judge_feeds([feed], now - hour)
+        by_ours -= step * SECOND
+        look(comes=True)
         assert feed.condition == ("live", "")

@@ -224,7 +224,7 @@ class Worker(Listener):
 
     def _confirm(self, feed: Feed) -> None:
         self.intake.first_until = time.monotonic() + FIRST_VALUES
-        feed.rhythm.restart(time.time_ns())
+        feed.rhythm.restart(feed.last_ts, time.monotonic_ns())
         if feed.is_complete:
             self.statuses.tell(feed, "live", "")
         else:

@@ -1,4 +1,5 @@
-"""When silence is more than chance, judged on what came before. No I/O, no clock; times are ns.
+"""When silence is more than chance, judged on what came before. No I/O, no clock; times are ns, of a clock that nobody
+sets.
 
 Silence is normal on Deribit (a still book sends nothing), so each channel is held to its own rhythm.
 """
@@ -26,38 +27,36 @@ def is_never_quiet(channel: Channel) -> bool:
 
 
 class Rhythm:
-    """How often something comes, by looks at the time it came last; looks are some seconds apart at most.
+    """How often something comes, by looks whether it has come; they are some seconds apart at most.
 
-    `is_steady` is set for what is never quiet.
+    `last_ts` tells what came last from what came before: when that was, by whatever clock. `is_steady` is set for what
+    is never quiet.
     """
 
     def __init__(self, is_steady: bool = False) -> None:
         self.is_steady = is_steady
         self._since = 0
-        self._looked = 0
+        self._last_ts = 0
         self._is_own = False
         self._mean = 0.0
         self._longest = 0
         self._samples = 0
 
-    def look(self, last_ts: int) -> None:
-        """Take note of when it came last (0: never)."""
-        before, self._looked = self._looked, last_ts
-        if last_ts < before:  # the clock was set back
-            self.restart(last_ts)
-        if last_ts <= max(self._since, before):
+    def look(self, last_ts: int, now: int) -> None:
+        """Take note of whether it has come since the last look."""
+        if last_ts == self._last_ts:
             return
         if self._is_own:
-            interval = last_ts - self._since
+            interval = now - self._since
             self._samples += 1
             # A mean that forgets slowly: the rhythm of the last hundred counts, not that of yesterday.
             self._mean += (interval - self._mean) / min(self._samples, 100)
             self._longest = max(interval, self._longest - self._longest // 100)
-        self._since, self._is_own = last_ts, True
+        self._since, self._is_own, self._last_ts = now, True, last_ts
 
-    def restart(self, now: int) -> None:
+    def restart(self, last_ts: int, now: int) -> None:
         """It has just been asked for: silence counts from now on, and the first interval is none of its own."""
-        self._since, self._is_own = now, False
+        self._since, self._is_own, self._last_ts = now, False, last_ts
 
     def admit(self, now: int) -> None:
         """A silence up to `now` that led to nothing belongs to the rhythm: only a longer one is out of it again."""
@@ -65,8 +64,6 @@ class Rhythm:
 
     def is_broken(self, now: int) -> bool:
         """Whether the silence up to `now` is out of the rhythm."""
-        if now < self._since:  # the clock was set back
-            self.restart(now)
         if self._samples < SAMPLES:
             is_known = self.is_steady and self._since > 0
             return is_known and now - self._since > max(NEVER_QUIET, LONGESTS * self._longest)

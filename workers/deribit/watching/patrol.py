@@ -66,7 +66,7 @@ class Patrol:
         self._whole = Rhythm()
         self._late = LagWatch()
         self._broken: dict[Feed, None] = {}
-        self._reconnected = 0  # by a clock that may be set back
+        self._reconnected = -RECONNECT_ONCE_IN  # monotonic, ns
         self._ask_at = 0.0
         self._unrestored = 0
         self.lag = Samples()
@@ -96,8 +96,8 @@ class Patrol:
                 self._forget_expired()
                 self._end_expired()
             if self._client.machine.state == "live":
-                self._judge_lag(time.time_ns())
-                self._judge_whole(time.time_ns())
+                self._judge_lag(time.monotonic_ns())
+                self._judge_whole(time.monotonic_ns())
             self._statuses.repeat_others(second % REPEAT)
             await self._look_at_all(second % REPEAT)
 
@@ -110,7 +110,7 @@ class Patrol:
                 self._statuses.repeat(feeds, part)
                 if self._client.machine.state == "live":
                     self._tell_lag(feeds)
-                    mute += self._judge_feeds(feeds, time.time_ns())
+                    mute += self._judge_feeds(feeds, time.monotonic_ns())
                     is_steady = is_steady or any(map(_is_heard, feeds))
             await asyncio.sleep(0)
         self._whole.is_steady = is_steady
@@ -156,7 +156,7 @@ class Patrol:
 
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
-        self._whole.restart(time.time_ns())
+        self._whole.restart(self.last_ts, time.monotonic_ns())
 
     def lose(self) -> None:
         """The connection is gone, and what was thought of its lag."""
@@ -181,15 +181,15 @@ class Patrol:
                 self._statuses.tell(feed, *after)
 
     def _reconnect(self, now: int, reason: str) -> None:
-        if abs(now - self._reconnected) > RECONNECT_ONCE_IN:
+        if now - self._reconnected > RECONNECT_ONCE_IN:
             self._reconnected = now
             self._client.cut(reason)
 
     # -- silence ------------------------------------------------------------------------------------------------------
 
     def _judge_whole(self, now: int) -> None:
-        self._whole.look(self.last_ts)
-        if self._whole.is_broken(now) and self._may_ask_for_life() and abs(now - self._reconnected) > RECONNECT_ONCE_IN:
+        self._whole.look(self.last_ts, now)
+        if self._whole.is_broken(now) and self._may_ask_for_life() and now - self._reconnected > RECONNECT_ONCE_IN:
             self._client.spawn(self._reconnect_if_silent())
 
     async def _reconnect_if_silent(self) -> None:
@@ -199,8 +199,8 @@ class Patrol:
         """
         frames = self._client.traffic.frames
         proven = await self._ask_for_life()
-        self._whole.look(self.last_ts)
-        now = time.time_ns()
+        now = time.monotonic_ns()
+        self._whole.look(self.last_ts, now)
         silence = self._whole.measure_silence(now)
         if proven and self._whole.is_broken(now):
             self._whole.admit(now)
@@ -212,7 +212,7 @@ class Patrol:
         """Those that have fallen mute, as it seems."""
         mute = []
         for feed in feeds:
-            feed.rhythm.look(feed.last_ts)
+            feed.rhythm.look(feed.last_ts, now)
             if not feed.is_complete:
                 self._judge_waiting(feed)
             elif feed.condition == ("stale", "mute") and feed.last_ts != feed.mute_since:
@@ -223,14 +223,15 @@ class Patrol:
 
     async def _tell_mute(self, mute: list[Feed]) -> None:
         proven = await self._ask_for_life()
+        now = time.monotonic_ns()
         for feed in mute:
-            feed.rhythm.look(feed.last_ts)  # it may have spoken meanwhile
-            if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(time.time_ns()):
+            feed.rhythm.look(feed.last_ts, now)  # it may have spoken meanwhile
+            if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(now):
                 if feed.channel.instrument and feed.stream.has_expired(self._client.session.read_exchange_clock()):
                     self._client.reconciler.expire([feed.channel.name])
                     continue
                 feed.mute_since = feed.last_ts
-                log.warning("%s is silent for %.0f s", feed.channel.name, feed.rhythm.measure_silence(time.time_ns()))
+                log.warning("%s is silent for %.0f s", feed.channel.name, feed.rhythm.measure_silence(now))
                 self._statuses.tell(feed, "stale", "mute")
 
     def _may_ask_for_life(self) -> bool:
@@ -272,7 +273,7 @@ class Patrol:
             return
         books = [each for each in self._feeds.values() if isinstance(each, BookFeed)]
         if len(books) > 1 and all(map(_is_sick, books)):
-            self._reconnect(time.time_ns(), "all books out of step")
+            self._reconnect(time.monotonic_ns(), "all books out of step")
 
     def _ask_anew(self, feed: Feed) -> bool:
         now = time.monotonic()
