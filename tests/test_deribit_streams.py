@@ -573,3 +573,32 @@ def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:
         assert feed.stream.due is not None
         assert feed.stream.due.from_ts == 100
         assert worker.ledger.cells[feed.stream.slot + LAST_TS] == 100
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+def test_a_gap_does_not_end_before_it_begins_where_the_clock_was_set_back(tmp_path: Path, is_seen: bool) -> None:
+    """Whether the exchange's numbers show the loss, or the connection was lost."""
+    change = {"timestamp": 1, "change_id": 9, "bids": [], "asks": []}
+    book = [{**change, "type": "snapshot"}, {**change, "type": "change", "prev_change_id": 5, "change_id": 10}]
+    says: dict[str, list[Any]] = {
+        QUOTE: [{"timestamp": 1}] * 2,
+        TRADES: [[make_trade(1, timestamp=1)], [make_trade(4, timestamp=2)]],
+        BOOK: book if is_seen else [book[0]] * 2,
+    }
+    with living(tmp_path, *says, fresh=True) as worker:
+        feeds = list(worker.feeds.values())
+
+        def take(place: int, now: int) -> None:
+            for feed in feeds:
+                frame = encode_data(feed.channel.name, says[feed.channel.name][place])
+                worker.publisher.publish(feed.take(frame, now), now)
+
+        take(0, START)
+        for feed in feeds[:1] if is_seen else feeds:
+            feed.lose("disconnect", START)
+        take(1, START - DAY)
+        gaps = [feed.stream.gap for feed in feeds]
+        assert [gap and (gap.from_ts, gap.to_ts) for gap in gaps] == [(START - DAY, START - DAY)] * 3
+        tape = next(feed.tapes["BTC-PERPETUAL"] for feed in feeds if isinstance(feed, TradeFeed))
+        said = tape.describe_gap(START - 2 * DAY)
+        assert said.from_ts <= said.to_ts == START - 2 * DAY

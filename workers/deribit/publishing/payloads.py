@@ -156,6 +156,11 @@ class Gap(Payload, tag="gap", gc=False):
     missing_to: int | UnsetType = UNSET
     healing: bool | UnsetType = UNSET
 
+    def end(self, now: int) -> None:
+        """Data comes again, or the loss is seen. It did not begin after that: our clock may have been set back."""
+        self.to_ts = self.receive_ts = now
+        self.from_ts = min(self.from_ts, now)
+
 
 class Repair(Payload, tag="repair", gc=False):
     """Healing of one gap has ended: how many trades came, and which trade_seq ranges stay missing."""

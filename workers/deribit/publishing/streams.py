@@ -112,6 +112,7 @@ class Stream(Route):
             return None
         self.lost = True
         self.due = Gap(EXCHANGE, self.instrument, self.epoch, 0, 0, now, topics.number_gap(), reason, self.last_ts, now)
+        self.due.end(now)
         if self.type == "book":
             self.due.last_change_id = self.last_id
         elif self.type == "trade":
@@ -125,7 +126,7 @@ class Stream(Route):
         gap, self.due = self.due, None
         if gap is None:
             return None
-        gap.to_ts = gap.receive_ts = receive_ts
+        gap.end(receive_ts)
         if isinstance(message, Book):
             gap.next_change_id = message.change_id
         self.gap = gap

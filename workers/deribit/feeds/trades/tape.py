@@ -127,18 +127,18 @@ class Tape:
         stream = self.stream
         gap, stream.due, stream.lost = stream.due, None, False
         if gap is not None:
-            gap.to_ts = gap.receive_ts = now
+            gap.end(now)
             stream.gap = gap
         return gap
 
     def describe_gap(self, now: int) -> Gap:
         """A gap that is said at once, beside the one that may be due."""
         stream = self.stream
-        number, from_ts = self.topics.number_gap(), stream.last_ts
+        number = self.topics.number_gap()
         if stream.due is not None:  # it will be said later, and ids rise
             number, stream.due.id = stream.due.id, number
-        to_ts = max(now, from_ts)
-        gap = Gap(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, number, "sequence", from_ts, to_ts)
+        gap = Gap(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, number, "sequence", stream.last_ts, now)
+        gap.end(now)
         gap.healing = False
         stream.gap = gap
         return gap
