@@ -26,6 +26,7 @@ class Wire:
     def __init__(self) -> None:
         self.verifier = Verifier()
         self.now = START
+        self.set_by = 0  # how far clocks have been set since
         self.epoch = START
         self.seq: dict[str, int] = {}
         self.last_ts: dict[str, int] = {}
@@ -39,14 +40,17 @@ class Wire:
             self.seq[topic] = self.seq.get(topic, 0) + 1
         payload = {
             "type": type or parts[1], "exchange": parts[0], "instrument": parts[2], "epoch": self.epoch,
-            "seq": self.seq.get(topic, 0), "exchange_ts": 0, "receive_ts": self.now, **keys,
+            "seq": self.seq.get(topic, 0), "exchange_ts": 0, "receive_ts": self.now + self.set_by, **keys,
         }  # fmt: skip
         if type is None:
-            self.last_ts[topic] = self.now
+            self.last_ts[topic] = self.now + self.set_by
         return self.send(topic.encode(), encode(payload))
 
     def send(self, topic: bytes, payload: bytes) -> list[str]:
-        rules = [finding.rule for finding in self.verifier.check(topic, payload, now_ns=self.now)]
+        rules = [
+            finding.rule
+            for finding in self.verifier.check(topic, payload, now_ns=self.now + self.set_by, steady_ns=self.now)
+        ]
         self.found += rules
         return rules
 
@@ -431,6 +435,28 @@ def test_who_is_closed_or_has_given_up_gives_no_more_heartbeats(wire: Wire, stat
     assert find_at_end(wire) == []
     wire.restart()
     assert wire.say(BEAT, **LIVE) == []
+    wire.now += 4 * SECOND
+    assert find_at_end(wire) == [f"heartbeat {BEAT}"]
+
+
+@pytest.mark.parametrize("step", [5 * SECOND, 3600 * SECOND, -3600 * SECOND, -3 * 86_400 * SECOND])
+def test_a_clock_that_is_set_breaks_no_rule(wire: Wire, step: int) -> None:
+    def speak() -> None:
+        wire.say(BEAT, **LIVE)
+        wire.ticker(exchange_ts=wire.now)
+        wire.status(TICKER, "live")
+
+    speak()
+    wire.set_by = step
+    wire.ticker(receive_ts=wire.now)  # on its way when the clock was set
+    speak()
+    wire.gap(TICKER, 1, to_ts=wire.now + step, from_ts=wire.now + min(step, 0))
+    speak()
+    assert wire.found == []
+    assert wire.ticker(receive_ts=wire.now + step - max(SECOND, -2 * step)) == ["time"]
+    assert wire.ticker(receive_ts=wire.now + max(step, 0) + 60 * SECOND) == ["time"]
+    wire.now += 4 * SECOND
+    assert wire.say(BEAT, **LIVE) == ["heartbeat"]
     wire.now += 4 * SECOND
     assert find_at_end(wire) == [f"heartbeat {BEAT}"]
 

@@ -70,7 +70,7 @@ class Verdict:
     def read(self, subscriber: Subscriber, duration: float, is_ended: Callable[[], bool]) -> None:
         """Check what comes for so long, or until Ctrl-C or SIGTERM, of which `is_ended` too may be the only sign."""
         start = time.monotonic()
-        began = self._asked = time.time_ns()
+        began = self._asked = time.monotonic_ns()
         there = subscriber.found.keys() - subscriber.lifeless
         with suppress(KeyboardInterrupt):  # the verdict so far is still worth having
             self._check_until(start + duration, subscriber, is_ended)
@@ -83,10 +83,11 @@ class Verdict:
     def _check_until(self, end: float, subscriber: Subscriber, is_ended: Callable[[], bool]) -> None:
         """Apart from the `with` of its caller: Python 3.13 heeds a signal between two rounds of a loop outside it."""
         while (rest := end - time.monotonic()) > 0 and not is_ended():
-            self._asked = time.time_ns()
+            self._asked = time.monotonic_ns()
             frames = subscriber.receive_frames(min(rest, 1.0))
             if frames is not None:
-                self._keep(self.verifier.check(*frames, now_ns=time.time_ns()))
+                now, steady = time.time_ns(), time.monotonic_ns()
+                self._keep(self.verifier.check(*frames, now_ns=now, steady_ns=steady))
 
     def _keep(self, findings: list[Finding]) -> None:
         for finding in findings:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from collector.client.rules import create_checks
-from collector.client.rules.check import Check, Fault
+from collector.client.rules.check import Check, Fault, Now
 from collector.client.rules.heartbeats import LAST, SILENCE
 from collector.client.rules.trades import Trades
 from collector.client.stream import MAX_TOPICS, Message, SequenceCheck, read_envelope
@@ -54,30 +54,34 @@ class Verifier:
         self._checks: dict[Topic, list[Check]] = {}
         self._expected: dict[str, int] = {}
 
-    def expect(self, connection: str, now_ns: int) -> None:
+    def expect(self, connection: str, steady_ns: int) -> None:
         """From now on heartbeats of this connection should come."""
-        self._expected.setdefault(connection, now_ns)
+        self._expected.setdefault(connection, steady_ns)
 
-    def check(self, *frames: bytes, now_ns: int) -> list[Finding]:
-        """Check the next message, which came at `now_ns`, however many frames it has. Returns what is wrong with it."""
+    def check(self, *frames: bytes, now_ns: int, steady_ns: int | None = None) -> list[Finding]:
+        """Check the next message, which came at `now_ns`, however many frames it has. Returns what is wrong with it.
+
+        `steady_ns` is the same time by a clock that nobody sets; without it our own is taken for one.
+        """
         self.messages += 1
+        now = Now(now_ns, now_ns if steady_ns is None else steady_ns)
         try:
             message = read_envelope(*frames)
         except ValueError as error:
             return self._count(frames[0][:200].decode(errors="replace"), [("envelope", str(error))])
-        return self._count(str(message.topic), self._find_faults(message, now_ns))
+        return self._count(str(message.topic), self._find_faults(message, now))
 
-    def finish(self, now_ns: int) -> list[Finding]:
+    def finish(self, steady_ns: int) -> list[Finding]:
         """Say at the end what should have come and has not."""
         heard = {topic.instrument for topic in self.topics if topic.type == "heartbeat"}
         findings: list[Finding] = []
         for name, since in self._expected.items():
-            if name not in heard and now_ns - since > SILENCE:
-                fault = ("heartbeat", f"none in {(now_ns - since) / 1e9:.1f} s")
+            if name not in heard and steady_ns - since > SILENCE:
+                fault = ("heartbeat", f"none in {(steady_ns - since) / 1e9:.1f} s")
                 findings += self._count(f"{EXCHANGE}.heartbeat.{name}.1s", [fault])
         for topic, checks in self._checks.items():
             for check in checks:
-                findings += self._count(str(topic), check.finish(now_ns))
+                findings += self._count(str(topic), check.finish(steady_ns))
         return findings
 
     def count_checks(self) -> Counter[str]:
@@ -94,13 +98,13 @@ class Verifier:
         checks = [check for checks in self._checks.values() for check in checks if isinstance(check, Trades)]
         return sum(check.healing for check in checks), sum(check.missing for check in checks)
 
-    def _find_faults(self, message: Message, now: int) -> Iterator[Fault]:
+    def _find_faults(self, message: Message, now: Now) -> Iterator[Fault]:
         shape = SCHEMA.get(message.type)
         faults = [f"there is no type {message.type!r:.60}"] if shape is None else find_faults(message.payload, shape)
         if faults:
             yield "schema", "; ".join(faults)
         elif message.type == "status":
-            self._take_status(message, now)
+            self._take_status(message, now.steady)
         if message.seq == 0 and not message.is_join:
             yield "sequence", "seq 0 on a message that is no join"
         if self._sequence.is_outdated(message):

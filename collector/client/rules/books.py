@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from collector.client.orderbook import Side
-from collector.client.rules.check import AHEAD, SECOND, Check, Fault
+from collector.client.rules.check import AHEAD, SECOND, Check, Fault, Now
 from collector.client.stream import Message
 
 _NOT_ASKED = frozenset({"closed", "expired", "refused"})
@@ -25,12 +25,12 @@ class Chain(Check):
         self._began: int | None = None
         self._bids, self._asks = Side(descending=True), Side(descending=False)
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.epoch > self._epoch and message.seq <= 1:
             self._break(awaiting=True)
         self._epoch = message.epoch
         if self._began is None:
-            self._began = now
+            self._began = now.steady
         if message.type == "gap" and not message.is_join:
             yield from self._take_gap(message)
         elif message.type == "status":

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from collector.client.rules.check import AHEAD, SECOND, Check, Fault
+from collector.client.rules.check import AHEAD, SECOND, Check, Fault, Now
 from collector.client.stream import ON_DATA_TOPICS, Message
 from collector.lifecycle import CONNECTION
 
@@ -23,7 +23,7 @@ class Joins(Check):
         super().__init__()
         self._last: dict[str, Message] = {}
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.is_join and (message.type in _NEVER_JOIN or message.get("kind") == "delta"):
             yield "join", f"a {message.get('kind', message.type)} cannot be a join"
         elif message.type == "book":
@@ -48,24 +48,31 @@ class Joins(Check):
 
 
 class Times(Check):
-    """The clock of what was read and the clock of what the collector itself says, each for itself."""
+    """The clock of what was read and the clock of what the collector itself says, each for itself.
+
+    It is ours: where that is set back, theirs may fall as far.
+    """
 
     rules = ("time",)
 
     def __init__(self) -> None:
         super().__init__()
         self._last = {"read": 0, "said": 0}
+        self._ahead = -(1 << 63)  # our clock less the steady one, at its highest
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
-        if not _PAST < message.receive_ts <= now + AHEAD:
-            yield "time", f"receive_ts is {message.receive_ts}, and now it is {now}"
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
+        ahead = now.wall - now.steady
+        self._ahead = max(self._ahead, ahead)
+        fallen = self._ahead - ahead
+        if not _PAST < message.receive_ts <= now.wall + fallen + AHEAD:
+            yield "time", f"receive_ts is {message.receive_ts}, and now it is {now.wall}"
         clock = "said" if message.type in ON_DATA_TOPICS or message.type == "heartbeat" else "read"
-        if message.exchange_ts and (clock == "said" or not _PAST < message.exchange_ts < now + _DAY):
+        if message.exchange_ts and (clock == "said" or not _PAST < message.exchange_ts < now.wall + fallen + _DAY):
             yield "time", f"exchange_ts of a {message.type} is {message.exchange_ts}"
         if message.is_join or "backfilled" in message:
             return
         behind = self._last[clock] - message.receive_ts
-        if behind > 0:
+        if behind > fallen:
             yield "time", f"receive_ts falls by {behind / 1e6:.3f} ms"
         self._last[clock] = message.receive_ts
 
@@ -84,7 +91,7 @@ class Gaps(Check):
         self._due = False
         self._last_ts = 0
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.epoch != self._epoch:
             self._epoch, self._id, self._last_ts = message.epoch, 0, 0
             self.forget()
@@ -140,7 +147,7 @@ class States(Check):
         super().__init__()
         self._expired = False
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.type not in ("status", "heartbeat"):
             if self._expired and not message.is_join and message.type not in ON_DATA_TOPICS:
                 yield "status", "data after the channel has expired"

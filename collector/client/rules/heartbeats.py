@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from collector.client.rules.check import SECOND, Check, Fault
+from collector.client.rules.check import SECOND, Check, Fault, Now
 from collector.client.stream import Message
 from collector.messages import WIRE
 
@@ -25,19 +25,21 @@ class Heartbeats(Check):
         self._read = 0
         self._published = 0
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.type != "heartbeat":
             return
         if message["wire"] != WIRE:
             yield "heartbeat", f"wire {message['wire']}, this program reads {WIRE}"
         if message.epoch != self._epoch:
             self._epoch, self._published, self._came = message.epoch, 0, 0
-        if self._came and message.receive_ts - self._came > SILENCE:
-            yield "heartbeat", f"none for {(message.receive_ts - self._came) / SECOND:.1f} s"
+        # By both: the clock of who sends them may be set, and who is behind reads them late.
+        silence = min(message.receive_ts - self._came, now.steady - self._read)
+        if self._came and silence > SILENCE:
+            yield "heartbeat", f"none for {silence / SECOND:.1f} s"
         if message["published"] < self._published:
             yield "heartbeat", f"published falls from {self._published} to {message['published']}"
         self._came = 0 if message["state"] in LAST else message.receive_ts
-        self._read = now
+        self._read = now.steady
         self._published = message["published"]
 
     def finish(self, now: int) -> Iterator[Fault]:

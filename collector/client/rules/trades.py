@@ -3,7 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Iterator
 
-from collector.client.rules.check import Check, Fault
+from collector.client.rules.check import Check, Fault, Now
 from collector.client.stream import Message
 
 _MAX_HOLES = 200
@@ -91,7 +91,7 @@ class Trades(Check):
         holes = (hole for hole in self._holes.values() if hole.epoch == self._epoch)  # of an earlier one none comes
         return sum(hole.is_healing and not hole.repaired for hole in holes)
 
-    def check(self, message: Message, now: int) -> Iterator[Fault]:
+    def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.epoch != self._epoch:
             self._epoch, self._reborn = message.epoch, self._epoch != 0
             self._said, self._final, self._newest = Ranges(), Ranges(), None
