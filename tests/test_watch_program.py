@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from tests.collected import Collected, collected
-from tests.deribit_support import Hearer, collecting, wait_for
+from tests.deribit_support import TICKER, Hearer, collecting, wait_for
 from tests.exchange_client import exchange, get
 from tests.support import in_loop, wait_until
+from workers.deribit.connection.subscriptions import EXPIRED
 
 LIVE, LATE, MUTE, LOST = ("live", ""), ("stale", "lag"), ("stale", "mute"), ("recovering", "disconnect")
 BEGINNING = ("recovering", "subscribe")
@@ -265,6 +266,33 @@ async def test_a_dead_connection_whose_data_had_a_rhythm_is_left_before_its_hear
             patrol._whole.restart(patrol.last_ts, time.monotonic_ns() - 61 * SECOND)
             (lost,) = await run.hearer.hear_of("deribit.status.w.", state="backoff")
             assert re.fullmatch(r"no data for 6\d s, and no answer to public/test", lost["reason"])
+
+
+@in_loop
+async def test_what_has_ended_by_its_name_is_left_once_it_is_silent_and_not_before() -> None:
+    """The day of the instrument and a minute of silence are given by this test."""
+    with exchange("--rate", "600") as (url, _):
+        ended = [SPOT, FLOW, DEALS]
+        faults = ",".join(f"mute:{name}@2" for name in ended)
+        async with collecting(url, faults, *ended, TICKER) as run:
+            patrol, feeds = run.worker.patrol, list(run.worker.feeds.values())
+            await run.hearer.hear_of("deribit.ticker.", 40)
+            assert [feed.condition for feed in feeds] == [LIVE] * 4
+            for feed in feeds:
+                feed.stream.expiry = time.time_ns() - 61 * SECOND
+            await patrol._look_at_all(0)
+            await run.hearer.hear_of("deribit.ticker.", 60)
+            assert [feed.condition for feed in feeds] == [LIVE] * 4
+            for feed in feeds:
+                feed.rhythm.restart(feed.last_ts, time.monotonic_ns() - 61 * SECOND)
+            await run.hearer.hear_of("deribit.ticker.", 70)
+            await patrol._look_at_all(0)
+            for topic in (QUOTES, BOOKS, TRADES):
+                await run.hearer.hear_of(topic, type="status", state="expired")
+            run.worker.client.cut("the test wants it so")
+            await run.hearer.hear_of("deribit.ticker.", type="gap")
+            channels = (await run.get_state())["channels"]
+            assert (channels["refused"], channels["confirmed"]) == (dict.fromkeys(ended, EXPIRED), [TICKER])
 
 
 # -- lag --------------------------------------------------------------------------------------------------------------

@@ -21,7 +21,7 @@ from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
 from workers.deribit.watching.samples import Samples
-from workers.deribit.watching.statuses import REPEAT, Statuses
+from workers.deribit.watching.statuses import LAST_TRADES, REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
 
 log = logging.getLogger("deribit")
@@ -94,7 +94,6 @@ class Patrol:
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
-                self._end_expired()
             if self._client.machine.state == "live":
                 self._judge_lag(time.monotonic_ns())
                 self._judge_whole(time.monotonic_ns())
@@ -103,20 +102,21 @@ class Patrol:
 
     async def _look_at_all(self, part: int) -> None:
         """Look at each feed, and say again what is due in this part of REPEAT; in slices: what comes may not wait."""
-        names, mute, is_steady = list(self._feeds), [], False
+        names, silent, is_steady = list(self._feeds), [], False
         for start in range(0, len(names), SLICE):
             feeds = [feed for name in names[start : start + SLICE] if (feed := self._feeds.get(name)) is not None]
             with self._publisher.gather():
                 self._statuses.repeat(feeds, part)
                 if self._client.machine.state == "live":
                     self._tell_lag(feeds)
-                    mute += self._judge_feeds(feeds, time.monotonic_ns())
+                    silent += self._judge_feeds(feeds, now := time.monotonic_ns())
+                    silent += [feed for feed in (feeds if part == 0 else ()) if self._is_over(feed, now)]
                     is_steady = is_steady or any(map(_is_heard, feeds))
             await asyncio.sleep(0)
         self._whole.is_steady = is_steady
-        if mute and self._may_ask_for_life():
+        if silent and self._may_ask_for_life():
             # Aside: the answer may be long in coming, and heartbeats may not wait.
-            self._client.spawn(self._tell_mute(mute))
+            self._client.spawn(self._tell_silent(silent))
 
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
@@ -125,14 +125,6 @@ class Patrol:
         for feed in self._feeds.values():
             for stream in gone.intersection(feed.streams.values()):
                 feed.forget(stream)
-
-    def _end_expired(self) -> None:
-        """Leave what has been silent for an hour since the day of its instrument."""
-        now = self._client.session.read_exchange_clock() - HOUR * SECOND
-        self._client.reconciler.expire([
-            feed.channel.name for feed in self._feeds.values()
-            if feed.channel.instrument and feed.last_ts < now and feed.stream.has_expired(now)
-        ])  # fmt: skip
 
     def _say_heartbeat(self) -> None:
         self._publisher.say(
@@ -221,15 +213,25 @@ class Patrol:
                 mute.append(feed)
         return mute
 
-    async def _tell_mute(self, mute: list[Feed]) -> None:
-        proven = await self._ask_for_life()
+    def _is_over(self, feed: Feed, now: int) -> bool:
+        """Whether its instrument has ended by its name, and nothing has come for a while since then."""
+        if not feed.channel.instrument or feed.rhythm.measure_silence(now) * SECOND < LAST_TRADES:
+            return False
+        ended = self._client.session.read_exchange_clock() - LAST_TRADES
+        return feed.stream.has_expired(ended) and feed.condition[0] != "expired"
+
+    async def _tell_silent(self, silent: list[Feed]) -> None:
+        """Those that are silent while the exchange is there are mute, or have ended."""
+        if not await self._ask_for_life():
+            return
         now = time.monotonic_ns()
-        for feed in mute:
+        for feed in silent:
             feed.rhythm.look(feed.last_ts, now)  # it may have spoken meanwhile
-            if proven and feed.condition[0] == "live" and feed.rhythm.is_broken(now):
-                if feed.channel.instrument and feed.stream.has_expired(self._client.session.read_exchange_clock()):
-                    self._client.reconciler.expire([feed.channel.name])
-                    continue
+            is_mute = feed.condition[0] == "live" and feed.rhythm.is_broken(now)
+            clock = self._client.session.read_exchange_clock()
+            if self._is_over(feed, now) or (is_mute and feed.channel.instrument and feed.stream.has_expired(clock)):
+                self._client.reconciler.expire([feed.channel.name])
+            elif is_mute:
                 feed.mute_since = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, feed.rhythm.measure_silence(now))
                 self._statuses.tell(feed, "stale", "mute")

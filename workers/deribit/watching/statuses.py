@@ -17,7 +17,8 @@ FAREWELLS = 2
 """How often the last status of a topic that was left is said again: a subscriber may have missed it too."""
 
 LAST_TRADES = 60 * 1_000_000_000
-"""Time from the end of an instrument (ns) after which no trade of it comes late any more."""
+"""Time from the end of an instrument (ns) after which no trade of it comes late any more, nor anything else where
+nothing has come for as long."""
 
 UNSUBSCRIBED, STOPPED, FAILED = ("closed", "unsubscribed"), ("closed", "stopped"), ("closed", "failed")
 """State and reason of a channel that was given up, of all when the worker is asked to stop, and of all when the
