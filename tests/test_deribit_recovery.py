@@ -210,8 +210,10 @@ async def test_a_book_that_breaks_again_and_again_does_not_cost_the_others_their
 
 
 @in_loop
-async def test_two_books_that_break_again_and_again_do_not_cost_the_third_its_connection(practice: str) -> None:
-    """Their frames are damaged on the way in: what the exchange sends of the third is well."""
+async def test_two_books_that_break_again_and_again_do_not_cost_the_third_its_connection(
+    practice: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Their frames are damaged on the way in: what the exchange sends of the third is well. It is said once of each."""
     async with collecting(practice, "", BOOK, OTHER, THIRD) as run:
         sick = [run.worker.feeds[name.encode()] for name in (BOOK, OTHER)]
         patrol, end = run.worker.patrol, time.monotonic() + 90
@@ -224,6 +226,8 @@ async def test_two_books_that_break_again_and_again_do_not_cost_the_third_its_co
             await asyncio.sleep(0.05)
         resyncs = patrol.resyncs
         assert resyncs >= 2 * RESYNCS
+        told = [record.getMessage() for record in caplog.records if "breaks again" in record.message]
+        assert sorted(line.split()[0] for line in told) == sorted([BOOK, OTHER])
         await hear_more(run, ["deribit.book.SOL_USDC-PERPETUAL.100ms"], 30)
         assert (run.worker.client.reconnects, patrol.resyncs - resyncs < 3) == (0, True)
         assert run.hearer.find("deribit.book.SOL_USDC-PERPETUAL.100ms", type="gap") == []

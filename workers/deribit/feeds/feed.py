@@ -17,13 +17,15 @@ class Feed(ABC):
     - `condition` is the (state, reason) last said on its topics.
     - `last_ts` is when data came last (ns), `mute_since` what that was when its silence was last told.
     - `waiting_since` is when a wait for its snapshot began last (s, monotonic): the exchange gave the channel, or was
-      asked for it anew; `allowance` is how often it still may be (None: it never was).
+      asked for it anew; `allowance` is how often it still may be (None: it never was), `is_rationed` is set once that
+      has been used up.
     - `dropped` and `duplicates` count oddities.
     """
 
     is_complete = True
     changed = False
     is_ended = False
+    is_rationed = False
     dropped = 0
     duplicates = 0
 

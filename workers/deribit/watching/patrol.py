@@ -281,7 +281,11 @@ class Patrol:
         now = time.monotonic()
         feed.allowance = feed.allowance or Credits(RESYNCS, REFILL, now)
         if feed.allowance.take(1, now):
+            if not feed.is_rationed:
+                feed.is_rationed = True
+                log.warning("%s breaks again and again: a snapshot only each %.0f s", feed.channel.name, 1 / REFILL)
             return False
+        feed.is_rationed = feed.is_rationed and _is_sick(feed)
         feed.waiting_since = now
         self._broken[feed] = None
         if len(self._broken) == 1:
