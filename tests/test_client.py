@@ -476,7 +476,7 @@ def test_who_loses_on_and_on_asks_ever_more_rarely_and_soon_again_once_that_is_o
 
 
 def test_topics_of_years_are_forgotten_for_new_ones_but_not_those_that_speak() -> None:
-    sequence = SequenceCheck()
+    sequence = SequenceCheck(lambda: START)
 
     def follow(instrument: str, seq: int) -> Loss | None:
         envelope = {"type": "index", "epoch": START, "seq": seq, "exchange_ts": START, "receive_ts": START}
@@ -492,28 +492,48 @@ def test_topics_of_years_are_forgotten_for_new_ones_but_not_those_that_speak() -
     assert (lost.reason, lost.first, lost.last) == ("sequence", 3, 3)
 
 
+LATER = START + 2 * ANSWERED_WITHIN
+
+
 @pytest.mark.parametrize(
-    ("keys", "expected"),
+    ("topic", "keys", "now", "missed"),
     [
-        ({"seq": 3}, ["sequence", 3]),
-        ({"seq": 1}, [1]),
-        ({"seq": 3, "join": True}, [3]),
-        ({"seq": 3, "receive_ts": START}, [3]),
+        (TOPIC, {}, LATER, 2),
+        (TOPIC, {"type": "status", "state": "live"}, LATER, 2),
+        (TOPIC, {"seq": 1}, LATER, 0),
+        (TOPIC, {"join": True}, LATER, 0),
+        (TOPIC, {"receive_ts": START + 1}, LATER, 0),
+        (TOPIC, {}, START + 1, 0),
+        (TOPIC, {"type": "status", "state": "closed"}, LATER, 0),
+        (TOPIC, {"type": "status", "state": "expired"}, LATER, 0),
+        ("deribit.status.a.connection", {}, LATER, 0),
+        ("deribit.heartbeat.a.1s", {}, LATER, 0),
     ],
-    ids=["amid its numbers", "from the first on", "joined", "soon after the subscription"],
-)
-def test_a_topic_that_was_new_long_after_it_was_asked_for_is_lost_but_for_what_begins_it(
-    publisher: Any, keys: dict[str, Any], expected: list[int | str]
+    ids=[
+        "amid its numbers", "status", "from the first on", "joined", "said soon and read late", "by the reader's clock",
+        "left", "ended", "connection", "heartbeat",
+    ],
+)  # fmt: skip
+def test_a_topic_that_is_new_long_after_it_was_asked_for_has_lost_what_came_before_its_first_message(
+    topic: str, keys: dict[str, Any], now: int, missed: int
 ) -> None:
-    later = time.time_ns() + 2 * ANSWERED_WITHIN
-    with Subscriber([endpoint_of(publisher)], on_loss="report") as subscriber:
-        wait_subscribed(publisher)
-        publisher.send_multipart(index_message(**{"receive_ts": later, **keys}))
-        got = [subscriber.receive(10) for _ in expected]
-        assert [item.reason if isinstance(item, Loss) else item and item.seq for item in got] == expected
-        lost = [(item.first, item.last) for item in got if isinstance(item, Loss)]
-        assert lost == [(1, 2)] * (len(expected) - 1)
-        assert subscriber.receive(0) is None
+    clock = START
+    sequence, parsed = SequenceCheck(lambda: clock), parse_topic(topic)
+    sequence.note_asked()
+    clock = now
+    envelope = {"type": parsed.type, "epoch": START, "seq": 3, "exchange_ts": START, "receive_ts": LATER, **keys}
+    lost = sequence.follow(Message(parsed, envelope))
+    assert lost == (Loss(parsed, "sequence", START, 1, missed) if missed else None)
+
+
+def test_what_is_asked_for_anew_may_be_heard_amid_its_numbers(publisher: Any) -> None:
+    with Subscriber([endpoint_of(publisher)], prefixes="a.") as subscriber:
+        asked = [subscriber._sequence._asked_at]
+        subscriber.subscribe("b.")
+        asked.append(subscriber._sequence._asked_at)
+        subscriber._connect(["tcp://127.0.0.1:9"])
+        asked.append(subscriber._sequence._asked_at)
+        assert 0 < asked[0] < asked[1] < asked[2]
 
 
 def test_iterating_goes_on_behind_a_loss_that_was_raised(publisher: Any) -> None:
@@ -534,7 +554,7 @@ def test_iterating_goes_on_behind_a_loss_that_was_raised(publisher: Any) -> None
 
 
 def test_what_is_no_topic_is_neither_read_nor_asked_for(publisher: Any) -> None:
-    with pytest.raises(TypeError, match="a prefix is text or a Topic, not 100"):
+    with pytest.raises(TypeError, match=r"a prefix is text or a Topic, not b'deribit\.'"):
         Subscriber([endpoint_of(publisher)], prefixes=b"deribit.")  # type: ignore[arg-type]
     with Subscriber([endpoint_of(publisher)]) as subscriber, pytest.raises(TypeError, match="None is no Topic"):
         subscriber.ask_again(OrderBook().topic)  # type: ignore[arg-type]

@@ -5,7 +5,7 @@ payload saying the same.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,8 +24,6 @@ ON_DATA_TOPICS = frozenset({"gap", "repair", "status"})
 ANSWERED_WITHIN = 10_000_000_000
 """Time (ns) after a subscription in which a topic that there was before may be heard amid its numbers: each publisher
 has many to answer for, and the first data may overtake the answer."""
-
-NEVER = 1 << 63
 
 _NO_DATA = frozenset({"status", "repair", "heartbeat"})
 """Types that are neither data nor say where data are missing."""
@@ -162,12 +160,13 @@ def read_topic(topic: bytes) -> Topic:
 class SequenceCheck:
     """Follows the numbers of each topic. In a greater epoch they start again with 1.
 
-    `asked_at`: since when (ns) all that is read has been subscribed to; NEVER if nobody knows. A topic that is new long
-    after that begins with 1, or with a join.
+    Given the reader's clock (ns), and told by `note_asked` when more is subscribed to, it knows which topics are new
+    long after that: these begin with 1, or with a join.
     """
 
-    def __init__(self, asked_at: int = NEVER) -> None:
-        self.asked_at = asked_at
+    def __init__(self, read_clock: Callable[[], int] | None = None) -> None:
+        self._read_clock = read_clock
+        self._asked_at = 0
         # The epoch and number of each topic's last message, and the epoch of its last data or gap (0: there were none).
         self._last: OrderedDict[Topic, tuple[int, int, int]] = OrderedDict()  # who spoke longest ago comes first
 
@@ -188,6 +187,10 @@ class SequenceCheck:
         missed_to = seq if message.is_join else seq - 1  # a join says the last number used, and takes none
         self._last[topic] = (epoch, max(last, seq), told if message.type in _NO_DATA else epoch)
         return Loss(topic, "sequence", epoch, last + 1, missed_to) if missed_to > last else None
+
+    def note_asked(self) -> None:
+        """What was said before now may be heard amid its numbers."""
+        self._asked_at = self._read_clock() if self._read_clock is not None else 0
 
     def is_anew(self, message: Message) -> bool:
         """Whether it is the first data of a greater epoch, and no gap has said what is missing before them."""
@@ -210,12 +213,19 @@ class SequenceCheck:
         return gone
 
     def _is_begun_late(self, message: Message) -> bool:
-        """Whether what came before the first message of a topic was dropped on the way. Heartbeats are never joined."""
-        begins = message.seq <= 1 or message.is_join or message.topic.type == "heartbeat"
-        return not begins and message.receive_ts > self.asked_at + ANSWERED_WITHIN
+        """Whether what came before the first message of a topic was dropped on the way.
+
+        Heartbeats, and what was left, are not said again to late subscribers; a connection says its first states before
+        anybody can hear it. By both clocks: they may be those of two machines.
+        """
+        is_last = message.type == "status" and message.payload.get("state") in ("closed", "expired")
+        begins = message.seq <= 1 or message.is_join or is_last or message.topic.type in ("heartbeat", "status")
+        if begins or self._read_clock is None:
+            return False
+        return min(message.receive_ts, self._read_clock()) > self._asked_at + ANSWERED_WITHIN
 
     def _start(self, topic: Topic, epoch: int, seq: int, told: int) -> None:
         if len(self._last) >= MAX_TOPICS:
             self._last.popitem(last=False)
-            self.asked_at = NEVER  # it may come again
+            self._read_clock = None  # it may come again, amid its numbers
         self._last[topic] = (epoch, seq, told)

@@ -77,7 +77,7 @@ class Subscriber(OwnSocket):
         self._prefixes: list[str] = []
         self._unnamed: dict[str, float] = {}  # since when
         self._raises = on_loss == "raise"
-        self._sequence = SequenceCheck()
+        self._sequence = SequenceCheck(time.time_ns)
         self._waiting: deque[Message] = deque()
         self._questions = Questions()
         self._look_at = 0.0
@@ -86,7 +86,7 @@ class Subscriber(OwnSocket):
         self.socket.setsockopt(zmq.SNDHWM, 0)  # subscriptions are queued like messages, and dropped like them
         self.socket.setsockopt(zmq.RECONNECT_IVL, 20)  # a restarted worker waits half a second for us
         self.socket.setsockopt(zmq.MAXMSGSIZE, 2 * MAX_PAYLOAD)
-        for prefix in [prefixes] if isinstance(prefixes, str | Topic) else prefixes:
+        for prefix in [prefixes] if isinstance(prefixes, str | bytes | Topic) else prefixes:
             self.subscribe(prefix)
         if endpoints is None:
             self._finder = Control(control, timeout)
@@ -102,7 +102,7 @@ class Subscriber(OwnSocket):
             raise TypeError(f"a prefix is text or a Topic, not {text!r}")
         self.socket.subscribe(text)
         self._prefixes.append(text)
-        self._sequence.asked_at = time.time_ns()
+        self._sequence.note_asked()
 
     def unsubscribe(self, prefix: str | Topic) -> None:
         """Take back one subscription to a prefix; what has come for it and was not read is dropped.
@@ -127,7 +127,7 @@ class Subscriber(OwnSocket):
                     f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
                 ) from None
             self.endpoints.add(endpoint)
-            self._sequence.asked_at = time.time_ns()
+            self._sequence.note_asked()
 
     def _find(self, states: Any) -> None:
         self.found = find_endpoints(states)
