@@ -24,9 +24,10 @@ from tests.support import wait_until
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.feeds.trades.holes import Hole
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import PAUSES, Ask, Healed, Page, heal_feed
-from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, Ledger
+from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
 
@@ -393,6 +394,15 @@ def test_lives_that_are_killed_one_after_the_other_amid_a_new_count_do_not_end_t
         else:
             assert -2501 in last.heal((5001, 40), (2501, 3110))
         last.ledger.close()
+
+
+def test_a_doubt_that_ends_says_nothing_of_what_came_first(life: Life) -> None:
+    cells, place = life.ledger.cells, life.tape.stream.slot + FIRST
+    assert life.take((5, 1_000)) == [("sequence",), 5]
+    assert cells[place] == 0
+    life.tape.holes = [Hole(None, 104, 103, (103, START + 20))]
+    assert life.tape.end_healing(life.tape.holes, 7) == []
+    assert cells[place] == 0
 
 
 @pytest.mark.parametrize(("is_out", "first"), [(False, 104), (True, 300)])
