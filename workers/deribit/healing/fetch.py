@@ -116,6 +116,7 @@ def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None)
             missing, answered = tape.find_missing(tails), True
             if missing is not None:
                 answered = yield from _fetch_run(tape.stream, *missing, wait)
+                tape.is_followed |= answered and missing[1] is None
                 wait = 0.0
                 if since is not None and answered and not losses.is_checked:
                     yield from _fetch_since(feed, since, theirs)

@@ -137,7 +137,8 @@ class Healer:
         try:
             page = read_page(await self._send_patiently(ask, feed))
         except (ExchangeError, ValueError) as error:
-            if isinstance(error, ExchangeError) and error.code == NOT_SERVED:
+            is_spot = ask.params.get("kind", "spot") == "spot"
+            if isinstance(error, ExchangeError) and error.code == NOT_SERVED and is_spot:
                 return Page([], False, is_served=False)
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None

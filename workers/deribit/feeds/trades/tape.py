@@ -18,10 +18,11 @@ class Tape:
     """One instrument's trades.
 
     `holes` wait to be healed; `tail` is the one of them that has no end yet: what follows `stream.last_id` is being
-    fetched. `losses` are those of the whole channel; `call_healer` is called when a hole is new.
+    fetched. `losses` are those of the whole channel; `call_healer` is called when a hole is new. `is_followed` is set
+    once what came after the last trade before a loss has been asked for by number.
     """
 
-    __slots__ = ("call_healer", "holes", "losses", "stream", "tail", "topics")
+    __slots__ = ("call_healer", "holes", "is_followed", "losses", "stream", "tail", "topics")
 
     def __init__(self, stream: Stream, topics: Topics, losses: Losses, call_healer: Callable[[], None]) -> None:
         self.stream = stream
@@ -30,6 +31,7 @@ class Tape:
         self.call_healer = call_healer
         self.holes: list[Hole] = []
         self.tail: Hole | None = None
+        self.is_followed = False
 
     @property
     def is_known(self) -> bool:
@@ -38,8 +40,9 @@ class Tape:
 
     @property
     def is_unserved(self) -> bool:
-        """Whether what it lacks cannot be asked for by time."""
-        return self.losses.unserved_from is not None and guess_kind(self.stream.instrument) == "spot"
+        """Whether it may lack what cannot be asked for by time, and has not been asked for by number."""
+        is_spot = guess_kind(self.stream.instrument) == "spot"
+        return self.losses.unserved_from is not None and is_spot and not self.is_followed
 
     @property
     def unsure_from(self) -> int | None:
@@ -57,6 +60,7 @@ class Tape:
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
+        self.is_followed = False
         if self._has_new_gap():
             return  # nothing has come since it was said: it tells of this loss as well
         self._end_tail(self.stream.last_id)  # what comes from now on belongs to the new gap
