@@ -98,6 +98,14 @@ def test_what_is_not_let_go_counts_as_left_in_the_end_and_may_be_asked_for_as_of
     assert subscriptions.take_answer(call, []) == ([], [])
 
 
+def test_what_expires_while_it_is_asked_for_is_left_whatever_the_answer() -> None:
+    subscriptions = subscribe(QUOTE, BOOK)
+    (call,) = subscriptions.plan_calls(False)
+    assert subscriptions.expire([BOOK]) == [BOOK]
+    assert subscriptions.take_answer(call, [QUOTE, BOOK]) == ([QUOTE], [])
+    assert subscriptions.plan_calls(False) == [Call("public/unsubscribe", (BOOK,))]
+
+
 def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)

@@ -116,7 +116,10 @@ class Subscriptions:
         return name not in self.confirmed and name not in self.refused and name not in self._in_flight
 
     def take_answer(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
-        """Take the answer to a call that subscribes. Returns (newly confirmed, newly refused)."""
+        """Take the answer to a call that subscribes. Returns (newly confirmed, newly refused).
+
+        What has ended meanwhile is neither: it is left again.
+        """
         self._in_flight.difference_update(call.channels)
         present = set(answered)
         own = [name for name in answered if name.startswith(OWN)]
@@ -124,7 +127,8 @@ class Subscriptions:
         self.confirmed.update(gained)
         for name in gained:
             self._tries.pop(name, None)
-        return gained, self.refuse([n for n in call.channels if n not in self.confirmed], LEFT_OUT, TRIES)
+        left_out = self.refuse([n for n in call.channels if n not in self.confirmed], LEFT_OUT, TRIES)
+        return [name for name in gained if name not in self.refused], left_out
 
     def note_left(self, names: Iterable[str]) -> None:
         """The exchange sends these no more."""
