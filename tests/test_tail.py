@@ -333,7 +333,7 @@ def test_on_a_terminal_that_cannot_draw_it_writes_lines(market: Market) -> None:
 
 @pytest.mark.parametrize("command", ["state", "verify --for 1s"])
 @pytest.mark.parametrize(
-    ("wish", "is_plain"), [({}, False), ({"NO_COLOR": ""}, False), ({"NO_COLOR": "1"}, True), ({"term": "dumb"}, True)]
+    ("wish", "is_plain"), [({"NO_COLOR": ""}, False), ({"NO_COLOR": "1"}, True), ({"term": "dumb"}, True)]
 )
 def test_who_wants_no_colors_gets_none(market: Market, wish: dict[str, str], is_plain: bool, command: str) -> None:
     market.others = {"other": {"name": "other", "state": "live"}}

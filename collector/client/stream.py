@@ -189,7 +189,7 @@ class SequenceCheck:
         return Loss(topic, "sequence", epoch, last + 1, missed_to) if missed_to > last else None
 
     def note_asked(self) -> None:
-        """What was said before now may be heard amid its numbers."""
+        """What is said up to ANSWERED_WITHIN from now may be heard amid its numbers."""
         self._asked_at = self._read_clock() if self._read_clock is not None else 0
 
     def is_anew(self, message: Message) -> bool:

@@ -69,7 +69,7 @@ class Subscriber(OwnSocket):
         super().__init__(zmq.SUB)
         if on_loss not in ("raise", "report"):
             raise ValueError(f"on_loss={on_loss!r}: write raise or report")
-        if not 0 <= queue < 1 << 31:
+        if not isinstance(queue, int) or not 0 <= queue < 1 << 31:
             raise ValueError(f"queue={queue!r}: give a number of messages, 0 for any number")
         self.endpoints: set[str] = set()
         self.found: dict[str, str] = {}

@@ -50,7 +50,7 @@ class Joins(Check):
 class Times(Check):
     """The clock of what was read and the clock of what the collector itself says, each for itself.
 
-    It is ours: where that is set back, theirs may fall as far.
+    Both are the clock of this host, as ours is: where it is set back, they may fall as far.
     """
 
     rules = ("time",)

@@ -21,7 +21,7 @@ from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
 from workers.deribit.watching.samples import Samples
-from workers.deribit.watching.statuses import LAST_TRADES, REPEAT, Statuses
+from workers.deribit.watching.statuses import LAST_DATA, REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
 
 log = logging.getLogger("deribit")
@@ -215,9 +215,9 @@ class Patrol:
 
     def _is_over(self, feed: Feed, now: int) -> bool:
         """Whether its instrument has ended by its name, and nothing has come for a while since then."""
-        if not feed.channel.instrument or feed.rhythm.measure_silence(now) * SECOND < LAST_TRADES:
+        if not feed.channel.instrument or feed.rhythm.measure_silence(now) * SECOND < LAST_DATA:
             return False
-        ended = self._client.session.read_exchange_clock() - LAST_TRADES
+        ended = self._client.session.read_exchange_clock() - LAST_DATA
         return feed.stream.has_expired(ended) and feed.condition[0] != "expired"
 
     async def _tell_silent(self, silent: list[Feed]) -> None:

@@ -16,7 +16,7 @@ REPEAT = 60
 FAREWELLS = 2
 """How often the last status of a topic that was left is said again: a subscriber may have missed it too."""
 
-LAST_TRADES = 60 * 1_000_000_000
+LAST_DATA = 60 * 1_000_000_000
 """Time from the end of an instrument (ns) after which no trade of it comes late any more, nor anything else where
 nothing has come for as long."""
 
@@ -116,7 +116,7 @@ class Statuses:
 
         It stays so whatever the channel loses later.
         """
-        if not stream.has_expired(self._read_exchange_clock() - LAST_TRADES):
+        if not stream.has_expired(self._read_exchange_clock() - LAST_DATA):
             return False
         return stream.is_over or not feed.awaits_healing(stream)
 

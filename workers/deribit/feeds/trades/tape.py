@@ -256,7 +256,8 @@ class Tape:
     def find_missing(self, tails: bool = True) -> tuple[int, int | None] | None:
         """The run of trade_seq to fetch: (from, to or None for open); None if nothing can be missing.
 
-        Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time.
+        Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time. Of
+        a spot pair that is not served by time the tail is asked for all the same, until it has been.
         """
         stream, holes, tails = self.stream, self.holes, tails or self.is_unserved
         runs = [run for hole in holes if not hole.is_full for run in hole.list_missing()]
