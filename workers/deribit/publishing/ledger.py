@@ -80,7 +80,7 @@ class Entry(NamedTuple):
 class Ledger:
     """One mapped ledger; `cells[slot + LAST_ID]` is a word of the record at a slot.
 
-    Slot 0 is the header's: what has no place of its own writes there, and nobody reads it.
+    Slot 0 is the header's: all that has no place of its own writes there, and no later life reads it.
     Raises OSError if it cannot be opened, or if there is no room for it.
     """
 

@@ -109,8 +109,10 @@ class Patrol:
                 self._statuses.repeat(feeds, part)
                 if self._client.machine.state == "live":
                     self._tell_lag(feeds)
-                    silent += self._judge_feeds(feeds, now := time.monotonic_ns())
-                    silent += [feed for feed in (feeds if part == 0 else ()) if self._is_over(feed, now)]
+                    now = time.monotonic_ns()
+                    silent += self._judge_feeds(feeds, now)
+                    if part == 0:
+                        silent += [feed for feed in feeds if self._is_over(feed, now)]
                     is_steady = is_steady or any(map(_is_heard, feeds))
             await asyncio.sleep(0)
         self._whole.is_steady = is_steady
