@@ -120,16 +120,20 @@ class Stream(Route):
             self.due.healing = True
         return self.due
 
-    def resume(self, message: Message, receive_ts: int) -> Gap | None:
-        """Data comes again with `message`. Returns the gap that must be published before it, if one is due."""
+    def take_due(self, now: int) -> Gap | None:
+        """The gap that is due, if there is one: it is to be published now."""
         self.lost = False
         gap, self.due = self.due, None
-        if gap is None:
-            return None
-        gap.end(receive_ts)
-        if isinstance(message, Book):
+        if gap is not None:
+            gap.end(now)
+            self.gap = gap
+        return gap
+
+    def resume(self, message: Message, receive_ts: int) -> Gap | None:
+        """Data comes again with `message`. Returns the gap that must be published before it, if one is due."""
+        gap = self.take_due(receive_ts)
+        if gap is not None and isinstance(message, Book):
             gap.next_change_id = message.change_id
-        self.gap = gap
         return gap
 
 

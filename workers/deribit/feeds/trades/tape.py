@@ -117,22 +117,14 @@ class Tape:
 
     def publish_due(self, now: int, published: Published) -> None:
         """At once, not when the frame is published: its next trade may show another hole, which has its own gap."""
-        if (gap := self._take_due(now)) is not None:
+        if (gap := self.stream.take_due(now)) is not None:
             published.append((self.stream, gap))
 
     def take_last(self, now: int) -> Gap | None:
         """The gap that is due, if there is one, though no trade follows: what it lacks will not be fetched."""
-        gap = self._take_due(now)
+        gap = self.stream.take_due(now)
         if gap is not None:
             gap.healing = False
-        return gap
-
-    def _take_due(self, now: int) -> Gap | None:
-        stream = self.stream
-        gap, stream.due, stream.lost = stream.due, None, False
-        if gap is not None:
-            gap.end(now)
-            stream.gap = gap
         return gap
 
     def describe_gap(self, now: int) -> Gap:
