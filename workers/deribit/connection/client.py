@@ -58,7 +58,6 @@ class Client:
     attempts = 0
     reconnects = 0
     last_error: Any = None
-    _reason = ""
     _not_before = 0.0  # monotonic: the exchange wants no other connection until then
     _life: asyncio.Task[None] | None = None
     _verdict: asyncio.Future[None] | None = None
@@ -92,7 +91,7 @@ class Client:
         self.reconciler = Reconciler(
             self.traffic.send, self.session, subscribing, told.confirm_channels, told.refuse_channels, self.spawn
         )
-        self.machine = Machine(CONNECTION, "closed", self._note_change)
+        self.machine = Machine(CONNECTION, "closed")
         self.since = time.time_ns()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._live = asyncio.Event()
@@ -385,12 +384,10 @@ class Client:
     def _apply(self, event: str, reason: str) -> None:
         if self._is_closing and event not in ("ended", "broke"):
             return  # whatever came in the meantime: it is being closed
-        self._reason = reason
-        self.machine.apply(event)
-
-    def _note_change(self, old: str, event: str, new: str) -> None:
-        self.since = time.time_ns()
-        self.listener.change_state(new, self._reason)
+        old = self.machine.state
+        if (state := self.machine.apply(event)) != old:
+            self.since = time.time_ns()
+            self.listener.change_state(state, reason)
 
 
 async def repeat(work: Callable[[float], Awaitable[None]], pause: float) -> None:
