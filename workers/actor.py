@@ -134,10 +134,10 @@ class Actor:
         except (OSError, ValueError) as error:
             if self._stopping:
                 return Exit.STOPPED
-            if isinstance(error, OSError) and error.errno in SHORTAGES:
+            number = error.errno if isinstance(error, OSError) else None
+            if number in SHORTAGES:
                 return self._fail(Exit.CRASHED, f"cannot start just now: {error}")
-            hint = HINTS.get(error.errno, "") if isinstance(error, OSError) else ""
-            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{hint}")
+            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{HINTS.get(number, '')}")
         except Exception as error:
             return self._crash(error)
         self._link.send({"kind": "ready", "endpoints": endpoints})
@@ -221,8 +221,7 @@ class Actor:
                 log.error("not understood on the link: %.100r", message.get("kind"))
 
     def _lose_link(self, reason: str) -> None:
-        if not self._link_ended.is_set():
-            log.debug("link: %s", reason)
+        log.debug("link: %s", reason)
         self._link_ended.set()
         if not self._spec.done():
             self._spec.set_result(None)
