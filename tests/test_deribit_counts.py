@@ -54,7 +54,7 @@ class Life:
         self.ledger = Ledger(directory / "ledger", fresh=is_first)
         self.topics = Topics(1, self.ledger)
         self.feed = TradeFeed(parse_channel(LINE.channel), self.topics)
-        self.topics.restore()
+        self.topics.recall()
         self.feed.lose("restart", START)
         self.asked = 0
 

@@ -66,9 +66,9 @@ class Life:
         self.publisher.bind()
 
     def _take_over(self) -> None:
-        restored = self.topics.restore()
+        recalled = self.topics.recall()
         for feed in self.feeds.values():
-            feed.adopt(restored)
+            feed.adopt(recalled)
             if isinstance(feed, TradeFeed):
                 feed.losses.recall()
             feed.lose("restart", self.epoch)

@@ -63,14 +63,14 @@ class Channels:
 
     def take_over(self) -> None:
         """Go on from what an earlier life had said: on each of its topics a gap is due."""
-        restored = self._topics.restore()
+        recalled = self._topics.recall()
         for feed in self.feeds.values():
-            feed.adopt(restored)
+            feed.adopt(recalled)
             if isinstance(feed, TradeFeed):
                 feed.losses.recall()
             feed.lose("restart", self._topics.epoch)
         held = {stream for feed in self.feeds.values() for stream in feed.streams.values()}
-        for stream, epoch in restored.items():
+        for stream, epoch in recalled.items():
             if stream not in held:  # given up while no worker was there to say so
                 self._topics.go_back(stream, epoch)
                 self._statuses.end(stream)

@@ -182,24 +182,24 @@ class Topics:
         left.is_left = False
         return stream
 
-    def restore(self) -> dict[Stream, int]:
+    def recall(self) -> dict[Stream, int]:
         """The streams of which an earlier life had carried data, with the epoch that each had there; those that it left
         as ended have no `last_ts`.
         """
-        restored = {}
+        recalled = {}
         for entry in self.ledger.earlier:
             try:
                 topic = parse_topic(entry.topic)
             except ValueError:  # the life before was killed while it wrote this
                 continue
             stream = self.find(topic.type, topic.instrument, topic.interval)
-            restored[stream] = entry.epoch
+            recalled[stream] = entry.epoch
             if entry.last_ts == HAS_ENDED:
                 continue
             stream.last_ts, stream.last_id = entry.last_ts, entry.last_id
             if topic.type == "trade":
                 self._wind_back(stream, entry)
-        return restored
+        return recalled
 
     def _wind_back(self, stream: Stream, entry: Entry) -> None:
         """Trades from a little before the last one are said again: the earlier life may have taken them along."""
