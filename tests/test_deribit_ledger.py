@@ -14,12 +14,12 @@ from workers.deribit.publishing.ledger import (
     LAST_ID,
     LAST_TS,
     LENGTH,
+    MAX_NAMES,
     RECORD,
     ROOM,
     SIZE,
     STEP,
     SUBSCRIPTIONS,
-    TOPICS,
     UNHEALED,
     Ledger,
 )
@@ -146,14 +146,14 @@ def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
-    for number in range(TOPICS):
+    for number in range(MAX_NAMES):
         assert ledger.find_slot(name_topic(number))
-    assert ledger.find_slot(name_topic(TOPICS)) == 0
+    assert ledger.find_slot(name_topic(MAX_NAMES)) == 0
     assert ledger.find_slot("x" * 500) == 0
-    assert ledger.find_slot(name_topic(TOPICS + 1)) == 0
+    assert ledger.find_slot(name_topic(MAX_NAMES + 1)) == 0
     assert caplog.text.count("no room for more topics in the ledger") == 1
     ledger.cells[SUBSCRIPTIONS] = 6
-    fill(ledger, range(TOPICS, TOPICS + 1))
+    fill(ledger, range(MAX_NAMES, MAX_NAMES + 1))
     ledger.clear(0)
     assert ledger.cells[SUBSCRIPTIONS] == 6
     ledger.close()

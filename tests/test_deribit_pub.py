@@ -31,7 +31,7 @@ from workers.deribit.publishing.pub import HEAR_AT_ONCE, RESERVE, PubSocket, Rou
 from workers.deribit.publishing.zmtp import (
     COMMAND,
     GREETING,
-    MAX_FRAME,
+    MAX_HEARD,
     READY,
     SIGNATURE,
     WRONG_TYPE,
@@ -65,7 +65,7 @@ def conversations(draw: st.DrawFn) -> tuple[bytes, list[Wish]]:
         elif kind == "ping":
             said += encode_command(b"PING", b"\0\1" + prefix[:16])
         elif kind == "long":
-            said += frame(b"\1" + prefix + bytes(MAX_FRAME))
+            said += frame(b"\1" + prefix + bytes(MAX_HEARD))
         else:
             said += frame(b"\2" + prefix) if kind == "noise" else encode_command(b"HELLO", prefix)
         if kind in ("message", "command"):
@@ -107,8 +107,8 @@ def test_a_heartbeat_is_answered_with_what_it_brings() -> None:
         (GREETING + encode_command(b"READY", b""), "no type"),
         (GREETING + encode_command(b"READY", b"\x0bSocket-Type\xff\xff\xff\xffSUB"), "breaks off"),
         (GREETING + encode_command(b"ERROR", b"\4nope"), "nope"),
-        (GREETING + encode_size(MAX_FRAME + 1), "before READY"),
-        (GREETING + SUB_READY + encode_size(MAX_FRAME + 1, COMMAND), "4097 bytes"),
+        (GREETING + encode_size(MAX_HEARD + 1), "before READY"),
+        (GREETING + SUB_READY + encode_size(MAX_HEARD + 1, COMMAND), "4097 bytes"),
         (GREETING + SUB_READY + struct.pack(">BQ", COMMAND | 2, 1 << 63), "are taken"),
     ],
 )

@@ -23,7 +23,8 @@ WORDS, WORDS_TIMEOUT = 200, 0.5
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
 
-TEXT, BINARY = aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY
+DATA = (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
+"""Kinds of message that are a frame."""
 
 Take = Callable[[list[bytes]], None]
 
@@ -144,7 +145,7 @@ class Socket:
         tap = self._socket.tap
         try:
             tap.open(take)
-            while (message := await self._receive()).type in (TEXT, BINARY):
+            while (message := await self._receive()).type in DATA:
                 take([message.data])  # fragments and the like: no frames of the tap come any more
         finally:
             tap.shut()

@@ -10,7 +10,7 @@ from workers.deribit.publishing.streams import Stream, Topics
 GATHER = 0.005
 """Seconds in which joins are gathered to share one answer."""
 
-SLICE, SLICE_TOPICS, SLICE_TIME = 0.010, 200, 0.0025
+SLICE_EVERY, SLICE_TOPICS, SLICE_TIME = 0.010, 200, 0.0025
 """Seconds from one slice of answers to the next, and what one slice may hold: topics, and seconds of looking for those
 that a prefix means, and as many of answering: neither must wait for the end of the other."""
 
@@ -62,7 +62,7 @@ class Joins:
         self._match()
         self._repeat_all()
         if self._prefixes or self._waiting:
-            self._timer = asyncio.get_running_loop().call_later(SLICE, self._answer)
+            self._timer = asyncio.get_running_loop().call_later(SLICE_EVERY, self._answer)
 
     def _match(self) -> None:
         """Find the topics that some of the prefixes mean."""

@@ -19,13 +19,13 @@ from typing import NamedTuple
 
 RECORD = 512
 WORDS = RECORD // 8
-TEXT = 88
+NAME_AT = 88
 """Where a record's name begins, in bytes."""
 
-TOPICS = 131_071
+MAX_NAMES = 131_071
 """Names that one ledger holds: topics, and channels of trades."""
 
-SIZE = RECORD * (TOPICS + 1)
+SIZE = RECORD * (MAX_NAMES + 1)
 """Bytes of the file."""
 
 STEP = 256
@@ -115,9 +115,9 @@ class Ledger:
     def _is_sound(self) -> bool:
         """Whether the mapped file is what a life has left, not something else of that length."""
         cells, room = self.cells, self.cells[ROOM]
-        if cells[LAYOUT] != THIS_LAYOUT or not 0 < room <= TOPICS + 1:
+        if cells[LAYOUT] != THIS_LAYOUT or not 0 < room <= MAX_NAMES + 1:
             return False
-        return all(-1 <= cells[number * WORDS + LENGTH] <= RECORD - TEXT for number in range(1, room))
+        return all(-1 <= cells[number * WORDS + LENGTH] <= RECORD - NAME_AT for number in range(1, room))
 
     def _make(self, content: bytes) -> None:
         """Make the file, with records that are in use. Raises OSError.
@@ -161,7 +161,7 @@ class Ledger:
     def _read(self) -> Iterator[tuple[int, Entry]]:
         cells = self.cells
         for number in range(1, cells[ROOM]):
-            slot, start = number * WORDS, number * RECORD + TEXT
+            slot, start = number * WORDS, number * RECORD + NAME_AT
             length = cells[slot + LENGTH]
             if not length:
                 return
@@ -174,11 +174,11 @@ class Ledger:
             topic = self._map[start : start + length].decode("utf-8", "replace")
             yield slot, Entry(topic, *(cells[slot + cell] for cell in _WORDS))
 
-    def find_slot(self, topic: str) -> int:
-        """The slot of a topic, taken at need; 0 where there is no room for it, or it is too long."""
-        slot = self._slots.get(topic)
+    def find_slot(self, name: str) -> int:
+        """The slot of a topic or channel, taken at need; 0 where there is no room for it, or it is too long."""
+        slot = self._slots.get(name)
         if slot is None:
-            slot = self._slots[topic] = self._take_slot(topic.encode())
+            slot = self._slots[name] = self._take_slot(name.encode())
         return slot
 
     def lower(self, slot: int, cell: int, value: int) -> int:
@@ -192,24 +192,24 @@ class Ledger:
         for cell in (*_WORDS, NEWEST, KNOWN_ID, KNOWN_TIME):
             self.cells[slot + cell] = 0
 
-    def free_slot(self, topic: str) -> None:
-        """Nothing will be said on this topic any more: another may have its place."""
-        slot = self._slots.pop(topic, 0)
+    def free_slot(self, name: str) -> None:
+        """Nothing will be said of this any more: another may have its place."""
+        slot = self._slots.pop(name, 0)
         if slot:
             self.clear(slot)
             self.cells[slot + LENGTH] = -1
             self._free.append(slot // WORDS)
 
-    def _take_slot(self, topic: bytes) -> int:
-        if len(topic) > RECORD - TEXT:
+    def _take_slot(self, name: bytes) -> int:
+        if len(name) > RECORD - NAME_AT:
             return 0
         number = self._free.pop() if self._free else self._records + 1
         if not self._has_room(number):
             return 0
         self._records = max(self._records, number)
-        start = number * RECORD + TEXT
-        self._map[start : start + len(topic)] = topic
-        self.cells[number * WORDS + LENGTH] = len(topic)  # last: it makes the record count
+        start = number * RECORD + NAME_AT
+        self._map[start : start + len(name)] = name
+        self.cells[number * WORDS + LENGTH] = len(name)  # last: it makes the record count
         return number * WORDS
 
     def _has_room(self, number: int) -> bool:
@@ -217,8 +217,8 @@ class Ledger:
         if number < self.cells[ROOM]:
             return True
         try:
-            if number > TOPICS:
-                raise OSError(f"it holds {TOPICS}")
+            if number > MAX_NAMES:
+                raise OSError(f"it holds {MAX_NAMES}")
             _write(self._file, number * RECORD, bytes(STEP * RECORD))
         except OSError as error:
             if not self._is_full:

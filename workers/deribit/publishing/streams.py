@@ -5,14 +5,14 @@ from typing import Any
 
 from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
-from workers.deribit.publishing.ledger import EPOCH, HAS_ENDED, LAST_TS, NEWEST, TOPICS, Entry, Ledger
+from workers.deribit.publishing.ledger import EPOCH, HAS_ENDED, LAST_TS, MAX_NAMES, NEWEST, Entry, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
 from workers.deribit.publishing.pub import Route
 
 Message = Payload | dict[str, Any]
 
 
-MAX_TOPICS = TOPICS // 2
+MAX_TOPICS = MAX_NAMES // 2
 """Topics of one connection: each has a place in the ledger, and so has its channel. An exchange that invents
 instruments must not eat the memory, and no topic may be left without its gap after a restart."""
 

@@ -7,7 +7,7 @@ subscriptions as commands (3.1), and heartbeats. A peer that is no subscriber, o
 import struct
 from typing import NamedTuple
 
-MAX_FRAME = 4096
+MAX_HEARD = 4096
 """Bytes of one frame from a subscriber that are held: what comes upstream are subscriptions, nothing longer."""
 
 MORE, LONG, COMMAND = 1, 2, 4
@@ -99,7 +99,7 @@ class Conversation:
                 answer += self._take_command(body, wishes)
             elif not self.is_ready:
                 raise NoSubscriber("a message came before READY")
-            elif at - start > MAX_FRAME:
+            elif at - start > MAX_HEARD:
                 continue  # a proxy passes on whatever its subscribers say
             elif body[:1] in (b"\0", b"\1"):  # anything else is no subscription, and is let pass as libzmq does
                 wishes.append(Wish(body[1:], body[0] == 1))
@@ -153,9 +153,9 @@ def find_frame(data: bytes, at: int) -> tuple[int, int, int] | None:
     if len(data) < start:
         return None
     size = int.from_bytes(data[at + 1 : start], "big")
-    is_long = size > MAX_FRAME
+    is_long = size > MAX_HEARD
     if is_long and data[at] & COMMAND:
-        raise NoSubscriber(f"a command of {size} bytes; {MAX_FRAME} are taken")
+        raise NoSubscriber(f"a command of {size} bytes; {MAX_HEARD} are taken")
     return (data[at], start, start + size) if is_long or len(data) >= start + size else None
 
 
