@@ -40,6 +40,19 @@ def subscribe(*names: str) -> Subscriptions:
     return subscriptions
 
 
+def take_answer(subscriptions: Subscriptions, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
+    """What an answer means, with which its call ends."""
+    meant = subscriptions.take_answer(call, answered)
+    subscriptions.end_call(call)
+    return meant
+
+
+def note_left(subscriptions: Subscriptions, call: Call) -> None:
+    """A call that leaves is answered, and ends with that."""
+    subscriptions.note_left(call.channels)
+    subscriptions.end_call(call)
+
+
 def test_public_and_private_channels_go_by_their_own_calls() -> None:
     subscriptions = subscribe(QUOTE, *RAW, *OWN)
     assert subscriptions.plan_calls(False, awaits_login=True) == [Call("public/subscribe", (QUOTE,))]
@@ -54,7 +67,7 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
     subscriptions = subscribe(QUOTE, BOOK)
     for attempt in range(1, TRIES + 1):
         (call,) = subscriptions.plan_calls(False)
-        gained, refused = subscriptions.take_answer(call, [QUOTE])
+        gained, refused = take_answer(subscriptions, call, [QUOTE])
         assert gained == ([QUOTE] if attempt == 1 else [])
         assert refused == ([BOOK] if attempt == TRIES else [])
     assert (subscriptions.plan_calls(False), subscriptions.refused) == ([], {BOOK: LEFT_OUT})
@@ -70,51 +83,51 @@ def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> 
     """Else its second feed would never hear that it is confirmed, nor get a snapshot."""
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)
-    subscriptions.take_answer(call, [QUOTE, BOOK])
+    take_answer(subscriptions, call, [QUOTE, BOOK])
     subscriptions.drop([BOOK])
     subscriptions.ask([BOOK])
     assert not are_equal(subscriptions)
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
-    subscriptions.note_left(call.channels)
+    note_left(subscriptions, call)
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/subscribe", (BOOK,))
-    assert subscriptions.take_answer(call, [BOOK]) == ([BOOK], [])
+    assert take_answer(subscriptions, call, [BOOK]) == ([BOOK], [])
     assert are_equal(subscriptions)
 
 
 def test_what_is_not_let_go_counts_as_left_in_the_end_and_may_be_asked_for_as_often_as_before() -> None:
     subscriptions = subscribe(BOOK)
-    subscriptions.take_answer(subscriptions.plan_calls(False)[0], [BOOK])
+    take_answer(subscriptions, subscriptions.plan_calls(False)[0], [BOOK])
     subscriptions.drop([BOOK])
     subscriptions.ask([BOOK])
     for _ in range(3):
         assert subscriptions.confirmed == {BOOK}
         (call,) = subscriptions.plan_calls(False)
         subscriptions.refuse_leaving(call, tries=3)
-        subscriptions.abandon(call)
+        subscriptions.end_call(call)
     (call,) = subscriptions.plan_calls(False)
     assert (call, subscriptions.confirmed) == (Call("public/subscribe", (BOOK,)), set())
-    assert subscriptions.take_answer(call, []) == ([], [])
+    assert take_answer(subscriptions, call, []) == ([], [])
 
 
 def test_what_expires_while_it_is_asked_for_is_left_whatever_the_answer() -> None:
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)
     assert subscriptions.expire([BOOK]) == [BOOK]
-    assert subscriptions.take_answer(call, [QUOTE, BOOK]) == ([QUOTE], [])
+    assert take_answer(subscriptions, call, [QUOTE, BOOK]) == ([QUOTE], [])
     assert subscriptions.plan_calls(False) == [Call("public/unsubscribe", (BOOK,))]
 
 
 def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> None:
     subscriptions = subscribe(QUOTE, BOOK)
     (call,) = subscriptions.plan_calls(False)
-    subscriptions.take_answer(call, [QUOTE, BOOK])
+    take_answer(subscriptions, call, [QUOTE, BOOK])
     assert subscriptions.expire([BOOK, "never.asked"]) == [BOOK]
     assert subscriptions.expire([BOOK]) == []
     (call,) = subscriptions.plan_calls(False)
     assert call == Call("public/unsubscribe", (BOOK,))
-    subscriptions.note_left(call.channels)
+    note_left(subscriptions, call)
     assert (subscriptions.refused, are_equal(subscriptions)) == ({BOOK: EXPIRED}, True)
     subscriptions.forget()
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (QUOTE,))]
@@ -125,12 +138,12 @@ def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> No
 def test_what_is_unwanted_is_unsubscribed() -> None:
     subscriptions = subscribe(QUOTE, *OWN)
     for call in subscriptions.plan_calls(True):
-        subscriptions.take_answer(call, list(call.channels))
+        take_answer(subscriptions, call, list(call.channels))
     subscriptions.drop([QUOTE, OWN[0], "never.asked"])
     calls = subscriptions.plan_calls(True)
     assert calls == [Call("public/unsubscribe", (QUOTE,)), Call("private/unsubscribe", (OWN[0],))]
     for call in calls:
-        subscriptions.note_left(call.channels)
+        note_left(subscriptions, call)
     assert subscriptions.confirmed == {OWN[1]}
     assert are_equal(subscriptions)
 
@@ -139,7 +152,7 @@ def test_a_wish_dropped_while_on_its_way_is_taken_back() -> None:
     subscriptions = subscribe(QUOTE)
     (call,) = subscriptions.plan_calls(False)
     subscriptions.drop([QUOTE])
-    subscriptions.take_answer(call, [QUOTE])
+    take_answer(subscriptions, call, [QUOTE])
     assert subscriptions.plan_calls(False) == [Call("public/unsubscribe", (QUOTE,))]
 
 
@@ -172,7 +185,7 @@ def test_whatever_happens_a_well_exchange_makes_them_equal_in_the_end(steps: lis
             subscriptions.forget()
             held, calls = set(), []
         elif calls and what == "fail":
-            subscriptions.abandon(calls.pop(0))
+            subscriptions.end_call(calls.pop(0))
         elif calls:
             answer(subscriptions, calls.pop(0), held, leave_out=names)
     for call in calls:
@@ -188,11 +201,11 @@ def answer(subscriptions: Subscriptions, call: Call, held: set[str], leave_out: 
     """Answer a call as Deribit does, but for the channels left out."""
     if call.method.endswith("unsubscribe"):
         held.difference_update(call.channels)
-        subscriptions.note_left(call.channels)
+        note_left(subscriptions, call)
         return
     given = [name for name in call.channels if name not in (leave_out or ())]
     held.update(given)
-    subscriptions.take_answer(call, sorted(given, reverse=True))
+    take_answer(subscriptions, call, sorted(given, reverse=True))
 
 
 @given(st.integers(1, 3000), st.integers(1, 60))

@@ -131,7 +131,7 @@ class Reconciler:
             self._end_call(call)  # not before: others would ask for the same, and use up the tries
 
     def _end_call(self, call: Call) -> None:
-        self.subscriptions.abandon(call)
+        self.subscriptions.end_call(call)
         self._answered.set()  # those who wait for it look what came of it
         self._answered = asyncio.Event()
 

@@ -86,8 +86,7 @@ class Subscriptions:
         self._tries.pop(name, None)
 
     def plan_calls(self, logged_in: bool, awaits_login: bool = False) -> list[Call]:
-        """The calls that are needed now; their channels count as on their way until `take_answer`, `note_left`
-        or `abandon`.
+        """The calls that are needed now; their channels count as on their way until `end_call`.
 
         With `awaits_login` those are left out that need a login which is still to come.
         """
@@ -120,7 +119,6 @@ class Subscriptions:
 
         What has ended meanwhile is neither: it is left again.
         """
-        self._in_flight.difference_update(call.channels)
         present = set(answered)
         own = [name for name in answered if name.startswith(OWN)]
         gained = [n for n in call.channels if n in present or any(is_same(n, name) for name in own)]
@@ -133,14 +131,12 @@ class Subscriptions:
     def note_left(self, names: Iterable[str]) -> None:
         """The exchange sends these no more."""
         for name in names:
-            self._in_flight.discard(name)
             self.confirmed.discard(name)
             self._dropped.discard(name)
             self._tries.pop(name, None)
 
     def refuse(self, names: list[str], reason: str, tries: int = 1) -> list[str]:
         """Count one more refusal of each; those that have had `tries` are given up and returned."""
-        self._in_flight.difference_update(names)
         given_up = []
         for name in names:
             self._tries[name] = self._tries.get(name, 0) + 1
@@ -162,8 +158,8 @@ class Subscriptions:
             if instrument in (None, self.asked[name].instrument):
                 self._forgive(name)
 
-    def abandon(self, call: Call) -> None:
-        """A call came to nothing: its channels are missing again."""
+    def end_call(self, call: Call) -> None:
+        """A call has ended: its channels are missing again, but for what its answer said."""
         self._in_flight.difference_update(call.channels)
 
     def is_any_in_flight(self, names: list[str]) -> bool:
