@@ -24,9 +24,9 @@ class Login(NamedTuple):
         return f"Login({self.client_id!r}, ...)"
 
 
-def sign(secret: str, timestamp_ms: int, nonce: str, data: str = "") -> str:
-    """Deribit's WebSocket signature: hex HMAC-SHA256 of timestamp LF nonce LF data (docs: authentication)."""
-    text = f"{timestamp_ms}\n{nonce}\n{data}"
+def sign(secret: str, timestamp_ms: int, nonce: str) -> str:
+    """Deribit's WebSocket signature (docs: authentication): hex HMAC-SHA256 of timestamp LF nonce LF, and no data."""
+    text = f"{timestamp_ms}\n{nonce}\n"
     return hmac.new(secret.encode(), text.encode(), hashlib.sha256).hexdigest()
 
 
