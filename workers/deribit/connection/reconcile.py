@@ -174,8 +174,10 @@ class Reconciler:
         if reaction is Reaction.LOG_IN and needing_login and not self._session.logged_in:
             return self._count_refusal(needing_login, error)
         if len(call.channels) == 1:
+            if call.leaves:  # it is not sent any more, says the exchange
+                return self.subscriptions.note_left(call.channels)
             self._denied.update(call.channels if wants_login else ())
-            return self._take_last_error(call, error)
+            return self._count_refusal(list(call.channels), error)
         middle = len(call.channels) // 2
         for half in (call.channels[:middle], call.channels[middle:]):
             await self._place(Call(call.method, half))
@@ -184,13 +186,6 @@ class Reconciler:
         """Whether "login needed" means that; of a channel that the login never gave, it says nothing new."""
         is_old = time.monotonic() - self._session.logged_in_at > LOGIN_IS_NEW
         return self._session.logged_in and (call.leaves or (is_old and self._denied.isdisjoint(call.channels)))
-
-    def _take_last_error(self, call: Call, error: ExchangeError) -> None:
-        """One channel alone was refused; one that we wanted to leave is not sent any more, says the exchange."""
-        if call.leaves:
-            self.subscriptions.note_left(call.channels)
-        else:
-            self._count_refusal(list(call.channels), error)
 
     def _count_refusal(self, names: list[str], error: ExchangeError, tries: int = 1) -> None:
         self._tell_refused(self.subscriptions.refuse(names, str(error), tries), str(error))
