@@ -75,8 +75,7 @@ class Worker(Listener):
         self.name: str = spec["name"]
         self.epoch: int = spec["epoch"]
         self.news = asyncio.Event()
-        self.ledger_path = Path(spec["runtime_dir"]) / f"{self.name}.ledger"
-        self.ledger = Ledger(self.ledger_path, fresh=spec["fresh"])
+        self.ledger = Ledger(Path(spec["runtime_dir"]) / f"{self.name}.ledger", fresh=spec["fresh"])
         self.topics = Topics(self.epoch, self.ledger)
         self._tasks: set[asyncio.Task[None]] = set()
         self.publisher = Publisher(spec["connection"]["publish"], spec["connection"]["queue"], self.ledger)

@@ -51,7 +51,7 @@ class Framing:
                 others.append(data[at:])
                 break
             if stop > end:
-                self._keep(data[at:], stop - at)
+                self._pieces, self._held, self._needed = [data[at:]], end - at, stop - at
                 break
             if first in (TEXT, BINARY):
                 frames.append(data[start:stop])
@@ -59,9 +59,6 @@ class Framing:
                 others.append(data[at:stop])
             at = stop
         return frames, b"".join(others)
-
-    def _keep(self, part: bytes, needed: int) -> None:
-        self._pieces, self._held, self._needed = [part], len(part), needed
 
     def _join(self, data: bytes) -> bytes:
         """What was kept and this, once a whole frame is there; nothing before: a long one must not be copied often."""

@@ -87,7 +87,7 @@ class Publisher:
         if not self.is_gathering:
             self.flush()
 
-    def repeat(self, stream: Stream, message: Payload | dict[str, Any]) -> None:
+    def repeat(self, stream: Stream, message: Message) -> None:
         """Send a join answer: it carries the last seq used and does not count."""
         body = msgspec.to_builtins(message) if isinstance(message, Payload) else dict(message)
         self.say(stream, body | {"join": True})
