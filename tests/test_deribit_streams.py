@@ -21,7 +21,7 @@ from workers.deribit.healing.fetch import Ask, heal_feed
 from workers.deribit.publishing.ledger import HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
-from workers.deribit.watching.statuses import OVER, REPEAT
+from workers.deribit.watching.statuses import OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -450,7 +450,7 @@ def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_p
         worker.client.reconciler.subscriptions.drop([TRADES])  # as unsubscribe does before it waits
         ask(worker, "subscribe", wide)
         worker.take_frames([encode_data(wide, [make_trade(6)])], 200)
-        worker.channels.leave([TRADES], "closed", "unsubscribed")  # as it does after that
+        worker.channels.leave([TRADES], UNSUBSCRIBED)  # as it does after that
         (feed,) = worker.feeds.values()
         (stream,) = feed.streams.values()
         assert (feed.channel.name, stream.is_left, stream.last_id) == (wide, False, 6)

@@ -85,14 +85,14 @@ class Channels:
         channels = [parse_channel(name) for name in names]
         over = [name for name in names if self._subscriptions.refused.get(name) == EXPIRED]
         self._subscriptions.drop(over)
-        self.leave(over, *OVER)
+        self.leave(over, OVER)
         topics = {channel.topic for channel in channels} - {None}
         wide = [channel for channel in channels if channel.topic is None]
         leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
         for one in leaving:  # its unsubscribe is under way still: what was ends here
             others = channels if one.topic is None else wide
             if one.topic in topics or any(share_topic(one, other) for other in others):
-                self._give_up(one.name, *UNSUBSCRIBED)
+                self._give_up(one.name, UNSUBSCRIBED)
         self._topics.begin_epoch(epoch)
         for feed in self.add(names):
             feed.adopt(self._topics.match(b""))
@@ -103,21 +103,20 @@ class Channels:
 
     # -- given up -----------------------------------------------------------------------------------------------------
 
-    def leave(self, names: list[str], state: str, reason: str) -> None:
+    def leave(self, names: list[str], condition: tuple[str, str]) -> None:
         """Nobody asks for these any more, but for those that somebody wants again by now."""
         for name in names:
             if name not in self._subscriptions.asked:
-                self._give_up(name, state, reason)
+                self._give_up(name, condition)
 
-    def _give_up(self, name: str, state: str, reason: str) -> None:
+    def _give_up(self, name: str, condition: tuple[str, str]) -> None:
         if (feed := self.feeds.pop(name.encode(), None)) is None:
             return
         self._leave_shared(feed)
-        self.say_last(feed, state, reason)
-        is_over = (state, reason) == OVER
+        self.say_last(feed, condition)
         for stream in feed.streams.values():
             self._statuses.note_left(stream)
-            self._topics.leave(stream, time.time_ns(), is_over=is_over)
+            self._topics.leave(stream, time.time_ns(), is_over=condition == OVER)
         if isinstance(feed, TradeFeed):
             self._topics.ledger.free_slot(name)  # it has a place of its own
 
@@ -128,8 +127,8 @@ class Channels:
             fed = {stream for other in others for stream in other.streams.values()}
             feed.streams = {key: stream for key, stream in feed.streams.items() if stream not in fed}
 
-    def say_last(self, feed: Feed, state: str, reason: str) -> None:
+    def say_last(self, feed: Feed, condition: tuple[str, str]) -> None:
         """Nothing will come of this channel any more: what was to be healed stays missing."""
         if isinstance(feed, TradeFeed):
             self._healer.end(feed)
-        self._statuses.tell(feed, state, reason)
+        self._statuses.tell(feed, *condition)

@@ -83,7 +83,7 @@ class Commands:
         finally:
             if not self._has_ended:  # else a later life says it, if this one has not
                 with self._publisher.gather():
-                    self._channels.leave(names, *condition)
+                    self._channels.leave(names, condition)
 
     async def _heal_last(self, names: list[str]) -> None:
         """The last trades of instruments that have ended may have been lost: fetch them, if that can be soon."""

@@ -200,7 +200,7 @@ class Worker(Listener):
             elif state == "closed":
                 for feed in self.feeds.values():
                     if feed.condition[0] != "expired":
-                        self.channels.say_last(feed, *STOPPED)
+                        self.channels.say_last(feed, STOPPED)
             self.statuses.tell_connection(state, reason)
         self.news.set()
 
@@ -209,7 +209,7 @@ class Worker(Listener):
             if feed.condition[0] != "expired":
                 feed.lose("disconnect", self.client.read_clock())
                 if self.client.exit in FINAL_EXITS:  # no later life builds it up again
-                    self.channels.say_last(feed, *FAILED)
+                    self.channels.say_last(feed, FAILED)
                 else:
                     self.statuses.tell(feed, "recovering", "disconnect")
         self.patrol.lose()
