@@ -3,7 +3,7 @@
 import time
 from typing import Any
 
-from collector.channels import parse_channel, share_topic
+from collector.channels import Channel, parse_channel, share_topic
 from workers.deribit.connection.subscriptions import EXPIRED, OWN, Subscriptions, is_same
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
@@ -86,13 +86,7 @@ class Channels:
         over = [name for name in names if self._subscriptions.refused.get(name) == EXPIRED]
         self._subscriptions.drop(over)
         self.leave(over, OVER)
-        topics = {channel.topic for channel in channels} - {None}
-        wide = [channel for channel in channels if channel.topic is None]
-        leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
-        for one in leaving:  # its unsubscribe is under way still: what was ends here
-            others = channels if one.topic is None else wide
-            if one.topic in topics or any(share_topic(one, other) for other in others):
-                self._give_up(one.name, UNSUBSCRIBED)
+        self._give_up_leaving(channels)
         self._topics.begin_epoch(epoch)
         for feed in self.add(names):
             feed.adopt(self._topics.match(b""))
@@ -108,6 +102,16 @@ class Channels:
         for name in names:
             if name not in self._subscriptions.asked:
                 self._give_up(name, condition)
+
+    def _give_up_leaving(self, taken_up: list[Channel]) -> None:
+        """What shares a topic with these, and whose unsubscribe is under way still, ends here."""
+        topics = {channel.topic for channel in taken_up} - {None}
+        wide = [channel for channel in taken_up if channel.topic is None]
+        leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
+        for one in leaving:
+            others = taken_up if one.topic is None else wide
+            if one.topic in topics or any(share_topic(one, other) for other in others):
+                self._give_up(one.name, UNSUBSCRIBED)
 
     def _give_up(self, name: str, condition: tuple[str, str]) -> None:
         if (feed := self.feeds.pop(name.encode(), None)) is None:
