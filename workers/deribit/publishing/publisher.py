@@ -89,7 +89,7 @@ class Publisher:
 
     def repeat(self, stream: Stream, message: Message) -> None:
         """Send a join answer: it carries the last seq used and does not count."""
-        body = msgspec.to_builtins(message) if isinstance(message, Payload) else dict(message)
+        body = msgspec.to_builtins(message) if isinstance(message, Payload) else message
         self.say(stream, body | {"join": True})
 
     @contextmanager
