@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 from msgspec import UNSET
 
-from workers.deribit.publishing.ledger import LAST_ID, SUBSCRIPTIONS, Ledger
+from workers.deribit.publishing.ledger import LAST_ID, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.payloads import Book, ConnectionHeartbeat, Gap, Payload, Repair, Status, Trade
 from workers.deribit.publishing.pub import PubSocket
 from workers.deribit.publishing.streams import Message, Published, Stream
@@ -129,12 +129,15 @@ class Publisher:
         """Note the first data of a topic before they go out: were this killed in between, a later life would know
         nothing of the topic, and tell no gap on it.
         """
-        self._ledger.cells[stream.slot] = receive_ts
+        self._ledger.cells[stream.slot + LAST_TS] = receive_ts
         if isinstance(message, Trade):
             self._ledger.cells[stream.slot + LAST_ID] = message.trade_seq
 
     def _note_all(self, waiting: list[tuple[Stream, Any]]) -> None:
-        """Note in the ledger what is out: a later life goes on from there, and what is not noted it says again."""
+        """Note in the ledger what is out: a later life goes on from there, and what is not noted it says again.
+
+        `cells[slot]` is LAST_TS, which is 0: on the path of every message.
+        """
         cells = self._ledger.cells
         for stream, message in waiting:
             kind, slot = message.__class__, stream.slot
