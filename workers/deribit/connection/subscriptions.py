@@ -90,29 +90,23 @@ class Subscriptions:
 
         With `awaits_login` those are left out that need a login which is still to come.
         """
-        wanted = [c for name, c in self.asked.items() if self._is_missing(name)]
-        if awaits_login:
-            wanted = [c for c in wanted if not c.needs_login]
-        public = [c.name for c in wanted if not (c.is_private and logged_in)]
-        private = [c.name for c in wanted if c.is_private and logged_in]
-        left = [n for n in self.confirmed if n not in self.asked or n in self.refused or n in self._dropped]
-        unwanted = [n for n in left if n not in self._in_flight]
-        calls = [
-            Call(method, tuple(chunk))
-            for method, names in (
-                ("public/subscribe", public),
-                ("private/subscribe", private),
-                ("public/unsubscribe", [n for n in unwanted if not parse_channel(n).is_private]),
-                ("private/unsubscribe", [n for n in unwanted if parse_channel(n).is_private]),
-            )
-            for chunk in chunk_channels(names, method)
-        ]
-        for call in calls:
-            self._in_flight.update(call.channels)
-        return calls
+        missing = [c for c in self.asked.values() if self._is_missing(c.name) and not (awaits_login and c.needs_login)]
+        unwanted = [parse_channel(name) for name in self.confirmed if self._is_unwanted(name)]
+        needed = {
+            "public/subscribe": [c.name for c in missing if not (c.is_private and logged_in)],
+            "private/subscribe": [c.name for c in missing if c.is_private and logged_in],
+            "public/unsubscribe": [c.name for c in unwanted if not c.is_private],
+            "private/unsubscribe": [c.name for c in unwanted if c.is_private],
+        }
+        self._in_flight.update(*needed.values())
+        return [Call(method, tuple(each)) for method, names in needed.items() for each in chunk_channels(names, method)]
 
     def _is_missing(self, name: str) -> bool:
         return name not in self.confirmed and name not in self.refused and name not in self._in_flight
+
+    def _is_unwanted(self, name: str) -> bool:
+        is_wanted = name in self.asked and name not in self.refused and name not in self._dropped
+        return not is_wanted and name not in self._in_flight
 
     def take_answer(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
         """Take the answer to a call that subscribes. Returns (newly confirmed, newly refused).
