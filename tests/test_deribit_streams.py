@@ -151,6 +151,14 @@ def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
         assert (worker.topics.gaps, worker.publisher.published) == (0, 1)  # that it is closed
 
 
+def test_the_supervisor_hears_of_a_listing_that_it_is_matched_at_coinbase(tmp_path: Path) -> None:
+    """By that patterns know that it has no trades."""
+    pair = {"instrument_name": "BTC_USDC", "kind": "spot", "state": "open", "base_currency": "BTC", "is_csr": True}
+    with living(tmp_path, QUOTE, follow=True) as worker:
+        worker.take_frames([encode_data(LISTINGS[0], pair | {"timestamp": 1_793_952_000_000})], 5)
+        assert worker.take_events() == [{"event": "instrument", "row": pair}]
+
+
 def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Path) -> None:
     with living(tmp_path, TRADES, fresh=True) as worker:
         worker.take_frames([encode_data(TRADES, [make_trade(5)])], 5)

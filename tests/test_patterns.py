@@ -136,6 +136,19 @@ def test_a_time_to_expiry_moves_with_the_clock() -> None:
     assert find(pattern, CHRISTMAS - 6 * DAY) == {"BTC-25DEC26"}
 
 
+@pytest.mark.parametrize("mark", ["is_csr", "is_cbe_routed"])
+def test_a_spot_pair_matched_at_coinbase_has_all_but_trades(mark: str) -> None:
+    """Deribit leaves its trades and candles out: each look at the list would ask for them again, in vain."""
+    listed = list_rows(*(row | ({mark: True} if row["kind"] == "spot" else {}) for row in ROWS))
+    for head, has_it in {"book": True, "ticker": True, "quote": True, "trades": False, "chart.trades": False}.items():
+        tail = {"quote": "", "chart.trades": ".60"}.get(head, ".100ms")
+        pattern = f"{head}.BTC_*{tail}"
+        assert ("BTC_USDC" in expand([pattern], listed, NOW)[pattern].values()) == has_it
+        assert set(expand([pattern], listed, NOW)[pattern].values()) >= {"BTC_USDC-PERPETUAL"}
+    marked = make_row("BTC_USDC", "spot", **{mark: False})
+    assert list_rows(marked)["BTC_USDC"].has_trades
+
+
 def test_an_expired_instrument_is_gone_once_it_has_settled() -> None:
     assert find("quote.BTC-25DEC26*", CHRISTMAS + SETTLING - 1) == {"BTC-25DEC26"}
     assert find("quote.BTC-25DEC26*", CHRISTMAS + SETTLING) == set()

@@ -29,6 +29,9 @@ SETTLING = 60_000
 _NEVER = 32_500_000_000_000
 """Ms since 1970; what is said to expire later does not expire."""
 
+OF_TRADES = ("trades.", "chart.trades.")
+"""How the channels begin that Deribit makes of trades: of spot pairs that are matched at Coinbase there are none."""
+
 MAX_AROUND = 60
 """Letters of a pattern's channel around the instrument."""
 
@@ -58,7 +61,10 @@ CONDITIONS: dict[str, tuple[tuple[str, ...], str, str]] = {
 
 @dataclass(frozen=True, slots=True)
 class Instrument:
-    """One row of the exchange's list, as far as patterns ask. `expiry` is in ms, 0 for what never expires."""
+    """One row of the exchange's list, as far as patterns ask. `expiry` is in ms, 0 for what never expires.
+
+    `has_trades`: whether the exchange publishes them.
+    """
 
     name: str
     kind: str
@@ -69,10 +75,15 @@ class Instrument:
     expiry: int = 0
     strike: float | None = None
     option_type: str = ""
+    has_trades: bool = True
 
     def is_listed(self, now: int) -> bool:
         """Whether it is traded, or may be again, at `now` (ms)."""
         return self.state not in ENDED and not 0 < self.expiry <= now - SETTLING
+
+
+ROUTED = ("is_csr", "is_cbe_routed")
+"""The marks of a spot pair that is matched at Coinbase; listings on a channel bear the first alone."""
 
 
 def is_instrument(name: Any) -> bool:
@@ -97,6 +108,7 @@ def read_instrument(row: Any) -> Instrument | None:
         state=state if isinstance(state := row.get("state"), str) else "open",
         expiry=expiry if isinstance(expiry, int) and 0 < expiry < _NEVER else 0,
         strike=float(strike) if isinstance(strike, (int, float)) and abs(strike) < 1e15 else None,
+        has_trades=not any(row.get(key) is True for key in ROUTED),
         **words,
     )
 
@@ -224,6 +236,8 @@ def meets(instrument: Instrument, pattern: Pattern, now: int) -> bool:
     """Whether an instrument whose name fits meets all other conditions of a pattern at `now` (ms)."""
     if pattern.head == "perpetual." and (instrument.kind != "future" or instrument.expiry):
         return False  # only futures without expiry have funding
+    if pattern.head in OF_TRADES and not instrument.has_trades:
+        return False
     return all(_holds(condition, instrument, now) for condition in pattern.conditions)
 
 
