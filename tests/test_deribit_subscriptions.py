@@ -17,7 +17,7 @@ from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected,
 from tests.exchange_client import exchange, get
 from tests.support import in_loop
 from workers.deribit import Client, ExchangeError
-from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, TRIES, Call, Subscriptions
+from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, NO_TRADES, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request
 
 RAW = ["book.BTC-PERPETUAL.raw", "trades.ETH-PERPETUAL.raw"]
@@ -257,6 +257,23 @@ async def test_a_channel_left_out_for_ever_is_refused_and_the_others_flow(practi
         await ear.wait_frames([BOOK, TICKER])
         result = await client.subscribe([QUOTE, TRADES])
         assert result == {QUOTE: {"code": "exchange_error", "message": LEFT_OUT}, TRADES: True}
+
+
+MAY_BE_AT_COINBASE = [
+    "trades.BTC_USDC.100ms", "chart.trades.BTC_USDC.60", "trades.spot.USDC.100ms", "trades.any.ETH.agg2",
+    "trades.option.any.100ms",
+]  # fmt: skip
+SURELY_NOT = [
+    "trades.BTC-PERPETUAL.100ms", "trades.option.ETH.agg2", "chart.trades.BTC-PERPETUAL.1", "book.BTC_USDC.agg2",
+]  # fmt: skip
+
+
+@in_loop
+async def test_trades_that_are_left_out_are_refused_with_what_to_ask_for_instead(practice: str) -> None:
+    faults = ",".join(f"drop_subscribe:{name}@99" for name in (*MAY_BE_AT_COINBASE, *SURELY_NOT))
+    async with connected(practice, faults, channels=[QUOTE, *MAY_BE_AT_COINBASE, *SURELY_NOT]) as (client, ear):
+        check_equal(client, *MAY_BE_AT_COINBASE, *SURELY_NOT)
+        assert ear.refused == dict.fromkeys(MAY_BE_AT_COINBASE, NO_TRADES) | dict.fromkeys(SURELY_NOT, LEFT_OUT)
 
 
 @in_loop

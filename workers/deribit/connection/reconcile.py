@@ -10,7 +10,7 @@ from collector.lifecycle import Exit
 from collector.limits import CALL_COST, SUBSCRIBE_COST, chunk_channels
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import NEVER, Send, Session
-from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, Call, Subscriptions
+from workers.deribit.connection.subscriptions import EXPIRED, Call, Subscriptions
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.errors import (
     TOO_MANY_REQUESTS,
@@ -142,7 +142,9 @@ class Reconciler:
         gained, refused = self.subscriptions.take_answer(call, names)
         self._denied.difference_update(gained)
         self._confirm(gained)
-        self._tell_refused(refused, LEFT_OUT)
+        reasons = {name: self.subscriptions.refused[name] for name in refused}
+        for reason in dict.fromkeys(reasons.values()):
+            self._tell_refused([name for name in refused if reasons[name] == reason], reason)
 
     async def _wait_for_credits(self, call: Call) -> None:
         if call.leaves:

@@ -7,7 +7,7 @@ left out in silence; a second subscribe of the same channel gives no second snap
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from collector.channels import Channel, parse_channel
+from collector.channels import Channel, guess_kind, parse_channel
 from collector.limits import chunk_channels
 
 TRIES = 2
@@ -18,6 +18,14 @@ EXPIRED = "the instrument has expired"
 
 LEFT_OUT = "the exchange left it out of its answer: no such instrument, or not offered"
 
+NO_TRADES = (
+    f"{LEFT_OUT}; of spot pairs that are matched at Coinbase it has no trades, "
+    "and so none of all kinds or currencies at once: ask for one kind of one currency"
+)
+"""Why channels of trades are left out that are, or may be, of such a pair (docs.deribit.com: spot trading venues,
+2026).
+"""
+
 
 OWN = "user."
 """How the channels of an account begin. Their names may come back in other letters than they were asked for: the
@@ -27,6 +35,14 @@ documents show `user.portfolio.btc` where clients ask for `user.portfolio.BTC`."
 def is_same(name: str, said: str) -> bool:
     """Whether a channel is the one that the exchange calls so."""
     return name == said or (name.startswith(OWN) and name.lower() == said.lower())
+
+
+def explain_left_out(channel: Channel) -> str:
+    """Why the exchange may have left a channel out."""
+    if channel.type not in ("trade", "candle"):
+        return LEFT_OUT
+    is_spot = guess_kind(channel.instrument) == "spot" if channel.instrument else channel.has_spot
+    return NO_TRADES if is_spot or channel.currency == "any" else LEFT_OUT
 
 
 class Call(NamedTuple):
@@ -119,7 +135,8 @@ class Subscriptions:
         self.confirmed.update(gained)
         for name in gained:
             self._tries.pop(name, None)
-        left_out = self.refuse([n for n in call.channels if n not in self.confirmed], LEFT_OUT, TRIES)
+        missing = [name for name in call.channels if name not in self.confirmed]
+        left_out = [n for name in missing for n in self.refuse([name], explain_left_out(parse_channel(name)), TRIES)]
         return [name for name in gained if name not in self.refused], left_out
 
     def note_left(self, names: Iterable[str]) -> None:
