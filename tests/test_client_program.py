@@ -17,6 +17,7 @@ import pytest
 import zmq
 
 from collector import Control, ControlError, Subscriber, __version__
+from collector.cli import COMMANDS
 from collector.cli.facts import print_facts
 from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
@@ -367,7 +368,7 @@ def test_what_was_found_wrong_ends_with_1_though_nobody_reads_it(control: str, t
     "command",
     [
         "plan configs/demo.toml", "state", "state --json", "send futures public/test", "tail", "exchange",
-        "exchange --list-faults",
+        "exchange --list-faults", "--help", "--version", *(f"{name} --help" for name in COMMANDS),
     ],
 )  # fmt: skip
 def test_output_that_cannot_be_written_is_told_in_one_line(control: str, command: str) -> None:

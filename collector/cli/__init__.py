@@ -33,7 +33,20 @@ INTERRUPTED = 130
 """The exit code after Ctrl-C of what was not done: as a shell says it of a program that SIGINT has ended."""
 
 
-class _Lazy(click.Group):
+class Command(click.Command):
+    """A command; its help and version, which click writes while it reads the arguments, may find the disk full too."""
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        try:
+            return super().make_context(*args, **options)
+        except OSError:
+            from collector.cli.options import exit_unread  # it needs this module
+
+            with exit_unread():
+                raise
+
+
+class _Lazy(Command, click.Group):
     def main(self, *args: Any, **options: Any) -> Any:
         fill_closed_files()
         return super().main(*args, **options)

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from collector.cli import Command
 from collector.cli.facts import print_facts, print_table
 from collector.cli.options import (
     asking_options,
@@ -21,7 +22,7 @@ from collector.cli.render import printable
 from collector.client.control import Control
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", type=read_name, required=False)
 @asking_options("5s")
 def state(name: str | None, control: str | None, timeout: float, as_json: bool) -> None:
@@ -34,7 +35,7 @@ def state(name: str | None, control: str | None, timeout: float, as_json: bool) 
             print_state(found, as_json)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", type=read_name)
 @click.argument("channels", metavar="[CHANNEL]...", nargs=-1)
 @click.option("--from", "file", type=click.Path(exists=True, dir_okay=False, path_type=Path), metavar="FILE",
@@ -75,7 +76,7 @@ KEPT = "the wish is kept; collector state NAME shows what comes of it"
 def channel_command(act: Callable[..., None]) -> click.Command:
     """A command that changes the channels of one connection."""
     channels = click.argument("channels", metavar="CHANNEL...", nargs=-1, required=True)
-    return click.command()(click.argument("name", type=read_name)(channels(asking_options("5s")(act))))
+    return click.command(cls=Command)(click.argument("name", type=read_name)(channels(asking_options("5s")(act))))
 
 
 @channel_command
@@ -111,7 +112,7 @@ def unsubscribe(name: str, channels: tuple[str, ...], control: str | None, timeo
             print_channels(asked.unsubscribe(name, channels), "unsubscribed", as_json, notes)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", type=read_name)
 @click.argument("method")
 @click.argument("params", required=False)
@@ -134,7 +135,7 @@ def send(name: str, method: str, params: str | None, control: str | None, timeou
         print_json(asked.send(name, method, arguments))
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("name", type=read_name)
 @asking_options("10s")
 def close(name: str, control: str | None, timeout: float, as_json: bool) -> None:

@@ -7,13 +7,14 @@ from typing import Any
 
 import click
 
+from collector.cli import Command
 from collector.cli.options import exit_unread, ignore_rotation
 
 PACE = click.FloatRange(0, 100_000)
 """More than any machine can do; without a bound the first step of the market might have no end."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option("--port", default=0, type=click.IntRange(0, 65535), show_default=True, help="Port; 0 is any free one.")
 @click.option(

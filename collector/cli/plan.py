@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import click
 from msgspec import to_builtins
 
+from collector.cli import Command
 from collector.cli.options import exit_unread, fail, read_name
 from collector.cli.render import pad_rows, say_count
 from collector.config import Config, ConfigError, load_config
@@ -15,7 +16,7 @@ from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPat
 from collector.supervisor.runtime import check_runtime_dir
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", type=read_name)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 def plan(file: str, as_json: bool) -> None:

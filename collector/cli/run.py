@@ -15,6 +15,7 @@ import click
 import zmq
 
 from collector import __version__
+from collector.cli import Command
 from collector.cli.options import ONE_WISH, fail, ignore_rotation, read_name
 from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
@@ -35,7 +36,7 @@ REFRESH = 3600
 log = logging.getLogger(__name__)
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("file", type=read_name)
 @click.option("--watch", "live_view", is_flag=True, help="Show the messages as they are published.")
 @click.pass_context

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from collector.cli import is_dumb
+from collector.cli import Command, is_dumb
 from collector.cli.options import (
     Ending,
     control_option,
@@ -41,7 +41,7 @@ REDRAW = 0.25
 """Seconds between two pictures of the live view."""
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
 @endpoint_option
 @control_option

@@ -9,6 +9,7 @@ from contextlib import suppress
 
 import click
 
+from collector.cli import Command
 from collector.cli.options import (
     Ending,
     control_option,
@@ -28,7 +29,7 @@ EXAMPLES = 5
 ALWAYS = ("deribit.heartbeat.", "deribit.status.")
 
 
-@click.command()
+@click.command(cls=Command)
 @click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
 @for_option("60s")
 @endpoint_option
