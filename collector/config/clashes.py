@@ -24,8 +24,8 @@ def check_together(
 ) -> None:
     """Check what only shows across connections. Raises ConfigError.
 
-    `exchange_port` is None where no practice exchange runs; `running` names those
-    that stand already, and so are compared with others only: they may still have a channel that they are just leaving.
+    `exchange_port` is None where no practice exchange runs; `running` names those that stand already, and come first:
+    the others are compared with them.
     """
     if len(connections) > MAX_CONNECTIONS:
         raise ConfigError(
@@ -77,15 +77,14 @@ def _check_repeats(connections: Sequence[Connection]) -> None:
 
 
 def _check_topics(placed: list[Placed], running: Container[str]) -> None:
-    rivals = Rivals()
+    places = Places()
     for here in placed:
-        for other in rivals.find(here[1]):
-            if not may_share(other, here) and not (other[0] == here[0] and here[0] in running):
-                _refuse_pair(other, here)
-        rivals.add(here)
+        if here[0] not in running and (other := places.find_clash(here)):
+            _refuse_pair(other, here)
+        places.add(here)
 
 
-class Rivals:
+class Places:
     """Channels in such order that those which feed a topic of another one are found without comparing each pair.
 
     Narrow ones feed one topic; wide ones those of a currency, or of any. There are few wide ones of one currency.
@@ -95,15 +94,34 @@ class Rivals:
         self._topics: dict[str, Placed] = {}
         self._narrow: dict[_Key, list[Placed]] = defaultdict(list)
         self._wide: dict[_Key, list[Placed]] = defaultdict(list)
+        self._leaving: set[Placed] = set()
 
-    def add(self, placed: Placed) -> None:
-        """Add a channel of a connection."""
+    def add(self, placed: Placed, is_leaving: bool = False) -> None:
+        """Add a channel of a connection, which it may just be leaving."""
         channel = placed[1]
+        if is_leaving:
+            self._leaving.add(placed)
+        else:
+            self._leaving.discard(placed)
         if channel.topic is not None:
             self._topics[channel.topic] = placed
         index = self._wide if channel.topic is None else self._narrow
         for currency in (*_list_currencies(channel), _EACH):
             index[channel.type, channel.interval, currency].append(placed)
+
+    def place(self, owner: str, channel: Channel) -> None:
+        """Add a channel of a connection. Raises ValueError if another one would feed a topic of it too."""
+        if other := self.find_clash((owner, channel)):
+            raise ValueError(f"{other[1].name} of {other[0]} feeds the same topics")
+        self.add((owner, channel))
+
+    def find_clash(self, here: Placed) -> Placed | None:
+        """One beside which a channel may not stand; what its connection is leaving is none: it is told in order."""
+        for other in self.find(here[1]):
+            is_left = other[0] == here[0] and other in self._leaving
+            if other != here and not is_left and not _may_share(other, here):
+                return other
+        return None
 
     def find(self, channel: Channel) -> list[Placed]:
         """Those that feed a topic of the channel too."""
@@ -126,7 +144,7 @@ def _list_currencies(channel: Channel) -> frozenset[str]:
     return frozenset({channel.currency, "spot"} if channel.has_spot else {channel.currency})
 
 
-def may_share(one: Placed, other: Placed) -> bool:
+def _may_share(one: Placed, other: Placed) -> bool:
     """Different events of one connection on one topic are numbered in one row, so they may stand together."""
     if one[0] != other[0]:
         return False

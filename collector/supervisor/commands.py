@@ -16,7 +16,6 @@ from collector.config.urls import hide_secrets
 from collector.lifecycle import Exit
 from collector.limits import MAX_FRAME
 from collector.messages import ControlError, Request
-from collector.supervisor.places import Places
 from collector.supervisor.process import describe_exit
 from collector.supervisor.supervisor import Entry, Supervisor
 
@@ -176,7 +175,7 @@ class Commands:
     def _admit(self, entry: Entry, asked: list[str]) -> dict[str, Any]:
         """Add to the channels of a connection those that may stand beside all others; return why the rest may not."""
         refused: dict[str, Any] = {}
-        places = Places(self._entries.values())
+        places = self._supervisor.list_places()
         for name in asked:
             try:
                 places.place(entry.keeper.name, _read_channel(name, bool(entry.connection.credentials)))

@@ -20,7 +20,6 @@ from collector.config.patterns import Instrument, expand, is_instrument, read_in
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.shards import assign, find_unit, spread, weigh
-from collector.supervisor.places import Places
 
 if TYPE_CHECKING:
     from collector.supervisor.supervisor import Entry, Supervisor
@@ -259,7 +258,7 @@ class Follower:
         ours = [name for name, place in self._ours.items() if place in living]
         held = {find_unit(name): living.index(self._ours[name]) for name in ours}
         places = assign(weigh([*ours, *new]), len(living), held)
-        taken = Places(self._supervisor.entries.values())
+        taken = self._supervisor.list_places()
         placed: dict[str, int] = {}
         left: dict[str, ValueError] = {}
         for name in new:

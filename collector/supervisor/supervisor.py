@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
+from collector.channels import parse_channel
 from collector.config import Config, Connection, Credentials, check_together
+from collector.config.clashes import Places
 from collector.config.urls import name_host
 from collector.lifecycle import STOP_GRACE, Exit
 from collector.planning.catalogue import Catalogue
@@ -180,6 +182,17 @@ class Supervisor:
         port = None if self.config.exchange is None else self.exchange_port
         names = [other.name for other in others]
         check_together([*others, *connections], self.config.control, port, names)
+
+    def list_places(self) -> Places:
+        """Where all channels stand. Those of a connection that has ended for good, and is only still shown, do not."""
+        places = Places()
+        for name, entry in self.entries.items():
+            if not entry.keeper.is_over:
+                for channel in entry.channels:
+                    places.add((name, parse_channel(channel)))
+                for channel in entry.list_leaving():
+                    places.add((name, parse_channel(channel)), is_leaving=True)
+        return places
 
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
