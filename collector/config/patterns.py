@@ -125,7 +125,6 @@ class Condition(NamedTuple):
 class Pattern(NamedTuple):
     """A channel name with a hole for the instrument: `head` + name + `tail`."""
 
-    text: str
     head: str
     glob: str
     tail: str
@@ -160,7 +159,7 @@ def parse_pattern(text: str) -> Pattern:
     keys = [each.key for each in conditions if CONDITIONS[each.key][0] == _EQUAL]
     if twice := next((key for key in keys if keys.count(key) > 1), None):
         raise ValueError(f"{show(text)}: {twice} stands twice, no instrument has both; write a pattern for each")
-    return Pattern(text, head, glob or "*", tail, conditions)
+    return Pattern(head, glob or "*", tail, conditions)
 
 
 def _parse_example(head: str, tail: str, pattern: str) -> Channel:
