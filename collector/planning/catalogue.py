@@ -19,6 +19,8 @@ from collector import __version__
 from collector.aside import run_aside
 from collector.config.patterns import Instrument, read_instrument
 
+QUESTION = "/api/v2/public/get_instruments?currency=any"
+
 MAX_ANSWER = 64 << 20
 """Bytes of an answer that are taken; all of Deribit's instruments were measured at 5.1 MB."""
 
@@ -72,16 +74,16 @@ class Catalogue:
 
     def read_all(self) -> dict[str, Instrument]:
         """The same as `fetch`, for programs without an event loop."""
-        rows = self._ask("get_instruments?currency=any")
+        rows = self._ask()
         listed = {each.name: each for row in rows if (each := read_instrument(row))} if isinstance(rows, list) else {}
         if not listed:  # never taken for the truth: it would end every subscription
             raise Unreachable(f"{self.host} lists no instruments")
         return listed
 
-    def _ask(self, question: str) -> Any:
-        """The `result` of a GET. Raises Unreachable."""
+    def _ask(self) -> Any:
+        """The `result` of the answer. Raises Unreachable."""
         try:
-            status, body = self._get(f"/api/v2/public/{question}")
+            status, body = self._get()
         except (OSError, HTTPException, ValueError, RuntimeError) as error:  # a host that is no host; no more threads
             why = getattr(error, "strerror", None) or error or type(error).__name__
             raise Unreachable(f"{self.host} cannot be reached ({why})") from None
@@ -99,7 +101,7 @@ class Catalogue:
                 raise Unreachable(f"{self.host} answered {str(code)[:20]} {str(message)[:100]}")
         raise Unreachable(f"{self.host} answered with HTTP {status} and no list")
 
-    def _get(self, path: str) -> tuple[int, bytes]:
+    def _get(self) -> tuple[int, bytes]:
         connection = (HTTPSConnection if self._secure else HTTPConnection)(self.host, timeout=self._timeout)
         connection.connect()
         # The timeout is that of one read: who sends a byte now and then, of the headers too, would hold us for ever.
@@ -108,7 +110,7 @@ class Catalogue:
         guard.daemon = True
         guard.start()
         try:
-            connection.request("GET", path, headers=self._headers)
+            connection.request("GET", QUESTION, headers=self._headers)
             response = connection.getresponse()
             body = response.read(MAX_ANSWER + 1)
             if len(body) > MAX_ANSWER:
