@@ -40,7 +40,7 @@ BREATH = 0.2
 """Seconds in which what workers tell is gathered: a new series comes one by one, and each round costs some requests."""
 
 MAX_ROWS = 50_000
-"""Events that wait to be looked at; what is beyond them, a look at the whole list finds."""
+"""Events that wait to be taken, also those once more; what is beyond them, a look at the whole list finds."""
 
 _DAY, _EIGHT = 86_400.0, 8 * 3_600.0
 
@@ -141,7 +141,7 @@ class Follower:
         """Note what a worker tells (see workers.deribit.feeds.listings)."""
         match event:
             case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
-                if len(self._rows) < MAX_ROWS:
+                if len(self._rows) + len(self._recent or ()) < MAX_ROWS:
                     self._rows.append(row)
                 else:
                     self._outdated.set()
@@ -172,9 +172,7 @@ class Follower:
             self._woken.clear()
             rows, self._rows = self._rows, []
             if self._recent is not None:
-                if len(self._recent) + len(rows) > MAX_ROWS:
-                    self._outdated.set()
-                self._recent = (self._recent + rows)[:MAX_ROWS]
+                self._recent += rows
             self._adjust(self._take_rows(rows))
             await asyncio.sleep(BREATH)
         looking.cancel()
