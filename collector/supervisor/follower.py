@@ -239,12 +239,10 @@ class Follower:
             and name in self._shards[place].channels
         }  # fmt: skip
         listed = {name for name, each in self._listed.items() if each.is_listed(now)}
-        expired = self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
-        others = self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
+        self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
+        self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
         if placed := self._place(new):
             log.info("%s: %s new: %s ...", self._name, _count(placed), next(iter(placed)))
-        self._ask("unsubscribe", expired, "expired")
-        self._ask("unsubscribe", others)
         self._ask("subscribe", repeated | placed)
 
     def _place(self, new: list[str]) -> dict[str, int]:
@@ -277,14 +275,15 @@ class Follower:
             log.warning("%s: %s is not asked for now: %s", self._name, name, left[name])
         self._held_elsewhere = set(left)
 
-    def _let_go(self, names: list[str], reason: str) -> dict[str, int]:
-        """Want these no more; return which shards had them."""
-        if names:
-            log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
+    def _let_go(self, names: list[str], reason: str) -> None:
+        """Want these no more."""
+        if not names:
+            return
+        log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
         places = {name: self._ours.pop(name) for name in names}
         for name, place in places.items():
             self._shards[place].channels.pop(name, None)
-        return places
+        self._ask("unsubscribe", places, reason)
 
     def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
         """Have each worker carry out its part; one that does not hear it now is told later (see wishes).
