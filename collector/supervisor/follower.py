@@ -54,7 +54,11 @@ def find_next_check(now: float) -> float:
 
 
 class Follower:
-    """Expands the patterns of one connection, starts what it becomes, and follows the exchange's list."""
+    """Expands the patterns of one connection, starts what it becomes, and follows the exchange's list.
+
+    Two tasks do that: `_follow` takes what workers tell and adjusts what is asked for, `_look` brings the whole list
+    from time to time.
+    """
 
     def __init__(self, supervisor: "Supervisor", entry: "Entry") -> None:
         self._supervisor = supervisor
@@ -62,14 +66,14 @@ class Follower:
         self._connection = entry.connection
         self._name = entry.connection.name
         self._catalogue: Catalogue
-        self._listed: dict[str, Instrument] = {}
-        self._shards: list[Entry] = []
-        self._ours: dict[str, int] = {}
-        self._held_elsewhere: set[str] = set()
-        self._missing: set[str] = set()
-        self._rows: list[dict[str, Any]] = []
+        self._listed: dict[str, Instrument] = {}  # all that is known, also of what has ended since the last look
+        self._missing: set[str] = set()  # those of them that the last look did not find, and the next one decides on
+        self._shards: list[Entry] = []  # the connections that carry the channels
+        self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
+        self._held_elsewhere: set[str] = set()  # channels that another connection's stand in the way of
+        self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
         self._recent: list[dict[str, Any]] | None = None  # rows taken while the list is looked at
-        self._woken = asyncio.Event()
+        self._woken = asyncio.Event()  # there is something to take, or what is wanted may have changed
         self._outdated = asyncio.Event()  # something has happened that nobody told
 
     # before the start
