@@ -19,7 +19,7 @@ import pytest
 from collector.channels import LISTINGS
 from collector.config import Config, load_config
 from collector.planning.catalogue import Catalogue
-from collector.supervisor.follower import CHECK, MARKS, find_next_check
+from collector.supervisor.follower import CHECK, MARKS, MAX_ROWS, find_next_check
 from collector.supervisor.supervisor import Supervisor
 from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
 from tests.pipeline import Subscriber, exchange, find_port, short_directory, subscribed, write_config
@@ -502,6 +502,25 @@ def test_only_of_an_instrument_whose_listing_nobody_told_the_whole_list_is_asked
         assert not follower._outdated.is_set()
         follower._take_rows([{"instrument_name": "BTC-25DEC26-1-C", "state": "open"}])
         assert follower._outdated.is_set()
+
+    table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
+    with short_directory() as directory:
+        asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
+
+
+def test_where_more_is_told_than_can_be_kept_the_whole_list_is_asked_for() -> None:
+    async def check(config: Config) -> None:
+        supervisor = Supervisor(config, "info", time.time_ns)
+        follower = supervisor.start_connection(config.connections[0], from_file=True).follower
+        assert follower is not None
+        row = {"instrument_name": "BTC-25DEC26-90000-C", "state": "open"}
+        follower._recent = [row] * 20_000  # taken since the look began that goes on
+        for _ in range(MAX_ROWS - 20_000):
+            follower.take_event({"event": "instrument", "row": row})
+        assert not follower._outdated.is_set()
+        follower.take_event({"event": "instrument", "row": row})
+        assert follower._outdated.is_set()
+        assert len(follower._rows) == MAX_ROWS - 20_000
 
     table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
     with short_directory() as directory:
