@@ -105,12 +105,14 @@ class Catalogue:
         for coin in INVERSE:
             self._add_combos(coin)
 
-    def _add(self, name: str, kind: str, base: str, currency: str, **more: Any) -> Instrument:
+    def _add(
+        self, name: str, kind: str, base: str, currency: str, *, lot: float, period: str = "perpetual", **more: Any
+    ) -> Instrument:
         index = f"{base}_{'usd' if currency == base else currency}".lower()
         self._next_id += 7
-        made = {"expiry": FOREVER, "created": self.now - 30 * DAY, "size": more.get("lot", 1.0), "row": {}, **more}
-        instrument = Instrument(name, kind, base, currency, index, **{k: v for k, v in made.items() if k != "period"})
-        instrument.row = _make_row(instrument, more.get("period", "perpetual"), self._next_id)
+        made = {"expiry": FOREVER, "created": self.now - 30 * DAY, "size": lot, **more}
+        instrument = Instrument(name, kind, base, currency, index, lot=lot, row={}, **made)
+        instrument.row = _make_row(instrument, period, self._next_id)
         self.by_name[name] = instrument
         return instrument
 
@@ -127,8 +129,7 @@ class Catalogue:
     def _add_futures(self, coin: str) -> None:
         lot = 10.0 if coin == "BTC" else 1.0
         created = 1_534_167_754_000 if coin == "BTC" else 1_552_568_454_000
-        perpetual = {"tick": _TICKS[coin], "lot": lot, "created": created}
-        self._add(f"{coin}-PERPETUAL", "future", coin, coin, **perpetual)
+        self._add(f"{coin}-PERPETUAL", "future", coin, coin, tick=_TICKS[coin], lot=lot, created=created)
         for expiry, period in self.expiries[2:]:
             self._add(
                 f"{coin}-{format_date(expiry)}", "future", coin, coin,
@@ -154,15 +155,11 @@ class Catalogue:
         stem = f"{base}{'' if currency == base else '_USDC'}-{format_date(expiry)}-{format_strike(strike)}"
         if f"{stem}-C" in self.by_name or f"{stem}-C" in self.expired:
             return []
-        shape = {
-            "tick": 0.0001,
-            "lot": {"BTC": 0.1, "ETH": 1.0}.get(base, 1000.0),
-            "size": {"XRP": 1000.0}.get(base, 1.0),
-        }
+        lot, size = {"BTC": 0.1, "ETH": 1.0}.get(base, 1000.0), {"XRP": 1000.0}.get(base, 1.0)
         return [
             self._add(
-                f"{stem}-{side}", "option", base, currency,
-                **shape, strike=round(strike, 4), call=side == "C", expiry=expiry, period=period,
+                f"{stem}-{side}", "option", base, currency, tick=0.0001, lot=lot, size=size,
+                strike=round(strike, 4), call=side == "C", expiry=expiry, period=period,
             )
             for side in "CP"
         ]  # fmt: skip

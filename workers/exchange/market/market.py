@@ -13,7 +13,7 @@ from itertools import accumulate
 from random import Random
 from typing import Any
 
-from workers.exchange.market.book import ASK, Book, Change
+from workers.exchange.market.book import ASK, BID, Book, Change
 from workers.exchange.market.instruments import (
     COINS,
     FOREVER,
@@ -23,7 +23,7 @@ from workers.exchange.market.instruments import (
     Instrument,
     list_expiries,
 )
-from workers.exchange.market.participants import STYLES, Fill, act_once, fill_book
+from workers.exchange.market.participants import STYLES, act_once, fill_book
 from workers.exchange.market.pricing import YEAR_MS, Valuation, smile, value_option
 
 QUANTUM = 20
@@ -175,9 +175,9 @@ class Market:
             return []
         self._stamp(instrument, book)
         event = Event(instrument, self.now, changes)
-        for fill in fills:
-            price, amount = self.to_price(instrument, fill[1]), self.to_amount(instrument, fill[2])
-            event.trades.append(self._trade(instrument, fill, price, amount))
+        for side, tick, lots in fills:
+            price, amount = self.to_price(instrument, tick), self.to_amount(instrument, lots)
+            event.trades.append(self._trade(instrument, side, price, amount))
         if instrument.legs and event.trades:
             return [event, *self._trade_legs(instrument, event.trades[-1])]
         return [event]
@@ -187,7 +187,7 @@ class Market:
         self.change_ids[instrument.currency] += step
         book.change_id, book.timestamp = self.change_ids[instrument.currency], self.now
 
-    def _trade(self, of: Instrument, fill: Fill, price: float, amount: float, **more: Any) -> dict[str, Any]:
+    def _trade(self, of: Instrument, side: int, price: float, amount: float, **more: Any) -> dict[str, Any]:
         day = self.days[of.name]
         day.trade_seq += 1
         if day.last_price is not None and price != day.last_price:
@@ -197,7 +197,7 @@ class Market:
         trade: dict[str, Any] = {"timestamp": self.now}
         if of.kind == "option":
             trade["iv"] = round(self.volatility(of) * 100.0, 2)
-        trade |= {"price": price, "amount": amount, "direction": "buy" if fill[0] == ASK else "sell"}
+        trade |= {"price": price, "amount": amount, "direction": "buy" if side == ASK else "sell"}
         trade |= {"index_price": self.index_price(of.index), "instrument_name": of.name, "trade_seq": day.trade_seq}
         trade |= {"mark_price": self.round_mark(of), "tick_direction": day.tick_direction, **more}
         trade |= {"contracts": round(amount / of.size, 8), "trade_id": self._draw_trade_id(of)}
@@ -233,9 +233,8 @@ class Market:
         for amount, leg in combo.legs:
             buys = (trade["direction"] == "buy") == (amount > 0)
             price = round(round(self.mark_price(leg) / leg.tick) * leg.tick, 6) or leg.tick
-            fill = (ASK if buys else 1 - ASK, 0, 0)
             tags = {"combo_id": combo.name, "combo_trade_id": trade["trade_id"]}
-            made = self._trade(leg, fill, price, trade["amount"] * abs(amount), **tags)
+            made = self._trade(leg, ASK if buys else BID, price, trade["amount"] * abs(amount), **tags)
             legs.append(made)
             events.append(Event(leg, self.now, trades=[made]))
         trade["legs"] = legs
@@ -272,18 +271,13 @@ class Market:
         combos = [i.name for i in self.catalogue.by_name.values() if any(leg is instrument for _, leg in i.legs)]
         events = [event for combo in combos for event in self.expire(combo)]
         book = self.books[name]
-        changes = [book.set_level(side, tick, 0) for side in (0, 1) for tick in list(book.sides[side])]
+        changes = [book.set_level(side, tick, 0) for side in (BID, ASK) for tick in list(book.sides[side])]
         self._stamp(instrument, book)
-        instrument.row["state"] = "settlement"
-        self.days[name].settlement_price = self.delivery_price(instrument)
+        self.days[name].settlement_price = self.index_price(instrument.index)
         events.append(Event(instrument, self.now, changes, state="settlement"))
         self.catalogue.retire(instrument)
         self._weigh()
         return [*events, Event(instrument, self.now, state="delivered")]
-
-    def delivery_price(self, instrument: Instrument) -> float:
-        """The price at which it is, or would be, delivered."""
-        return self.index_price(instrument.index)
 
     def _find_expired(self) -> list[str]:
         if self.now < self._next_expiry:

@@ -52,12 +52,11 @@ def describe_ticker(market: Market, of: Instrument) -> Data:
     ticker |= describe_top(market, of)
     ticker["estimated_delivery_price"] = "expired" if closed else index
     if closed:
-        ticker["delivery_price"] = market.delivery_price(of)
+        ticker["delivery_price"] = index
     if of.perpetual:
         ticker |= {"current_funding": 0.0, "funding_8h": round(_draw_interest(market, of) / 100.0, 8)}
     if of.legs:
-        implied = describe_top(market, of)
-        ticker |= {"implied_bid": implied["best_bid_price"], "implied_ask": implied["best_ask_price"]}
+        ticker |= {"implied_bid": ticker["best_bid_price"], "implied_ask": ticker["best_ask_price"]}
         ticker["combo_state"] = "inactive" if closed else "active"
     return ticker
 
