@@ -8,6 +8,7 @@ from random import Random
 from typing import Any
 
 from collector.faults import Faults
+from workers.exchange.channels.feeds import BookFeed
 from workers.exchange.channels.hub import Frame
 from workers.exchange.protocol.rpc import encode
 
@@ -72,14 +73,13 @@ class Distortion:
         return False
 
     def _change_data(self, frame: Frame) -> Frame | None:
-        data = frame.data
-        if frame.channel.startswith("book.") and isinstance(data, dict) and "type" in data:
-            return self._change_book(frame)
+        if isinstance(frame.feed, BookFeed):
+            return self._change_book(frame, frame.feed)
         if frame.channel.startswith("trades.") and self._hits("lost_trades", frame):
             return None
-        return self._finish(frame, data)
+        return self._finish(frame, frame.data)
 
-    def _change_book(self, frame: Frame) -> Frame | None:
+    def _change_book(self, frame: Frame, feed: BookFeed) -> Frame | None:
         data = frame.data
         if data["type"] == "snapshot":
             self._crossed.pop(frame.channel, None)
@@ -90,15 +90,15 @@ class Distortion:
             return self._finish(frame, data)
         if self._hits("gap", frame):
             return None
-        if self._hits("resnapshot", frame) and frame.feed is not None:
+        if self._hits("resnapshot", frame):
             self._crossed.pop(frame.channel, None)
-            return self._finish(frame, frame.feed.open()[0])
+            return self._finish(frame, feed.open()[0])
         if self._hits("prev0", frame):
             data = {**data, "prev_change_id": 0}
-        bids = self._cross(frame)
+        bids = self._cross(frame, feed)
         return self._finish(frame, data if bids is data["bids"] else {**data, "bids": bids})
 
-    def _cross(self, frame: Frame) -> list[Any]:
+    def _cross(self, frame: Frame, feed: BookFeed) -> list[Any]:
         """The bids of a change, with a false one among them, or without that of the frame before."""
         bids: list[Any] = frame.data["bids"]
         false = self._crossed.pop(frame.channel, None)
@@ -106,13 +106,8 @@ class Distortion:
             return bids if any(level[1] == false for level in bids) else [*bids, ["delete", false, 0.0]]
         if not bids or not self._hits("crossed", frame):
             return bids
-        price = self._crossed[frame.channel] = self._find_crossing(frame)
+        price = self._crossed[frame.channel] = _find_crossing(feed)
         return [["new", price, 10.0], *(level for level in bids if level[1] != price)]
-
-    def _find_crossing(self, frame: Frame) -> float:
-        full = frame.feed.open()[0] if frame.feed is not None else frame.data
-        asks = [level[1] for level in full["asks"]] or [level[1] for level in full["bids"]]
-        return float(asks[min(2, len(asks) - 1)])
 
     def _finish(self, frame: Frame, data: Any) -> Frame:
         if not frame.recorded:
@@ -126,6 +121,12 @@ class Distortion:
         if isinstance(target, dict) and target:
             target[self._rng.choice(sorted(target))] = self._rng.choice(_ODD_VALUES)
         return data
+
+
+def _find_crossing(feed: BookFeed) -> float:
+    full = feed.open()[0]
+    asks = [level[1] for level in full["asks"]] or [level[1] for level in full["bids"]]
+    return float(asks[min(2, len(asks) - 1)])
 
 
 def distort_result(result: Any, faults: Faults) -> Any:
