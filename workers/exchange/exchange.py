@@ -52,7 +52,7 @@ class Exchange:
         self.market.retention = int(self.faults.number("retention", 86_400) * 1000)
         self.account = Account(self.market)
         self.authority = Authority(settings.keys, Random(settings.seed + 1))
-        self.replay = Replay(list(settings.recording), settings.speed) if settings.recording else None
+        self.replay = Replay(settings.recording, settings.speed) if settings.recording else None
         self.hub = Hub(self.market, self.account, self.replay.channels if self.replay else frozenset())
         self.oracle = Oracle(settings.oracle)
         self.opened = 0

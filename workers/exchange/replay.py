@@ -6,6 +6,12 @@ from typing import NamedTuple
 
 import msgspec
 
+SETTLE = 0.3
+"""Seconds between the last subscription that came before a recording and its first frame."""
+
+MOST_AT_ONCE = 2000
+"""Frames that are sent at once, however many are due."""
+
 _RECEIVED = re.compile(rb"(\d+(?:\.\d+)?): (\{.*)")
 
 
@@ -63,27 +69,26 @@ def _read_frame(at: float, text: bytes) -> Recorded | None:
 
 
 class Replay:
-    """Plays a recording: starts `settle` seconds after the last subscription that came before it, then follows
-    the recording's own times divided by `speed` (0: all at once)."""
+    """Plays a recording: it follows the recording's own times divided by `speed` (0: all at once)."""
 
-    def __init__(self, frames: list[Recorded], speed: float = 1.0, settle: float = 0.3) -> None:
+    def __init__(self, frames: tuple[Recorded, ...], speed: float) -> None:
         self.frames = frames
         self.channels = frozenset(frame.channel for frame in frames)
         self.played = 0
-        self._speed, self._settle = speed, settle
+        self._speed = speed
         self._start: float | None = None
 
     def wake(self, now: float) -> None:
         """Somebody has subscribed to one of the channels."""
         if self.played == 0:
-            self._start = now + self._settle
+            self._start = now + SETTLE
 
-    def take_due(self, now: float, limit: int = 2000) -> list[Recorded]:
-        """The frames that are due at `now` (seconds), at most `limit`."""
+    def take_due(self, now: float) -> list[Recorded]:
+        """The frames that are due at `now` (seconds)."""
         if self._start is None or now < self._start:
             return []
         due: list[Recorded] = []
-        while self.played < len(self.frames) and len(due) < limit:
+        while self.played < len(self.frames) and len(due) < MOST_AT_ONCE:
             frame = self.frames[self.played]
             if self._speed > 0 and self._start + frame.offset / self._speed > now:
                 break

@@ -247,7 +247,7 @@ class Connection:
         if self.session.ended:
             return
         if self._faults:
-            self._run_timed_faults(self._age)
+            self._run_timed_faults()
         heartbeat = self.session.heartbeat
         if heartbeat is not None and "no_heartbeat" not in self._faults and not self.silent:
             for kind in heartbeat.find_due(self._age, self.session.last_sent):
@@ -264,20 +264,20 @@ class Connection:
         if abs(by) * 1000 <= MAX_BEHIND:
             self._age += by
 
-    def _run_timed_faults(self, age: float) -> None:
+    def _run_timed_faults(self) -> None:
         if self.has_begun("until"):
             self._recover()
             return
-        self._release(age)
-        self._run_endings(age)
+        self._release(self._age)
+        self._run_endings()
         if self.session.ended:
             return
         for name, due in self._periodic.items():
-            if age >= due:
-                self._periodic[name] = age + max(0.05, self._faults.number(name))
+            if self._age >= due:
+                self._periodic[name] = self._age + max(0.05, self._faults.number(name))
                 self._send_nonsense(name)
         for place, setting in enumerate(self._faults.all("oversized")):
-            if age >= setting.at and self._once(f"oversized {place}"):
+            if self._age >= setting.at and self._once(f"oversized {place}"):
                 self._send_nonsense("oversized", setting.value)
         if "flood" in self._faults:
             self._flood()
@@ -289,9 +289,9 @@ class Connection:
         self._periodic.clear()
         self._done.clear()
 
-    def _run_endings(self, age: float) -> None:
+    def _run_endings(self) -> None:
         for setting in self._faults.all("close"):
-            if age >= setting.at:
+            if self._age >= setting.at:
                 self.close(int(setting.value), "closed on request")
         for name, reset in (("reset", True), ("drop", False)):
             if self.has_begun(name):
@@ -300,12 +300,12 @@ class Connection:
             self.silent = True
             self._exchange.oracle.note("silent", connection=self.session.number)
         if self.has_begun("maintenance"):
-            self._maintain(age - self._faults.number("maintenance"))
+            self._maintain()
 
-    def _maintain(self, since: float) -> None:
+    def _maintain(self) -> None:
         if self._once("maintenance") and "platform_state" in self.session.subscriptions:
             self._say(encode_notification("platform_state", {"maintenance": True}))
-        if since >= 1.0:
+        if self._age - self._faults.number("maintenance") >= 1.0:
             self.cut("maintenance")
 
     def _once(self, name: str) -> bool:
