@@ -40,8 +40,6 @@ async def test_json_lines_go_out_unchanged_to_who_subscribed(tmp_path: Path) -> 
             assert answer["result"] == sorted(CHANNELS, reverse=True)
             await client.wait(lambda: len(client.texts) >= 5, "the frames")
             assert client.texts[2:] == [LINES[0], LINES[2], LINES[5]]
-            state = (await other.ask("practice/state"))["result"]
-            assert (state["played"], state["recorded"], state["relayed"]) == (4, 4, 3)
             await other.wait_data("quote.BTC-PERPETUAL", 3)
 
 
@@ -60,14 +58,10 @@ async def test_a_capture_keeps_its_pace(tmp_path: Path, speed: str, gap: float, 
             assert time.monotonic() - start >= least
 
 
-def test_recordings_that_hold_nothing_are_refused(tmp_path: Path) -> None:
+def test_a_recording_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "empty"
     path.write_text('{"jsonrpc":"2.0","id":1,"result":[]}\n')
-    for argument, words, code in (
-        (str(path), "no recorded notification", 2),
-        (str(tmp_path / "none"), "No such file", 1),
-    ):
-        with running(*collector("exchange", "--replay", str(argument))) as program:
-            assert program.wait_exit() == code
-            assert words in program.text()
-            assert "Traceback" not in program.text()
+    with running(*collector("exchange", "--replay", str(path))) as program:
+        assert program.wait_exit() == 2
+        assert "no recorded notification" in program.text()
+        assert "Traceback" not in program.text()

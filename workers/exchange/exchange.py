@@ -56,7 +56,6 @@ class Exchange:
         self.hub = Hub(self.market, self.account, self.replay.channels if self.replay else frozenset())
         self.oracle = Oracle(settings.oracle)
         self.opened = 0
-        self.relayed = 0
         self._named: Counter[str] = Counter()
         self._credits: dict[tuple[str, float | None], Credits] = {}
         self._next = {name: now + self._find_period(name) for name in ("listing", "expiry")}
@@ -96,7 +95,7 @@ class Exchange:
         self.oracle.note_market(events)
         if self.replay is not None:
             for frame in self.replay.take_due(now / 1000.0):
-                self.relayed += self.hub.relay(Frame(frame.channel, None, None, frame.text))
+                self.hub.relay(Frame(frame.channel, None, None, frame.text))
 
     def _find_period(self, name: str) -> int:
         return max(100, int(self.faults.number(name) * 1000))
@@ -106,9 +105,6 @@ class Exchange:
         clock = int(faults.number("clock"))
         if method == "public/get_time":
             return now + clock
-        if method == "practice/state":
-            played = (self.replay.played, len(self.replay.frames)) if self.replay else (0, 0)
-            return {"opened": self.opened, "played": played[0], "recorded": played[1], "relayed": self.relayed}
         if method not in MARKET_METHODS:
             raise RpcError(-32601)
         return MARKET_METHODS[method](self.market, shift_times(params, -clock) if clock else params)

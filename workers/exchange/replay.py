@@ -72,15 +72,15 @@ class Replay:
     """Plays a recording: it follows the recording's own times divided by `speed` (0: all at once)."""
 
     def __init__(self, frames: tuple[Recorded, ...], speed: float) -> None:
-        self.frames = frames
+        self._frames = frames
         self.channels = frozenset(frame.channel for frame in frames)
-        self.played = 0
+        self._played = 0
         self._speed = speed
         self._start: float | None = None
 
     def wake(self, now: float) -> None:
         """Somebody has subscribed to one of the channels."""
-        if self.played == 0:
+        if self._played == 0:
             self._start = now + SETTLE
 
     def take_due(self, now: float) -> list[Recorded]:
@@ -88,10 +88,10 @@ class Replay:
         if self._start is None or now < self._start:
             return []
         due: list[Recorded] = []
-        while self.played < len(self.frames) and len(due) < MOST_AT_ONCE:
-            frame = self.frames[self.played]
+        while self._played < len(self._frames) and len(due) < MOST_AT_ONCE:
+            frame = self._frames[self._played]
             if self._speed > 0 and self._start + frame.offset / self._speed > now:
                 break
             due.append(frame)
-            self.played += 1
+            self._played += 1
         return due

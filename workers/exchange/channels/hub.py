@@ -125,10 +125,8 @@ class Hub:
         for subscriber in list(feed.subscribers):
             subscriber.deliver(frame)
 
-    def relay(self, frame: Frame) -> bool:
-        """Send a recorded frame to whoever subscribed to its channel; False if nobody did."""
+    def relay(self, frame: Frame) -> None:
+        """Send a recorded frame to whoever subscribed to its channel."""
         feed = self._feeds.get(frame.channel)
-        if feed is None:
-            return False
-        self._publish(feed, frame)
-        return True
+        if feed is not None:
+            self._publish(feed, frame)

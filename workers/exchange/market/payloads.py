@@ -102,9 +102,7 @@ def _describe_option(market: Market, of: Instrument) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def list_levels(
-    market: Market, of: Instrument, side: int, depth: int | None = None, group: float = 0.0
-) -> list[list[float]]:
+def list_levels(market: Market, of: Instrument, side: int, depth: int, group: float = 0.0) -> list[list[float]]:
     """One side of the true book, best first: [[price, amount], ...].
 
     In price steps of `group` (0: as it is): bids rounded down, asks rounded up.
@@ -123,15 +121,6 @@ def describe_order_book(market: Market, of: Instrument, depth: int) -> Data:
     """Result of public/get_order_book."""
     sides = {"bids": list_levels(market, of, BID, depth), "asks": list_levels(market, of, ASK, depth)}
     return {**describe_ticker(market, of), **sides, "change_id": market.books[of.name].change_id}
-
-
-def describe_true_book(market: Market, of: Instrument) -> Data:
-    """The whole book as it really is, for checking what a client made of the stream. Not Deribit's."""
-    return {
-        "instrument_name": of.name, "change_id": market.books[of.name].change_id,
-        "trade_seq": market.days[of.name].trade_seq,
-        "bids": list_levels(market, of, BID), "asks": list_levels(market, of, ASK),
-    }  # fmt: skip
 
 
 def describe_summary(market: Market, of: Instrument) -> Data:

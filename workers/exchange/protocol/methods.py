@@ -12,7 +12,6 @@ from workers.exchange.market.payloads import (
     describe_order_book,
     describe_summary,
     describe_ticker,
-    describe_true_book,
 )
 from workers.exchange.protocol.rpc import RpcError, refuse_param
 
@@ -193,17 +192,10 @@ def run_test(market: Market, params: Params) -> Data:
     return {"version": VERSION}
 
 
-def get_true_books(market: Market, params: Params) -> Data:
-    """practice/books: the true book of instrument_name, or of all instruments; not Deribit's."""
-    if params.get("instrument_name") is not None:
-        return describe_true_book(market, find_instrument(market, params))
-    return {name: describe_true_book(market, of) for name, of in market.catalogue.by_name.items()}
-
-
 def freeze_market(market: Market, params: Params) -> Data:
     """practice/freeze: stop the market (frozen=false: let it go on), to compare a client with it; not Deribit's."""
     market.frozen = params.get("frozen", True) not in (False, "false")
-    return {"frozen": market.frozen, "change_ids": market.change_ids}
+    return {"frozen": market.frozen}
 
 
 MARKET_METHODS: dict[str, Callable[[Market, Params], Data]] = {
@@ -223,7 +215,6 @@ MARKET_METHODS: dict[str, Callable[[Market, Params], Data]] = {
     "public/get_last_trades_by_instrument_and_time": get_recent(get_trades_by_instrument),
     "public/get_last_trades_by_currency": get_trades_by_currency,
     "public/get_last_trades_by_currency_and_time": get_recent(get_trades_by_currency),
-    "practice/books": get_true_books,
     "practice/freeze": freeze_market,
 }
-"""Method -> function(market, params). Raises RpcError for what is refused. Those of practice/ are not Deribit's."""
+"""Method -> function(market, params). Raises RpcError for what is refused. practice/freeze is not Deribit's."""
