@@ -124,6 +124,11 @@ class Client:
         )
         return answer
 
+    async def subscribe(self, *channels: str, way: str = "public") -> None:
+        """Subscribe to channels that the exchange has, publicly or by the `private` method."""
+        answer = await self.ask(f"{way}/subscribe", channels=list(channels))
+        assert sorted(answer["result"]) == sorted(channels)
+
     async def log_in(self) -> dict[str, Any]:
         result: dict[str, Any] = (await self.ask("public/auth", KEYS))["result"]
         return result

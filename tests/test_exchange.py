@@ -611,6 +611,8 @@ def test_a_port_that_is_taken_is_refused() -> None:
         ("--faults", "nope:1", 2, "no fault 'nope'"),
         ("--port", "99999", 2, "0<=x<=65535"),
         ("--rate", "-1", 2, "0<=x<=100000"),
+        ("--rate", "inf", 2, "inf is not in the range 0<=x<=100000"),
+        ("--speed", "inf", 2, "inf is not in the range 0<=x<=100000"),
         ("--certificate", "/no/such.pem", 1, "certificate /no/such.pem: No such file"),
         ("--certificate", __file__, 1, f"certificate {__file__}: "),
         ("--replay", "/no/such.jsonl", 1, "No such file or directory: '/no/such.jsonl'"),

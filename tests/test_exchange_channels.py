@@ -2,12 +2,9 @@
 
 import itertools
 import re
-from collections.abc import Iterator
 from typing import Any
 
-import pytest
-
-from tests.exchange_client import Client, apply_book, connect, exchange, get
+from tests.exchange_client import apply_book, connect, exchange, get
 from tests.support import in_loop
 
 TRADE = {
@@ -19,17 +16,6 @@ TICKER = {
     "open_interest", "mark_price", "best_ask_price", "best_bid_price", "best_ask_amount", "best_bid_amount",
     "estimated_delivery_price",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with exchange("--rate", "1500") as (address, _):
-        yield address
-
-
-async def subscribe(client: Client, *channels: str) -> None:
-    answer = await client.ask("private/subscribe", channels=list(channels))
-    assert sorted(answer["result"]) == sorted(channels)
 
 
 def check_chain(frames: list[dict[str, Any]]) -> dict[str, dict[float, float]]:
@@ -72,7 +58,7 @@ async def test_books_of_all_intervals_chain_and_end_as_the_true_book() -> None:
     with exchange("--rate", "3000") as (url, _):
         async with connect(url) as client:
             await client.log_in()
-            await subscribe(client, *channels)
+            await client.subscribe(*channels, way="private")
             for channel in channels:
                 await client.wait_data(channel, 4)
             true = dict.fromkeys(("BTC-PERPETUAL", "ETH_USDC-PERPETUAL"))
@@ -97,12 +83,12 @@ async def test_books_of_all_intervals_chain_and_end_as_the_true_book() -> None:
 
 
 @in_loop
-async def test_a_snapshot_in_the_middle_of_a_window_fits_the_chain_of_those_who_came_before(url: str) -> None:
-    async with connect(url) as first:
+async def test_a_snapshot_in_the_middle_of_a_window_fits_the_chain_of_those_who_came_before(practice: str) -> None:
+    async with connect(practice) as first:
         channel = "book.BTC-PERPETUAL.agg2"
         await first.ask("public/subscribe", channels=[channel])
         await first.wait_data(channel, 2)
-        async with connect(url) as later:
+        async with connect(practice) as later:
             await later.ask("public/subscribe", channels=[channel])
             frames = await later.wait_data(channel, 3)
             check_chain(frames)
@@ -112,11 +98,11 @@ async def test_a_snapshot_in_the_middle_of_a_window_fits_the_chain_of_those_who_
 
 
 @in_loop
-async def test_trades_of_one_instrument_and_of_a_kind_are_the_same_and_without_holes(url: str) -> None:
-    async with connect(url) as client:
+async def test_trades_of_one_instrument_and_of_a_kind_are_the_same_and_without_holes(practice: str) -> None:
+    async with connect(practice) as client:
         await client.log_in()
         one, wide, every = "trades.ETH-PERPETUAL.raw", "trades.future.ETH.100ms", "trades.any.any.agg2"
-        await subscribe(client, one, wide, every)
+        await client.subscribe(one, wide, every, way="private")
         await client.wait_data(one, 20)
         await client.wait_data(every, 2)
         trades = [trade for data in client.data(one) for trade in data]
@@ -139,9 +125,7 @@ async def test_trades_of_one_instrument_and_of_a_kind_are_the_same_and_without_h
 async def test_an_options_trade_has_iv_and_a_combos_trade_is_on_its_legs_too() -> None:
     with exchange("--rate", "6000", "--options", "60") as (url, _):
         async with connect(url) as client:
-            await subscribe_public(
-                client, "trades.option.any.100ms", "trades.combo.any.100ms", "trades.future.any.100ms"
-            )
+            await client.subscribe("trades.option.any.100ms", "trades.combo.any.100ms", "trades.future.any.100ms")
             await client.wait_data("trades.combo.any.100ms", 2)
             trades = [trade for data in client.data("trades.combo.any.100ms") for trade in data]
             combo = next(trade for trade in trades if "legs" in trade)  # of one sweep the last trade has them
@@ -159,53 +143,37 @@ async def test_an_options_trade_has_iv_and_a_combos_trade_is_on_its_legs_too() -
             assert all(0 < trade["iv"] < 500 for trade in options)
 
 
-async def subscribe_public(client: Client, *channels: str) -> None:
-    answer = await client.ask("public/subscribe", channels=list(channels))
-    assert sorted(answer["result"]) == sorted(channels)
-
-
 @in_loop
-async def test_tickers_agree_with_the_book(url: str) -> None:
-    async with connect(url) as client:
+async def test_tickers_agree_with_the_book(practice: str) -> None:
+    async with connect(practice) as client:
         await client.log_in()
-        await subscribe(client, "book.BTC-PERPETUAL.raw", "ticker.BTC-PERPETUAL.raw", "quote.BTC-PERPETUAL")
-        await client.wait_data("ticker.BTC-PERPETUAL.raw", 60)
+        book, ticker, quote = "book.BTC-PERPETUAL.raw", "ticker.BTC-PERPETUAL.raw", "quote.BTC-PERPETUAL"
+        await client.subscribe(book, ticker, quote, way="private")
+        await client.wait_data(ticker, 60)
         levels: dict[str, dict[float, float]] = {"bids": {}, "asks": {}}
         tops = set()
-        for data in client.data("book.BTC-PERPETUAL.raw"):
+        for data in client.data(book):
             apply_book(levels, data)
             tops.add((max(levels["bids"]), min(levels["asks"])))
         # A ticker may come before the book change that it shows: the newest ones are left out.
-        for data in client.data("ticker.BTC-PERPETUAL.raw")[1:50]:
+        for data in client.data(ticker)[1:50]:
             assert set(data) >= TICKER | {"current_funding", "funding_8h", "interest_value"}
             assert (data["best_bid_price"], data["best_ask_price"]) in tops
             assert data["best_bid_price"] < data["best_ask_price"]
             assert abs(data["mark_price"] / data["best_bid_price"] - 1) < 0.01
-        assert list(client.data("quote.BTC-PERPETUAL")[0]) == [
+        assert list(client.data(quote)[0]) == [
             "timestamp", "instrument_name",
             "best_ask_price", "best_bid_price", "best_ask_amount", "best_bid_amount",
         ]  # fmt: skip
 
 
-def find_name(url: str, kind: str) -> str:
-    names = [
-        row["instrument_name"] for row in get(url, "public/get_instruments", currency="BTC", kind=kind)[1]["result"]
-    ]
-    last: str = max(names)
-    return last
-
-
-def test_tickers_of_every_kind_have_their_own_members(url: str) -> None:
-    option, dated = find_name(url, "option"), find_name(url, "future")
-    dated = next(
-        row["instrument_name"]
-        for row in get(url, "public/get_instruments", currency="BTC", kind="future")[1]["result"]
-        if row["settlement_period"] != "perpetual"
-    )
-    spread, spot = find_name(url, "future_combo"), "BTC_USDC"
-    ticker = {
-        name: get(url, "public/ticker", instrument_name=name)[1]["result"] for name in (option, dated, spread, spot)
-    }
+def test_tickers_of_every_kind_have_their_own_members(practice: str) -> None:
+    rows = get(practice, "public/get_instruments", currency="BTC")[1]["result"]
+    dated_first = sorted(rows, key=lambda row: row["expiration_timestamp"])
+    kinds = ("option", "future", "future_combo", "spot")
+    names = [next(row["instrument_name"] for row in dated_first if row["kind"] == kind) for kind in kinds]
+    ticker = {name: get(practice, "public/ticker", instrument_name=name)[1]["result"] for name in names}
+    option, dated, spread, spot = names
     assert set(ticker[option]["greeks"]) == {"delta", "gamma", "vega", "theta", "rho"}
     wanted = {"mark_iv", "bid_iv", "ask_iv", "underlying_price", "underlying_index", "interest_rate"}
     assert wanted <= set(ticker[option])
@@ -216,7 +184,7 @@ def test_tickers_of_every_kind_have_their_own_members(url: str) -> None:
 
 
 @in_loop
-async def test_an_incremental_ticker_merges_to_the_full_one(url: str) -> None:
+async def test_an_incremental_ticker_merges_to_the_full_one(practice: str) -> None:
     def merge(into: dict[str, Any], changes: dict[str, Any]) -> None:
         for key, value in changes.items():
             if isinstance(value, dict):
@@ -224,17 +192,17 @@ async def test_an_incremental_ticker_merges_to_the_full_one(url: str) -> None:
             else:
                 into[key] = value
 
-    async with connect(url) as client:
+    async with connect(practice) as client:
         channel = "incremental_ticker.BTC-PERPETUAL"
-        await subscribe_public(client, channel)
+        await client.subscribe(channel)
         frames = await client.wait_data(channel, 3)
         assert [frame["type"] for frame in frames[:3]] == ["snapshot", "change", "change"]
         assert len(frames[1]) < len(frames[0])
         merged: dict[str, Any] = {}
         for frame in frames:
             merge(merged, frame)
-        async with connect(url) as other:
-            await subscribe_public(other, channel)
+        async with connect(practice) as other:
+            await other.subscribe(channel)
             snapshot = (await other.wait_data(channel))[0]
             await client.wait(lambda: client.data(channel)[-1]["timestamp"] >= snapshot["timestamp"], "the same frame")
         for frame in client.data(channel)[len(frames) :]:
@@ -258,11 +226,11 @@ OTHERS = {
 
 
 @in_loop
-async def test_the_other_channels_have_their_shapes(url: str) -> None:
-    async with connect(url) as client:
+async def test_the_other_channels_have_their_shapes(practice: str) -> None:
+    async with connect(practice) as client:
         lists = ["deribit_price_ranking.btc_usd", "markprice.options.btc_usd"]
         quiet = ["announcements", "instrument.state.any.any", "instrument.creation.option.BTC"]
-        await subscribe_public(client, *OTHERS, *lists, *quiet, "estimated_expiration_price.btc_usd")
+        await client.subscribe(*OTHERS, *lists, *quiet, "estimated_expiration_price.btc_usd")
         for channel, members in OTHERS.items():
             assert set((await client.wait_data(channel))[0]) == members, channel
         assert set((await client.wait_data(lists[0]))[0][0]) == {
@@ -281,12 +249,12 @@ async def test_the_other_channels_have_their_shapes(url: str) -> None:
 
 
 @in_loop
-async def test_users_channels_tell_of_orders_trades_changes_and_the_portfolio(url: str) -> None:
-    async with connect(url) as client:
+async def test_users_channels_tell_of_orders_trades_changes_and_the_portfolio(practice: str) -> None:
+    async with connect(practice) as client:
         await client.log_in()
         single, rows = "user.orders.any.any.raw", "user.orders.future.BTC.100ms"
         trades, changes, money = "user.trades.any.any.100ms", "user.changes.BTC-PERPETUAL.raw", "user.portfolio.btc"
-        await subscribe(client, single, rows, trades, changes, money, "user.access_log")
+        await client.subscribe(single, rows, trades, changes, money, "user.access_log", way="private")
         assert (await client.wait_data(single))[0]["order_state"] == "filled"
         assert (await client.wait_data(rows))[0][0]["instrument_name"].startswith("BTC-")
         own = (await client.wait_data(trades))[0][0]
