@@ -5,40 +5,32 @@ They live in an environment of their own (make conformance), whose Python COLLEC
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.certificate import HAS_OPENSSL, make_certificate
-from tests.support import collector, running
+from tests.exchange_client import exchange
+from tests.support import running
 
 PYTHON = os.environ.get("COLLECTOR_CONFORMANCE", "")
 
 pytestmark = pytest.mark.skipif(not PYTHON, reason="COLLECTOR_CONFORMANCE names no Python with the clients")
 
 
-@contextmanager
-def exchange(*options: str) -> Iterator[str]:
-    """Run the practice exchange; give its host and port."""
-    with running(*collector("exchange", *options)) as program:
-        yield program.wait_line(r"listening on wss?://([\d.]+:\d+)/")[1]
-
-
-def run_client(name: str, host: str, **env: str) -> dict[str, Any]:
+def run_client(name: str, url: str, **env: str) -> dict[str, Any]:
     """Run one client until it has received all that it asked for; return what it printed."""
     script = Path(__file__).with_name(f"client_{name}.py")
-    with running(PYTHON, str(script), host, env=env) as program:
+    with running(PYTHON, str(script), url.split("/")[2], env=env) as program:
         assert program.wait_exit(60) == 0, program.text()
         received: dict[str, Any] = json.loads(program.out[-1])
         return received
 
 
 def test_ccxt() -> None:
-    with exchange() as host:
-        got = run_client("ccxt", host)
+    with exchange(own_credits=False) as (url, _):
+        got = run_client("ccxt", url)
     assert got["markets"] > 100
     assert got["book"]["bid"] < got["book"]["ask"]
     assert got["book"]["levels"] > 20
@@ -47,8 +39,8 @@ def test_ccxt() -> None:
 
 
 def test_typed_deribit() -> None:
-    with exchange() as host:
-        got = run_client("typed_deribit", host)
+    with exchange(own_credits=False) as (url, _):
+        got = run_client("typed_deribit", url)
     assert got["markets"] > 10
     first, *changes = got["book"]
     assert first["type"] == "snapshot"
@@ -63,8 +55,8 @@ def test_typed_deribit() -> None:
 def test_cryptofeed(tmp_path: Path) -> None:
     own = make_certificate(tmp_path)
     keys = {"CLIENT_ID": "practice", "CLIENT_SECRET": "practice"}
-    with exchange("--certificate", own) as host:
-        got = run_client("cryptofeed", host, SSL_CERT_FILE=own, REQUESTS_CA_BUNDLE=own, **keys)
+    with exchange("--certificate", own, own_credits=False) as (url, _):
+        got = run_client("cryptofeed", url, SSL_CERT_FILE=own, REQUESTS_CA_BUNDLE=own, **keys)
     assert got["snapshots"] == 1
     assert got["l2_book"]["book"]["bid"] > 10
     assert got["l1_book"]["bid_price"] < got["l1_book"]["ask_price"]
