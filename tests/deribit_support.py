@@ -104,15 +104,18 @@ async def connected(
 
 
 Script = Callable[[dict[str, Any], int], dict[str, Any] | None]
-"""What a server answers to a request, the n-th (1, 2 ...) with its method: members of the answer, None for the usual.
+"""What a server answers to params, the n-th (1, 2 ...) of their method: members of the answer, None for the usual.
 
 With `close: True` it closes in the same breath.
 """
 
 
 @asynccontextmanager
-async def scripted(script: Script) -> AsyncIterator[str]:
-    """A server in the test's own loop, for answers that the practice exchange does not give; yields its URL."""
+async def scripted(stem: str, script: Script) -> AsyncIterator[str]:
+    """A server in the test's own loop, for answers that the practice exchange does not give; yields its URL.
+
+    The methods that begin with `stem` are answered by the script, others as on good days.
+    """
     seen: Counter[str] = Counter()
 
     async def serve(request: web.Request) -> web.WebSocketResponse:
@@ -120,9 +123,10 @@ async def scripted(script: Script) -> AsyncIterator[str]:
         await socket.prepare(request)
         async for message in socket:
             asked = json.loads(message.data)
-            method = asked["method"]
+            method, params = asked["method"], asked["params"]
             seen[method] += 1
-            answer = script(asked, seen[method]) or {"result": make_result(method, asked["params"])}
+            answer = script(params, seen[method]) if method.startswith(stem) else None
+            answer = answer or {"result": make_result(method, params)}
             closes = answer.pop("close", False)
             await socket.send_json({"jsonrpc": "2.0", "id": asked["id"], **answer})
             if closes:

@@ -28,6 +28,7 @@ from tests.deribit_support import (
     TICKER,
     TRADES,
     Ear,
+    Script,
     connected,
     name_faults,
     scripted,
@@ -204,10 +205,10 @@ async def test_a_no_for_good_counts_also_where_the_exchange_closes_with_it(metho
     """That the connection has ended is known sooner than what came of its last answer."""
     settings: dict[str, Any] = {"login": LOGIN._replace(signed=False), "channels": [QUOTE], "retry_count": 2}
 
-    def refuse(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        return {"error": {"code": code, "message": "no"}, "close": True} if asked["method"] == method else None
+    def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
+        return {"error": {"code": code, "message": "no"}, "close": True}
 
-    async with scripted(refuse) as url, connected(url, live=False, **settings) as (client, ear):
+    async with scripted(method, refuse) as url, connected(url, live=False, **settings) as (client, ear):
         with pytest.raises(Refused, match=f"{method}: {code}"):
             await client.connect()
         assert (client.exit, client.attempts, ear.find("backoff")) == (exit, 1, [])
@@ -218,14 +219,12 @@ async def test_a_no_for_good_counts_also_where_the_exchange_closes_with_it(metho
 async def test_a_signature_that_ends_the_connection_is_followed_by_id_and_secret_on_the_next() -> None:
     grants = []
 
-    def refuse(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        if asked["method"] != "public/auth":
-            return None
-        grants.append(asked["params"]["grant_type"])
+    def refuse(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        grants.append(params["grant_type"])
         return {"error": {"code": 13004}, "close": True} if grants[-1] == "client_signature" else None
 
     settings: dict[str, Any] = {"login": LOGIN, "retry_count": 3}
-    async with scripted(refuse) as url, connected(url, **settings) as (client, _):
+    async with scripted("public/auth", refuse) as url, connected(url, **settings) as (client, _):
         assert client.get_state()["authenticated"]
         assert grants == ["client_signature", "client_credentials"]
 
@@ -235,15 +234,13 @@ async def test_after_a_login_with_id_and_secret_the_next_is_signed_again() -> No
     """Also where the connection had ended before that login was answered: on the second here."""
     grants = []
 
-    def answer(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        if asked["method"] != "public/auth":
-            return None
-        grants.append(asked["params"]["grant_type"])
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        grants.append(params["grant_type"])
         refused: dict[str, Any] = {"error": {"code": 13004}}
         return [refused, refused | {"close": True, "error": {"code": 11094}}, None, None][number - 1]
 
     settings: dict[str, Any] = {"login": LOGIN, "retry_count": 3}
-    async with scripted(answer) as url, connected(url, **settings) as (client, _):
+    async with scripted("public/auth", answer) as url, connected(url, **settings) as (client, _):
         client.cut("on request")
         await wait_for(lambda: client.reconnects == 1 and client.is_live, "the next connection")
         assert grants == ["client_signature", "client_credentials", "client_credentials", "client_signature"]
@@ -288,10 +285,10 @@ async def test_tokens_that_are_dead_when_given_do_not_make_it_spin(practice: str
 async def test_a_renewal_that_fails_for_a_moment_costs_no_connection(answer: dict[str, Any]) -> None:
     """Unless the token has died meanwhile."""
 
-    def fail(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        return dict(answer) if asked["method"] == "public/auth" and number in (2, 4) else None
+    def fail(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return dict(answer) if number in (2, 4) else None
 
-    async with scripted(fail) as url, connected(url, login=LOGIN) as (client, _):
+    async with scripted("public/auth", fail) as url, connected(url, login=LOGIN) as (client, _):
         session = client.session
         for _ in range(2):  # the first fails, the next does not
             session._refresh_at = 0.0
@@ -301,26 +298,22 @@ async def test_a_renewal_that_fails_for_a_moment_costs_no_connection(answer: dic
         await wait_for(lambda: client.reconnects == 1, "the loss")
 
 
+def grant_for(life: float) -> Script:
+    """Tokens that live so long (s)."""
+    return lambda params, number: {"result": {"access_token": "a", "refresh_token": "r", "expires_in": life}}
+
+
 @pytest.mark.parametrize("life", [0, -5, 1e-9])
 @in_loop
 async def test_a_token_that_is_said_to_have_no_life_is_not_renewed_all_the_time(life: float) -> None:
-    tokens = {"access_token": "a", "refresh_token": "r", "expires_in": life}
-
-    def answer(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        return {"result": tokens} if asked["method"] == "public/auth" else None
-
-    async with scripted(answer) as url, connected(url, login=LOGIN) as (client, _):
+    async with scripted("public/auth", grant_for(life)) as url, connected(url, login=LOGIN) as (client, _):
         assert client.session._refresh_at == client.session.logged_in_at + RENEW_LEAST
 
 
 @in_loop
 async def test_a_token_whose_life_is_no_time_is_no_token() -> None:
-    tokens = {"access_token": "a", "refresh_token": "r", "expires_in": 10**400}
-
-    def answer(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        return {"result": tokens} if asked["method"] == "public/auth" else None
-
-    async with scripted(answer) as url, connected(url, live=False, login=LOGIN, retry_count=1) as (client, _):
+    settings: dict[str, Any] = {"live": False, "login": LOGIN, "retry_count": 1}
+    async with scripted("public/auth", grant_for(10**400)) as url, connected(url, **settings) as (client, _):
         with pytest.raises(Lost, match="there are no tokens in the answer"):
             await client.connect()
 
@@ -902,10 +895,10 @@ async def test_a_life_that_is_cancelled_just_as_the_connection_is_lost_is_cancel
 @pytest.mark.parametrize("turns", range(9))
 @in_loop
 async def test_a_refusal_amid_the_close_does_not_hold_it_up(turns: int) -> None:
-    def refuse(asked: dict[str, Any], number: int) -> dict[str, Any] | None:
-        return {"error": {"code": 13007}} if asked["method"] == "public/auth" and number == 2 else None
+    def refuse(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"error": {"code": 13007}} if number == 2 else None
 
-    async with scripted(refuse) as url, connected(url, login=LOGIN) as (client, ear):
+    async with scripted("public/auth", refuse) as url, connected(url, login=LOGIN) as (client, ear):
         client.session._refresh_at = 0.0
         while client.last_error is None:
             await asyncio.sleep(0)

@@ -515,13 +515,11 @@ async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() 
     """The third is not: what the two before it brought need not be fetched again."""
     channel, asked = "trades.future.any.100ms", list[tuple[str, int]]()
 
-    def script(request: dict[str, Any], count: int) -> dict[str, Any] | None:
-        if not request["method"].startswith("public/get_last_trades"):
-            return None
-        asked.append((request["params"]["currency"], request["params"]["start_timestamp"]))
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        asked.append((params["currency"], params["start_timestamp"]))
         return {"result": {"trades": [], "has_more": False}} | ({"id": 1} if count == 3 else {})
 
-    async with scripted(script) as url, collecting(url, "", channel, timeout=2.0) as run:
+    async with scripted("public/get_last_trades", script) as url, collecting(url, "", channel, timeout=2.0) as run:
         (feed,) = run.worker.feeds.values()
         assert isinstance(feed, TradeFeed)
         await wait_for(lambda: run.worker.client.is_live and feed.losses.confirmed_at, "the confirmation")
