@@ -159,6 +159,12 @@ def encode_data(channel: str, data: Any) -> bytes:
     return msgspec.json.encode({"jsonrpc": "2.0", "method": "subscription", "params": params})
 
 
+def make_trade(seq: int, **more: Any) -> dict[str, Any]:
+    """A trade as a frame of the exchange has it."""
+    trade = {"instrument_name": "BTC-PERPETUAL", "trade_seq": seq, "trade_id": str(seq), "price": 1.5, "amount": 1.0}
+    return {**trade, "direction": "buy", **more}
+
+
 def run_healing(healing: Healing, answer: Callable[[Ask], Page | None]) -> list[Ask]:
     """Answer all that it asks; return that."""
     asked: list[Ask] = []

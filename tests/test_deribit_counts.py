@@ -16,6 +16,7 @@ from collector.client.orderbook import OrderBook
 from collector.client.stream import read_message
 from collector.client.verify import Verifier
 from tests.collected import collected
+from tests.deribit_support import make_trade
 from tests.exchange_client import get
 from tests.faults.exchange import Line
 from tests.faults.programs import Recorder, list_futures
@@ -37,12 +38,9 @@ START = 1_790_000_000_000
 """ms."""
 
 
-def make_trade(seq: int, at: int) -> dict[str, Any]:
+def trade_at(seq: int, at: int) -> dict[str, Any]:
     """A trade of the exchange, `at` ms after START."""
-    return {
-        "instrument_name": NAME, "trade_seq": seq, "trade_id": f"{seq}-{at}", "price": 1.5, "amount": 1.0,
-        "direction": "buy", "timestamp": START + at,
-    }  # fmt: skip
+    return make_trade(seq, trade_id=f"{seq}-{at}", timestamp=START + at)
 
 
 class Life:
@@ -65,11 +63,11 @@ class Life:
 
     def take(self, *trades: tuple[int, int]) -> list[Any]:
         """A frame comes; return what is said of it."""
-        return self._publish(self.feed.take(LINE.encode([make_trade(*each) for each in trades]), 7))
+        return self._publish(self.feed.take(LINE.encode([trade_at(*each) for each in trades]), 7))
 
     def fetch(self, *trades: tuple[int, int]) -> list[Any]:
         """Fetched trades come; return what is said of them."""
-        rows = msgspec.convert([make_trade(*each) for each in trades], list[TradeData])
+        rows = msgspec.convert([trade_at(*each) for each in trades], list[TradeData])
         return self._publish(self.feed.backfill(rows, 7))
 
     def heal(self, *history: tuple[int, int]) -> list[Any]:
@@ -86,7 +84,7 @@ class Life:
                     found = [each for each in history if fits(each, step.params)]
                     has_more, found = len(found) > self.page, found[: self.page]
                     said += self.fetch(*found)
-                    page = Page(msgspec.convert([make_trade(*each) for each in found], list[TradeData]), has_more)
+                    page = Page(msgspec.convert([trade_at(*each) for each in found], list[TradeData]), has_more)
         return said
 
     def end(self) -> list[Any]:
@@ -251,7 +249,7 @@ def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_l
 
 @pytest.mark.parametrize("name", ["null", "-1", "[]", f'"{NAME}"'])
 def test_what_an_unreadable_frame_held_is_fetched_also_where_it_names_no_instrument(life: Life, name: str) -> None:
-    life.feed.skip(LINE.encode([make_trade(104, 30) | {"price": None}]).replace(f'"{NAME}"'.encode(), name.encode()), 8)
+    life.feed.skip(LINE.encode([trade_at(104, 30) | {"price": None}]).replace(f'"{NAME}"'.encode(), name.encode()), 8)
     assert life.heal((103, 20), (104, 30)) == [("sequence", 104), -104, []]
 
 
@@ -306,7 +304,7 @@ def test_nor_does_an_exchange_that_tells_no_times(life: Life) -> None:
     with suppress(StopIteration):
         while asked < 100:
             asked += isinstance(healing.send(page), Ask)
-            page = Page(msgspec.convert([make_trade(3, -START)], list[TradeData]), True)
+            page = Page(msgspec.convert([trade_at(3, -START)], list[TradeData]), True)
     assert 1 < asked < 100
 
 

@@ -24,6 +24,7 @@ from tests.deribit_support import (
     encode_data,
     living,
     make_spec,
+    make_trade,
     wait_for,
 )
 from tests.exchange_client import exchange, get
@@ -204,10 +205,7 @@ async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(
 ) -> None:
     """By the exchange's clock, which may be 76 years ahead of ours."""
     async with collecting(practice, faults, "trades.option.BTC.100ms", breaks="time" * bool(faults)) as run:
-        rows = [
-            {"instrument_name": name, "trade_seq": 1, "trade_id": "1", "price": 1, "amount": 1, "direction": "buy"}
-            for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")
-        ]
+        rows = [make_trade(1, instrument_name=name) for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")]
         await wait_for(lambda: run.worker.client.is_live, "the connection")
         run.worker.take_frames([encode_data("trades.option.BTC.100ms", rows)], time.time_ns())
         (ended,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV20-", type="status")

@@ -26,6 +26,7 @@ from tests.deribit_support import (
     answer_nothing,
     collecting,
     encode_data,
+    make_trade,
     run_healing,
     scripted,
     wait_for,
@@ -939,10 +940,7 @@ def heal_life(life: Life, now: int) -> Healer:
 
 
 def make_option_trade(name: str, seq: int) -> TradeData:
-    return TradeData(
-        instrument_name=name, trade_seq=seq, trade_id=str(seq), price=1.5, amount=1.0, direction="buy",
-        timestamp=START // MS + 1500 + seq,
-    )  # fmt: skip
+    return msgspec.convert(make_trade(seq, instrument_name=name, timestamp=START // MS + 1500 + seq), TradeData)
 
 
 def test_our_clock_may_be_set_back_while_the_connection_is_lost(topics: Topics) -> None:
@@ -1087,10 +1085,7 @@ def fits(trade: TradeData, params: dict[str, Any]) -> bool:
 
 
 def test_a_fetched_trade_that_cannot_be_read_does_not_cost_the_others() -> None:
-    trade = {
-        "instrument_name": "BTC-PERPETUAL", "trade_seq": 7, "trade_id": "7", "price": "1.5", "amount": 1,
-        "direction": "buy", "timestamp": 5,
-    }  # fmt: skip
+    trade = make_trade(7, price="1.5", amount=1, timestamp=5)
     page = read_page({"trades": [trade, trade | {"price": None}, 5, trade | {"trade_seq": 8}], "has_more": True})
     assert [(each.trade_seq, each.price) for each in page.trades] == [(7, 1.5), (8, 1.5)]
     assert page.has_more

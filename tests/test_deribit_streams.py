@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 from collector.channels import LISTINGS, guess_expiry
-from tests.deribit_support import BOOK, QUOTE, TRADES, answer_nothing, encode_data, living, run_healing
+from tests.deribit_support import BOOK, QUOTE, TRADES, answer_nothing, encode_data, living, make_trade, run_healing
 from tests.pipeline import Subscriber, short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.connection.subscriptions import EXPIRED
@@ -28,12 +28,6 @@ EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""
 
 START = EXPIRY - 10 * DAY
-
-
-def make_trade(seq: int, **more: Any) -> dict[str, Any]:
-    """A trade as a frame has it."""
-    trade = {"instrument_name": "BTC-PERPETUAL", "trade_seq": seq, "trade_id": "1", "price": 1.0, "amount": 1.0}
-    return {**trade, "direction": "buy", **more}
 
 
 @contextmanager
