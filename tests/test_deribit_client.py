@@ -655,8 +655,9 @@ async def test_who_connects_is_not_told_that_a_client_is_closed_which_lives_on(p
 
 
 @in_loop
-async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str) -> None:
-    async with connected(practice, "drop:14,first:1", retry_count=1) as (client, ear):
+async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("workers.deribit.connection.client.LASTED", 1.0)
+    async with connected(practice, "drop:5,first:1", retry_count=1) as (client, ear):
         await wait_for(lambda: len(ear.find("live")) == 2, "the second life", timeout=30)
         assert client.reconnects == 1
 
