@@ -487,7 +487,10 @@ def test_a_channel_takes_no_topic_of_another_that_is_settled_in_another_currency
 
 
 @pytest.mark.parametrize("more", [{}, {"reason": "expired"}])
-def test_the_place_of_a_channel_that_was_given_up_serves_another(tmp_path: Path, more: dict[str, str]) -> None:
+def test_the_place_of_a_channel_that_was_given_up_serves_another(
+    tmp_path: Path, more: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.deribit.commands.LAST_HEALING", 0.1)  # of what is never connected
     channel = "trades.BTC-6NOV20.raw"
     with living(tmp_path, channel) as worker:
         worker.confirm_channels([channel])

@@ -437,8 +437,11 @@ async def test_an_exchange_that_wants_a_pause_before_an_unsubscribe_is_not_left(
 
 
 @in_loop
-async def test_an_unsubscribe_that_the_exchange_wants_again_and_again_is_given_up(practice: str) -> None:
+async def test_an_unsubscribe_that_the_exchange_wants_again_and_again_is_given_up(
+    practice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Else nothing else of the upkeep would be done any more."""
+    monkeypatch.setattr("workers.deribit.connection.reconcile.RETRY_PAUSE", 0.1)
     async with connected(practice, "error:public/unsubscribe=11094", channels=[QUOTE, BOOK]) as (client, ear):
         leaving = asyncio.create_task(client.unsubscribe([QUOTE]))
         await wait_for(lambda: client.reconciler.subscriptions.confirmed == {BOOK}, "the end of patience")
