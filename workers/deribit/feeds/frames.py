@@ -5,6 +5,7 @@ what Deribit adds to them one day is passed on as well. A frame that a typed dec
 (numbers as strings), before it counts as malformed.
 """
 
+from collections.abc import Callable
 from typing import Annotated, Any, Generic, Literal, TypeVar
 
 import msgspec
@@ -94,37 +95,34 @@ def convert_laxly(value: Any, kind: Any) -> Any:
     return msgspec.json.decode(msgspec.json.encode(loose), type=kind)
 
 
-class Reader(Generic[T]):
-    """Decodes the data of a frame to one type: strictly, else laxly, else it is Malformed."""
+def build_reader(kind: Any) -> Callable[[bytes], Any]:
+    """What decodes the data of a frame to one type: strictly, else laxly, else it is Malformed."""
+    decode = msgspec.json.Decoder(_Frame[kind]).decode
 
-    def __init__(self, kind: Any) -> None:
-        self._kind = kind
-        self._decode = msgspec.json.Decoder(_Frame[kind]).decode
-
-    def read(self, frame: bytes) -> T:
+    def read(frame: bytes) -> Any:
         try:
-            data: T = self._decode(frame).params.data
-            return data
+            return decode(frame).params.data
         except msgspec.ValidationError:
-            return self.read_laxly(frame)
+            return _read_laxly(frame, kind)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             raise Malformed(str(error)) from None
 
-    def read_laxly(self, frame: bytes) -> T:
-        try:
-            data: T = convert_laxly(_json.decode(frame)["params"]["data"], self._kind)
-            return data
-        except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
-            raise Malformed(str(error)) from None
+    return read
 
 
-read_book = Reader[BookData](BookData).read
-read_window = Reader[WindowData](WindowData).read
-read_trades = Reader[list[TradeData]](list[TradeData]).read
-read_quote = Reader[QuoteData](QuoteData).read
-read_ticker = Reader[TickerData](TickerData).read
-read_any = Reader[Any](Any).read
+def _read_laxly(frame: bytes, kind: Any) -> Any:
+    try:
+        return convert_laxly(_json.decode(frame)["params"]["data"], kind)
+    except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
+        raise Malformed(str(error)) from None
 
+
+read_book: Callable[[bytes], BookData] = build_reader(BookData)
+read_window: Callable[[bytes], WindowData] = build_reader(WindowData)
+read_trades: Callable[[bytes], list[TradeData]] = build_reader(list[TradeData])
+read_quote: Callable[[bytes], QuoteData] = build_reader(QuoteData)
+read_ticker: Callable[[bytes], TickerData] = build_reader(TickerData)
+read_any: Callable[[bytes], Any] = build_reader(Any)
 
 _decode_ticker = msgspec.json.Decoder(_Frame[Ticker]).decode
 
