@@ -58,21 +58,21 @@ class Machine:
     """One state machine: a table, the state now, and the one writer `apply`, which reports each change."""
 
     def __init__(self, table: Table, state: str, report: Callable[[str, str, str], None] | None = None) -> None:
-        self.table = table
+        self._table = table
         self.state = state
         self._report = report
 
     def apply(self, event: str) -> str:
         """Go where the table says; call report(old, event, new) if the state changed. Raises KeyError on a bug."""
         old = self.state
-        self.state = self.table[old, event]
+        self.state = self._table[old, event]
         if self.state != old and self._report is not None:
             self._report(old, event, self.state)
         return self.state
 
     def allows(self, event: str) -> bool:
         """Whether the event is possible in the state now."""
-        return (self.state, event) in self.table
+        return (self.state, event) in self._table
 
 
 class Exit(IntEnum):

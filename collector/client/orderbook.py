@@ -28,9 +28,6 @@ class Side:
         self._keys: list[float] = []  # price times sign, rising
         self._amounts: dict[float, float] = {}
 
-    def __len__(self) -> int:
-        return len(self._keys)
-
     def replace(self, levels: Iterable[Level]) -> None:
         """Forget all levels and take these ([price, amount])."""
         amounts = dict(levels)

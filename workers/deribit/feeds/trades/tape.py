@@ -245,7 +245,7 @@ class Tape:
 
     # -- healing ------------------------------------------------------------------------------------------------------
 
-    def find_missing(self, tails: bool = True) -> tuple[int, int | None] | None:
+    def find_missing(self, tails: bool) -> tuple[int, int | None] | None:
         """The run of trade_seq to fetch: (from, to or None for open); None if nothing can be missing.
 
         Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time. Of
