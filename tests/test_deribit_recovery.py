@@ -644,7 +644,7 @@ async def test_trades_of_all_kinds_are_healed_though_those_of_spot_are_not_serve
         run.worker.client.cut("for a loss")
         await wait_for(lambda: feed.losses.lost_from is not None, "the loss")
         await wait_for(lambda: feed.losses.lost_from is None, "the healing", 60)
-        assert feed.losses.unsure_from is None
+        assert feed.losses.unanswered_from is None
         with pytest.raises(ExchangeError, match="11060"):
             await run.worker.client.send("public/get_last_trades_by_currency", {"currency": "BTC"})
 
@@ -673,7 +673,7 @@ def test_spot_pairs_that_come_though_their_history_is_not_served_by_time_are_ask
     asked = run_healing(heal_feed(feed, START + 5 * SECOND, 0), answer)
     runs = [ask.params["instrument_name"] for ask in asked if ask.params.get("start_seq") == 5]
     assert (runs.count("BTC_USDC"), set(runs)) == (1, {"BTC_USDC", "SOL_USDC"})
-    assert (feed.losses.lost_from, feed.losses.unsure_from) == (None, None)
+    assert (feed.losses.lost_from, feed.losses.unanswered_from) == (None, None)
     (told,) = take("ETH_USDC", 3)
     assert (told.reason, told.missing_from, told.missing_to, told.healing) == ("disconnect", 1, 2, False)
     ended = feed.end(False, START + 9 * SECOND)
@@ -731,7 +731,7 @@ def test_a_day_of_losses_that_are_all_healed_in_time_leaves_nothing_in_doubt(top
         feed.losses.add_since(now - SECOND)
         assert run_healing(heal_feed(feed, now, 0), lose_more)
         assert feed.losses.lost_from == now + SECOND
-    assert feed.losses.unsure_from is None
+    assert feed.losses.unanswered_from is None
 
 
 def test_a_channel_that_is_sent_only_while_it_is_healed_is_healed_once_more_from_then_on(topics: Topics) -> None:

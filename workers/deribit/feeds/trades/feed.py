@@ -171,8 +171,7 @@ class TradeFeed(Feed):
         self.is_ended = True
         losses.begin_healing(now)  # no other healing follows
         losses.end(is_whole=False)
-        tapes = self.tapes.values()
-        return [(t.stream, message) for t in tapes for message in t.end(is_unfinished or t.is_unserved, now)]
+        return [(tape.stream, message) for tape in self.tapes.values() for message in tape.end(is_unfinished, now)]
 
     def count_healing(self) -> int:
         """How many gaps have their repair still to come."""

@@ -17,8 +17,8 @@ class Losses:
         """Up to when it was healed while the exchange did not send it; 0: it was not."""
         self.lost_from: int | None = None
         """Since when every instrument may lack trades; None: none does."""
-        self.unsure_from: int | None = None
-        """Since when those may lack trades of which nothing has been heard, as not all could be asked for."""
+        self.unanswered_from: int | None = None
+        """Since when those may lack trades of which nothing has been heard, as not all was answered; None: none do."""
         self.unserved_from: int | None = None
         """The same of spot pairs alone: the exchange does not serve their trades by time."""
         self.away_from: int | None = None
@@ -86,12 +86,12 @@ class Losses:
         if not self.is_sent:
             self.healed_to = self._begun_at
         if not is_whole:
-            self.unsure_from = min(self.unsure_from or self.lost_from, self.lost_from)
+            self.unanswered_from = min(self.unanswered_from or self.lost_from, self.lost_from)
         self.lost_from = self.newer_from
         if self.away_from is not None:  # what is newer was lost while the connection stood, at first
             self.away_from = None if self.lost_from is None else max(self.away_from, self._begun_at)
-        open_from = [since for since in (self.unsure_from, self.lost_from) if since is not None]
+        open_from = [since for since in (self.unanswered_from, self.lost_from) if since is not None]
         cells, slot = self._ledger.cells, self._ledger.find_slot(self._channel)
         cells[slot + UNHEALED] = min(open_from, default=0)
-        if self.unsure_from is None:
+        if self.unanswered_from is None:
             cells[slot + AWAY] = self.away_from or 0

@@ -46,9 +46,8 @@ class Tape:
 
     @property
     def unsure_from(self) -> int | None:
-        """Since when it may lack trades, should nothing have been heard of it, as it could not be asked for."""
-        losses = self.losses
-        times = (losses.unsure_from, losses.unserved_from if self.is_unserved else None)
+        """Since when it may lack trades, should nothing have been heard of it: what was asked of them has no answer."""
+        times = (self.losses.unanswered_from, self.losses.unserved_from if self.is_unserved else None)
         return min((each for each in times if each is not None), default=None)
 
     def tell_known(self) -> Known:
@@ -286,7 +285,7 @@ class Tape:
         tail, said = self.tail, self.end_healing(self.holes, now)
         if tail is not None:
             said.append(self.describe_rest(tail, now))
-        elif is_unfinished and not self.stream.is_over and (gap := self.take_last(now)) is not None:
+        elif (is_unfinished or self.is_unserved) and not self.stream.is_over and (gap := self.take_last(now)):
             said.append(gap)
         return said
 
