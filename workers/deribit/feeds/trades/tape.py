@@ -208,17 +208,11 @@ class Tape:
 
     def fill(self, seq: int) -> bool:
         """Take a fetched trade; false if it is not missing, or not any more."""
-        if seq <= self.stream.last_id:
-            if (hole := self.find_hole(seq)) is None:
-                return False
-            self._fill_hole(hole, seq)
-            self.await_tail()
-            return True
-        if self.tail is not None:
-            if is_held := self.tail.holds(seq):
-                self._fill_hole(self.tail, seq)
-            return is_held
-        return self._begin_tail(seq)
+        if (hole := self.find_hole(seq)) is None:
+            return seq > self.stream.last_id and self.tail is None and self._begin_tail(seq)
+        self._fill_hole(hole, seq)
+        self.await_tail()
+        return True
 
     def _begin_tail(self, seq: int) -> bool:
         """Take the first fetched trade of a quiet tail, or of an instrument that is new to us; false if of neither."""
