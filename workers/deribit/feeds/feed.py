@@ -63,8 +63,7 @@ class Feed(ABC):
 
     def forget(self, stream: Stream) -> None:
         """Its instrument expired long ago: whoever speaks of it once more begins a new one."""
-        if self.streams.get(stream.instrument) is stream:
-            del self.streams[stream.instrument]
+        del self.streams[stream.instrument]
 
     @abstractmethod
     def take(self, frame: bytes, receive_ts: int) -> Published:

@@ -52,8 +52,7 @@ class TradeFeed(Feed):
     def forget(self, stream: Stream) -> None:
         """Its instrument expired long ago, and what is missing of it stays so."""
         super().forget(stream)
-        if (tape := self.tapes.get(stream.instrument)) is not None and tape.stream is stream:
-            del self.tapes[stream.instrument]
+        del self.tapes[stream.instrument]
 
     # -- as they come -------------------------------------------------------------------------------------------------
 
