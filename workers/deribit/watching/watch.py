@@ -1,5 +1,7 @@
 """When lag is more than chance: judged on what was seen before. No I/O, no clock; times are ns."""
 
+import math
+
 from workers.deribit.feeds.rhythm import SECOND
 
 LAGGING, TOO_FAR_BEHIND = 5 * SECOND, 30 * SECOND
@@ -11,8 +13,6 @@ LASTING = 5
 RISEN = 3 * SECOND
 """Lag rises once it is so much above its least: less is a busy machine, or the clock's error."""
 
-NEVER = 1 << 63
-
 RECONNECT_ONCE_IN = 60 * SECOND
 """Time between reconnections that nothing but our own judgement asks for."""
 
@@ -23,7 +23,7 @@ class LagWatch:
     def __init__(self) -> None:
         self._least: int | None = None
         self._lags: list[int] = []
-        self._least_far = NEVER
+        self._least_far = math.inf
         self.is_lagging = False
 
     def add(self, lag: int) -> None:
@@ -39,5 +39,5 @@ class LagWatch:
         self._lags = [*self._lags[1 - LASTING :], least]
         lasting = min(self._lags) if len(self._lags) == LASTING else 0
         self.is_lagging = lasting > LAGGING
-        self._least_far = min(self._least_far, lasting) if lasting > TOO_FAR_BEHIND else NEVER
+        self._least_far = min(self._least_far, lasting) if lasting > TOO_FAR_BEHIND else math.inf
         return least > self._least_far + RISEN
