@@ -44,6 +44,12 @@ class OwnSocket:
         self.socket: zmq.Socket[bytes] = self._context.socket(kind)
         self.socket.setsockopt(zmq.LINGER, 0)
 
+    def _connect_socket(self, endpoint: str) -> None:
+        try:
+            self.socket.connect(endpoint)
+        except zmq.ZMQError as error:
+            raise ValueError(f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port") from None
+
     def disconnect(self) -> None:
         """Leave; the collector goes on. The end of a `with` block does the same."""
         if self._context.closed:
@@ -83,13 +89,7 @@ class Control(OwnSocket):
         self.socket.setsockopt(zmq.REQ_CORRELATE, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY)
         self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
-        try:
-            self.socket.connect(self.endpoint)
-        except zmq.ZMQError as error:
-            self.disconnect()
-            raise ValueError(
-                f"{self.endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
-            ) from None
+        self._connect_socket(self.endpoint)
 
     def connect(self, table: dict[str, Any]) -> dict[str, Any]:
         """Add a connection: a table as in the configuration file. Returns its state, once it is live."""

@@ -120,12 +120,7 @@ class Subscriber(OwnSocket):
 
     def _connect(self, endpoints: Iterable[str]) -> None:
         for endpoint in sorted(set(endpoints) - self.endpoints):
-            try:
-                self.socket.connect(endpoint)
-            except zmq.ZMQError as error:
-                raise ValueError(
-                    f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port"
-                ) from None
+            self._connect_socket(endpoint)
             self.endpoints.add(endpoint)
             self._sequence.note_asked()
 
