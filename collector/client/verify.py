@@ -44,14 +44,14 @@ class Finding(NamedTuple):
 
 
 class Verifier:
-    """Checks every message of a wire against RULES, and counts."""
+    """Checks every message of a wire against RULES, and counts. `topics` has the checks of each topic."""
 
     def __init__(self) -> None:
         self.messages = 0
         self.wrong: Counter[str] = Counter()
-        self.topics: Counter[Topic] = Counter()
+        self.topics: dict[Topic, list[Check]] = {}
+        self._read = 0
         self._sequence = SequenceCheck()
-        self._checks: dict[Topic, list[Check]] = {}
         self._expected: dict[str, int] = {}
 
     def expect(self, connection: str, steady_ns: int) -> None:
@@ -79,23 +79,22 @@ class Verifier:
             if name not in heard and steady_ns - since > SILENCE:
                 fault = ("heartbeat", f"none in {(steady_ns - since) / 1e9:.1f} s")
                 findings += self._count(f"{EXCHANGE}.heartbeat.{name}.1s", [fault])
-        for topic, checks in self._checks.items():
+        for topic, checks in self.topics.items():
             for check in checks:
                 findings += self._count(str(topic), check.finish(steady_ns))
         return findings
 
     def count_checks(self) -> Counter[str]:
         """How often each rule was put to the test."""
-        read = sum(self.topics.values())
-        counts = Counter({"envelope": self.messages, "schema": read, "sequence": read, "epoch": read})
-        for checks in self._checks.values():
+        counts = Counter({"envelope": self.messages} | dict.fromkeys(("schema", "sequence", "epoch"), self._read))
+        for checks in self.topics.values():
             for check in checks:
                 counts.update(dict.fromkeys(check.rules, check.count))
         return counts
 
     def count_missing(self) -> tuple[int, int]:
         """Gaps on trades that wait for their repair, and trades that stay missing: announced, so no rule is broken."""
-        checks = [check for checks in self._checks.values() for check in checks if isinstance(check, Trades)]
+        checks = [check for checks in self.topics.values() for check in checks if isinstance(check, Trades)]
         return sum(check.healing for check in checks), sum(check.missing for check in checks)
 
     def _find_faults(self, message: Message, now: Now) -> Iterator[Fault]:
@@ -114,13 +113,13 @@ class Verifier:
             yield "epoch" if loss.reason == "epoch" else "sequence", str(loss).partition(": ")[2]
             if loss.reason != "sequence":
                 return
-        if message.topic not in self.topics and len(self.topics) >= MAX_TOPICS:
-            yield "envelope", f"more than {MAX_TOPICS} topics"
-            return
-        self.topics[message.topic] += 1
-        if message.topic not in self._checks:
-            self._checks[message.topic] = create_checks(message.topic.type)
-        for check in self._checks[message.topic]:
+        if message.topic not in self.topics:
+            if len(self.topics) >= MAX_TOPICS:
+                yield "envelope", f"more than {MAX_TOPICS} topics"
+                return
+            self.topics[message.topic] = create_checks(message.topic.type)
+        self._read += 1
+        for check in self.topics[message.topic]:
             if loss is not None:
                 check.forget()
             if not faults:
@@ -134,7 +133,7 @@ class Verifier:
             self.expect(name, now)
         elif message.topic.type == "status":
             self._expected.pop(name, None)
-            for check in self._checks.get(Topic(EXCHANGE, "heartbeat", name, "1s"), ()):
+            for check in self.topics.get(Topic(EXCHANGE, "heartbeat", name, "1s"), ()):
                 check.forget()
 
     def _count(self, topic: str, faults: Iterable[Fault]) -> list[Finding]:
