@@ -158,10 +158,6 @@ class OrderBook:
     def _break(self, why: str) -> None:
         self._why = f"{why}; {_WAITING}"
 
-    def _require_sync(self) -> None:
-        if not self.in_sync:
-            raise NotInSync(f"{self.topic or 'book'}: {self._why or self._suspended}")
-
     @property
     def bids(self) -> list[Level]:
         """All bids as (price, amount), highest price first."""
@@ -174,7 +170,8 @@ class OrderBook:
 
     def get_depth(self, levels: int | None) -> tuple[list[Level], list[Level]]:
         """The best `levels` bids and asks (None: all). Raises NotInSync."""
-        self._require_sync()
+        if not self.in_sync:
+            raise NotInSync(f"{self.topic or 'book'}: {self._why or self._suspended}")
         return self._bids.get_levels(levels), self._asks.get_levels(levels)
 
     def best(self) -> tuple[Level | None, Level | None]:
