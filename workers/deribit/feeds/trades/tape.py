@@ -284,17 +284,9 @@ class Tape:
         return said
 
     def _close_hole(self, hole: Hole, now: int) -> list[Gap | Repair]:
-        stream, unsure_from = self.stream, self.unsure_from
-        missing, gap, said = hole.list_missing(), hole.gap, []
+        stream, gap, said = self.stream, hole.gap, []
+        missing = hole.list_missing() if gap is not None else self._list_unannounced(hole)
         if gap is None:
-            last = stream.last_id if hole.last is None else hole.last
-            if 0 < last < hole.first and hole.last is not None:
-                return []  # it was a doubt, which tells nothing of what came first
-            first = min(hole.came, default=last + 1)
-            self._note_first(first)
-            if unsure_from is not None and hole.first < first:
-                missing.insert(0, (hole.first, first - 1))
-                self._note_first(hole.first)
             if not missing:
                 return []
             gap = self._describe_missing(missing[0][0], missing[-1][1], now)
@@ -306,6 +298,18 @@ class Tape:
         self.topics.repaired += repaired
         self.topics.missing += sum(last - first + 1 for first, last in missing)
         return [*said, Repair(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, gap.id, repaired, missing)]
+
+    def _list_unannounced(self, hole: Hole) -> list[tuple[int, int]]:
+        """What is missing of a hole without a gap; before the first trade that came, if that was not answered."""
+        if hole.last is not None and 0 < hole.last < hole.first:
+            return []  # it was a doubt, which tells nothing of what came first
+        missing = hole.list_missing()
+        first = min(hole.came, default=1 + (self.stream.last_id if hole.last is None else hole.last))
+        if self.unsure_from is not None and hole.first < first:
+            missing.insert(0, (hole.first, first - 1))
+            first = hole.first
+        self._note_first(first)
+        return missing
 
     def note_out(self) -> None:
         """What healing brought is surely out: a later life need not fetch it again."""
