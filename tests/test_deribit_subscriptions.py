@@ -135,6 +135,22 @@ def test_what_has_expired_is_left_and_asked_for_again_only_on_a_new_wish() -> No
     assert subscriptions.plan_calls(False) == [Call("public/subscribe", (BOOK,))]
 
 
+def test_what_only_a_clock_has_ended_is_known_until_the_exchange_says_it_or_somebody_wants_it_again() -> None:
+    subscriptions = subscribe(QUOTE, BOOK)
+    assert subscriptions.expire([QUOTE], by_clock=True) == [QUOTE]
+    assert subscriptions.expire([BOOK]) == [BOOK]
+    assert subscriptions.expire([BOOK], by_clock=True) == []
+    assert subscriptions.presumed == {QUOTE}
+    subscriptions.forget()
+    assert subscriptions.presumed == {QUOTE}
+    assert subscriptions.expire([QUOTE]) == []
+    assert subscriptions.presumed == set()
+    subscriptions.ask([QUOTE])
+    subscriptions.expire([QUOTE], by_clock=True)
+    subscriptions.drop([QUOTE])
+    assert subscriptions.presumed == set()
+
+
 def test_what_is_unwanted_is_unsubscribed() -> None:
     subscriptions = subscribe(QUOTE, *OWN)
     for call in subscriptions.plan_calls(True):

@@ -295,6 +295,54 @@ async def test_what_has_ended_by_its_name_is_left_once_it_is_silent_and_not_befo
             assert (channels["refused"], channels["confirmed"]) == (dict.fromkeys(ended, EXPIRED), [TICKER])
 
 
+@in_loop
+async def test_what_a_wrong_clock_had_ended_is_taken_up_again_once_the_clock_is_right() -> None:
+    """The exchange's clock is 76 years ahead on the first connection; a minute of silence is given by this test."""
+    with exchange("--rate", "600") as (url, _):
+        rows = get(url, "public/get_instruments", kind="future")[1]["result"]
+        first, second, third, *_ = (row["instrument_name"] for row in rows if row["settlement_period"] != "perpetual")
+        early, refused, over = [f"quote.{first}", f"trades.{first}.100ms"], f"quote.{second}", f"quote.{third}"
+        muted = ",".join(f"mute:{name}@2" for name in (*early, over))
+        faults = f"clock:2400000000000,drop_subscribe:{refused}@2,{muted},first:1"
+        async with collecting(url, faults, *early, refused, over, TICKER, breaks="time") as run:
+            client, patrol = run.worker.client, run.worker.patrol
+            await run.hearer.hear_of("deribit.ticker.", 40)
+            client.reconciler.expire([over])  # the exchange has said so
+            for name in early:
+                feed = run.worker.feeds[name.encode()]
+                feed.rhythm.restart(feed.last_ts, time.monotonic_ns() - 61 * SECOND)
+            await patrol._look_at_all(0)
+            topics = [f"deribit.quote.{first}.", f"deribit.trade.{first}.", f"deribit.quote.{second}."]
+            for topic in (*topics, f"deribit.quote.{third}."):
+                await run.hearer.hear_of(topic, type="status", state="expired")
+            ends = [run.hearer.find(topic, state="expired")[0] for topic in topics]
+            client.cut("the test wants it so")
+            await run.hearer.hear_of("deribit.ticker.", type="gap")
+            await wait_for(lambda: client.machine.state == "live", "it to be live: data come a little before")
+            await patrol._look_at_all(0)
+            for topic, end in zip(topics, ends, strict=True):
+                await run.hearer.hear_of(topic, type="status", state="live", epoch=end["epoch"] + 1)
+                (first_word,) = run.hearer.find(topic, epoch=end["epoch"] + 1, seq=1)
+                assert (first_word["state"], first_word["reason"]) == BEGINNING
+            channels = (await run.get_state())["channels"]
+            assert (channels["refused"], channels["confirmed"]) == ({over: EXPIRED}, sorted([*early, refused, TICKER]))
+
+
+@in_loop
+async def test_what_is_late_has_not_ended() -> None:
+    """The day of the instrument and a minute of silence are given by this test."""
+    with exchange("--rate", "600") as (url, _):
+        async with collecting(url, f"lag:6@1,mute:{SPOT}@2", SPOT, TICKER) as run:
+            feed, presumed = run.worker.feeds[SPOT.encode()], run.worker.client.reconciler.subscriptions.presumed
+            await wait_for(lambda: feed.condition == LATE, "lag", 30)
+            feed.stream.expiry = time.time_ns() - 61 * SECOND
+            feed.rhythm.restart(feed.last_ts, time.monotonic_ns() - 61 * SECOND)
+            await run.worker.patrol._look_at_all(0)
+            run.hearer.drain()
+            await run.hearer.hear_of("deribit.ticker.", len(run.hearer.find("deribit.ticker.")) + 20)
+            assert (feed.condition, presumed) == (LATE, set())
+
+
 # -- lag --------------------------------------------------------------------------------------------------------------
 
 

@@ -86,7 +86,9 @@ class Worker(Listener):
         self.statuses = Statuses(self.publisher, self.topics, self.name, *clocks)
         self.channels = Channels(self.client.reconciler.subscriptions, self.topics, self.statuses, self.healer)
         self.feeds = self.channels.feeds
-        self.patrol = Patrol(self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics)
+        self.patrol = Patrol(
+            self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics, self.channels.take_up
+        )
         self.intake = Intake(self.channels, self.publisher, self.patrol, self.client.session, self._attend)
         self.commands = Commands(self.client, self.channels, self.healer, self.publisher, self.get_state)
         self._is_following = bool(spec.get("follow"))

@@ -196,11 +196,11 @@ class Reconciler:
         """Tell of refusals; that of an instrument whose day has passed is its end."""
         now = self._session.read_exchange_clock()
         expired = [name for name in names if has_expired(self.subscriptions.asked[name].instrument, now)]
-        self.expire(expired)
+        self.expire(expired, by_clock=True)
         if others := [name for name in names if name not in expired]:
             self._refuse(others, reason)
 
-    def expire(self, names: list[str]) -> None:
+    def expire(self, names: list[str], by_clock: bool = False) -> None:
         """The lives of the instruments of these channels have ended: leave them, and do not ask for them again."""
-        if ended := self.subscriptions.expire(names):
+        if ended := self.subscriptions.expire(names, by_clock):
             self._refuse(ended, EXPIRED)

@@ -58,12 +58,16 @@ class Call(NamedTuple):
 
 
 class Subscriptions:
-    """The channels of one connection. `refused` holds the reason for each that the exchange would not give."""
+    """The channels of one connection. `refused` holds the reason for each that the exchange would not give.
+
+    `presumed` are those of the expired whose end was told by nothing but a clock, which may have been wrong.
+    """
 
     def __init__(self) -> None:
         self.asked: dict[str, Channel] = {}
         self.confirmed: set[str] = set()
         self.refused: dict[str, str] = {}
+        self.presumed: set[str] = set()
         self._in_flight: set[str] = set()
         self._dropped: set[str] = set()
         self._tries: dict[str, int] = {}
@@ -91,14 +95,19 @@ class Subscriptions:
         self._tries.clear()
         self.refused = {name: reason for name, reason in self.refused.items() if reason == EXPIRED}
 
-    def expire(self, names: list[str]) -> list[str]:
+    def expire(self, names: list[str], by_clock: bool = False) -> list[str]:
         """Ask for these no more, unless somebody wants them again. Returns those for which that is new."""
         ended = [name for name in names if name in self.asked and self.refused.get(name) != EXPIRED]
         self.refused |= dict.fromkeys(ended, EXPIRED)
+        if by_clock:
+            self.presumed.update(ended)
+        else:
+            self.presumed.difference_update(names)
         return ended
 
     def _forgive(self, name: str) -> None:
         self.refused.pop(name, None)
+        self.presumed.discard(name)
         self._tries.pop(name, None)
 
     def plan_calls(self, logged_in: bool, awaits_login: bool = False) -> list[Call]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from itertools import count
 
@@ -49,11 +49,14 @@ RHYTHMIC = ("book", "ticker", "quote", "trade", "index", "volatility", "mark_pri
 
 
 class Patrol:
-    """Watches over the feeds of one connection. `resyncs` counts books asked for anew, `rate` is messages/s."""
+    """Watches over the feeds of one connection. `resyncs` counts books asked for anew, `rate` is messages/s.
+
+    `take_up(names, epoch)` is called for channels that were taken for ended too early.
+    """
 
     def __init__(
         self, name: str, feeds: Mapping[bytes, Feed], client: Client, publisher: Publisher,
-        statuses: Statuses, topics: Topics,
+        statuses: Statuses, topics: Topics, take_up: Callable[[list[str], int], None],
     ) -> None:  # fmt: skip
         self._name = name
         self._feeds = feeds
@@ -61,6 +64,7 @@ class Patrol:
         self._publisher = publisher
         self._statuses = statuses
         self._topics = topics
+        self._take_up = take_up
         self._heartbeat = topics.find("heartbeat", name, "1s")
         self._counted = 0
         self._whole = Rhythm()
@@ -102,7 +106,7 @@ class Patrol:
 
     async def _look_at_all(self, part: int) -> None:
         """Look at each feed, and say again what is due in this part of REPEAT; in slices: what comes may not wait."""
-        names, silent, is_steady = list(self._feeds), [], False
+        names, silent, early, is_steady = list(self._feeds), [], [], False
         for start in range(0, len(names), SLICE):
             feeds = [feed for name in names[start : start + SLICE] if (feed := self._feeds.get(name)) is not None]
             with self._publisher.gather():
@@ -113,12 +117,17 @@ class Patrol:
                     silent += self._judge_feeds(feeds, now)
                     if part == 0:
                         silent += [feed for feed in feeds if self._is_over(feed, now)]
+                        early += [feed.channel.name for feed in feeds if self._is_early(feed)]
                     is_steady = is_steady or any(map(_is_heard, feeds))
             await asyncio.sleep(0)
         self._whole.is_steady = is_steady
         if silent and self._may_ask_for_life():
             # Aside: the answer may be long in coming, and heartbeats may not wait.
             self._client.spawn(self._tell_silent(silent))
+        if early:
+            log.warning("%d channels have not ended as the clock had it, and are asked for again", len(early))
+            with self._publisher.gather():
+                self._take_up(early, 0)
 
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
@@ -216,11 +225,21 @@ class Patrol:
         return mute
 
     def _is_over(self, feed: Feed, now: int) -> bool:
-        """Whether its instrument has ended by its name, and nothing has come for a while since then."""
-        if not feed.channel.instrument or feed.rhythm.measure_silence(now) * SECOND < LAST_DATA:
+        """Whether its instrument has ended by its name, and nothing has come for a while since then.
+
+        While data come late its last ones may be still to come, or what is known of the exchange's clock is wrong.
+        """
+        is_silent = feed.rhythm.measure_silence(now) * SECOND >= LAST_DATA
+        if not (feed.channel.instrument and is_silent) or self._late.is_lagging:
             return False
         ended = self._client.session.read_exchange_clock() - LAST_DATA
         return feed.stream.has_expired(ended) and feed.condition[0] != "expired"
+
+    def _is_early(self, feed: Feed) -> bool:
+        """Whether it was taken for ended by a clock that was wrong, as is known by now."""
+        if feed.channel.name not in self._client.reconciler.subscriptions.presumed:
+            return False
+        return not feed.stream.has_expired(self._client.session.read_exchange_clock() + LAST_DATA)
 
     async def _tell_silent(self, silent: list[Feed]) -> None:
         """Those that are silent while the exchange is there are mute, or have ended."""
@@ -232,7 +251,7 @@ class Patrol:
             is_mute = feed.condition[0] == "live" and feed.rhythm.is_broken(now)
             clock = self._client.session.read_exchange_clock()
             if self._is_over(feed, now) or (is_mute and feed.channel.instrument and feed.stream.has_expired(clock)):
-                self._client.reconciler.expire([feed.channel.name])
+                self._client.reconciler.expire([feed.channel.name], by_clock=True)
             elif is_mute:
                 feed.mute_since = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, feed.rhythm.measure_silence(now))
