@@ -954,6 +954,28 @@ def test_our_clock_may_be_set_back_while_the_connection_is_lost(topics: Topics) 
     assert START - hour - 10 * SECOND < first.params["start_timestamp"] * MS < START - hour
 
 
+@pytest.mark.parametrize("channel", ["trades.option.BTC.raw", "trades.BTC-27MAR27-90000-C.raw"])
+def test_our_clock_may_be_set_back_between_a_quiet_start_and_the_loss(topics: Topics, channel: str) -> None:
+    """Nothing had come that could tell by the exchange's clock since when it may lack trades."""
+    feed = TradeFeed(parse_channel(channel), topics)
+    feed.losses.confirm(START + 86_400 * SECOND)
+    feed.lose("disconnect", START + 100 * SECOND)
+    first = next(heal_feed(feed, START + 110 * SECOND, 0, 0))
+    assert isinstance(first, Ask)
+    assert START - 86_400 * SECOND < first.params["start_timestamp"] * MS < START
+
+
+@pytest.mark.parametrize("ahead", [-86_400, -3600, 3600, 86_400])
+def test_a_clock_that_was_wrong_from_the_start_leaves_nothing_out(topics: Topics, ahead: int) -> None:
+    """`ahead`: the exchange's clock is so many seconds ahead of ours."""
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START - ahead * SECOND)
+    feed.lose("disconnect", START + (100 - ahead) * SECOND)
+    first = next(heal_feed(feed, START + (110 - ahead) * SECOND, ahead * SECOND, ahead * SECOND))
+    assert isinstance(first, Ask)
+    assert START - 86_400 * SECOND < first.params["start_timestamp"] * MS < START
+
+
 def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_clock_is_ahead(topics: Topics) -> None:
     name, ahead = "BTC-27MAR27-90000-C", 3600 * SECOND
     feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)

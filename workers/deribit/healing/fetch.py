@@ -85,7 +85,8 @@ def heal_feed(feed: TradeFeed, now: int, offset: int, earlier_offset: int | None
     since = _leave_to_numbers(feed)
     lost_from = losses.lost_from
     answered = yield from _fetch_loss(feed, theirs, shift)
-    yield from _fetch_numbers(feed, theirs, not answered, None if since is None else since + min(shift, 0))
+    since = None if since is None else _date_loss(since, shift, theirs)
+    yield from _fetch_numbers(feed, theirs, not answered, since)
     if lost_from is not None:  # only now: what is known to be missing need not wait for what may be
         answered &= yield from _fetch_all(feed, theirs // MS - SLACK_MS, theirs // MS + SLACK_MS, LATE)
         losses.end(is_whole=answered)  # what was refused so often will not be had later either
@@ -143,19 +144,27 @@ def _leave_to_numbers(feed: TradeFeed) -> int | None:
 def _fetch_loss(feed: TradeFeed, theirs: int, shift: int) -> Fetch:
     """Fetch by time all that a lost connection may have cost a channel; say whether all of it has been answered.
 
-    `theirs` is the exchange's time now; earlier times of ours are that by `shift`. Since when trades are missing may be
-    a time of either clock: the earlier is asked for.
+    `theirs` is the exchange's time now; earlier times of ours are that by `shift`.
     """
     losses = feed.losses
     if losses.lost_from is None:
         return losses.is_checked and not feed.channel.instrument  # by an earlier healing
     fetch = _fetch_once if feed.channel.instrument else _fetch_since
-    answered = yield from fetch(feed, losses.lost_from + min(shift, 0), theirs)
+    answered = yield from fetch(feed, _date_loss(losses.lost_from, shift, theirs), theirs)
     # While the connection stood, everything came: quiet days before the loss need not be asked for.
     answered &= losses.away_from is None or losses.away_from + shift > theirs - (KEPT_MS - UNNOTICED_MS) * MS
     if losses.newer_from is None and not feed.channel.instrument:
         losses.is_checked = answered  # one alone is checked once its trade before the loss has been seen again
     return answered
+
+
+def _date_loss(since: int, shift: int, theirs: int) -> int:
+    """Since when trades are missing, by the exchange's clock. `since` may be a time of either: the earlier is taken.
+
+    One that is still to come is of our clock before that was set back: then nothing tells when it was.
+    """
+    since += min(shift, 0)
+    return since if since // MS - SLACK_MS <= theirs // MS else 0
 
 
 def _fetch_once(feed: TradeFeed, since: int, now: int) -> Fetch:
