@@ -42,6 +42,10 @@ SCHEMA: Mapping[str, Mapping[str, str]] = {
         "combo_id?": "str",
         "combo_trade_id?": "str",
         "contracts?": "float or nil",
+        "starbase_match_id?": "count",
+        "starbase_timestamp?": "count",
+        "block_rfq_id?": "count",
+        "block_trade_leg_count?": "count",
         "backfilled?": "true",
     },
     "book": {

@@ -17,6 +17,7 @@ ENVELOPE = ("type", "exchange", "instrument", "epoch", "seq", "exchange_ts", "re
 BESIDE_DATA = ("status", "repair", "heartbeat")
 TRADE_NUMBERS = ("price", "amount", "mark_price", "index_price")
 TRADE_OPTIONAL = ("iv", "liquidation", "block_trade_id", "combo_id", "combo_trade_id", "contracts")
+TRADE_COUNTS = ("starbase_match_id", "starbase_timestamp", "block_rfq_id", "block_trade_leg_count")
 TICKER_FLOATS = (
     "best_bid_price", "best_bid_amount", "best_ask_price", "best_ask_amount", "last_price", "mark_price", "index_price",
 )  # fmt: skip
@@ -182,6 +183,7 @@ def read_trade(trade: dict[str, Any], interval: str) -> Expected:
         if key in trade:
             value = trade[key]
             keys[key] = (ABSENT, None) if value is None else exact(str(value)) if "id" in key else as_float(value)
+    keys |= {key: (ABSENT,) if trade[key] is None else exact(trade[key]) for key in TRADE_COUNTS if key in trade}
     return message("trade", trade["instrument_name"], interval, trade["timestamp"], keys)
 
 

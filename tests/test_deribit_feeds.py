@@ -2,13 +2,18 @@
 
 from typing import Any
 
+import msgspec
 import pytest
 
 from collector.channels import parse_channel
+from collector.messages import decode
+from collector.schema import ENVELOPE, SCHEMA, find_faults
 from tests.faults.exchange import Line
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.normalise import MAX_DEPTH, TickerFeed, create_feed
+from workers.deribit.feeds.trades.feed import TradeFeed
+from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.streams import Malformed, Published, Topics
 
@@ -100,3 +105,57 @@ def test_what_is_nested_too_deep_for_readers_is_malformed(topics: Topics, channe
                 feed.take(frame, 1)
         else:
             assert len(feed.take(frame, 1)) == 1
+
+
+TRADE = {
+    "timestamp": 1789344933994, "price": 76917.5, "amount": 8450.0, "direction": "buy", "index_price": 76906.67,
+    "instrument_name": NAME, "trade_seq": 5, "mark_price": 76917.12, "tick_direction": 0, "trade_id": "267258393",
+}  # fmt: skip
+SPARE = {
+    "starbase_match_id": 225046781992378368, "starbase_timestamp": 1789344933994718924, "block_rfq_id": 50510,
+    "block_trade_leg_count": 2,
+}  # fmt: skip
+
+
+def read_spare(published: Published) -> dict[str, Any]:
+    """What of SPARE stands on the wire in the one trade that was published, which the wire's table allows."""
+    ((_, message),) = published
+    payload = decode(msgspec.msgpack.encode(message))
+    assert find_faults(payload, {**ENVELOPE, **SCHEMA["trade"]}) == []
+    assert (payload["trade_seq"], payload["exchange_ts"]) == (TRADE["trade_seq"], 1789344933994000000)
+    return {key: value for key, value in payload.items() if key in SPARE}
+
+
+@pytest.mark.parametrize("way", ["streamed", "fetched"])
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        ({}, {}),
+        (SPARE, SPARE),
+        (dict.fromkeys(SPARE), {}),
+        ({"block_rfq_id": 7, "starbase_match_id": None}, {"block_rfq_id": 7}),
+        ({key: str(value) for key, value in SPARE.items()}, SPARE),  # as all other numbers are taken
+        ({"block_trade_leg_count": 2.0, "mark_price": "76917.12"}, {"block_trade_leg_count": 2}),
+        *(
+            (SPARE | {"starbase_match_id": odd}, {key: SPARE[key] for key in SPARE if key != "starbase_match_id"})
+            for odd in (2.5, 2.25046781992378368e17, 1 << 63, 10**400, -1, True, "B-1", "", [1], {"id": 1}, 1e308)
+        ),
+    ],
+)
+def test_what_trades_have_since_2026_is_passed_on_and_never_costs_a_trade(
+    topics: Topics, sent: dict[str, Any], said: dict[str, Any], way: str
+) -> None:
+    feed = TradeFeed(parse_channel(f"trades.{NAME}.100ms"), topics)
+    row = TRADE | sent
+    if way == "streamed":
+        published = feed.take(Line(feed.channel.name, (NAME,)).encode([row]), 7)
+    else:
+        feed.find_tape(NAME).open_hole(None, 1, 9)
+        published = feed.backfill(read_page({"trades": [row, {}]}).trades, 7)
+    assert read_spare(published) == said
+
+
+def test_a_trade_of_which_something_else_is_of_another_type_is_not_taken(topics: Topics) -> None:
+    feed = TradeFeed(parse_channel(f"trades.{NAME}.100ms"), topics)
+    with pytest.raises(Malformed):
+        feed.take(Line(feed.channel.name, (NAME,)).encode([TRADE | SPARE | {"tick_direction": 0.5}]), 7)

@@ -35,7 +35,8 @@ TRADE = {
     "trade_seq": 5, "trade_id": "ETH-9", "timestamp": 1616321287195, "tick_direction": 0, "price": 56273.5,
     "mark_price": 56243.86, "instrument_name": "BTC-26MAR21", "index_price": 56127.59, "direction": "buy",
     "amount": 6000.0, "iv": 41.01, "contracts": 1.0, "liquidation": "MT", "block_trade_id": "B-1", "combo_id": "C",
-    "combo_trade_id": 43,
+    "combo_trade_id": 43, "starbase_match_id": 225046781992378368, "starbase_timestamp": 1616321287195718924,
+    "block_rfq_id": 50510, "block_trade_leg_count": 2,
 }  # fmt: skip
 BOOK = {
     "type": "snapshot", "timestamp": 1622626472678, "instrument_name": "BTC-25JUN21", "change_id": 31479219781,

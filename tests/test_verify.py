@@ -366,6 +366,7 @@ def break_book_more(wire: Wire) -> dict[str, list[str]]:
     broken["repair: of a book"] = wire.say(BOOK, "repair", gap=1, repaired=0, missing=[])
     broken["schema: worst first"] = wire.snapshot(22, reason="exchange", bids=[[99.0, 2.0], [100.0, 1.0]])
     broken["schema: a price twice"] = wire.snapshot(23, reason="exchange", asks=[[101.0, 2.0], [101.0, 1.0]])
+    broken["schema: a number as text"] = wire.trade(1, starbase_match_id="225046781992378368")
     broken["schema: a level of nothing"] = wire.snapshot(24, reason="exchange", asks=[[101.0, 0.0]])
     return broken
 

@@ -71,6 +71,15 @@ class TradeData(msgspec.Struct, gc=False, kw_only=True):
     liquidation: str | None = None
     block_trade_id: str | int | None = None
     combo_id: str | None = None
+    # Since 2026, not in every frame, among the others: here they cost the frames without them least.
+    starbase_match_id: Count | None = None
+    starbase_timestamp: Count | None = None
+    block_rfq_id: Count | None = None
+    block_trade_leg_count: Count | None = None
+
+
+SPARE = ("starbase_match_id", "starbase_timestamp", "block_rfq_id", "block_trade_leg_count")
+"""The members of a trade that are left out where they cannot be taken: nobody needs them to have the trade."""
 
 
 class QuoteData(msgspec.Struct, gc=False):
@@ -95,31 +104,52 @@ def convert_laxly(value: Any, kind: Any) -> Any:
     return msgspec.json.decode(msgspec.json.encode(loose), type=kind)
 
 
-def build_reader(kind: Any) -> Callable[[bytes], Any]:
-    """What decodes the data of a frame to one type: strictly, else laxly, else it is Malformed."""
+def convert_trades(rows: Any) -> list[TradeData]:
+    """Convert decoded trades laxly, without what is SPARE and is no count even then. Raises what msgspec raises.
+
+    All else that a trade holds may be wanted: if that is of another type, the trade is not taken.
+    """
+    for row in rows if isinstance(rows, list) else ():
+        for key in SPARE if isinstance(row, dict) else ():
+            if key in row and not _is_count(row[key]):
+                del row[key]
+    trades: list[TradeData] = convert_laxly(rows, list[TradeData])
+    return trades
+
+
+def _is_count(value: Any) -> bool:
+    try:
+        convert_laxly(value, Count | None)
+    except (msgspec.MsgspecError, ValueError, OverflowError):
+        return False
+    return True
+
+
+def build_reader(kind: Any, convert: Callable[[Any], Any] | None = None) -> Callable[[bytes], Any]:
+    """What decodes the data of a frame to one type: strictly, else laxly (by `convert`), else it is Malformed."""
     decode = msgspec.json.Decoder(_Frame[kind]).decode
 
     def read(frame: bytes) -> Any:
         try:
             return decode(frame).params.data
         except msgspec.ValidationError:
-            return _read_laxly(frame, kind)
+            return read_laxly(frame)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            raise Malformed(str(error)) from None
+
+    def read_laxly(frame: bytes) -> Any:
+        try:
+            data = _json.decode(frame)["params"]["data"]
+            return convert_laxly(data, kind) if convert is None else convert(data)
+        except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
             raise Malformed(str(error)) from None
 
     return read
 
 
-def _read_laxly(frame: bytes, kind: Any) -> Any:
-    try:
-        return convert_laxly(_json.decode(frame)["params"]["data"], kind)
-    except (msgspec.MsgspecError, RecursionError, TypeError, KeyError, ValueError, OverflowError) as error:
-        raise Malformed(str(error)) from None
-
-
 read_book: Callable[[bytes], BookData] = build_reader(BookData)
 read_window: Callable[[bytes], WindowData] = build_reader(WindowData)
-read_trades: Callable[[bytes], list[TradeData]] = build_reader(list[TradeData])
+read_trades: Callable[[bytes], list[TradeData]] = build_reader(list[TradeData], convert_trades)
 read_quote: Callable[[bytes], QuoteData] = build_reader(QuoteData)
 read_ticker: Callable[[bytes], TickerData] = build_reader(TickerData)
 read_any: Callable[[bytes], Any] = build_reader(Any)

@@ -17,7 +17,7 @@ from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
 from workers.deribit.connection.together import together
-from workers.deribit.feeds.frames import TradeData, convert_laxly
+from workers.deribit.feeds.frames import TradeData, convert_trades
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
@@ -179,7 +179,7 @@ def read_page(answer: Any) -> Page:
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"the answer holds no trades: {error}") from None
     try:
-        return Page(convert_laxly(rows, list[TradeData]), has_more)
+        return Page(convert_trades(rows), has_more)
     except (msgspec.ValidationError, ValueError) as error:
         trades = list(read_rows(rows))
         if not trades:
@@ -192,4 +192,4 @@ def read_rows(rows: list[Any]) -> Iterator[TradeData]:
     """The trades among these: one that cannot be read must not cost all that came with it."""
     for row in rows:
         with suppress(msgspec.ValidationError, ValueError):
-            yield convert_laxly(row, TradeData)
+            yield from convert_trades([row])

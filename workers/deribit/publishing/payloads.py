@@ -53,6 +53,10 @@ class Trade(Payload, tag="trade", gc=False, omit_defaults=True):
     combo_id: str | None = None
     combo_trade_id: str | None = None
     contracts: Number = UNSET
+    starbase_match_id: int | None = None
+    starbase_timestamp: int | None = None
+    block_rfq_id: int | None = None
+    block_trade_leg_count: int | None = None
     backfilled: bool | UnsetType = UNSET
 
 

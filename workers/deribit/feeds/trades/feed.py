@@ -89,7 +89,8 @@ class TradeFeed(Feed):
             EXCHANGE, stream.instrument, stream.epoch, 0, data.timestamp * MS, receive_ts,
             data.price, data.amount, data.direction, str(data.trade_id), data.trade_seq,
             data.mark_price, data.index_price, data.tick_direction, data.iv, data.liquidation,
-            _text(data.block_trade_id), data.combo_id, _text(data.combo_trade_id), data.contracts, backfilled,
+            _text(data.block_trade_id), data.combo_id, _text(data.combo_trade_id), data.contracts,
+            data.starbase_match_id, data.starbase_timestamp, data.block_rfq_id, data.block_trade_leg_count, backfilled,
         )  # fmt: skip
 
     def _take_late(self, tape: Tape, data: TradeData, receive_ts: int, published: Published) -> None:
