@@ -96,7 +96,12 @@ CONNECTION_FAULTS = (
     Fault("expired_token", "", "", "tokens are dead when they are given"),
     Fault("token_life", "SECONDS", "60", "expires_in, and tokens die then"),
     Fault("login_only", "", "", "public requests without login get 11056"),
-    Fault("routed_spot", "", "", "requests by currency for trades of spot, or of all kinds, get 11060 (as at Deribit)"),
+    Fault(
+        "routed_spot",
+        "",
+        "",
+        "spot pairs are matched at Coinbase: channels with trades of one are left out, requests for them get 11060",
+    ),
     Fault("drop_subscribe", "CHANNEL@TIMES", "*@1", "the channel (* any) is silently left out of the ack so often"),
     Fault("ack_late", "", "", "the first data of a subscription come before its ack"),
     Fault("slow_reader", "BYTES", "16000000", "a client that lets so many bytes wait is cut"),

@@ -472,6 +472,45 @@ async def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
     assert holes <= {trade["trade_seq"] for trade in found}
 
 
+PAIR, FAR = "BTC_USDC", "BTC-PERPETUAL"
+
+
+@in_loop
+async def test_of_spot_pairs_that_are_matched_at_coinbase_there_is_all_but_trades(url: str) -> None:
+    left_out = [
+        f"trades.{PAIR}.100ms", f"trades.{PAIR}.agg2", f"chart.trades.{PAIR}.60", "trades.spot.BTC.100ms",
+        "trades.any.USDC.100ms", "trades.spot.any.100ms", "trades.any.any.agg2",
+    ]  # fmt: skip
+    given = [
+        f"trades.{FAR}.100ms", f"chart.trades.{FAR}.60", "trades.future.any.100ms", "trades.any.EURR.100ms",
+        "trades.spot.EURR.100ms", "trades.combo.BTC.100ms", f"book.{PAIR}.100ms", f"ticker.{PAIR}.100ms",
+        f"quote.{PAIR}", "instrument.state.spot.any",
+    ]  # fmt: skip
+    async with connect(url, "routed_spot") as client, connect(url) as plain:
+        channels = left_out + given
+        assert set((await client.ask("public/subscribe", channels=channels))["result"]) == set(given)
+        assert set((await plain.ask("public/subscribe", channels=channels))["result"]) == set(channels)
+    marks = ("is_csr", "is_cbe_routed")
+    for faults, marked in (("routed_spot", {"BTC_USDC", "ETH_USDC", "USDT_USDC"}), ("delay:0", set())):
+        rows = get(url, "public/get_instruments", currency="any", faults=faults)[1]["result"]
+        assert {row["instrument_name"] for row in rows if any(mark in row for mark in marks)} == marked
+        row = get(url, "public/get_instrument", instrument_name=PAIR, faults=faults)[1]["result"]
+        assert all(row.get(mark) is (True if marked else None) for mark in marks)
+
+    def ask_for(way: str, **params: Any) -> int | None:
+        answer = get(url, f"public/get_last_trades_by_{way}", faults="routed_spot", **params)[1]
+        code: int | None = answer.get("error", {}).get("code")
+        return code
+
+    refused = [("BTC", "spot"), ("USDC", "any"), ("any", "any")]
+    answered = [("BTC", "future"), ("EURR", "any"), ("any", "option")]
+    for end in ("", "_and_time"):
+        assert ask_for(f"instrument{end}", instrument_name=PAIR) == 11060
+        assert ask_for(f"instrument{end}", instrument_name=FAR) is None
+        assert {ask_for(f"currency{end}", currency=currency, kind=kind) for currency, kind in refused} == {11060}
+        assert {ask_for(f"currency{end}", currency=currency, kind=kind) for currency, kind in answered} == {None}
+
+
 def test_trades_are_found_by_time_as_far_back_as_they_are_kept() -> None:
     with exchange("--rate", "1000", "--faults", "retention:2") as (url, _):
 

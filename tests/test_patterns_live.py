@@ -123,6 +123,26 @@ def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp
         wait_until(lambda: "quote.BTC-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the next answer")
 
 
+def test_of_spot_pairs_matched_at_coinbase_patterns_ask_for_no_trades_and_who_names_these_is_told() -> None:
+    patterns = ["trades.*USD*.100ms", "chart.trades.*USD*.60", "book.*_USDC.100ms", "ticker.*_USDC.100ms"]
+    named = ["trades.BTC_USDC.100ms", "quote.BTC_USDC"]
+    tables = {"a": {**QUICK, "channels": patterns}, "b": {**QUICK, "channels": named}}
+    with collected(tables, exchange={"faults": "routed_spot"}) as run:
+        run.wait_state("a")
+        wait_until(lambda: set(run.get_state("a")["channels"]["confirmed"]) >= find_asked(run), "all that is asked for")
+        assert run.get_state("a")["channels"]["refused"] == {}
+        asked = find_asked(run)
+        assert asked >= {f"{family}.{coin}_USDC.100ms" for family in ("book", "ticker") for coin in ("BTC", "ETH")}
+        assert asked >= {"trades.BTC_USDC-PERPETUAL.100ms", "chart.trades.BTC_USDC-PERPETUAL.60"}
+        assert not [channel for channel in asked if re.search(r"trades\.[A-Z]+_USDC\.", channel)]
+        run.wait_state("b")
+        wait_until(lambda: run.get_state("b")["channels"]["refused"], "the refusal")
+        channels = run.get_state("b")["channels"]
+        assert channels["confirmed"] == ["quote.BTC_USDC"]
+        assert list(channels["refused"]) == ["trades.BTC_USDC.100ms"]
+        assert "matched at Coinbase" in str(channels["refused"])
+
+
 def test_the_end_of_an_instrument_goes_by_the_exchanges_clock() -> None:
     ahead = 40 * 86_400_000
     with collected({"a": OPTIONS}, exchange={"faults": f"clock:{ahead}"}) as run:

@@ -11,6 +11,7 @@ from collector.faults import Faults
 from workers.exchange.channels.hub import Frame, Subscriber
 from workers.exchange.channels.names import is_private, is_raw
 from workers.exchange.exchange import Counts, Exchange, find_failure
+from workers.exchange.protocol import routed
 from workers.exchange.protocol.auth import LIFE
 from workers.exchange.protocol.distort import distort_result
 from workers.exchange.protocol.methods import VERSION, find_instrument
@@ -108,6 +109,8 @@ def _subscribe(call: Context, channels: list[str]) -> Reply:
         raise RpcError(13778)
     label = call.params.get("label")
     given = [each for each in channels if not find_failure(call.faults, "drop_subscribe", each, call.counts)]
+    if "routed_spot" in call.faults:
+        given = [each for each in given if not routed.leaves_out(each, call.exchange.market.catalogue)]
     offered = filter(hub.offers, given)
     reply = Reply(sorted(offered, reverse=True))
     for channel in reply.result:
@@ -242,21 +245,18 @@ LOGIN_METHODS: dict[str, Callable[[Context], Reply]] = {
 """Methods of logins and the account; over HTTP too."""
 
 
-def _has_spot_trades(method: str, params: dict[str, Any]) -> bool:
-    """Whether a request asks for trades of spot pairs among others: those that are matched elsewhere have none here."""
-    return method.startswith("public/get_last_trades_by_currency") and params.get("kind", "any") in ("any", "spot")
-
-
 def carry_out(method: str, call: Context) -> Reply:
     """Carry out any method, having checked the login that it needs. Raises RpcError."""
     if method.startswith("private/"):
         _check_login(call)
     elif "login_only" in call.faults and method != "public/auth" and not call.session.is_logged_in(call.now):
         raise RpcError(11056)
-    elif "routed_spot" in call.faults and _has_spot_trades(method, call.params):
+    elif "routed_spot" in call.faults and routed.refuses(method, call.params, call.exchange.market.catalogue):
         raise RpcError(11060)
     act = SOCKET_METHODS.get(method) or LOGIN_METHODS.get(method)
     reply = act(call) if act else Reply(call.exchange.ask(method, call.params, call.now, call.faults))
+    if "routed_spot" in call.faults:
+        reply.result = routed.mark_rows(method, reply.result)
     reply.result = distort_result(reply.result, call.faults)
     return reply
 
