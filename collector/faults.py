@@ -110,7 +110,12 @@ CONNECTION_FAULTS = (
 EXCHANGE_FAULTS = (
     Fault("listing", "SECONDS", "10", "every SECONDS a new option is listed"),
     Fault("expiry", "SECONDS", "10", "every SECONDS an option expires"),
-    Fault("retention", "SECONDS", "86400", "requests for trades of an older start find nothing (Deribit: 24 hours)"),
+    Fault(
+        "retention",
+        "SECONDS",
+        "86400",
+        "older trades are gone: from an earlier number the others come, from an earlier time none (Deribit: 24 h)",
+    ),
     Fault("connections", "N", "32", "so many connections of one address at most, the next gets HTTP 429 (0: no limit)"),
 )
 """Only for the whole exchange, not in a URL."""

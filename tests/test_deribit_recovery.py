@@ -4,6 +4,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from itertools import groupby, pairwise
 from typing import Any
@@ -31,6 +32,7 @@ from tests.deribit_support import (
     scripted,
     wait_for,
 )
+from tests.exchange_client import exchange
 from tests.faults.exchange import Line
 from tests.faults.life import Healer, Life
 from tests.pipeline import Subscriber, short_directory, subscribed
@@ -656,6 +658,69 @@ async def test_trades_of_spot_pairs_are_healed_by_number_though_their_history_is
         assert not any(repair["missing"] for repair in repairs)
         with pytest.raises(ExchangeError, match="11060"):
             await run.worker.client.send("public/get_last_trades_by_currency_and_time", {"currency": "BTC"})
+
+
+@in_loop
+async def test_of_a_loss_that_is_older_than_what_the_exchange_keeps_the_rest_comes_and_the_start_is_told() -> None:
+    """By time it tells nothing of it, by number what it still has. What it has moves on while that is asked for."""
+    with exchange("--rate", "2000", "--faults", "retention:4") as (url, _):
+        async with collecting(url, f"skip:1,mute:{TRADES}@9", TRADES, retry_delay=8) as run:
+            await hear_more(run, [TRADED], 5)
+            run.worker.client.cut("the test wants it so")
+            (repair,) = await run.hearer.hear_of(TRADED, type="repair", timeout=40)
+            (gap,) = run.hearer.find(TRADED, type="gap")
+            ((first, last),) = repair["missing"]
+            late = [body["trade_seq"] for body in run.hearer.find(TRADED, type="trade", backfilled=True)]
+            heard = [b["trade_seq"] for b in run.hearer.find(TRADED, type="trade") if b["seq"] < gap["seq"]]
+            assert (first, gap["reason"], repair["gap"]) == (heard[-1] + 1, "disconnect", gap["id"])
+            assert late == list(range(last + 1, late[-1] + 1))
+            assert repair["repaired"] == len(late) > 0
+
+
+@pytest.mark.parametrize("channel", ["trades.BTC-27MAR27-1-C.100ms", "trades.option.BTC.100ms"])
+def test_after_a_loss_of_more_than_a_day_what_the_exchange_still_keeps_comes_and_the_rest_is_told(
+    topics: Topics, channel: str
+) -> None:
+    """Measured, 2026: a request by number is answered from the oldest trade on that is kept, one by time with nothing
+    if it starts before that.
+    """
+    name, hour = "BTC-27MAR27-1-C", 3600 * SECOND
+    feed = TradeFeed(parse_channel(channel), topics)
+    line = Line(channel, (name,))
+    now = START + 30 * hour
+    traded = [replace(make_option_trade(name, seq), timestamp=(START + (seq - 1) * hour) // MS) for seq in range(1, 32)]
+    kept = [trade for trade in traded if trade.timestamp * MS >= now - 24 * hour]
+    said: list[Any] = []
+
+    def hear(published: Iterable[tuple[Any, Any]]) -> None:
+        for stream, message in published:
+            stream.last_ts = max(stream.last_ts, START)
+            said.append(message)
+
+    def answer(ask: Ask) -> Page:
+        if ask.params.get("currency", "BTC") != "BTC" or ask.params.get("start_timestamp", now) < kept[0].timestamp:
+            return Page([], False)
+        found = [trade for trade in kept if fits(trade, ask.params)]
+        hear(feed.backfill(found, now))
+        return Page(found, False)
+
+    hear(feed.take(line.encode([msgspec.to_builtins(traded[0])]), START))
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START + SECOND)
+    feed.losses.confirm(now)
+    hear(feed.take(line.encode([msgspec.to_builtins(traded[-1])]), now))
+    healing, page = heal_feed(feed, now, 0), None
+    with suppress(StopIteration):
+        while True:
+            step = healing.send(page)
+            page = answer(step) if isinstance(step, Ask) else None
+            if not isinstance(step, Ask):
+                said += step.tape.end_healing(step.holes, now)
+    (repair,) = [message for message in said if isinstance(message, Repair)]
+    late = [message.trade_seq for message in said if isinstance(message, Trade) and message.backfilled is True]
+    assert (repair.missing, repair.repaired) == ([(2, kept[0].trade_seq - 1)], len(late))
+    assert sorted(late) == [trade.trade_seq for trade in kept[:-1]]
+    assert feed.losses.lost_from is None
 
 
 def test_spot_pairs_that_come_though_their_history_is_not_served_by_time_are_asked_for_by_number_and_told(

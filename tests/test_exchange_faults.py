@@ -524,6 +524,9 @@ def test_trades_are_found_by_time_as_far_back_as_they_are_kept() -> None:
         wait_until(lambda: find("instrument", **named)[-1]["timestamp"] > old + 3000, "a later one")
         for way, subject in (("instrument_and_time", named), ("currency_and_time", {"currency": "BTC"})):
             assert find(way, **subject, start_timestamp=old) == []
+            first, *others = find("instrument", **named, start_seq=1)
+            assert first["timestamp"] > old
+            assert others[0]["trade_seq"] == first["trade_seq"] + 1
             now = find("instrument", **named)[-1]["timestamp"]
             assert find(way, **subject, start_timestamp=now - 1000)
 

@@ -12,7 +12,9 @@ TRADED = ("BTC-PERPETUAL", "ETH-PERPETUAL", *OPTIONS)
 PERIOD = 100
 """ms between the frames of a channel that is not raw."""
 DAY = 86_400_000
-"""ms: to a request for an earlier time Deribit answers that there is nothing, not even of the time since."""
+"""ms for which Deribit keeps trades: to a request for an earlier time it answers that there is nothing, not even of the
+time since, and to one for an earlier number with those that are kept.
+"""
 
 FAR_BEHIND = 3000
 """ms by which the history of some follows their stream: so much that a lookup at once finds nothing."""
@@ -73,7 +75,7 @@ class Exchange:
             Line("book.BTC-PERPETUAL.raw", ("BTC-PERPETUAL",)),
             Line("book.ETH-PERPETUAL.100ms", ("ETH-PERPETUAL",)),
         ]
-        self.history: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        self.history: dict[str, deque[dict[str, Any]]] = defaultdict(deque)
         self.garble = 0.0
         """How likely a frame that arrives cannot be read."""
         self.behind = rng.choice((0, 0, 150, 400))
@@ -158,6 +160,9 @@ class Exchange:
             for line in self.lines:
                 if line.interval != "raw":
                     self._flush(line)
+        for name, kept in self.history.items():
+            while kept and kept[0]["timestamp"] < self.now - DAY:
+                self.truth.lost[name].add(self.truth.find(kept.popleft()))
 
     def _flush(self, line: Line) -> None:
         if line.family == "book":

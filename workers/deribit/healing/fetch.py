@@ -24,8 +24,10 @@ SLACK_MS = 5000
 
 KEPT_MS = 86_400_000 - 3_600_000
 """How far back a fetch by time goes: the exchange answers for a day. Asked for an earlier start it returns nothing,
-without an error, not even what it still has (documented for requests by currency). An hour less, since a request may be
-sent long after it was made: it waits for credits, behind others, and where the exchange wants it later."""
+without an error, not even what it still has; asked for an earlier number it gives that (measured, 2026). An hour less,
+since a request may be sent long after it was made: it waits for credits, behind others, and where the exchange wants it
+later.
+"""
 
 UNNOTICED_MS = 120_000
 """For so long a connection may have been dead before that was noticed."""

@@ -125,21 +125,25 @@ def get_combos(market: Market, params: Params) -> Data:
 
 def get_trades_by_instrument(market: Market, params: Params) -> Data:
     of = find_instrument(market, params)
-    return _select_trades(list(market.trades[of.name]), params, "seq", lambda trade: int(trade["trade_seq"]))
+    kept = _list_kept(market, market.trades[of.name])
+    return _select_trades(kept, params, "seq", lambda trade: int(trade["trade_seq"]))
 
 
 def get_trades_by_currency(market: Market, params: Params) -> Data:
     currency = _read_choice(params, "currency", CURRENCIES, None)
     kind = _read_choice(params, "kind", KINDS, "any")
-    trades = [trade for of, trade in market.all_trades if of.matches(kind, currency)]
-    return _select_trades(trades, params, "id", lambda trade: _count_id(trade["trade_id"], ""))
+    kept = _list_kept(market, (trade for of, trade in market.all_trades if of.matches(kind, currency)))
+    return _select_trades(kept, params, "id", lambda trade: _count_id(trade["trade_id"], ""))
+
+
+def _list_kept(market: Market, trades: Iterable[Data]) -> list[Data]:
+    """The trades that are not too old: who asks for earlier ones by number is given these (measured, 2026)."""
+    oldest = market.now - market.retention
+    return [trade for trade in trades if trade["timestamp"] >= oldest]
 
 
 def get_recent(select: Callable[[Market, Params], Data]) -> Callable[[Market, Params], Data]:
-    """Trades by time: of an older start than the exchange keeps nothing is found, without an error.
-
-    Documented for requests by currency; those by instrument are taken to be the same.
-    """
+    """Trades by time: of an older start than the exchange keeps nothing is found, without an error."""
 
     def get(market: Market, params: Params) -> Data:
         start = _read_int(params, "start_timestamp", None)
