@@ -427,7 +427,9 @@ def test_what_waits_is_sent_before_it_closes_and_no_longer_than_it_may() -> None
 # -- peers that are none ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("said", [b"GET / HTTP/1.1\r\n\r\n", GREETING + encode_size(1 << 40), os.urandom(500)])
+@pytest.mark.parametrize(
+    "said", [b"GET / HTTP/1.1\r\n\r\n", GREETING + encode_size(1 << 40), os.urandom(500)], ids=["http", "size", "noise"]
+)
 @pytest.mark.parametrize("kind", ENDPOINTS)
 def test_a_peer_that_speaks_something_else_is_let_go_and_the_others_stay(kind: str, said: bytes) -> None:
     with publishing(kind) as (pub, endpoint), reading(pub, endpoint, b"") as reader:
