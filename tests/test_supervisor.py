@@ -617,6 +617,26 @@ def test_a_runtime_directory_that_others_could_reach_is_refused(mode: int, is_li
                 assert "write another directory, for example" in program.err[-1]
 
 
+def test_in_the_place_of_the_default_directory_another_one_is_named() -> None:
+    user = 1_000_000 + os.getpid()  # a user of ours alone, with a default of its own
+    become = ["unshare", "-r", f"--map-user={user}"]
+    if subprocess.run([*become, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody be another user")
+    default = Path(f"/tmp/collector-{user}")
+    with short_directory() as directory:
+        config = write_config(directory, {"a": DEAD})
+        config.write_text(config.read_text().replace(f"{directory}/run", str(default)))
+        default.mkdir()
+        try:
+            default.chmod(0o755)
+            command = [*become, *collector("plan", str(config))]
+            said = subprocess.run(command, capture_output=True, text=True, timeout=60).stderr
+        finally:
+            default.rmdir()
+    assert f"{default} is open to others" in said
+    assert said.endswith(f'else write another directory, for example "{default}-2"\n')
+
+
 @pytest.mark.parametrize(
     ("make", "options", "said"),
     [("mkdir", "rw", "(Is a directory); remove it, or write"), ("touch", "ro", "(Read-only file system); write")],

@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from collector.config import ConfigError
+from collector.defaults import default_runtime_dir
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def _lock(path: Path, where: str) -> int:
     except OSError as error:
         cure = "remove it, or " if os.path.lexists(path / "lock") and error.errno != errno.EROFS else ""
         raise ConfigError(
-            f"{where}: runtime_dir {path}: {path}/lock cannot be opened ({error.strerror}); {cure}{_ANOTHER}"
+            f"{where}: runtime_dir {path}: {path}/lock cannot be opened ({error.strerror}); {cure}{_name_another(path)}"
         ) from None
     finally:
         os.close(directory)
@@ -133,25 +134,27 @@ def _read_epoch(lock: int) -> int:
         return 0  # there has been none
 
 
-_ANOTHER = f'write another directory, for example "/tmp/collector-{os.getuid()}"'
+def _name_another(path: Path) -> str:
+    example = default_runtime_dir({})
+    return f'write another directory, for example "{example}{"-2" if path == example else ""}"'
 
 
 def _open_private(path: Path, where: str) -> int:
-    where = f"{where}: runtime_dir {path}"
+    where, another = f"{where}: runtime_dir {path}", _name_another(path)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
         cause = "it is a symbolic link" if path.is_symlink() else error.strerror
-        raise ConfigError(f"{where} cannot be used ({cause}); {_ANOTHER}") from None
+        raise ConfigError(f"{where} cannot be used ({cause}); {another}") from None
     facts = os.fstat(directory)
     fault = ""
     if facts.st_uid != os.getuid():
-        fault = f"belongs to user {facts.st_uid}; remove it, or {_ANOTHER}"
+        fault = f"belongs to user {facts.st_uid}; remove it, or {another}"
     elif facts.st_mode & 0o077:
         mode = f"{stat.S_IMODE(facts.st_mode):o}"
         # It may be /tmp or /run: for root to close these to all others would be a disaster.
-        fault = f"is open to others (mode {mode}); if it is yours alone, close it (chmod 700), else {_ANOTHER}"
+        fault = f"is open to others (mode {mode}); if it is yours alone, close it (chmod 700), else {another}"
     if fault:
         os.close(directory)
         raise ConfigError(f"{where} {fault}")
