@@ -359,6 +359,16 @@ def test_a_forkserver_whose_socket_was_removed_is_replaced(lost: str) -> None:
             assert not is_alive(forkserver)
 
 
+@pytest.mark.parametrize("length", [75, 76, 200])
+def test_workers_are_started_however_long_tmpdir_is(length: int) -> None:
+    with short_directory() as short:
+        place = short / ("t" * (length - len(f"{short}/")))
+        place.mkdir()
+        with collected(env={"TMPDIR": str(place)}) as run:
+            run.wait_state("a")
+            assert ([path.name[:5] for path in place.iterdir()] == ["pymp-"]) == (length == 75)
+
+
 def test_workers_are_started_though_the_working_directory_was_removed(tmp_path: Path) -> None:
     (release := tmp_path / "release").mkdir()
     with collected(cwd=release) as run:

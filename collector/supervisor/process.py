@@ -37,6 +37,9 @@ PRELOAD = (
 UNKNOWN_EXIT = 255
 """The exit code of a child whose forkserver died before it: nobody could ask for the real one."""
 
+_MAX_TMPDIR = 75
+"""Bytes of TMPDIR that leave room for a socket of the forkserver there: 107 less two names of multiprocessing."""
+
 _CODE_WAIT = 1.0
 """Seconds that the forkserver has to tell the exit code of a child that is gone, and the link to run dry."""
 
@@ -57,6 +60,9 @@ class Spawner:
     def __init__(self) -> None:
         # A directory that happens to hold a `workers` package must not stand before ours.
         os.environ["PYTHONSAFEPATH"] = "1"
+        # The forkserver's socket would not fit into it; from Python 3.14 on multiprocessing leaves it by itself.
+        if len(os.environb.get(b"TMPDIR", b"")) > _MAX_TMPDIR:
+            del os.environ["TMPDIR"]
         # Who started us may have had it ignored: then a dead forkserver cannot be waited for, nor replaced.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._context = multiprocessing.get_context("forkserver")
