@@ -222,6 +222,7 @@ def test_damaged_data_in_a_channel(wire: Wire, data: st.DataObject, channel: Cha
 
 @settings(bounded, max_examples=600)
 @given(damaged_data(FULL_TICKER) | st.just(json.dumps(FULL_TICKER).encode()))
+@example(json.dumps({**FULL_TICKER, "timestamp": 10**400}).encode())  # SystemError below msgspec 0.22
 @example(b'{"instrument_name":' + b"[" * 200 + b"]" * 200 + b"," + json.dumps(FULL_TICKER).encode()[1:])
 @example(json.dumps(FULL_TICKER).encode()[:-1] + b',"instrument_name":' + b"[" * 200 + b"]" * 200 + b"}")
 def test_both_ways_to_read_a_ticker_say_the_same(wire: Wire, text: bytes) -> None:
