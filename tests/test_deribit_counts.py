@@ -160,6 +160,13 @@ def test_nor_if_the_next_trade_comes_before_the_fetched_ones(life: Life) -> None
     assert life.fetch((102, 10), (103, 20), (104, 30), (105, 40)) == [-104, -105]
 
 
+def test_what_is_newer_is_fetched_where_another_channel_that_fed_the_topic_was_given_up(life: Life) -> None:
+    """An exchange may send an instrument on a channel that is not its own: the topic is left with that channel."""
+    assert life.take((107, 60)) == [("sequence", 104, 106), 107]
+    life.topics.leave(life.feed.stream, 8)
+    assert life.fetch((105, 40), (108, 70), (109, 80)) == [-108, -109]
+
+
 def test_a_topic_taken_up_again_on_an_exchange_that_counts_anew_says_all(life: Life) -> None:
     life.take_up_again()
     assert life.take((5, 1000)) == [5]

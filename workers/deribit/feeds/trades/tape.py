@@ -208,8 +208,10 @@ class Tape:
 
     def fill(self, seq: int) -> bool:
         """Take a fetched trade; false if it is not missing, or not any more."""
+        if seq > self.stream.last_id and self.tail is None:
+            return self._begin_tail(seq)  # also where a hole from before the topic was left holds it
         if (hole := self.find_hole(seq)) is None:
-            return seq > self.stream.last_id and self.tail is None and self._begin_tail(seq)
+            return False
         self._fill_hole(hole, seq)
         self.await_tail()
         return True
