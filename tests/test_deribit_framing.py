@@ -59,9 +59,10 @@ def test_frames_are_found_wherever_reads_end(kinds: list[tuple[int, int]], cuts:
 
 @pytest.mark.parametrize("first", [START, MIDDLE, COMPRESSED, 0xA1, 0x83, 0x09, CLOSE, 0x8B, 0x8F])
 @pytest.mark.parametrize("size", [3, 200])
-def test_all_is_left_to_aiohttp_from_a_frame_on_that_is_none_of_ours(first: int, size: int) -> None:
+@pytest.mark.parametrize("cut", [3, 1000])
+def test_all_is_left_to_aiohttp_from_a_frame_on_that_is_none_of_ours(first: int, size: int, cut: int) -> None:
     foreign = build_frame(first, b"x" * size) + build_frame(TEXT, b"after")
-    frames, others = cut_all([build_frame(TEXT, b"before") + foreign[:3], foreign[3:]])
+    frames, others = cut_all([build_frame(TEXT, b"before") + foreign[:cut], foreign[cut:]])
     assert (frames, others) == ([b"before"], foreign)
 
 

@@ -66,6 +66,15 @@ def test_a_quiet_option_a_few_trades_and_events_are_natural() -> None:
     assert [name for name in [*steady, *others] if is_never_quiet(parse_channel(name))] == steady
 
 
+def test_one_long_silence_is_forgotten_in_time() -> None:
+    rhythm = Rhythm()
+    last = beat(rhythm, SECOND, SECOND, SAMPLES + 1) + 600 * SECOND
+    come(rhythm, last)
+    assert not rhythm.is_broken(last + 1700 * SECOND)
+    last = beat(rhythm, last + SECOND, SECOND, 500)
+    assert rhythm.is_broken(last + 60 * SECOND)
+
+
 def test_an_outage_is_nobodys_silence() -> None:
     rhythm = Rhythm()
     last = beat(rhythm, SECOND, SECOND, SAMPLES + 1)
