@@ -66,6 +66,13 @@ def test_changes_without_a_book_are_counted(topics: Topics) -> None:
     assert feed.dropped == 1
 
 
+def test_no_seconds_are_left_when_a_price_is_final(topics: Topics) -> None:
+    feed = create_feed(parse_channel("estimated_expiration_price.btc_usd"), topics)
+    ((_, message),) = feed.take(encode(feed, {"price": 1.5, "seconds": 0, "is_estimated": False}), 7)
+    assert isinstance(message, dict)
+    assert (message["price"], message["seconds"], message["is_estimated"]) == (1.5, 0, False)
+
+
 @pytest.mark.parametrize("channel", [f"ticker.{NAME}.100ms", f"incremental_ticker.{NAME}"])
 def test_a_ticker_that_could_not_be_read_or_was_lost_is_a_gap_and_an_incremental_one_awaits_a_full_one(
     topics: Topics, channel: str
