@@ -1256,3 +1256,19 @@ def test_a_stopped_and_started_collector_has_no_restart_gaps(practice: str) -> N
             assert not [body for _, body in ear.messages if body["type"] == "gap"]
         assert run.stop() == 0
         assert not list(run.runtime_dir.glob("*.ledger"))
+
+
+def test_of_two_losses_that_could_not_be_asked_for_the_first_says_since_when_trades_may_be_missing(
+    topics: Topics,
+) -> None:
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    names = [f"BTC-27MAR27-{strike}-C" for strike in (90000, 95000, 99000)]
+    said: list[Any] = []
+    for number, name in enumerate(names):
+        frame = Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(make_option_trade(name, 5))])
+        said = [message for _, message in feed.take(frame, START + number * SECOND)]
+        feed.find_stream(name).last_ts = START + number * SECOND  # as the publisher does once it is out
+        feed.lose("disconnect", START + (number + 1) * SECOND)
+        run_healing(heal_feed(feed, START + (number + 1) * SECOND, 0), lambda ask: None)
+    assert [(gap.from_ts, gap.missing_from, gap.missing_to) for gap in said[:1]] == [(START, 1, 4)]
