@@ -127,6 +127,31 @@ def test_restarted_collector_starts_anew_without_gaps(wire: Wire) -> None:
     assert wire.found == []
 
 
+def test_a_restarted_collector_promises_nothing_of_the_trades_before_but_a_restarted_worker_does(wire: Wire) -> None:
+    wire.trade(5)
+    wire.restart()
+    wire.trade(50)
+    assert wire.found == []
+    wire.restart()
+    wire.gap(TRADE, 1, "restart", missing_from=51, missing_to=52, healing=True)
+    assert wire.trade(55) == ["hole"]
+
+
+def test_the_heartbeats_of_a_restarted_worker_begin_anew(wire: Wire) -> None:
+    wire.say(BEAT, **LIVE)
+    wire.now += 10 * SECOND
+    wire.restart()
+    assert wire.say(BEAT, **{**LIVE, "published": 5}) == []
+    assert wire.say(BEAT, **{**LIVE, "published": 4}) == ["heartbeat"]
+
+
+def test_a_delta_where_a_snapshot_was_due_is_named_once(wire: Wire) -> None:
+    wire.snapshot(10)
+    wire.gap(BOOK, 1)
+    assert wire.delta(13, 12) == ["chain"]
+    assert wire.delta(14, 13) == []
+
+
 def test_a_topic_that_another_connection_takes_up_begins_anew(wire: Wire) -> None:
     def move() -> None:
         for topic in (BOOK, TRADE):
