@@ -1272,3 +1272,16 @@ def test_of_two_losses_that_could_not_be_asked_for_the_first_says_since_when_tra
         feed.lose("disconnect", START + (number + 1) * SECOND)
         run_healing(heal_feed(feed, START + (number + 1) * SECOND, 0), lambda ask: None)
     assert [(gap.from_ts, gap.missing_from, gap.missing_to) for gap in said[:1]] == [(START, 1, 4)]
+
+
+def test_a_loss_that_was_healed_days_ago_makes_none_unsure_that_comes_later(topics: Topics) -> None:
+    """In between the connection stood: all that was traded came."""
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    for lost in (START + SECOND, START + 3 * 86_400 * SECOND):
+        feed.lose("disconnect", lost)
+        feed.losses.confirm(lost + SECOND)
+        run_healing(heal_feed(feed, lost + 10 * SECOND, 0), answer_nothing)
+    frame = Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(make_option_trade(name, 50))])
+    assert [type(said) for _, said in feed.take(frame, START + 4 * 86_400 * SECOND)] == [Trade]
