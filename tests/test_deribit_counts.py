@@ -225,6 +225,15 @@ def test_a_new_count_that_had_passed_the_old_one_is_found_by_the_trade_before_th
     assert life.fetch((1, 1000), (2, 1010)) == [-1, -2]
 
 
+def test_and_what_it_lacks_is_fetched_but_what_came_between_two_holes_is_not_said_again(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((106, 5000), (109, 5100)) == [("disconnect", 104, 105), 106, ("sequence", 107, 108), 109]
+    fetched = [(1, 3000), (2, 3010), (103, 4800), (104, 4900), (105, 4950), (107, 5050), (108, 5060)]
+    history = sorted([*fetched, (106, 5000), (109, 5100)])
+    said = [*life.heal(*history), *life.heal(*history)]
+    assert sorted(-each for each in said if isinstance(each, int)) == [seq for seq, _ in fetched]
+
+
 def test_also_if_nothing_seems_to_be_missing(life: Life) -> None:
     life.feed.lose("disconnect", 8)
     assert life.take((104, 5000)) == [("disconnect",), 104]
