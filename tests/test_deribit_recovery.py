@@ -1285,3 +1285,17 @@ def test_a_loss_that_was_healed_days_ago_makes_none_unsure_that_comes_later(topi
         run_healing(heal_feed(feed, lost + 10 * SECOND, 0), answer_nothing)
     frame = Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(make_option_trade(name, 50))])
     assert [type(said) for _, said in feed.take(frame, START + 4 * 86_400 * SECOND)] == [Trade]
+
+
+def test_the_trade_before_a_loss_is_asked_for_by_number_also_where_all_was_asked_for_by_time(topics: Topics) -> None:
+    """Of many instruments, too, one may be counted anew, and by then have come to the number that was due."""
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    line = Line(feed.channel.name, (name,))
+    feed.losses.confirm(START)
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 5))]), START)
+    feed.find_stream(name).last_ts = START  # as the publisher does once it is out
+    feed.lose("disconnect", START + SECOND)
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 6))]), START + 2 * SECOND)
+    asked = [each.params for each in run_healing(heal_feed(feed, START + 3 * SECOND, 0), answer_nothing)]
+    assert {(each["start_seq"], each["end_seq"]) for each in asked if "end_seq" in each} == {(5, 5)}
