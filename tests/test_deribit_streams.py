@@ -317,8 +317,26 @@ def test_what_an_interrupted_healing_has_not_asked_for_of_a_new_instrument_is_sa
         ask(worker, "unsubscribe", channel)
         subscriber.wait_for("deribit.trade.", state="closed")
         _, gap, repair, _ = subscriber.find("deribit.trade.")
-        assert (gap["reason"], gap["missing_from"], gap["missing_to"]) == ("disconnect", 1, 4)
+        assert (gap["reason"], gap["from_ts"]) == ("disconnect", 50)
+        assert (gap["missing_from"], gap["missing_to"]) == (1, 4)
         assert (repair["gap"], repair["missing"]) == (gap["id"], [[1, 4]])
+
+
+def test_what_an_interrupted_healing_has_begun_to_fetch_of_a_new_instrument_may_not_be_all() -> None:
+    """It first traded while the connection was away: nobody knows what came after the trades of the first page."""
+    channel = "trades.future.BTC.100ms"
+    with heard(channel) as (worker, subscriber):
+        feed = find_trades(worker)
+        feed.losses.confirm(50)
+        feed.lose("disconnect", 200)
+        fetched = msgspec.convert([make_trade(5)], list[TradeData])
+        worker.publisher.publish(feed.backfill(fetched, 300), 300, is_fetched=True)
+        ask(worker, "unsubscribe", channel)
+        subscriber.wait_for("deribit.trade.", state="closed")
+        gaps = [body for body in subscriber.find("deribit.trade.") if body["type"] == "gap"]
+        assert [(gap["reason"], gap["from_ts"], gap["missing_from"]) for gap in gaps] == [
+            ("disconnect", 50, 1), ("disconnect", 50, 6),
+        ]  # fmt: skip
 
 
 def test_one_of_many_instruments_is_not_over_while_what_was_lost_of_it_is_fetched() -> None:
@@ -518,6 +536,17 @@ def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: P
         worker.topics.forget_left(time.time_ns() + LONG)
     with living(tmp_path, QUOTE) as worker:
         assert worker.topics.gaps == 1
+
+
+def test_of_a_topic_that_was_taken_up_again_and_has_said_nothing_yet_a_later_life_is_told_nothing(
+    tmp_path: Path,
+) -> None:
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        worker.take_frames([encode_data(TRADES, [make_trade(5)])], 5)
+        ask(worker, "unsubscribe", TRADES)
+        ask(worker, "subscribe", TRADES)
+    with living(tmp_path, TRADES) as worker:
+        assert (worker.topics.gaps, find_trades(worker).stream.last_id) == (0, 0)
 
 
 def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
