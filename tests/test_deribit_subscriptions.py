@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import time
 from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
@@ -17,6 +18,7 @@ from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected,
 from tests.exchange_client import exchange, get
 from tests.support import in_loop
 from workers.deribit import Client, ExchangeError
+from workers.deribit.connection.reconcile import SECOND_CHANCE
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, NO_TRADES, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request
 
@@ -61,6 +63,14 @@ def test_public_and_private_channels_go_by_their_own_calls() -> None:
     ]  # fmt: skip
     assert subscriptions.plan_calls(True) == []  # all on their way
     assert subscribe(*OWN).plan_calls(False) == [Call("public/subscribe", tuple(OWN))]
+
+
+def test_who_wants_a_channel_no_more_is_not_told_that_it_was_refused() -> None:
+    subscriptions = subscribe(QUOTE, BOOK)
+    (call,) = subscriptions.plan_calls(False)
+    subscriptions.drop([QUOTE])
+    assert subscriptions.refuse(list(call.channels), "no") == [BOOK]
+    assert subscriptions.refused == {BOOK: "no"}
 
 
 def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() -> None:
@@ -404,9 +414,12 @@ async def test_data_before_their_ack_are_taken(practice: str) -> None:
 @in_loop
 async def test_what_was_refused_gets_another_chance_after_a_while(practice: str) -> None:
     async with connected(practice, f"drop_subscribe:{QUOTE}@2", channels=[QUOTE, BOOK]) as (client, ear):
-        assert QUOTE in client.reconciler.subscriptions.refused
-        client.reconciler._chance_at = 0.0  # the while is over
-        await wait_for(lambda: QUOTE in client.reconciler.subscriptions.confirmed, "the channel")
+        subscriptions, now = client.reconciler.subscriptions, time.monotonic()
+        for later in (0.0, SECOND_CHANCE - 1):
+            await client.reconciler.keep_up(now + later)
+            assert QUOTE in subscriptions.refused
+        await client.reconciler.keep_up(now + SECOND_CHANCE + 10)
+        await wait_for(lambda: QUOTE in subscriptions.confirmed, "the channel")
         assert (list(ear.refused), client.reconnects) == ([QUOTE], 0)
 
 
