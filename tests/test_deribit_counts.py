@@ -446,6 +446,16 @@ def test_a_later_life_goes_on_with_the_latest_doubt_and_not_with_one_that_is_ove
     last.ledger.close()
 
 
+def test_a_later_life_goes_on_with_the_first_doubt_of_several(life: Life, tmp_path: Path) -> None:
+    """The exchange counted anew in the first loss; what came before the second one is of the new count already."""
+    for number, at in ((104, 5000), (105, 6000)):
+        life.feed.lose("disconnect", 8)
+        assert life.take((number, at)) == [("disconnect",), number]
+    later = Life(tmp_path, is_first=False)
+    assert later.fetch((103, 4000), (104, 5000), (105, 6000)) == [("restart",), -103, -104, -105]
+    later.ledger.close()
+
+
 def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_path: Path) -> None:
     life.take(*((seq, 1000 + seq) for seq in range(5, 200)))
     later = Life(tmp_path, is_first=False)
