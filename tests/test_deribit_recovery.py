@@ -42,7 +42,7 @@ from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed, heal_known
-from workers.deribit.healing.heal import read_page
+from workers.deribit.healing.heal import PATIENCE, read_page
 from workers.deribit.publishing.ledger import HEARD, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
@@ -442,6 +442,17 @@ async def test_trades_that_nobody_has_any_more_stay_missing_and_are_named(practi
         assert (repair["gap"], repair["repaired"]) == (gap["id"], 0)
         assert repair["missing"] == [[gap["missing_from"], gap["missing_to"]]]
         assert (await run.get_state())["missing"] == gap["missing_to"] - gap["missing_from"] + 1
+
+
+@in_loop
+async def test_an_exchange_that_asks_for_patience_gets_it(practice: str) -> None:
+    """Twice it wants to be asked later: so it is, and not at once."""
+    faults = "lost_trades:4@1,error:public/get_last_trades_by_instrument=13888@2"
+    async with collecting(practice, faults, TRADES) as run:
+        (repair,) = await run.hearer.hear_of(TRADED, type="repair")
+        (gap,) = run.hearer.find(TRADED, type="gap")
+        assert repair["missing"] == []
+        assert repair["receive_ts"] - gap["receive_ts"] >= sum(PATIENCE[:2]) * SECOND
 
 
 @in_loop
