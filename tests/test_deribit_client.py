@@ -1091,6 +1091,30 @@ def test_no_secret_is_told(practice: str, faults: str, caplog: pytest.LogCapture
     assert repr(login) == "Login('practice', ...)"
 
 
+@pytest.mark.parametrize("is_late", [False, True], ids=["in time", "too late"])
+@in_loop
+async def test_an_error_that_repeats_a_login_is_told_without_its_secret(
+    is_late: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = 'hush/hush-"quoted"'
+    told: dict[str, Any] = {"code": 13004, "message": f"it was {secret}", "data": {"client_secret": secret}}
+
+    def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
+        if params["grant_type"] == "client_signature":
+            return {"error": {"code": 13004}}
+        said.append(params["client_secret"])
+        return {"error": told, "id": 1} if is_late else {"error": told}
+
+    said: list[str] = []
+    settings: dict[str, Any] = {"login": Login("somebody", secret), "retry_count": 1, "timeout": 2.0}
+    async with scripted("public/auth", refuse) as url, connected(url, live=False, **settings) as (client, ear):
+        await wait_for(lambda: said and client.last_error and "***" in repr(client.last_error), "the error")
+        assert client.last_error == told | {"message": "it was ***", "data": {"client_secret": "***"}}
+        await wait_for(lambda: client.exit, "the end")
+        for text in (repr(client.get_state()), caplog.text, repr(ear.states), str(client.failure)):
+            assert "hush" not in text
+
+
 # -- frames -----------------------------------------------------------------------------------------------------------
 
 

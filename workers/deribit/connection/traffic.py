@@ -6,6 +6,8 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
+import msgspec
+
 from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.pace import Pace
 from workers.deribit.connection.socket import Socket
@@ -36,6 +38,7 @@ class Traffic:
         self._timeout = timeout
         self._pace = Pace(read_pause)
         self._answering: set[asyncio.Task[None]] = set()
+        self._secrets: dict[str, bytes] = {}
 
     async def open(self, url: str, headers: Mapping[str, str]) -> None:
         """Connect. Raises Lost, which says why not."""
@@ -53,6 +56,7 @@ class Traffic:
         self.requests = number = self.requests + 1
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self.waiting[number] = method, answer
+        self._note_secrets(params or {})
         try:
             async with asyncio.timeout(timeout or self._timeout):
                 await self._socket.send(encode_request(number, method, params or {}))
@@ -109,19 +113,29 @@ class Traffic:
 
     def _take_reply(self, reply: Reply, frame: bytes) -> None:
         method, answer = self.waiting.get(reply.number, ("", None))
-        if reply.error is not None:
-            self._heed(reply.error, method)
+        error = reply.error
+        if error is not None:
+            if method in ("", "public/auth"):  # the first may be one that came too late
+                error = error.hide(self._secrets.values())
+            self._heed(error, method)
         if answer is None:
             if reply.number is None or not 0 < reply.number <= self.requests:  # else nobody waits for it any more
-                error = f"an error that answers no request of ours: {reply.error}"
-                self._take_bad(frame, error if reply.error else "an answer to no request of ours")
+                told = f"an error that answers no request of ours: {error}"
+                self._take_bad(frame, told if error else "an answer to no request of ours")
         elif not answer.done():
-            answer.set_exception(reply.error) if reply.error else answer.set_result(reply.result)
+            answer.set_exception(error) if error else answer.set_result(reply.result)
+
+    def _note_secrets(self, params: dict[str, Any]) -> None:
+        """Note what of a login may not be told, should the exchange repeat it (a signature is soon stale)."""
+        for key in ("client_secret", "refresh_token"):
+            if isinstance(secret := params.get(key), str) and secret:
+                self._secrets[key] = msgspec.json.encode(secret)[1:-1]
 
     def _take_bad(self, frame: bytes, reason: str) -> None:
         self.malformed += 1
-        # An answer that nobody can place may be the one that holds the tokens.
-        self._listener.take_malformed(b"(not shown)" if b"_token" in frame else frame, reason)
+        # An answer that nobody can place may be the one that holds the tokens, or repeats a login.
+        is_secret = any(word in frame for word in (b"_token", b"client_secret", *self._secrets.values()))
+        self._listener.take_malformed(b"(not shown)" if is_secret else frame, reason)
 
     async def _answer_test(self) -> None:
         """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""

@@ -1,7 +1,10 @@
 """What can go wrong with a connection, and what each of Deribit's error codes asks of us. No I/O, no clock."""
 
+from collections.abc import Iterable
 from enum import Enum
-from typing import Any
+from typing import Any, Self
+
+import msgspec
 
 from collector.lifecycle import Exit
 from collector.messages import encode
@@ -58,6 +61,16 @@ class ExchangeError(Exception):
 
     def __str__(self) -> str:
         return self._words
+
+    def hide(self, secrets: Iterable[bytes]) -> Self:
+        """The same error without secrets (as JSON spells them) that it repeats: a server may tell what it was asked."""
+        try:
+            text = said = msgspec.json.encode(self.raw)
+            for secret in secrets:
+                text = text.replace(secret, b"***")
+            return self if text == said else type(self)(msgspec.json.decode(text))
+        except (msgspec.MsgspecError, RecursionError, OverflowError):
+            return type(self)({"code": self.code, "message": "(not shown: it may repeat a secret)"})
 
 
 def _measure(raw: dict[str, Any]) -> int:
