@@ -783,6 +783,7 @@ def test_what_a_connection_is_leaving_stands_in_the_way_of_others_and_of_itself_
     assert places.find_clash(("b", narrow)) == ("a", narrow)
     assert places.find_clash(("b", wide)) == ("a", narrow)
     places.place("a", wide)
+    places.place("a", wide)  # what stands already may be asked for again
     with pytest.raises(ValueError, match=r"^trades.future.BTC.100ms of a feeds the same topics$"):
         places.place("a", narrow)
 

@@ -494,6 +494,17 @@ def test_who_reads_late_misses_no_heartbeats_at_the_end(wire: Wire) -> None:
     assert find_at_end(wire) == []
 
 
+def test_topics_that_somebody_invents_are_kept_up_to_a_number(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("collector.client.verify.MAX_TOPICS", 2)
+    wire.trade(1)
+    wire.ticker()
+    assert wire.found == []
+    wire.snapshot(10)
+    assert (wire.found, len(wire.verifier.topics)) == (["envelope"], 2)
+    wire.trade(2)
+    assert wire.found == ["envelope"]
+
+
 def test_a_book_without_a_snapshot_is_named_at_the_end(wire: Wire) -> None:
     wire.seq[BOOK] = 7  # we joined late: it should have come for us
     wire.delta(8, 7)
