@@ -168,6 +168,17 @@ def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
         assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
 
 
+def test_the_channels_of_a_connection_that_has_failed_for_good_are_free() -> None:
+    """It is still shown with them."""
+    channel = "quote.BTC-PERPETUAL"
+    failing = {"url": "ws://127.0.0.1:9/", "channels": [channel], "retry_count": 1, "retry_delay": 0.01}
+    with collected({"a": failing, "b": QUICK | {"channels": []}}) as run:
+        run.wait_state("b")
+        run.program.wait_line("a: .*never live in .* given up")
+        assert run.get_state("a")["channels"]["asked"] == [channel]
+        assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
+
+
 def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_same_connection() -> None:
     """The worker is told both in order."""
     narrow, wide = "trades.BTC-PERPETUAL.100ms", "trades.future.BTC.100ms"
