@@ -3,6 +3,7 @@
 The waits are those of the product: a channel's rhythm is known after 20 s, and broken after as long a silence.
 """
 
+import asyncio
 import json
 import re
 import time
@@ -14,8 +15,10 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, TextIO
 
+import pytest
+
 from tests.collected import Collected, collected
-from tests.deribit_support import TICKER, Hearer, collecting, wait_for
+from tests.deribit_support import QUOTE, TICKER, Hearer, collecting, wait_for
 from tests.exchange_client import exchange, get
 from tests.support import in_loop, wait_until
 from workers.deribit.connection.subscriptions import EXPIRED
@@ -326,6 +329,28 @@ async def test_what_a_wrong_clock_had_ended_is_taken_up_again_once_the_clock_is_
                 assert (first_word["state"], first_word["reason"]) == BEGINNING
             channels = (await run.get_state())["channels"]
             assert (channels["refused"], channels["confirmed"]) == ({over: EXPIRED}, sorted([*early, refused, TICKER]))
+
+
+@pytest.mark.parametrize("way", ["given up", "ended at the exchange"])
+@in_loop
+async def test_what_is_left_while_the_clock_is_asked_is_not_taken_up(way: str) -> None:
+    with exchange("--rate", "600") as (url, _):
+        async with collecting(url, "", QUOTE, TICKER, breaks="status") as run:
+            await run.hearer.hear_of("deribit.heartbeat.", 2)  # the next look in which that is asked is this test's
+            reconciler = run.worker.client.reconciler
+            subscriptions = reconciler.subscriptions
+            reconciler.expire([QUOTE], by_clock=True)
+            await wait_for(lambda: QUOTE not in subscriptions.confirmed, "it to be left")
+
+            async def leave() -> None:
+                if way == "given up":
+                    await run.worker.answer("unsubscribe", {"channels": [QUOTE], "epoch": time.time_ns()})
+                else:
+                    reconciler.expire([QUOTE])
+
+            await asyncio.gather(run.worker.patrol._look_at_all(0), leave())
+            assert (QUOTE in subscriptions.asked) == (QUOTE.encode() in run.worker.feeds) == (way != "given up")
+            assert subscriptions.refused == ({} if way == "given up" else {QUOTE: EXPIRED})
 
 
 @in_loop

@@ -106,7 +106,7 @@ class Patrol:
 
     async def _look_at_all(self, part: int) -> None:
         """Look at each feed, and say again what is due in this part of REPEAT; in slices: what comes may not wait."""
-        names, silent, early, is_steady = list(self._feeds), [], [], False
+        names, silent, is_steady = list(self._feeds), [], False
         for start in range(0, len(names), SLICE):
             feeds = [feed for name in names[start : start + SLICE] if (feed := self._feeds.get(name)) is not None]
             with self._publisher.gather():
@@ -117,17 +117,14 @@ class Patrol:
                     silent += self._judge_feeds(feeds, now)
                     if part == 0:
                         silent += [feed for feed in feeds if self._is_over(feed, now)]
-                        early += [feed.channel.name for feed in feeds if self._is_early(feed)]
                     is_steady = is_steady or any(map(_is_heard, feeds))
             await asyncio.sleep(0)
         self._whole.is_steady = is_steady
         if silent and self._may_ask_for_life():
             # Aside: the answer may be long in coming, and heartbeats may not wait.
             self._client.spawn(self._tell_silent(silent))
-        if early:
-            log.warning("%d channels have not ended as the clock had it, and are asked for again", len(early))
-            with self._publisher.gather():
-                self._take_up(early, 0)
+        if part == 0 and self._client.machine.state == "live":
+            self._take_up_early()
 
     def _forget_expired(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
@@ -235,11 +232,17 @@ class Patrol:
         ended = self._client.session.read_exchange_clock() - LAST_DATA
         return feed.stream.has_expired(ended) and feed.condition[0] != "expired"
 
-    def _is_early(self, feed: Feed) -> bool:
-        """Whether it was taken for ended by a clock that was wrong, as is known by now."""
-        if feed.channel.name not in self._client.reconciler.subscriptions.presumed:
-            return False
-        return not feed.stream.has_expired(self._client.session.read_exchange_clock() + LAST_DATA)
+    def _take_up_early(self) -> None:
+        """Take up what was taken for ended by a clock that was wrong, as is known by now.
+
+        Found and taken up in one go: whoever speaks in between may have given it up.
+        """
+        clock = self._client.session.read_exchange_clock() + LAST_DATA
+        presumed = [self._feeds[name.encode()] for name in self._client.reconciler.subscriptions.presumed]
+        if early := [feed.channel.name for feed in presumed if not feed.stream.has_expired(clock)]:
+            log.warning("%d channels have not ended as the clock had it, and are asked for again", len(early))
+            with self._publisher.gather():
+                self._take_up(early, 0)
 
     async def _tell_silent(self, silent: list[Feed]) -> None:
         """Those that are silent while the exchange is there are mute, or have ended."""
