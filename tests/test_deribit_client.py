@@ -1115,6 +1115,23 @@ async def test_an_error_that_repeats_a_login_is_told_without_its_secret(
             assert "hush" not in text
 
 
+@in_loop
+async def test_a_frame_that_spells_a_secret_in_another_way_is_not_shown() -> None:
+    """The server of this test writes no letters but ASCII."""
+    secret = "h\u00fcsh-0123456789"
+
+    def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
+        is_plain = params["grant_type"] == "client_credentials"
+        return {"error": {"code": 13004, "message": f"it was {secret}"}, **({"id": None} if is_plain else {})}
+
+    settings: dict[str, Any] = {"login": Login("somebody", secret), "retry_count": 1, "timeout": 2.0}
+    async with scripted("public/auth", refuse) as url, connected(url, live=False, **settings) as (_, ear):
+        await wait_for(lambda: ear.malformed, "the frame")
+        assert ear.malformed == [
+            (b"(not shown)", "an error that answers no request of ours: 13004 it was ***"),
+        ]
+
+
 # -- frames -----------------------------------------------------------------------------------------------------------
 
 

@@ -73,6 +73,31 @@ def test_an_error_is_kept_as_it_came(error: dict[str, Any], code: int, words: st
     assert str(reply.error).endswith(words)
 
 
+LONG, SECRET = "x" * (MAX_WORDS - 20), "hush-0123456789-0123456789"
+
+
+@pytest.mark.parametrize(
+    ("secret", "text", "said"),
+    [
+        (SECRET, f'{{"code":13004,"message":"{LONG}","data":[{1 << 64},"{SECRET}"]}}', f"13004 {LONG}"),
+        (SECRET, f'{{"code":{1 << 64},"message":"{LONG}{SECRET}"}}', f"0 {LONG}***"),
+        (SECRET, '{"code":13004,"message":"\\u0068ush-0123456789-0123456789"}', "13004 ***"),
+        (SECRET, '{"code":13004,"message":"m"}', "13004 m"),
+        ("13004", '{"code":13004,"message":"m"}', "13004 (not shown"),
+        ("code", '{"code":13004,"message":"m"}', "13004 (not shown"),
+        ("e", '{"code":13004,"message":"m"}', "13004 (not shown"),
+    ],
+)
+def test_a_secret_is_hidden_whole_and_the_code_is_kept(secret: str, text: str, said: str) -> None:
+    reply = decode_frame(b'{"id":1,"error":%s}' % text.encode())
+    assert isinstance(reply, Reply)
+    assert reply.error is not None
+    hidden = reply.error.hide([secret.encode()])
+    assert hidden.code == reply.error.code
+    assert str(hidden).startswith(said)
+    assert "hush" not in f"{hidden} {hidden!r} {hidden.raw} {hidden.told}"
+
+
 @pytest.mark.parametrize("error", [{"message": "x" * 10_000}, {"data": ["x"] * 10_000}])
 def test_of_a_long_error_no_more_is_told_than_one_can_read(error: dict[str, Any]) -> None:
     assert len(str(ExchangeError(error))) == MAX_WORDS

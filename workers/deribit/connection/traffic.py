@@ -14,6 +14,9 @@ from workers.deribit.connection.socket import Socket
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
 
+HIDDEN = b"(not shown)"
+"""What is told of a frame that holds a secret."""
+
 
 class Traffic:
     """Numbers and counts go on over all sockets. `heed(error, method)` hears of each error in an answer, first of all.
@@ -116,12 +119,13 @@ class Traffic:
         error = reply.error
         if error is not None:
             if method in ("", "public/auth"):  # the first may be one that came too late
-                error = error.hide(self._secrets.values())
+                told = error.hide(self._secrets.values())
+                frame, error = frame if told is error else HIDDEN, told  # it may spell it in another way than we do
             self._heed(error, method)
         if answer is None:
             if reply.number is None or not 0 < reply.number <= self.requests:  # else nobody waits for it any more
-                told = f"an error that answers no request of ours: {error}"
-                self._take_bad(frame, told if error else "an answer to no request of ours")
+                what = f"an error that answers no request of ours: {error}"
+                self._take_bad(frame, what if error else "an answer to no request of ours")
         elif not answer.done():
             answer.set_exception(error) if error else answer.set_result(reply.result)
 
@@ -135,7 +139,7 @@ class Traffic:
         self.malformed += 1
         # An answer that nobody can place may be the one that holds the tokens, or repeats a login.
         is_secret = any(word in frame for word in (b"_token", b"client_secret", *self._secrets.values()))
-        self._listener.take_malformed(b"(not shown)" if is_secret else frame, reason)
+        self._listener.take_malformed(HIDDEN if is_secret else frame, reason)
 
     async def _answer_test(self) -> None:
         """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""

@@ -1,6 +1,7 @@
 """What can go wrong with a connection, and what each of Deribit's error codes asks of us. No I/O, no clock."""
 
 from collections.abc import Iterable
+from contextlib import suppress
 from enum import Enum
 from typing import Any, Self
 
@@ -64,13 +65,14 @@ class ExchangeError(Exception):
 
     def hide(self, secrets: Iterable[bytes]) -> Self:
         """The same error without secrets (as JSON spells them) that it repeats: a server may tell what it was asked."""
-        try:
-            text = said = msgspec.json.encode(self.raw)
+        with suppress(msgspec.MsgspecError, RecursionError, OverflowError):
+            text = said = msgspec.json.encode(self.args[0])  # not `raw`: words may end within a secret
             for secret in secrets:
                 text = text.replace(secret, b"***")
-            return self if text == said else type(self)(msgspec.json.decode(text))
-        except (msgspec.MsgspecError, RecursionError, OverflowError):
-            return type(self)({"code": self.code, "message": "(not shown: it may repeat a secret)"})
+            hidden = self if text == said else type(self)(msgspec.json.decode(text))
+            if hidden.code == self.code:  # what is asked of us must not depend on a secret
+                return hidden
+        return type(self)({"code": self.code, "message": "(not shown: it may repeat a secret)"})
 
 
 def _measure(raw: dict[str, Any]) -> int:
