@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import pytest
 
 from tests.collected import Collected, collected
-from tests.deribit_support import QUOTE, TICKER, Hearer, collecting, wait_for
+from tests.deribit_support import TICKER, Hearer, collecting, wait_for
 from tests.exchange_client import exchange, get
 from tests.support import in_loop, wait_until
 from workers.deribit.connection.subscriptions import EXPIRED
@@ -335,22 +335,22 @@ async def test_what_a_wrong_clock_had_ended_is_taken_up_again_once_the_clock_is_
 @in_loop
 async def test_what_is_left_while_the_clock_is_asked_is_not_taken_up(way: str) -> None:
     with exchange("--rate", "600") as (url, _):
-        async with collecting(url, "", QUOTE, TICKER, breaks="status") as run:
+        async with collecting(url, "", SPOT, TICKER, breaks="status") as run:
             await run.hearer.hear_of("deribit.heartbeat.", 2)  # the next look in which that is asked is this test's
             reconciler = run.worker.client.reconciler
             subscriptions = reconciler.subscriptions
-            reconciler.expire([QUOTE], by_clock=True)
-            await wait_for(lambda: QUOTE not in subscriptions.confirmed, "it to be left")
+            reconciler.expire([SPOT], by_clock=True)
+            await wait_for(lambda: SPOT not in subscriptions.confirmed, "it to be left")
 
             async def leave() -> None:
                 if way == "given up":
-                    await run.worker.answer("unsubscribe", {"channels": [QUOTE], "epoch": time.time_ns()})
+                    await run.worker.answer("unsubscribe", {"channels": [SPOT], "epoch": time.time_ns()})
                 else:
-                    reconciler.expire([QUOTE])
+                    reconciler.expire([SPOT])
 
             await asyncio.gather(run.worker.patrol._look_at_all(0), leave())
-            assert (QUOTE in subscriptions.asked) == (QUOTE.encode() in run.worker.feeds) == (way != "given up")
-            assert subscriptions.refused == ({} if way == "given up" else {QUOTE: EXPIRED})
+            assert (SPOT in subscriptions.asked) == (SPOT.encode() in run.worker.feeds) == (way != "given up")
+            assert subscriptions.refused == ({} if way == "given up" else {SPOT: EXPIRED})
 
 
 @in_loop
@@ -366,6 +366,21 @@ async def test_what_is_late_has_not_ended() -> None:
             run.hearer.drain()
             await run.hearer.hear_of("deribit.ticker.", len(run.hearer.find("deribit.ticker.")) + 20)
             assert (feed.condition, presumed) == (LATE, set())
+
+
+@in_loop
+async def test_what_was_late_has_ended_once_nothing_comes_at_all() -> None:
+    """The day of the instrument and a minute of silence are given by this test."""
+    with exchange("--rate", "600") as (url, _):
+        async with collecting(url, "lag:6@1,mute:*@12", SPOT) as run:
+            feed, patrol = run.worker.feeds[SPOT.encode()], run.worker.patrol
+            await wait_for(lambda: feed.condition == LATE, "lag", 30)
+            await wait_for(lambda: time.time_ns() - patrol.last_ts > 3 * SECOND, "silence", 30)
+            feed.stream.expiry = time.time_ns() - 61 * SECOND
+            feed.rhythm.restart(feed.last_ts, time.monotonic_ns() - 61 * SECOND)
+            patrol._whole.restart(patrol.last_ts, time.monotonic_ns() - 61 * SECOND)
+            await patrol._look_at_all(0)
+            await run.hearer.hear_of("deribit.", type="status", state="expired")
 
 
 # -- lag --------------------------------------------------------------------------------------------------------------

@@ -224,10 +224,12 @@ class Patrol:
     def _is_over(self, feed: Feed, now: int) -> bool:
         """Whether its instrument has ended by its name, and nothing has come for a while since then.
 
-        While data come late its last ones may be still to come, or what is known of the exchange's clock is wrong.
+        While data come late its last ones may be still to come, or what is known of the exchange's clock is wrong. How
+        late they are is known only while any come.
         """
-        is_silent = feed.rhythm.measure_silence(now) * SECOND >= LAST_DATA
-        if not (feed.channel.instrument and is_silent) or self._late.is_lagging:
+        if not feed.channel.instrument or _lasts(feed.rhythm, now):
+            return False
+        if self._late.is_lagging and _lasts(self._whole, now):
             return False
         ended = self._client.session.read_exchange_clock() - LAST_DATA
         return feed.stream.has_expired(ended) and feed.condition[0] != "expired"
@@ -334,6 +336,11 @@ class Patrol:
 
     def _is_current(self, feed: Feed) -> bool:
         return self._feeds.get(feed.channel.name.encode()) is feed
+
+
+def _lasts(rhythm: Rhythm, now: int) -> bool:
+    """Whether it has come of late, or has been asked for."""
+    return rhythm.measure_silence(now) * SECOND < LAST_DATA
 
 
 def _is_heard(feed: Feed) -> bool:
