@@ -359,12 +359,12 @@ def test_a_forkserver_whose_socket_was_removed_is_replaced(lost: str) -> None:
             assert not is_alive(forkserver)
 
 
-@pytest.mark.parametrize("length", [75, 76, 200])
-def test_workers_are_started_however_long_tmpdir_is(length: int) -> None:
+@pytest.mark.parametrize(("name", "length"), [("TMPDIR", 75), ("TMPDIR", 76), ("TMPDIR", 200), ("TMP", 200)])
+def test_workers_are_started_however_long_the_name_of_the_temporary_directory_is(name: str, length: int) -> None:
     with short_directory() as short:
         place = short / ("t" * (length - len(f"{short}/")))
         place.mkdir()
-        with collected(env={"TMPDIR": str(place)}) as run:
+        with collected(env={"TMPDIR": "", name: str(place)}) as run:
             run.wait_state("a")
             assert ([path.name[:5] for path in place.iterdir()] == ["pymp-"]) == (length == 75)
 

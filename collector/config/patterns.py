@@ -108,7 +108,7 @@ def read_instrument(row: Any) -> Instrument | None:
         state=state if isinstance(state := row.get("state"), str) else "open",
         expiry=expiry if isinstance(expiry, int) and 0 < expiry < _NEVER else 0,
         strike=float(strike) if isinstance(strike, (int, float)) and abs(strike) < 1e15 else None,
-        has_trades=not any(row.get(key) is True for key in ROUTED),
+        has_trades=words["kind"] != "spot" or not any(row.get(key) is True for key in ROUTED),
         **words,
     )
 

@@ -38,7 +38,8 @@ UNKNOWN_EXIT = 255
 """The exit code of a child whose forkserver died before it: nobody could ask for the real one."""
 
 _MAX_TMPDIR = 75
-"""Bytes of TMPDIR that leave room for a socket of the forkserver there: 107 less two names of multiprocessing."""
+"""Bytes of TMPDIR, as a whole path, that leave room for a socket of the forkserver there: 107 less two names of
+multiprocessing."""
 
 _CODE_WAIT = 1.0
 """Seconds that the forkserver has to tell the exit code of a child that is gone, and the link to run dry."""
@@ -51,6 +52,15 @@ def enter(kind: str, end: socket.socket) -> None:
     import_module("workers.actor").main(kind, end)
 
 
+def _leave_long_tmpdir() -> None:
+    """Go to /tmp if the forkserver's socket would not fit in; from Python 3.14 on multiprocessing does so by itself."""
+    with suppress(FileNotFoundError):  # there is none at all: the start of each worker says so
+        if len(os.fsencode(tempfile.gettempdir())) > _MAX_TMPDIR:
+            for name in ("TMPDIR", "TEMP", "TMP"):
+                os.environ.pop(name, None)
+            tempfile.tempdir = None  # it is looked for again
+
+
 class Spawner:
     """Starts children from a forkserver, off the event loop. It restarts a forkserver that died.
 
@@ -60,9 +70,7 @@ class Spawner:
     def __init__(self) -> None:
         # A directory that happens to hold a `workers` package must not stand before ours.
         os.environ["PYTHONSAFEPATH"] = "1"
-        # The forkserver's socket would not fit into it; from Python 3.14 on multiprocessing leaves it by itself.
-        if len(os.environb.get(b"TMPDIR", b"")) > _MAX_TMPDIR:
-            del os.environ["TMPDIR"]
+        _leave_long_tmpdir()
         # Who started us may have had it ignored: then a dead forkserver cannot be waited for, nor replaced.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         self._context = multiprocessing.get_context("forkserver")
