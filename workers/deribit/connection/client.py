@@ -236,12 +236,11 @@ class Client:
             assert self._life is not None
             if self.machine.state != "closing" or self._life.uncancel():
                 raise  # somebody else wants it ended, too
-        if self.machine.state == "closing":
             self._apply("ended", "")
 
     async def _stay_connected(self) -> None:
         self._apply("connect", "")
-        while self.machine.state not in ("failed", "closing"):  # a refusal may come in the place of the cancellation
+        while self.machine.state != "failed":
             try:
                 await self._run_session()
             except (Lost, NotConnected) as error:
@@ -250,8 +249,6 @@ class Client:
                 self._fail("refused", error.exit, str(error))
 
     async def _back_off(self, reason: str, raw: dict[str, Any] | None) -> None:
-        if self._is_closing:
-            return
         pause = self._not_before - time.monotonic()
         wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
         self.last_error = raw or wanted or {"message": reason}
@@ -268,9 +265,8 @@ class Client:
         self._apply("retry", f"attempt {self.attempts + 1} of {self.retry_count}, after {delay:.2f} s")
 
     def _fail(self, event: str, code: Exit, failure: str) -> None:
-        if not self._is_closing:
-            self.exit, self.failure = code, failure
-            self._apply(event, failure)
+        self.exit, self.failure = code, failure
+        self._apply(event, failure)
 
     def _break(self, error: Exception) -> None:
         self.exit, self.failure = Exit.CRASHED, f"{type(error).__name__}: {error}"
@@ -279,29 +275,32 @@ class Client:
 
     async def _run_session(self) -> None:
         self.attempts += 1
-        tasks: list[asyncio.Task[None]] = []
+        ends: list[asyncio.Future[None]] = []
         try:
             await self.traffic.open(self.url, self.headers)
             self.last_error = None  # not before: an attempt may take long, and why it is made must be told meanwhile
             self._apply("opened", "")
-            tasks = [asyncio.create_task(self.traffic.follow()), asyncio.create_task(self._serve())]
             self._verdict = asyncio.get_running_loop().create_future()
-            await asyncio.gather(*tasks, self._verdict)
+            ends = [self._verdict, asyncio.create_task(self.traffic.follow()), asyncio.create_task(self._serve())]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)  # gather may miss that we are cancelled
+            first = next(end for end in ends if end.done())
         finally:
-            await self._end_session(tasks)
-
-    async def _end_session(self, tasks: list[asyncio.Task[None]]) -> None:
-        self._live.clear()
-        socket = self.traffic.end()
-        for task in (*tasks, *self._tasks):
-            task.cancel()
-        try:
-            ended = await asyncio.gather(*tasks, *self._tasks, return_exceptions=True)
-        finally:  # also where the owner is closed amid this
-            await self._close_socket(socket)
-        for refusal in ended:
+            failures = await self._end_session(ends)
+        for refusal in failures:
             if isinstance(refusal, Refused):  # the close that came with it was known sooner
                 raise refusal
+        first.result()
+
+    async def _end_session(self, ends: list[asyncio.Future[None]]) -> list[Any]:
+        """End all that belongs to the connection; return what the tasks have raised."""
+        self._live.clear()
+        socket = self.traffic.end()
+        for task in (*ends, *self._tasks):
+            task.cancel()
+        try:
+            return await asyncio.gather(*ends, *self._tasks, return_exceptions=True)
+        finally:  # also where the owner is closed amid this
+            await self._close_socket(socket)
 
     async def _close_socket(self, socket: Socket | None) -> None:
         try:
