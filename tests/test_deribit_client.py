@@ -1052,6 +1052,23 @@ def test_what_a_listener_raises_ends_the_connection_and_is_told(
     assert isinstance(record.exc_info[1], KeyError)
 
 
+@pytest.mark.parametrize("is_given_up", [False, True])
+@in_loop
+async def test_a_listener_that_fails_in_what_is_asked_for_later_ends_it_too(practice: str, is_given_up: bool) -> None:
+    """Whether or not the caller still waits to be told."""
+    client = Client(name_faults(practice, "slow:public/subscribe=0.2"), listener=Careless("confirm_channels"), **QUICK)
+    await client.connect()
+    asking = asyncio.create_task(client.subscribe([QUOTE]))
+    if is_given_up:
+        await wait_for(lambda: client.traffic.waiting, "the request")
+        asking.cancel()
+    with pytest.raises(asyncio.CancelledError if is_given_up else KeyError):
+        await asking
+    await wait_for(lambda: client.get_state()["state"] == "failed", "the end", 5)
+    with pytest.raises(KeyError, match="confirm_channels"):
+        await client.close()
+
+
 @pytest.mark.parametrize("place", ["closing", "closed"])
 @in_loop
 async def test_a_listener_that_fails_while_it_closes_leaves_nothing_open(practice: str, place: str) -> None:

@@ -98,8 +98,7 @@ class Client:
 
     def cut(self, reason: str) -> None:
         """Give the connection up, and connect anew."""
-        if self._verdict is not None and not self._verdict.done():
-            self._verdict.set_exception(Lost(reason))
+        self._end_by(Lost(reason))
 
     # -- what a program does with it ----------------------------------------------------------------------------------
 
@@ -154,7 +153,7 @@ class Client:
             finally:
                 settling.cancel()
             if not settling.cancelled():
-                settling.result()  # raises what the listener raises
+                settling.result()  # raises what the listener raises, which ends the connection too
 
     async def _settle(self, channels: list[str]) -> None:
         with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
@@ -377,8 +376,19 @@ class Client:
         """Do something beside the reading, no longer than this connection lasts."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._note_done)
         return task
+
+    def _note_done(self, task: asyncio.Task[Any]) -> None:
+        """What has failed ends the connection; but what only came to nothing is done by the upkeep."""
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, Lost):
+            self._end_by(error)
+
+    def _end_by(self, error: BaseException) -> None:
+        if self._verdict is not None and not self._verdict.done():
+            self._verdict.set_exception(error)
 
     def _apply(self, event: str, reason: str) -> None:
         if self._is_closing and event not in ("ended", "broke"):
