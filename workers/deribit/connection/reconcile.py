@@ -154,35 +154,46 @@ class Reconciler:
                 await pay(self.credits, SUBSCRIBE_COST)
 
     async def _take_error(self, call: Call, error: ExchangeError) -> None:
+        said = f"{call.method}: {error}"
+        match find_reaction(error.code):
+            case Reaction.BANNED:
+                raise Refused(said, Exit.BANNED)
+            case Reaction.RETRY:
+                await self._put_off(call, error)
+            case Reaction.BACK_OFF if call.leaves and error.code != TOO_MANY_REQUESTS:
+                await self._put_off(call, error)  # it can wait; only 10028 ends the connection, whatever we do
+            case Reaction.BACK_OFF | Reaction.LOCK_OUT:
+                raise Lost(said, error.told)
+            case Reaction.LOG_IN | Reaction.REFRESH if self._session.awaits_login:
+                await self._put_off(call, error)
+            case Reaction.LOG_IN | Reaction.REFRESH if self._has_login_died(call):
+                raise Lost(f"the login is not known any more: {said}", error.told)
+            case reaction:
+                await self._blame_channels(call, error, reaction)
+
+    async def _put_off(self, call: Call, error: ExchangeError) -> None:
+        """Have it asked for again; what was asked for so often is given up."""
+        await asyncio.sleep(RETRY_PAUSE)
+        if call.leaves:
+            return self.subscriptions.refuse_leaving(call, RETRIES)
+        self._chance_at = min(self._chance_at, time.monotonic() + SOON)
+        self._count_refusal(list(call.channels), error, RETRIES)
+
+    async def _blame_channels(self, call: Call, error: ExchangeError, reaction: Reaction) -> None:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
-        reaction = find_reaction(error.code)
-        if reaction is Reaction.BANNED:
-            raise Refused(f"{call.method}: {error}", Exit.BANNED)
-        wants_login = reaction in (Reaction.LOG_IN, Reaction.REFRESH)
-        # What is left can wait, and is worth no connection; only 10028 ends that, whatever we do.
-        may_wait = call.leaves and reaction is Reaction.BACK_OFF and error.code != TOO_MANY_REQUESTS
-        if reaction is Reaction.RETRY or may_wait or (wants_login and self._session.awaits_login):
-            await asyncio.sleep(RETRY_PAUSE)
-            if call.leaves:
-                return self.subscriptions.refuse_leaving(call, RETRIES)
-            self._chance_at = min(self._chance_at, time.monotonic() + SOON)
-            return self._count_refusal(list(call.channels), error, RETRIES)
-        if reaction in (Reaction.BACK_OFF, Reaction.LOCK_OUT):
-            raise Lost(f"{call.method}: {error}", error.told)
-        if wants_login and self._has_login_died(call):
-            raise Lost(f"the login is not known any more: {call.method}: {error}", error.told)
-        asked = self.subscriptions.asked
-        needing_login = [n for n in call.channels if n in asked and asked[n].needs_login and not call.leaves]
-        if reaction is Reaction.LOG_IN and needing_login and not self._session.logged_in:
-            return self._count_refusal(needing_login, error)
-        if len(call.channels) == 1:
-            if call.leaves:  # it is not sent any more, says the exchange
-                return self.subscriptions.note_left(call.channels)
-            self._denied.update(call.channels if wants_login else ())
-            return self._count_refusal(list(call.channels), error)
-        middle = len(call.channels) // 2
-        for half in (call.channels[:middle], call.channels[middle:]):
-            await self._place(Call(call.method, half))
+        bad, asked = list(call.channels), self.subscriptions.asked
+        if len(bad) > 1:
+            are_known = reaction is Reaction.LOG_IN and not call.leaves and not self._session.logged_in
+            bad = [name for name in bad if are_known and name in asked and asked[name].needs_login]
+        if not bad:
+            middle = len(call.channels) // 2
+            for half in (call.channels[:middle], call.channels[middle:]):
+                await self._place(Call(call.method, half))
+        elif call.leaves:  # it is not sent any more, says the exchange
+            self.subscriptions.note_left(bad)
+        else:
+            self._denied.update(bad if reaction in (Reaction.LOG_IN, Reaction.REFRESH) else ())
+            self._count_refusal(bad, error)
 
     def _has_login_died(self, call: Call) -> bool:
         """Whether "login needed" means that; of a channel that the login never gave, it says nothing new."""
