@@ -188,7 +188,7 @@ class Client:
         Who gives up waiting for it changes nothing of that.
         """
         try:
-            if not self._is_closing and self.machine.allows("close"):
+            if self.machine.allows("close"):
                 self._apply("close", "asked to")
         finally:
             if self._life is not None and not self._is_closing and self.machine.state == "closing":

@@ -183,7 +183,7 @@ class Reconciler:
         """One bad channel can fail a whole call: give up those that are known to be to blame, else halve the call."""
         bad, asked = list(call.channels), self.subscriptions.asked
         if len(bad) > 1:
-            are_known = reaction is Reaction.LOG_IN and not call.leaves and not self._session.logged_in
+            are_known = reaction is Reaction.LOG_IN and not self._session.logged_in
             bad = [name for name in bad if are_known and name in asked and asked[name].needs_login]
         if not bad:
             middle = len(call.channels) // 2

@@ -101,7 +101,6 @@ class Session:
             self.earlier_offset = min(self.measured_offset, earlier)
         self.logged_in_at = 0.0
         self._synced_at = None
-        self._refresh_at = self._sync_at = NEVER
 
     def read_exchange_clock(self) -> int:
         """The exchange's time now, in ns since 1970, as far as it is known."""
