@@ -61,6 +61,7 @@ async def test_a_fresh_connection_goes_through_its_states_to_live(practice: str)
         await ear.wait_frames([BOOK, QUOTE])
         assert client.traffic.bytes_read > 0, "this aiohttp has no place for the tap: frames take the slow way"
     assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
+    assert client.since > state["since"]
 
 
 @in_loop
@@ -247,6 +248,21 @@ async def test_after_a_login_with_id_and_secret_the_next_is_signed_again() -> No
 
 
 @in_loop
+async def test_a_signature_has_the_time_of_the_exchange_once_that_is_known() -> None:
+    hour, stamps = 3_600_000, []
+
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        if "timestamp" in params:
+            stamps.append(params["timestamp"] - time.time_ns() // 1_000_000)
+        return None if params else {"result": time.time_ns() // 1_000_000 + hour}
+
+    async with scripted("public/", answer) as url, connected(url, login=LOGIN) as (client, ear):
+        client.cut("the test wants it so")
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        assert [round(ahead / hour) for ahead in stamps] == [0, 1]
+
+
+@in_loop
 async def test_tokens_are_renewed_before_they_die_and_raw_data_flow_on(practice: str) -> None:
     login = LOGIN._replace(signed=False)
     async with connected(practice, "token_life:5", login=login, channels=[RAW]) as (client, ear):
@@ -290,9 +306,10 @@ async def test_a_renewal_that_fails_for_a_moment_costs_no_connection(answer: dic
 
     async with scripted("public/auth", fail) as url, connected(url, login=LOGIN) as (client, _):
         session = client.session
-        for _ in range(2):  # the first fails, the next does not
+        session._token_ends = soon = time.monotonic() + 30
+        for is_due in (lambda: session._refresh_at == soon, lambda: session._refresh_at > soon):  # it fails once
             session._refresh_at = 0.0
-            await wait_for(lambda: session._refresh_at, "the renewal, or that it is put off")
+            await wait_for(is_due, "the renewal, or that it is put off as long as the token lives")
         assert (client.reconnects, client.get_state()["authenticated"]) == (0, True)
         session._refresh_at = session._token_ends = 0.0
         await wait_for(lambda: client.reconnects == 1, "the loss")
@@ -358,12 +375,24 @@ async def test_silence_is_proven_before_the_connection_is_cut(practice: str) -> 
         await ear.wait_frames([QUOTE])
 
 
+@pytest.mark.parametrize("answer", ["", ",error:public/test=11051"])
 @in_loop
-async def test_a_quiet_connection_that_answers_is_not_cut(practice: str) -> None:
-    async with connected(practice, "no_heartbeat,heartbeat_floor:0.1", heartbeat_interval=0.1) as (client, ear):
+async def test_a_quiet_connection_that_answers_is_not_cut(practice: str, answer: str) -> None:
+    faults = f"no_heartbeat,heartbeat_floor:0.1{answer}"
+    async with connected(practice, faults, heartbeat_interval=0.1) as (client, ear):
         sent = client.traffic.requests
         await wait_for(lambda: client.traffic.requests >= sent + 5, "five proofs of life")
         assert [state for state, _ in ear.states][-1] == "live"
+
+
+@in_loop
+async def test_a_connection_on_which_data_come_need_not_prove_its_life(practice: str) -> None:
+    settings: dict[str, Any] = {"channels": [BOOK, QUOTE], "heartbeat_interval": 1.0}
+    async with connected(practice, "no_heartbeat,heartbeat_floor:1", **settings) as (client, ear):
+        sent, over = client.traffic.requests, time.monotonic() + 3 * 1.5
+        while time.monotonic() < over:
+            await ear.wait_frames([BOOK])
+        assert client.traffic.requests == sent
 
 
 # -- loss and return --------------------------------------------------------------------------------------------------
@@ -503,6 +532,23 @@ async def test_an_answer_that_breaks_off_is_not_shown() -> None:
     assert str(lost.value) == "the server ended the connection before it answered"
 
 
+@in_loop
+async def test_the_headers_of_the_settings_go_along_with_the_upgrade() -> None:
+    seen: list[bytes] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.readuntil(b"\r\n\r\n"))
+        writer.write(b"HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        url, settings = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/", {"X-Desk": "desk-7"}
+        async with connected(url, live=False, headers=settings, retry_count=1) as (client, _):
+            with pytest.raises(Lost, match=REFUSED):
+                await client.connect()
+    assert [b"\r\nX-Desk: desk-7\r\n" in request for request in seen] == [True]
+
+
 @pytest.mark.parametrize("scheme", ["http", "ws"])
 @in_loop
 async def test_a_redirect_is_not_followed_and_its_place_not_shown(scheme: str) -> None:
@@ -549,6 +595,14 @@ async def test_a_failure_at_each_step_is_got_over(practice: str, method: str, ki
         assert reason.startswith(method)
         assert sorted(client.reconciler.subscriptions.confirmed) == [RAW, QUOTE]
         await ear.wait_frames([QUOTE, RAW])
+
+
+@in_loop
+async def test_a_login_that_is_not_known_at_a_later_step_is_no_wrong_one(practice: str) -> None:
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True}
+    async with connected(practice, f"error:{STEPS[2]}=13009,first:1", **settings) as (client, ear):
+        assert [reason.split(":")[0] for reason in ear.find("backoff")] == STEPS[2:]
+        assert client.get_state()["authenticated"]
 
 
 @pytest.mark.parametrize("code", [10049, 13042])
@@ -607,6 +661,7 @@ async def test_the_last_error_is_what_ended_the_connection(practice: str) -> Non
         with pytest.raises(ExchangeError):
             await client.send("public/nothing")
         client.cut("the test wants it so")
+        client.cut("and so again")
         await wait_for(lambda: client.machine.state == "backoff", "the loss")
         assert client.last_error == {"message": "the test wants it so"}
 
@@ -621,6 +676,16 @@ async def test_a_pause_that_is_over_delays_nothing(practice: str) -> None:
         client.cut("the test wants it so")
         await wait_for(lambda: len(ear.find("connecting")) == 2, "the next attempt")
         assert float(ear.find("connecting")[1].split()[-2]) < 0.1
+
+
+@in_loop
+async def test_a_pause_that_the_exchange_wants_is_made_before_the_next_attempt(practice: str) -> None:
+    async with connected(practice, "error:public/status=11051@1") as (client, ear):
+        with pytest.raises(ExchangeError):
+            await client.send("public/status")
+        client.cut("the test wants it so")
+        await wait_for(lambda: len(ear.find("connecting")) == 2, "the next attempt")
+        assert float(ear.find("connecting")[1].split()[-2]) > 0.5
 
 
 def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:
@@ -656,8 +721,9 @@ async def test_who_connects_is_not_told_that_a_client_is_closed_which_lives_on(p
 
 @in_loop
 async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the next is made almost at once: only what fails waits."""
     monkeypatch.setattr("workers.deribit.connection.client.LASTED", 1.0)
-    async with connected(practice, "drop:5,first:1", retry_count=1) as (client, ear):
+    async with connected(practice, "drop:5,first:1", retry_count=1, retry_delay=60) as (client, ear):
         await wait_for(lambda: len(ear.find("live")) == 2, "the second life", timeout=30)
         assert client.reconnects == 1
 
@@ -781,6 +847,17 @@ async def test_who_sends_while_a_lost_connection_is_being_closed_hears_that_it_i
 
 
 @in_loop
+async def test_what_is_begun_while_a_lost_connection_is_being_closed_ends_with_it(practice: str) -> None:
+    async with connected(practice) as (client, ear):
+        client.cut("the test wants it so")
+        while client.is_live:
+            await asyncio.sleep(0)
+        begun = client.spawn(asyncio.sleep(60))
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
+        assert begun.cancelled()
+
+
+@in_loop
 async def test_nothing_can_be_sent_before_and_after() -> None:
     async with connected("ws://127.0.0.1:1/", live=False, retry_count=1) as (client, _):
         with pytest.raises(Lost):
@@ -856,6 +933,15 @@ async def test_close_interrupts_whatever_is_under_way(practice: str, faults: str
         await wait_for(lambda: client.machine.state == states[faults], states[faults])
         await client.close()
         assert ear.states[-1][0] == "closed"
+
+
+@in_loop
+async def test_who_closes_before_it_has_begun_connects_to_nothing(practice: str) -> None:
+    ear = Ear()
+    client = Client(practice, listener=ear)
+    life = client.start()
+    await client.close()
+    assert (life.done(), client.get_state()["state"], ear.states) == (True, "closed", [])
 
 
 @pytest.mark.parametrize("turns", range(9))
@@ -1072,10 +1158,12 @@ async def test_a_listener_that_fails_in_what_is_asked_for_later_ends_it_too(prac
 @pytest.mark.parametrize("place", ["closing", "closed"])
 @in_loop
 async def test_a_listener_that_fails_while_it_closes_leaves_nothing_open(practice: str, place: str) -> None:
-    client = Client(practice, listener=Careless(place), **QUICK)
+    ear = Careless(place)
+    client = Client(practice, listener=ear, **QUICK)
     await client.connect()
     with pytest.raises(KeyError, match=place):
         await client.close()
+    assert (len(ear.find("closing")), len(ear.find("closed"))) == (1, 1)
     assert (client.traffic._socket, client.get_state()["state"]) == (None, "closed")
 
 

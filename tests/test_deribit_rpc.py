@@ -247,6 +247,40 @@ def test_the_exchange_s_clock_goes_on_though_ours_is_set(monkeypatch: pytest.Mon
             assert abs(session.measured_offset - measured) < hour / 2
 
 
+@pytest.mark.parametrize("since_ms", [0, 999_999])
+def test_the_exchange_s_clock_is_as_far_off_as_is_told_and_may_be_more_with_time(since_ms: int) -> None:
+    """It tells whole ms, of which so many ns have passed."""
+    offset = 0
+
+    async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
+        nonlocal offset
+        now = time.time_ns()
+        told = now // 1_000_000 + 7_000
+        offset = told * 1_000_000 + since_ms - now
+        return told
+
+    session = Session(answer_time, Credits(), None, 30.0, False)
+    session._sync_at = 0.0
+    asyncio.run(session.keep_up(1.0))
+    error = session.clock_error
+    assert abs(session.measured_offset - offset) <= error
+    assert session._synced_at is not None
+    session._synced_at -= 1_000 * 1_000_000_000
+    assert session.clock_error >= error + 100_000_000
+
+
+@pytest.mark.parametrize("told", [-1, 10**14, 1e300, float("nan"), True, "1", None, []])
+def test_a_time_that_cannot_be_is_not_taken(told: Any) -> None:
+    async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
+        return told
+
+    session = Session(answer_time, Credits(), None, 30.0, False)
+    session._sync_at = 0.0
+    asyncio.run(session.keep_up(1.0))
+    assert session._sync_at > 0.0, "it has been asked for"
+    assert (session.clock_offset, session.clock_error) == (0, 0)
+
+
 def test_an_answer_about_the_time_that_came_late_does_not_spoil_what_is_known() -> None:
     waits = [0.0, 0.5, 0.0, 0.5]
 

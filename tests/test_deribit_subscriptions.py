@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from collector.lifecycle import Exit
-from collector.limits import MAX_CHANNELS, MAX_FRAME, Credits
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, wait_for
+from collector.limits import CALL_BURST, CALL_COST, MAX_CHANNELS, MAX_FRAME, SUBSCRIBE_COST, Credits
+from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, scripted, wait_for
 from tests.exchange_client import exchange, get
 from tests.support import in_loop
 from workers.deribit import Client, ExchangeError
-from workers.deribit.connection.reconcile import SECOND_CHANCE
+from workers.deribit.connection.reconcile import RETRIES, SECOND_CHANCE, SOON
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, NO_TRADES, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request
 
@@ -359,6 +359,20 @@ async def test_a_channel_that_the_key_may_not_have_costs_no_connection_when_it_i
 
 
 @in_loop
+async def test_a_channel_that_the_key_came_to_have_tells_of_a_dead_login_like_any_other() -> None:
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"error": {"code": 13009}} if number in (1, 3, 4) else None  # the upkeep asks, too
+
+    async with scripted("public/subscribe", answer) as url, connected(url, login=LOGIN) as (client, _):
+        assert "13009" in (await client.subscribe([QUOTE]))[QUOTE]["message"]
+        assert await client.subscribe([QUOTE]) == {QUOTE: True}
+        await client.unsubscribe([QUOTE])
+        client.session.logged_in_at -= 61
+        await client.subscribe([QUOTE])
+        await wait_for(lambda: client.reconnects == 1 and QUOTE in client.reconciler.subscriptions.confirmed, "it")
+
+
+@in_loop
 async def test_with_login_all_are_given(practice: str) -> None:
     async with connected(practice, channels=[QUOTE, *RAW, BOOK, *OWN], login=LOGIN) as (client, _):
         check_equal(client)
@@ -383,6 +397,17 @@ async def test_a_call_that_the_exchange_wants_again_is_sent_again_once_in_its_pa
     async with connected(practice, "error:public/subscribe=10040,until:7") as (client, _):
         assert await client.subscribe([QUOTE]) == {QUOTE: True}
         assert (client.attempts, client.reconnects) == (1, 0)
+
+
+@in_loop
+async def test_what_was_only_to_be_asked_for_later_gets_another_chance_soon(
+    practice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.deribit.connection.reconcile.RETRY_PAUSE", 0.02)
+    async with connected(practice, f"error:public/subscribe=10040@{RETRIES}") as (client, _):
+        assert "10040" in (await client.subscribe([QUOTE]))[QUOTE]["message"]
+        await client.reconciler.keep_up(time.monotonic() + SOON + 1)
+        assert client.reconciler.subscriptions.confirmed == {QUOTE}
 
 
 @pytest.mark.parametrize("code", [10028, 11051])
@@ -480,16 +505,27 @@ async def test_an_unsubscribe_that_the_exchange_wants_again_and_again_is_given_u
         assert client.reconnects == 0
 
 
-@pytest.mark.parametrize("method", ["public/subscribe", "public/ticker"])
+@pytest.mark.parametrize("method", ["public/subscribe", "public/unsubscribe", "public/ticker"])
 @in_loop
 async def test_the_pool_that_was_overdrawn_is_used_less(practice: str, method: str) -> None:
     async with connected(practice, f"error:{method}=10028@1") as (client, _):
-        pools = {"public/subscribe": client.reconciler.credits, "public/ticker": client.session.credits}
+        subscribing, calls = client.reconciler.credits, client.session.credits
         with pytest.raises(ExchangeError, match="10028"):
             await client.send(method, {"instrument_name": "BTC-PERPETUAL", "channels": [QUOTE]})
-        assert [name for name, pool in pools.items() if isinstance(pool, Credits) and pool.burst < pool.whole] == [
-            method
-        ]
+        overdrawn = [pool for pool in (subscribing, calls) if isinstance(pool, Credits) and pool.burst < pool.whole]
+        assert overdrawn == [subscribing if method == "public/subscribe" else calls]
+
+
+@in_loop
+async def test_each_call_of_a_connection_is_paid_for_from_its_pool(practice: str) -> None:
+    pools = Credits(refill=1e-9), Credits(CALL_BURST, 1e-9)
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True, "channels": [QUOTE], "pools": pools}
+    async with connected(practice, **settings) as (client, _):
+        spent = [pool.whole - pool.level for pool in pools]
+        assert spent == pytest.approx([SUBSCRIBE_COST, 5 * CALL_COST])
+        await client.unsubscribe([QUOTE])
+        spent = [pool.whole - pool.level for pool in pools]
+        assert spent == pytest.approx([SUBSCRIBE_COST, 6 * CALL_COST])
 
 
 # -- at run time ------------------------------------------------------------------------------------------------------
