@@ -12,15 +12,7 @@ from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import NEVER, Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, Call, Subscriptions
 from workers.deribit.connection.together import do_together
-from workers.deribit.rpc.errors import (
-    TOO_MANY_REQUESTS,
-    ExchangeError,
-    Lost,
-    NotConnected,
-    Reaction,
-    Refused,
-    find_reaction,
-)
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
 
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
@@ -160,8 +152,8 @@ class Reconciler:
                 raise Refused(said, Exit.BANNED)
             case Reaction.RETRY:
                 await self._put_off(call, error)
-            case Reaction.BACK_OFF if call.leaves and error.code != TOO_MANY_REQUESTS:
-                await self._put_off(call, error)  # it can wait; only 10028 ends the connection, whatever we do
+            case Reaction.BACK_OFF if call.leaves:
+                await self._put_off(call, error)  # it can wait, and is worth no connection
             case Reaction.BACK_OFF | Reaction.LOCK_OUT:
                 raise Lost(said, error.told)
             case Reaction.LOG_IN | Reaction.REFRESH if self._session.awaits_login:
