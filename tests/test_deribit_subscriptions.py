@@ -106,6 +106,20 @@ def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> 
     assert are_equal(subscriptions)
 
 
+@pytest.mark.parametrize("is_over", [False, True])
+def test_what_was_asked_for_again_and_again_may_be_left_as_often_as_any_other(is_over: bool) -> None:
+    """Whether its instrument has ended, or it is left for a new snapshot."""
+    subscriptions = subscribe(BOOK)
+    assert subscriptions.refuse([BOOK], "not now", RETRIES) == []
+    take_answer(subscriptions, subscriptions.plan_calls(False)[0], [BOOK])
+    if is_over:
+        subscriptions.expire([BOOK])
+    for _ in range(RETRIES):
+        assert subscriptions.confirmed == {BOOK}
+        subscriptions.refuse_leaving(Call("public/unsubscribe", (BOOK,)), RETRIES)
+    assert subscriptions.confirmed == set()
+
+
 def test_what_is_not_let_go_counts_as_left_in_the_end_and_may_be_asked_for_as_often_as_before() -> None:
     subscriptions = subscribe(BOOK)
     take_answer(subscriptions, subscriptions.plan_calls(False)[0], [BOOK])

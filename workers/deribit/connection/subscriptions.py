@@ -142,7 +142,7 @@ class Subscriptions:
         own = [name for name in answered if name.startswith(OWN)]
         gained = [n for n in call.channels if n in present or any(is_same(n, name) for name in own)]
         self.confirmed.update(gained)
-        for name in gained:
+        for name in gained:  # to be left it may be asked as often anew
             self._tries.pop(name, None)
         missing = [name for name in call.channels if name not in self.confirmed]
         left_out = [n for name in missing for n in self.refuse([name], explain_left_out(parse_channel(name)), TRIES)]

@@ -73,8 +73,6 @@ class Traffic:
             if not answer.done():
                 answer.set_exception(Lost("the connection ended before the answer came"))
                 answer.exception()  # where nobody waits any more, nobody need be told
-        for task in self._answering:
-            task.cancel()
         socket, self._bytes, self._socket = self._socket, self.bytes_read, None
         return socket
 
