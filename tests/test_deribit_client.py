@@ -137,9 +137,10 @@ async def test_data_come_without_a_greeting_and_without_the_time(practice: str, 
 # -- login ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("slow", ["", ",slow:public/auth=0.5"])
 @in_loop
-async def test_with_a_login_data_come_where_nothing_is_public(practice: str) -> None:
-    async with connected(practice, "login_only", login=LOGIN, channels=[QUOTE, RAW]) as (client, ear):
+async def test_with_a_login_data_come_where_nothing_is_public(practice: str, slow: str) -> None:
+    async with connected(practice, f"login_only{slow}", login=LOGIN, channels=[QUOTE, RAW]) as (client, ear):
         await ear.wait_frames([QUOTE, RAW])
         assert (client.attempts, client.reconnects) == (1, 0)
 

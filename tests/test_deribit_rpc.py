@@ -207,6 +207,17 @@ def test_the_longest_pause_that_is_asked_for_is_made() -> None:
     assert asyncio.run(take_errors()) >= PAUSES[Reaction.LOCK_OUT]
 
 
+def test_an_answer_under_a_number_that_no_request_had_is_a_bad_frame() -> None:
+    async def take_answers() -> int:
+        traffic = Client("ws://127.0.0.1:9").traffic
+        traffic.requests = 3
+        for number in (None, -1, 0, 1, 3, 4):
+            traffic._take_reply(Reply(number, "ok", None), b"{}")
+        return traffic.malformed
+
+    assert asyncio.run(take_answers()) == 4
+
+
 def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed() -> None:
     async def lose_twice(*offsets: int) -> Session:
         session = Session(answer_nothing, Credits(), None, 30.0, False)

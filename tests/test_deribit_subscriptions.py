@@ -89,6 +89,14 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
     assert not are_equal(subscriptions)
 
 
+def test_what_is_left_out_is_asked_for_once_more_whatever_was_before_a_loss_or_a_wish() -> None:
+    subscriptions = subscribe(BOOK)
+    for begin_anew in (subscriptions.forget, lambda: subscriptions.ask([BOOK]), subscriptions.forget):
+        (call,) = subscriptions.plan_calls(False)
+        assert take_answer(subscriptions, call, []) == ([], [])
+        begin_anew()
+
+
 def test_what_is_dropped_and_wanted_again_before_a_call_is_subscribed_anew() -> None:
     """Else its second feed would never hear that it is confirmed, nor get a snapshot."""
     subscriptions = subscribe(QUOTE, BOOK)
@@ -387,6 +395,12 @@ async def test_a_channel_that_the_key_came_to_have_tells_of_a_dead_login_like_an
 
 
 @in_loop
+async def test_a_call_that_is_to_log_in_though_it_has_is_cut_until_the_bad_channel_is_found(practice: str) -> None:
+    async with connected(practice, "error:public/subscribe=13778@2", login=LOGIN, channels=RAW) as (client, _):
+        check_equal(client, RAW[0])
+
+
+@in_loop
 async def test_with_login_all_are_given(practice: str) -> None:
     async with connected(practice, channels=[QUOTE, *RAW, BOOK, *OWN], login=LOGIN) as (client, _):
         check_equal(client)
@@ -489,6 +503,15 @@ async def test_a_refused_unsubscribe_costs_no_connection(practice: str, times: i
         assert client.reconnects == 0
 
 
+@in_loop
+async def test_an_unsubscribe_that_overdraws_its_pool_costs_the_connection(practice: str) -> None:
+    faults = "error:public/unsubscribe=10028@1,first:1"
+    async with connected(practice, faults, channels=[QUOTE, BOOK]) as (client, _):
+        await client.unsubscribe([QUOTE])
+        await wait_for(lambda: client.reconnects == 1 and client.is_live, "the next connection")
+        assert client.reconciler.subscriptions.confirmed == {BOOK}
+
+
 @pytest.mark.parametrize("code", [13028, 11051])
 @in_loop
 async def test_an_exchange_that_wants_a_pause_before_an_unsubscribe_is_not_left(practice: str, code: int) -> None:
@@ -502,6 +525,24 @@ async def test_an_exchange_that_wants_a_pause_before_an_unsubscribe_is_not_left(
         assert client.last_error["code"] == code
         await ear.wait_frames([BOOK])
         assert client.reconnects == 0
+
+
+@in_loop
+async def test_an_unsubscribe_that_tells_of_a_dead_login_costs_the_connection(practice: str) -> None:
+    """However new the login is. At the latest when the upkeep asks again."""
+    faults = "error:public/unsubscribe=13009@2,first:1"
+    async with connected(practice, faults, login=LOGIN, channels=[QUOTE, BOOK]) as (client, ear):
+        await client.unsubscribe([QUOTE])
+        await wait_for(lambda: ear.find("backoff"), "the loss")
+        assert "public/unsubscribe: 13009" in ear.find("backoff")[0]
+
+
+@in_loop
+async def test_a_subscribe_that_is_locked_out_costs_the_connection(practice: str) -> None:
+    async with connected(practice, "error:public/subscribe=12998", live=False, channels=[QUOTE]) as (client, ear):
+        await wait_for(lambda: ear.find("backoff"), "the loss")
+        assert "public/subscribe: 12998" in ear.find("backoff")[0]
+        assert client.get_state()["channels"]["refused"] == {}
 
 
 @in_loop
@@ -570,9 +611,11 @@ async def test_channels_come_and_go_while_it_is_live(practice: str) -> None:
 async def test_wishes_made_while_it_is_away_are_kept(practice: str) -> None:
     faults = "skip:1,refuse:503,first:3"
     async with connected(practice, faults, channels=[BOOK, TICKER], retry_delay=0.2) as (client, ear):
+        read = client.get_state()["bytes"]
         client.cut("the test wants it so")
         await wait_for(lambda: client.machine.state == "backoff", "the loss")
         assert client.get_state()["channels"]["confirmed"] == []
+        assert client.get_state()["bytes"] >= read > 0
         kept = {"code": "not_connected", "message": "kept, and asked for when the connection is live"}
         assert await client.subscribe([QUOTE, BOOK]) == {QUOTE: kept, BOOK: kept}
         assert await client.unsubscribe([TICKER]) == {TICKER: True}
