@@ -5,6 +5,7 @@ import contextlib
 import fcntl
 import json
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,19 @@ def test_a_pool_at_which_another_looks_is_asked_again_and_never_waited_for(tmp_p
         fcntl.flock(file, fcntl.LOCK_EX)
         assert pool.take(SUBSCRIBE_COST, time.monotonic()) == MOMENT
     assert pool.take(SUBSCRIBE_BURST, time.monotonic()) == 0.0
+
+
+def test_who_has_overdrawn_a_pool_waits_for_another_that_looks_at_it(tmp_path: Path) -> None:
+    one, other = share(tmp_path, 2)
+    now = time.monotonic()
+    with (tmp_path / "pool").open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        shrinking = threading.Thread(target=one.shrink, args=(now,))
+        shrinking.start()
+        shrinking.join(0.1)
+        assert shrinking.is_alive()
+    shrinking.join(10)
+    assert other.take(SUBSCRIBE_COST, now) == pytest.approx(SUBSCRIBE_COST / REFILL), "it is empty"
 
 
 # the practice exchange

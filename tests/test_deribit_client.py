@@ -1025,6 +1025,14 @@ async def test_who_asks_while_it_closes_is_not_told_that_the_wish_is_kept(practi
         await closing
 
 
+def accept_upgrade(request: bytes) -> bytes:
+    """The answer to a request for a WebSocket."""
+    (key,) = re.findall(rb"(?i)sec-websocket-key: (\S+)", request)
+    accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    head = b"HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
+    return head + accept + b"\r\n\r\n"
+
+
 @pytest.mark.parametrize("how", ["fin", "rst"])
 @in_loop
 async def test_a_ping_before_a_broken_connection_is_a_loss_like_another(how: str) -> None:
@@ -1038,10 +1046,7 @@ async def test_a_ping_before_a_broken_connection_is_a_loss_like_another(how: str
             request = b""
             while not request.endswith(b"\r\n\r\n"):
                 request += connection.recv(4096)
-            (key,) = re.findall(rb"(?i)sec-websocket-key: (\S+)", request)
-            accept = base64.b64encode(hashlib.sha1(key + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
-            head = b"HTTP/1.1 101 Yes\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
-            connection.sendall(head + accept + b"\r\n\r\n")
+            connection.sendall(accept_upgrade(request))
             assert is_followed.wait(10)
             connection.sendall(bytes([0x81, len(asked)]) + asked + b"\x89\x00")
             if how == "rst":
@@ -1240,7 +1245,57 @@ async def test_a_frame_that_spells_a_secret_in_another_way_is_not_shown() -> Non
         ]
 
 
+@in_loop
+async def test_a_refused_renewal_is_told_without_its_token() -> None:
+    token = "hush-0123456789"
+
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any]:
+        if params["grant_type"] == "refresh_token":
+            return {"error": {"code": 11094, "message": f"not now: {params['refresh_token']}"}}
+        return {"result": {"access_token": "a", "refresh_token": token, "expires_in": 900}}
+
+    async with scripted("public/auth", answer) as url, connected(url, login=LOGIN) as (client, _):
+        client.session._refresh_at = 0.0
+        await wait_for(lambda: client.last_error, "the error")
+        assert client.last_error == {"code": 11094, "message": "not now: ***"}
+
+
+@pytest.mark.parametrize("key", ["access_token", "refresh_token", "client_secret"])
+@in_loop
+async def test_an_answer_that_nobody_can_place_is_not_shown_where_it_may_hold_a_secret(key: str) -> None:
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        return {"id": 0, "result": {key: "hush"}} if number == 2 else None
+
+    async with scripted("public/test", answer) as url, connected(url) as (client, ear):
+        for _ in range(2):
+            with suppress(TimeoutError):
+                await client.send("public/test", timeout=0.3)
+        await wait_for(lambda: ear.malformed, "the answer")
+        assert ear.malformed == [(b"(not shown)", "an answer to no request of ours")]
+
+
 # -- frames -----------------------------------------------------------------------------------------------------------
+
+
+@in_loop
+async def test_frames_that_come_with_the_answer_to_the_upgrade_are_taken_first() -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(accept_upgrade(await reader.readuntil(b"\r\n\r\n")) + b"\x81\x03one\x81\x03two")
+        await writer.drain()
+        await is_followed.wait()
+        writer.write(b"\x81\x05three")
+        writer.close()
+
+    frames: list[bytes] = []
+    is_followed = asyncio.Event()
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        opened = await Socket.open(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/", {}, 10.0)
+        await wait_for(lambda: opened.bytes_read == 10, "the first two")
+        is_followed.set()
+        with pytest.raises(Lost, match="broke off"):
+            await opened.follow(frames.extend)
+        await opened.close()
+    assert frames == [b"one", b"two", b"three"]
 
 
 @in_loop
