@@ -488,6 +488,7 @@ async def test_a_ban_that_a_subscribe_is_answered_with_ends_it(practice: str, co
         await wait_for(lambda: ear.find("failed"), "the end", 5)
         assert (client.exit, client.attempts, ear.refused) == (Exit.BANNED, 1, {})
         assert ear.find("failed")[0].startswith(f"public/subscribe: {code}")
+        assert client.traffic.requests == 3 + 1, "nobody asks once more"
 
 
 @pytest.mark.parametrize("times", [1, 3])
