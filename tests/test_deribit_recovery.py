@@ -46,7 +46,6 @@ from workers.deribit.healing.heal import PATIENCE, read_page
 from workers.deribit.publishing.ledger import HEARD, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
-from workers.deribit.rpc.errors import ExchangeError
 from workers.deribit.watching.patrol import RESYNCS
 
 TOPICS = {
@@ -647,31 +646,6 @@ async def test_healing_pays_for_no_request_before_the_connection_is_live(
 
 
 @in_loop
-async def test_trades_of_spot_pairs_are_healed_by_number_though_their_history_is_not_served_by_time(
-    practice: str,
-) -> None:
-    """As Deribit answers for currencies that have a pair that is matched at Coinbase. Nothing stays in doubt."""
-    channel = "trades.spot.any.100ms"
-    faults = "error:public/get_last_trades_by_currency_and_time=11060"
-    async with collecting(practice, faults, channel, retry_delay=1) as run:
-        feed = run.worker.feeds[channel.encode()]
-        assert isinstance(feed, TradeFeed)
-        await wait_for(lambda: feed.losses.lost_from is None and len(feed.streams) == 3, "trades of all pairs")
-        for _ in range(9):
-            run.worker.client.cut("for a loss")
-            await wait_for(lambda: feed.losses.lost_from is not None, "the loss")
-            await wait_for(lambda: feed.losses.lost_from is None, "the healing", 60)
-            assert feed.losses.unanswered_from is None
-            run.hearer.drain()
-            if repairs := run.hearer.find("deribit.trade.", type="repair"):
-                break  # else nothing was traded meanwhile
-        assert repairs
-        assert not any(repair["missing"] for repair in repairs)
-        with pytest.raises(ExchangeError, match="11060"):
-            await run.worker.client.send("public/get_last_trades_by_currency_and_time", {"currency": "BTC"})
-
-
-@in_loop
 async def test_of_a_loss_that_is_older_than_what_the_exchange_keeps_the_rest_comes_and_the_start_is_told() -> None:
     """By time it tells nothing of it, by number what it still has. What it has moves on while that is asked for."""
     with exchange("--rate", "2000", "--faults", "retention:4") as (url, _):
@@ -734,12 +708,13 @@ def test_after_a_loss_of_more_than_a_day_what_the_exchange_still_keeps_comes_and
     assert feed.losses.lost_from is None
 
 
-def test_spot_pairs_that_come_though_their_history_is_not_served_by_time_are_asked_for_by_number_and_told(
+def test_where_the_history_by_time_is_refused_for_good_each_instrument_is_asked_for_by_number_and_the_rest_told(
     topics: Topics,
 ) -> None:
-    """Others than spot are asked for by time alone: they are many."""
-    feed = TradeFeed(parse_channel("trades.any.any.100ms"), topics)
-    line = Line(feed.channel.name, ("BTC_USDC", "SOL_USDC", "ETH_USDC", "BTC-PERPETUAL"))
+    """As Deribit answers from the hour on in which a spot pair of the currency comes to be matched at Coinbase."""
+    feed = TradeFeed(parse_channel("trades.any.EURR.100ms"), topics)
+    names = ("BTC_EURR", "ETH_EURR", "USDC_EURR")
+    line = Line(feed.channel.name, names)
 
     def take(name: str, seq: int) -> list[Any]:
         published = feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, seq))]), START)
@@ -748,21 +723,23 @@ def test_spot_pairs_that_come_though_their_history_is_not_served_by_time_are_ask
         return [message for _, message in published if not isinstance(message, Trade)]
 
     def answer(ask: Ask) -> Page | None:
-        if ask.params.get("instrument_name") == "SOL_USDC":
+        if ask.params.get("kind") == "spot" or ask.params.get("instrument_name") == "ETH_EURR":
             return None
-        return Page([], False, is_served=ask.params.get("kind") != "spot")
+        return Page([], False)
 
-    assert take("BTC_USDC", 5) == take("SOL_USDC", 5) == take("BTC-PERPETUAL", 5) == []
+    assert take("BTC_EURR", 5) == take("ETH_EURR", 5) == []
     feed.losses.confirm(START)
     feed.lose("disconnect", START + SECOND)
     asked = run_healing(heal_feed(feed, START + 5 * SECOND, 0), answer)
-    runs = [ask.params["instrument_name"] for ask in asked if ask.params.get("start_seq") == 5]
-    assert (runs.count("BTC_USDC"), set(runs)) == (1, {"BTC_USDC", "SOL_USDC"})
-    assert (feed.losses.lost_from, feed.losses.unanswered_from) == (None, None)
-    (told,) = take("ETH_USDC", 3)
+    assert {ask.params["instrument_name"] for ask in asked if ask.params.get("start_seq") == 5} == set(names[:2])
+    refused = [ask.params.get("kind") for ask in asked].count("spot")
+    assert refused <= 3 * len(PAUSES), "what is refused for good is asked for a few times"
+    assert feed.losses.lost_from is None, "and by no later healing"
+    (told,) = take("USDC_EURR", 3)
     assert (told.reason, told.missing_from, told.missing_to, told.healing) == ("disconnect", 1, 2, False)
     ended = feed.end(False, START + 9 * SECOND)
-    assert [(stream.instrument, getattr(gap, "missing_from", 0)) for stream, gap in ended] == [("SOL_USDC", 6)]
+    open_from = [(stream.instrument, gap.missing_from) for stream, gap in ended if isinstance(gap, Gap)]
+    assert open_from == [("BTC_EURR", 6), ("ETH_EURR", 6)]
 
 
 def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(topics: Topics) -> None:

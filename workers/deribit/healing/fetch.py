@@ -53,11 +53,10 @@ class Ask(NamedTuple):
 
 
 class Page(NamedTuple):
-    """What one request brought; `has_more`: and that was not all. Not `is_served`: it never brings any."""
+    """What one request brought; `has_more`: and that was not all."""
 
     trades: list[TradeData]
     has_more: bool
-    is_served: bool = True
 
 
 class Healed(NamedTuple):
@@ -119,7 +118,6 @@ def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None)
             missing, answered = tape.find_missing(tails), True
             if missing is not None:
                 answered = yield from _fetch_run(tape.stream, *missing, wait)
-                tape.is_followed |= answered and missing[1] is None
                 wait = 0.0
                 if since is not None and answered and not losses.is_checked:
                     yield from _fetch_since(feed, since, theirs)
@@ -190,12 +188,12 @@ def _fetch_all(feed: TradeFeed, start: int, end: int, pause: float) -> Fetch:
         currencies = CURRENCIES if channel.currency == "any" else (channel.currency,)
         subjects = [{"currency": currency, "kind": kind} for currency in currencies for kind in kinds]
     for subject in subjects:
-        answered &= yield from _fetch_period(feed, subject, start, end, pause)
+        answered &= yield from _fetch_period(subject, start, end, pause)
         pause = 0.0
     return answered
 
 
-def _fetch_period(feed: TradeFeed, subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
+def _fetch_period(subject: dict[str, str], start: int, end: int, wait: float) -> Fetch:
     method = f"public/get_last_trades_by_{'instrument' if 'instrument_name' in subject else 'currency'}_and_time"
     while start <= end:
         params = {**subject, "start_timestamp": start, "end_timestamp": end, "count": PAGE, "sorting": "asc"}
@@ -206,12 +204,9 @@ def _fetch_period(feed: TradeFeed, subject: dict[str, str], start: int, end: int
                 break
         else:
             return False
-        if not page.is_served:
-            feed.losses.note_unserved()
-        trades = page.trades
-        if not (trades and page.has_more):
+        if not (page.trades and page.has_more):
             return True
-        if (last := trades[-1].timestamp) < start:
+        if (last := page.trades[-1].timestamp) < start:
             return False  # it is no answer to this: who tells no times would be asked without end
         # A page may end within one ms: what it repeats is known, but one that does not lead on must not hold us up.
         start = last + (last == start)

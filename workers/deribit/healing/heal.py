@@ -23,7 +23,7 @@ from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import SURE
-from workers.deribit.rpc.errors import NOT_SERVED, ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
 
@@ -137,9 +137,6 @@ class Healer:
         try:
             page = read_page(await self._send_patiently(ask, feed))
         except (ExchangeError, ValueError) as error:
-            is_spot = ask.params.get("kind", "spot") == "spot"
-            if isinstance(error, ExchangeError) and error.code == NOT_SERVED and is_spot:
-                return Page([], False, is_served=False)
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None
         if not feed.is_ended:

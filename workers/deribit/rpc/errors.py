@@ -131,10 +131,6 @@ REACTIONS: dict[int, Reaction] = {
 TOO_MANY_REQUESTS = 10028
 """A pool of credits is used up."""
 
-NOT_SERVED = 11060
-"""Trades by currency where a spot pair of it is matched at Coinbase. That one's come on no channel, so none can be
-missing; those of other pairs can."""
-
 
 PAUSES = {Reaction.BACK_OFF: 3.0, Reaction.LOCK_OUT: 60.0}
 """Seconds before another connection: in 3 a used-up pool of credits refills (deribit.com: rate limits); for how long

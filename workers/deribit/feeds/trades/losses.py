@@ -19,8 +19,6 @@ class Losses:
         """Since when every instrument may lack trades; None: none does."""
         self.unanswered_from: int | None = None
         """Since when those may lack trades of which nothing has been heard, as not all was answered; None: none do."""
-        self.unserved_from: int | None = None
-        """The same of spot pairs alone: the exchange does not serve their trades by time."""
         self.away_from: int | None = None
         """When the connection that was lost stood last."""
         self.is_checked = True
@@ -66,11 +64,6 @@ class Losses:
             self._ledger.lower(slot, AWAY, self.away_from)
         self.lost_from = min(self.lost_from or since, since)
         self.newer_from = min(self.newer_from or since, since)
-
-    def note_unserved(self) -> None:
-        """The exchange says that it does not serve by time what spot pairs traded since the loss."""
-        if (since := self.lost_from) is not None:
-            self.unserved_from = min(self.unserved_from or since, since)
 
     def begin_healing(self, now: int) -> None:
         """What was lost by `now` is fetched; what is lost from now on is for the next healing."""

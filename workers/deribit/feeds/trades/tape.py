@@ -5,7 +5,6 @@ from collections.abc import Callable
 from msgspec import UNSET
 from msgspec.structs import replace
 
-from collector.channels import guess_kind
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.trades.holes import Hole, Known
 from workers.deribit.feeds.trades.losses import Losses
@@ -18,11 +17,10 @@ class Tape:
     """One instrument's trades.
 
     `holes` wait to be healed; `tail` is the one of them that has no end yet: what follows `stream.last_id` is being
-    fetched. `losses` are those of the whole channel; `call_healer` is called when a hole is new. `is_followed` is set
-    once what came after the last trade before a loss has been asked for by number.
+    fetched. `losses` are those of the whole channel; `call_healer` is called when a hole is new.
     """
 
-    __slots__ = ("call_healer", "holes", "is_followed", "losses", "stream", "tail", "topics")
+    __slots__ = ("call_healer", "holes", "losses", "stream", "tail", "topics")
 
     def __init__(self, stream: Stream, topics: Topics, losses: Losses, call_healer: Callable[[], None]) -> None:
         self.stream = stream
@@ -31,24 +29,11 @@ class Tape:
         self.call_healer = call_healer
         self.holes: list[Hole] = []
         self.tail: Hole | None = None
-        self.is_followed = False
 
     @property
     def is_known(self) -> bool:
         """Whether any trade has come before, maybe in an earlier life."""
         return bool(self.stream.last_id or self.stream.last_ts)
-
-    @property
-    def is_unserved(self) -> bool:
-        """Whether it may lack what cannot be asked for by time, and has not been asked for by number."""
-        is_spot = guess_kind(self.stream.instrument) == "spot"
-        return self.losses.unserved_from is not None and is_spot and not self.is_followed
-
-    @property
-    def unsure_from(self) -> int | None:
-        """Since when it may lack trades, should nothing have been heard of it: what was asked of them has no answer."""
-        times = (self.losses.unanswered_from, self.losses.unserved_from if self.is_unserved else None)
-        return min((each for each in times if each is not None), default=None)
 
     def tell_known(self) -> Known:
         """The last number, and the newest time, of all trades so far."""
@@ -59,7 +44,6 @@ class Tape:
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
-        self.is_followed = False
         if self._has_new_gap():
             return  # nothing has come since it was said: it tells of this loss as well
         self._end_tail(self.stream.last_id)  # what comes from now on belongs to the new gap
@@ -96,7 +80,7 @@ class Tape:
         if losses.lost_from is not None and last > stream.left_at:  # it may have traded first while we were away
             self.open_hole(None, stream.left_at + 1, last)
         else:
-            if self.unsure_from is not None and stream.left_at < last:
+            if losses.unanswered_from is not None and stream.left_at < last:
                 published.append((stream, self._describe_missing(stream.left_at + 1, last, now)))
                 last = stream.left_at
             self._note_first(last + 1)
@@ -157,7 +141,7 @@ class Tape:
 
     def _date_back(self, gap: Gap, now: int) -> None:
         """An instrument that is new to us may have traded first while the connection was lost."""
-        if (since := self.unsure_from) is not None:
+        if (since := self.losses.unanswered_from) is not None:
             gap.reason, gap.from_ts = "disconnect", min(since, gap.from_ts or now)
 
     # -- holes --------------------------------------------------------------------------------------------------------
@@ -243,10 +227,9 @@ class Tape:
     def find_missing(self, tails: bool) -> tuple[int, int | None] | None:
         """The run of trade_seq to fetch: (from, to or None for open); None if nothing can be missing.
 
-        Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time. Of
-        a spot pair that is not served by time the tail is asked for all the same, until it has been.
+        Without `tails`: only what is known to be missing, or in doubt: all that came last has been fetched by time.
         """
-        stream, holes, tails = self.stream, self.holes, tails or self.is_unserved
+        stream, holes = self.stream, self.holes
         runs = [run for hole in holes if not hole.is_full for run in hole.list_missing()]
         # The trade before a hole is fetched too, where nothing else may show whether the exchange counts anew.
         is_open = tails and not self.losses.is_checked
@@ -281,7 +264,7 @@ class Tape:
         tail, said = self.tail, self.end_healing(self.holes, now)
         if tail is not None:
             said.append(self.describe_rest(tail, now))
-        elif (is_unfinished or self.is_unserved) and not self.stream.is_over and (gap := self.take_last(now)):
+        elif is_unfinished and not self.stream.is_over and (gap := self.take_last(now)):
             said.append(gap)
         return said
 
@@ -307,7 +290,7 @@ class Tape:
             return []  # it was a doubt, which tells nothing of what came first
         missing = hole.list_missing()
         first = min(hole.came, default=1 + (self.stream.last_id if hole.last is None else hole.last))
-        if self.unsure_from is not None and hole.first < first:
+        if self.losses.unanswered_from is not None and hole.first < first:
             missing.insert(0, (hole.first, first - 1))
             first = hole.first
         self._note_first(first)
