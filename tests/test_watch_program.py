@@ -299,6 +299,23 @@ async def test_what_has_ended_by_its_name_is_left_once_it_is_silent_and_not_befo
 
 
 @in_loop
+async def test_what_is_taken_up_anew_while_silence_is_looked_into_does_not_end_for_what_it_was_before() -> None:
+    with exchange("--rate", "600") as (url, _):
+        async with collecting(url, f"mute:{SPOT}@2,mute:{FLOW}@2", SPOT, FLOW, TICKER) as run:
+            await run.hearer.hear_of("deribit.ticker.", 40)
+            feeds = [run.worker.feeds[name.encode()] for name in (SPOT, FLOW)]
+            for feed in feeds:
+                feed.stream.expiry = time.time_ns() - 61 * SECOND
+                feed.rhythm.restart(feed.last_ts, time.monotonic_ns() - 61 * SECOND)
+            again = {"channels": [SPOT], "epoch": time.time_ns()}
+            ways = [run.worker.answer(op, again) for op in ("unsubscribe", "subscribe")]
+            await asyncio.gather(run.worker.patrol._look_at_all(0), *ways)
+            await run.hearer.hear_of(BOOKS, type="status", state="expired")
+            assert run.worker.client.reconciler.subscriptions.refused == {FLOW: EXPIRED}
+            assert run.worker.feeds[SPOT.encode()] is not feeds[0]
+
+
+@in_loop
 async def test_what_a_wrong_clock_had_ended_is_taken_up_again_once_the_clock_is_right() -> None:
     """The exchange's clock is 76 years ahead on the first connection; a minute of silence is given by this test."""
     with exchange("--rate", "600") as (url, _):

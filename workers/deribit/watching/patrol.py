@@ -251,7 +251,7 @@ class Patrol:
         if not await self._ask_for_life():
             return
         now = time.monotonic_ns()
-        for feed in silent:
+        for feed in filter(self._is_current, silent):  # one may have been given up meanwhile, and taken up anew
             feed.rhythm.look(feed.last_ts, now)  # it may have spoken meanwhile
             is_mute = feed.condition[0] == "live" and feed.rhythm.is_broken(now)
             clock = self._client.session.read_exchange_clock()
