@@ -167,6 +167,22 @@ def test_what_is_newer_is_fetched_where_another_channel_that_fed_the_topic_was_g
     assert life.fetch((105, 40), (108, 70), (109, 80)) == [-108, -109]
 
 
+@pytest.mark.parametrize(("traded", "said"), [([(104, 30)], [104]), ([(106, 30)], [("disconnect", 104, 105), 106])])
+def test_after_a_loss_of_which_nothing_was_answered_what_follows_the_last_trade_before_it_was_left_is_told(
+    life: Life, traded: list[tuple[int, int]], said: list[Any]
+) -> None:
+    life.take_up_again()
+    life.feed.lose("disconnect", 8)
+    for _ in heal_feed(life.feed, (START + 10_000) * MS, 0):
+        pass  # no answer to any request
+    assert life.take(*traded) == said
+
+
+def test_a_hole_behind_the_first_trade_of_a_topic_is_told_also_within_one_frame(life: Life) -> None:
+    life.take_up_again()
+    assert life.take((104, 30), (107, 40)) == [104, ("sequence", 105, 106), 107]
+
+
 def test_a_topic_taken_up_again_on_an_exchange_that_counts_anew_says_all(life: Life) -> None:
     life.take_up_again()
     assert life.take((5, 1000)) == [5]
@@ -260,6 +276,8 @@ def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_l
     life.feed.losses.confirmed_at = 8
     life.feed.lose("disconnect", 8)
     assert life.heal((101, 0), (102, 10), (103, 20)) == []
+    assert life.take((104, 30)) == [("disconnect",), 104]
+    assert life.heal((103, 20), (104, 30)) == []
     assert life.asked == len(PAUSES)
 
 
@@ -333,6 +351,12 @@ def test_what_was_lost_last_is_told_after_what_an_earlier_loss_had_left_open(lif
     assert life.end() == [("disconnect", 104, 105), [(104, 105)], ("sequence", 107)]
 
 
+def test_what_may_have_come_after_all_that_was_fetched_is_told_for_what_was_lost(life: Life) -> None:
+    life.feed.lose("restart", 8)
+    assert life.fetch((104, 30)) == [("restart", 104), -104]
+    assert life.end() == [[], ("restart", 105)]
+
+
 def test_also_where_a_new_count_was_found_after_it(life: Life) -> None:
     life.feed.losses.confirmed_at = 8
     life.feed.lose("disconnect", 8)
@@ -340,6 +364,19 @@ def test_also_where_a_new_count_was_found_after_it(life: Life) -> None:
     life.feed.lose("disconnect", 9)
     assert life.fetch((103, 4000)) == [("sequence",), -103, ("disconnect", 105)]
     assert life.end() == [[], ("disconnect", 1, 102), [(1, 102)], ("disconnect", 105)]
+
+
+def test_a_loss_after_a_gap_that_nothing_has_followed_is_told_by_that_gap(life: Life) -> None:
+    """Fetched trades show the new count, and with it the gap that was due, before anything new has come."""
+    life.feed.losses.confirmed_at = 8
+    life.feed.lose("disconnect", 8)
+    assert life.take((104, 5000)) == [("disconnect",), 104]
+    life.feed.lose("disconnect", 9)
+    assert life.fetch((103, 4000)) == [("sequence",), -103, ("disconnect", 105)]
+    life.feed.lose("disconnect", 10)
+    assert life.take((107, 6000)) == [107]
+    said = life.heal((103, 4000), (104, 5000), (105, 5500), (106, 5600), (107, 6000))
+    assert said[:3] == [-105, -106, []]
 
 
 def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:

@@ -43,7 +43,7 @@ from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed, heal_known
 from workers.deribit.healing.heal import PATIENCE, read_page
-from workers.deribit.publishing.ledger import HEARD, UNHEALED
+from workers.deribit.publishing.ledger import HEARD, LAST_TS, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.watching.patrol import RESYNCS
@@ -541,6 +541,26 @@ async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() 
         await wait_for(lambda: feed.losses.lost_from is None, "the healing")
     firsts = [currency for currency, start in asked if start == asked[0][1]]
     assert firsts == [*CURRENCIES[:3], *CURRENCIES[2:]]
+
+
+@in_loop
+async def test_what_a_healing_shows_to_be_missing_is_fetched_by_another_though_nothing_comes_by_itself() -> None:
+    """The exchange counts anew, and its channel is quiet: of the new count there is only what is fetched."""
+    traded = time.time_ns() // MS
+
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        is_by_time = "start_timestamp" in params
+        return {"result": {"trades": [] if is_by_time else [make_trade(5, timestamp=traded)], "has_more": False}}
+
+    async with scripted("public/get_last_trades", script) as url, collecting(url, "", TRADES) as run:
+        (feed,) = run.worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        await wait_for(lambda: run.worker.client.is_live and feed.losses.confirmed_at, "the confirmation")
+        run.worker.take_frames([encode_data(TRADES, [make_trade(9, timestamp=traded - 1000)])], time.time_ns())
+        run.worker.client.cut("the test wants it so")
+        await run.hearer.hear_of(TRADED, type="gap", reason="sequence")
+        assert feed.losses.lost_from is not None
+        await wait_for(lambda: feed.losses.lost_from is None, "the healing of what was found", 60)
 
 
 @in_loop
@@ -1092,6 +1112,18 @@ async def test_a_later_life_is_told_when_the_connection_stood_last(practice: str
     async with collecting(practice, "", QUOTE) as run:
         start = time.time_ns()
         await wait_for(lambda: run.worker.ledger.cells[HEARD] > start, "the look of the second")
+
+
+@in_loop
+async def test_a_later_life_is_told_nothing_of_a_topic_that_was_left_once_its_last_word_is_out(practice: str) -> None:
+    """Another connection may feed it by then."""
+    async with collecting(practice, "", QUOTE) as run:
+        (stream,) = (feed.stream for feed in run.worker.feeds.values())
+        place = stream.slot + LAST_TS
+        await wait_for(lambda: run.worker.ledger.cells[place], "a quote")
+        await run.ask("unsubscribe", channels=[QUOTE])
+        assert run.worker.ledger.cells[place], "it may have been killed at once"
+        await wait_for(lambda: not run.worker.ledger.cells[place], "it to be surely out")
 
 
 @pytest.mark.parametrize("is_late", [False, True])

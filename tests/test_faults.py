@@ -15,11 +15,6 @@ def test_seeded_cases_account_for_every_trade_and_book(first: int) -> None:
     assert not failed, f"python -m tests.faults --only {min(failed)}: {failed[min(failed)][:3]}"
 
 
-def test_a_loss_after_a_gap_that_nothing_has_followed_is_told_by_that_gap() -> None:
-    """The exchange counts anew and is lost again; fetched trades show it before anything new has come."""
-    assert not run_case(20262618)
-
-
 def test_a_new_count_that_the_history_shows_late_is_found_on_a_channel_of_many() -> None:
     """What has been fetched by time says nothing of the trade before the hole: that one is asked for by number."""
     assert not run_case(5000035)
