@@ -493,6 +493,18 @@ def test_a_later_life_goes_on_with_the_first_doubt_of_several(life: Life, tmp_pa
     later.ledger.close()
 
 
+def test_a_later_life_goes_on_with_a_doubt_also_where_an_earlier_one_is_over(life: Life, tmp_path: Path) -> None:
+    """The exchange counted anew in the second loss."""
+    life.feed.lose("disconnect", 8)
+    assert life.take((104, 5000)) == [("disconnect",), 104]
+    assert life.fetch((103, 20)) == []
+    life.feed.lose("disconnect", 8)
+    assert life.take((105, 6000)) == [("disconnect",), 105]
+    later = Life(tmp_path, is_first=False)
+    assert later.fetch((104, 5500), (105, 6000)) == [("restart",), -104, -105]
+    later.ledger.close()
+
+
 def test_a_later_life_goes_on_with_the_new_count_once_it_is_out(life: Life, tmp_path: Path) -> None:
     life.take(*((seq, 1000 + seq) for seq in range(5, 200)))
     later = Life(tmp_path, is_first=False)
