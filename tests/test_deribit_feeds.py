@@ -8,9 +8,11 @@ import pytest
 from collector.channels import parse_channel
 from collector.messages import decode
 from collector.schema import ENVELOPE, SCHEMA, find_faults
+from tests.deribit_support import encode_data
 from tests.faults.exchange import Line
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
+from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.normalise import MAX_DEPTH, TickerFeed, create_feed
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.heal import read_page
@@ -64,6 +66,27 @@ def test_changes_without_a_book_are_counted(topics: Topics) -> None:
     feed.lose("disconnect", 9)
     assert take(feed, 7, [], [], type="change", prev_change_id=6) == []
     assert feed.dropped == 1
+
+
+def test_events_that_wait_for_a_beat_are_bounded_and_said_all_the_same(
+    topics: Topics, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An exchange that invents instruments must not eat the memory; those that have ended wait, and count, as well."""
+    monkeypatch.setattr("workers.deribit.feeds.listings.MAX_EVENTS", 3)
+    events, again = list[dict[str, Any]](), list[str]()
+    feed = ListingFeed(parse_channel("instrument.state.any.any"), topics, events, again.append, is_asked=True)
+
+    def take(number: int, state: str) -> int:
+        row = {"instrument_name": f"BTC-{number}", "state": state, "timestamp": 1}
+        return len(feed.take(encode_data(feed.channel.name, row), number))
+
+    states = ["open", "delivered", "open", "open", "delivered"]
+    assert [take(number, state) for number, state in enumerate(states)] == [1] * 5
+    assert [event["row"]["instrument_name"] for event in (*events, *feed.ended)] == ["BTC-0", "BTC-2", "BTC-1"]
+    assert again == ["BTC-0", "BTC-2", "BTC-3"]
+    events.clear()  # they went along with a beat
+    take(5, "open")
+    assert [event["row"]["instrument_name"] for event in events] == ["BTC-5"]
 
 
 def test_no_seconds_are_left_when_a_price_is_final(topics: Topics) -> None:
