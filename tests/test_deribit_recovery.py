@@ -317,6 +317,26 @@ async def test_a_broken_book_that_is_given_up_and_taken_up_again_is_not_resynced
 
 
 @in_loop
+async def test_of_a_book_that_is_taken_up_anew_while_it_is_left_for_a_snapshot_only_the_new_one_speaks(
+    practice: str,
+) -> None:
+    async with collecting(practice, "slow:public/unsubscribe=0.7@1", BOOK) as run:
+        await run.hearer.hear_of(BOOKS, 2, type="book")
+        broken, waiting = run.worker.feeds[BOOK.encode()], run.worker.client.traffic.waiting
+        broken.is_complete = False
+        run.worker.patrol._broken = {broken: None}
+        resync = asyncio.create_task(run.worker.patrol._resubscribe())
+        await wait_for(lambda: "public/unsubscribe" in dict(waiting.values()), "it to be left")
+        broken.is_complete = True  # a snapshot came unasked
+        again = {"channels": [BOOK], "epoch": time.time_ns()}
+        await asyncio.gather(resync, *(run.worker.answer(op, again) for op in ("unsubscribe", "subscribe")))
+        await hear_more(run, [BOOKS])
+        epochs = [body["epoch"] for body in run.hearer.find(BOOKS)]
+        assert epochs == sorted(epochs)
+        assert epochs[-1] > run.worker.epoch
+
+
+@in_loop
 async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -> None:
     async def recover(fault: str) -> None:
         async with collecting(practice, fault, BOOK, timeout=2.0) as run:
