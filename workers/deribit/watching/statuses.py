@@ -94,9 +94,9 @@ class Statuses:
         """The same for what no feed has: the connection's own state, and topics that were left and not taken up."""
         if self._connection.status is not None and _is_due(self._connection, part):
             self.tell_connection(self._connection.status.state, self._connection.status.reason)
-        for stream in [stream for stream in self._left if _is_due(stream, part) or not stream.is_left]:
+        for stream in [stream for stream in self._left if _is_due(stream, part)]:
             status, times = self._left.pop(stream)
-            if stream.is_left:
+            if stream.is_left:  # else it has been taken up again
                 self._publisher.say(stream, self._build(stream, status.state, status.reason))
                 if times > 1:
                     self._left[stream] = status, times - 1
