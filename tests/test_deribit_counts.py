@@ -281,6 +281,14 @@ def test_a_quiet_topic_is_asked_for_by_number_alone_while_the_exchange_has_its_l
     assert life.asked == len(PAUSES)
 
 
+def test_a_doubt_is_ended_by_one_request_while_the_exchange_has_the_trade_before_the_loss(life: Life) -> None:
+    life.feed.losses.confirmed_at = 8
+    life.feed.lose("disconnect", 8)
+    assert life.take((104, 30)) == [("disconnect",), 104]
+    assert life.heal((103, 20), (104, 30)) == []
+    assert life.asked == 1
+
+
 @pytest.mark.parametrize("name", ["null", "-1", "[]", f'"{NAME}"'])
 def test_what_an_unreadable_frame_held_is_fetched_also_where_it_names_no_instrument(life: Life, name: str) -> None:
     life.feed.skip(LINE.encode([trade_at(104, 30) | {"price": None}]).replace(f'"{NAME}"'.encode(), name.encode()), 8)
