@@ -217,6 +217,21 @@ async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(
 
 
 @in_loop
+async def test_what_was_said_to_have_ended_says_nothing_of_a_later_loss(practice: str) -> None:
+    async with collecting(practice, "", "trades.option.BTC.100ms") as run:
+        rows = [make_trade(1, instrument_name=name) for name in ("BTC-6NOV20-10000-C", "BTC-6NOV99-10000-C")]
+        await wait_for(lambda: run.worker.client.is_live, "the connection")
+        run.worker.take_frames([encode_data("trades.option.BTC.100ms", rows)], time.time_ns())
+        await run.hearer.hear_of("deribit.trade.BTC-6NOV20-", type="status", state="expired")
+        run.worker.client.cut("the test wants it so")
+        await run.hearer.hear_of("deribit.trade.BTC-6NOV99-", type="status", state="recovering")
+        run.worker.statuses.tell_connection("live", "behind whatever was said before")
+        await run.hearer.hear_of("deribit.status.", reason="behind whatever was said before")
+        said = [body.get("state", body["type"]) for body in run.hearer.find("deribit.trade.BTC-6NOV20-")]
+        assert {*said[1:]} == {"expired"}
+
+
+@in_loop
 async def test_what_is_asked_of_a_worker_that_has_ended_is_refused_in_plain_words(practice: str) -> None:
     """Its ledger is closed by then: nothing may be written there, nor said."""
     async with collecting(practice, "", QUOTE) as run:
