@@ -235,7 +235,7 @@ class Tape:
         is_open = tails and not self.losses.is_checked
         runs += [(hole.first, hole.first - 1) for hole in holes if hole.is_doubt or (is_open and hole.known[0])]
         firsts = [first for first, _ in runs]
-        if tails and (self.tail is not None or (stream.lost and self.is_known)):
+        if tails and (self.tail is not None or stream.lost):
             return min([stream.last_id + 1, *firsts]), None
         return (min(firsts), max(last for _, last in runs)) if runs else None
 
