@@ -92,8 +92,9 @@ MUTE = ",".join(f"mute:{channel}@0" for channel in LISTINGS)
     [
         (MUTE, "from collector.supervisor import follower; follower.CHECK = 2.0"),  # else 5 minutes
         (f"{MUTE},reset:6,first:1", ""),
+        (f"mute:{LISTINGS[1]}@0", ""),
     ],
-    ids=["the regular look", "a look after each reconnect"],
+    ids=["the regular look", "a look after each reconnect", "a look for what is open and was never listed"],
 )
 def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
     table = {**OPTIONS, "url": f"practice?faults={faults}"}
@@ -510,37 +511,18 @@ def test_one_that_is_closed_just_as_the_list_comes_starts_nothing() -> None:
     with_exchange(act, "--options", "200")
 
 
-def test_only_of_an_instrument_whose_listing_nobody_told_the_whole_list_is_asked_for() -> None:
-    async def check(config: Config) -> None:
-        supervisor = Supervisor(config, "info", time.time_ns)
-        follower = supervisor.start_connection(config.connections[0], from_file=True).follower
-        assert follower is not None
-        name = {"instrument_name": "BTC-25DEC26-90000-C"}
-        assert follower._take_rows([{**name, "state": "open"}, {**name, "state": "preopen", "kind": "option"}])
-        assert follower._listed[name["instrument_name"]].state == "open"
-        follower._take_rows([{"instrument_name": "BTC-25DEC26-1-C", "state": "delivered"}])
-        assert not follower._outdated.is_set()
-        follower._take_rows([{"instrument_name": "BTC-25DEC26-1-C", "state": "open"}])
-        assert follower._outdated.is_set()
-
-    table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
-    with short_directory() as directory:
-        asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
-
-
 def test_where_more_is_told_than_can_be_kept_the_whole_list_is_asked_for() -> None:
     async def check(config: Config) -> None:
         supervisor = Supervisor(config, "info", time.time_ns)
         follower = supervisor.start_connection(config.connections[0], from_file=True).follower
         assert follower is not None
         row = {"instrument_name": "BTC-25DEC26-90000-C", "state": "open"}
-        follower._recent = [row] * 20_000  # taken since the look began that goes on
-        for _ in range(MAX_ROWS - 20_000):
+        for _ in range(MAX_ROWS):
             follower.take_event({"event": "instrument", "row": row})
         assert not follower._outdated.is_set()
         follower.take_event({"event": "instrument", "row": row})
         assert follower._outdated.is_set()
-        assert len(follower._rows) == MAX_ROWS - 20_000
+        assert len(follower._rows) == MAX_ROWS
 
     table = {**QUICK, "url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.*"]}
     with short_directory() as directory:

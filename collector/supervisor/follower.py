@@ -14,11 +14,12 @@ from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any
 
-from collector.channels import ENDED, parse_channel
+from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
-from collector.config.patterns import Instrument, expand, is_instrument, read_instrument
+from collector.config.patterns import expand, is_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
+from collector.planning.instruments import Instruments
 from collector.planning.shards import assign, find_unit, spread, weigh
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ BREATH = 0.2
 """Seconds in which what workers tell is gathered: a new series comes one by one, and each round costs some requests."""
 
 MAX_ROWS = 50_000
-"""Events that wait to be taken, also those once more; what is beyond them, a look at the whole list finds."""
+"""Events that wait to be taken; what is beyond them, a look at the whole list finds."""
 
 _DAY, _EIGHT = 86_400.0, 8 * 3_600.0
 
@@ -66,13 +67,11 @@ class Follower:
         self._connection = entry.connection
         self._name = entry.connection.name
         self._catalogue: Catalogue
-        self._listed: dict[str, Instrument] = {}  # all that is known, also of what has ended since the last look
-        self._missing: set[str] = set()  # those of them that the last look did not find, and the next one decides on
+        self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
         self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
         self._held_elsewhere: set[str] = set()  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
-        self._recent: list[dict[str, Any]] | None = None  # rows taken while the list is looked at
         self._woken = asyncio.Event()  # there is something to take, or what is wanted may have changed
         self._outdated = asyncio.Event()  # something has happened that nobody told
 
@@ -88,7 +87,7 @@ class Follower:
         attempts = connection.retry_count * (MAX_RESTARTS + 1)
         for attempt in count(1):
             try:
-                self._listed = await self._catalogue.share()  # who asked first goes on first, and stays where two meet
+                listed = await self._catalogue.share()  # who asked first goes on first, and stays where two meet
                 break
             except Unreachable as error:
                 if attempt == attempts:
@@ -97,6 +96,7 @@ class Follower:
                 log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
                 self._entry.keeper.report["last_error"] = {"message": str(error)}
                 await asyncio.sleep(delay)
+        self._instruments = Instruments(listed)
         return self._put_in_place()
 
     def _put_in_place(self) -> Exit | None:
@@ -105,7 +105,7 @@ class Follower:
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
         try:
-            found, shards = spread(self._connection, self._listed, self._catalogue.read_ms())
+            found, shards = spread(self._connection, self._instruments.known, self._catalogue.read_ms())
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
@@ -145,7 +145,7 @@ class Follower:
         """Note what a worker tells (see workers.deribit.feeds.listings)."""
         match event:
             case {"event": "instrument", "row": {"instrument_name": name} as row} if is_instrument(name):
-                if len(self._rows) + len(self._recent or ()) < MAX_ROWS:
+                if len(self._rows) < MAX_ROWS:
                     self._rows.append(row)
                 else:
                     self._outdated.set()
@@ -175,9 +175,9 @@ class Follower:
                 await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
             self._woken.clear()
             rows, self._rows = self._rows, []
-            if self._recent is not None:
-                self._recent += rows
-            self._adjust(self._take_rows(rows))
+            if self._instruments.take_rows(rows):
+                self._outdated.set()
+            self._adjust({row["instrument_name"] for row in rows if row.get("state") == "open"})
             await asyncio.sleep(BREATH)
         looking.cancel()
 
@@ -192,38 +192,19 @@ class Follower:
                 await asyncio.sleep(AGAIN)
 
     async def _check(self) -> bool:
-        """Take the whole list; what is missing there is gone if it is missing soon after too, or had to expire."""
+        """Take the whole list; return False if it cannot be had."""
         self._outdated.clear()  # what happens from now on, this look may be too early for
-        self._recent = []
+        self._instruments.begin_look()
         try:
-            fresh = await self._catalogue.fetch()
+            listed = await self._catalogue.fetch()
         except Unreachable as error:
             log.warning("%s: the list of instruments is not checked: %s", self._name, error)
             return False
         finally:
-            recent, self._recent = self._recent or [], None
             self._woken.set()  # also where it has failed: time goes on, and some leave their patterns by it
-        now = self._catalogue.read_ms()
-        missing = {name for name, each in self._listed.items() if name not in fresh and each.is_listed(now)}
-        kept = missing - self._missing
-        self._missing = kept
-        if kept:
+        if self._instruments.take_list(listed, self._catalogue.read_ms()):
             self._outdated.set()
-        self._listed = {name: self._listed[name] for name in kept} | fresh
-        self._rows = recent + self._rows  # again: the list may be older
         return True
-
-    def _take_rows(self, rows: list[dict[str, Any]]) -> set[str]:
-        """Take what workers told of instruments; return those that can be traded (again)."""
-        for row in sorted(rows, key=lambda row: "kind" not in row):  # its state may be told before its listing
-            name, state = row["instrument_name"], row.get("state")
-            if "kind" in row and (instrument := read_instrument(row)) is not None:
-                self._listed[name] = instrument
-            elif name in self._listed and isinstance(state, str):
-                self._listed[name] = replace(self._listed[name], state=state)
-            elif state not in ENDED:  # who has ended without being known is not wanted either
-                self._outdated.set()
-        return {row["instrument_name"] for row in rows if row.get("state") == "open"}
 
     def _adjust(self, again: set[str]) -> None:
         """Have the workers ask for what is listed now, and let go of the rest; ask `again` for these instruments.
@@ -232,7 +213,7 @@ class Follower:
         """
         now = self._catalogue.read_ms()
         wanted: dict[str, str] = {}
-        for channels in expand(self._connection.patterns, self._listed, now).values():
+        for channels in expand(self._connection.patterns, self._instruments.known, now).values():
             wanted |= channels
         plain = set(self._connection.channels)
         gone = [name for name in self._ours if name not in wanted and name not in plain]
@@ -242,7 +223,7 @@ class Follower:
             if instrument in again and (place := self._ours.get(name)) is not None
             and name in self._shards[place].channels
         }  # fmt: skip
-        listed = {name for name, each in self._listed.items() if each.is_listed(now)}
+        listed = {name for name, each in self._instruments.known.items() if each.is_listed(now)}
         self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
         self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
         if placed := self._place(new):
