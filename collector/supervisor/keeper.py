@@ -294,8 +294,8 @@ class Keeper:
     def _note_state(self, before: str) -> None:
         if self.state != before:
             self.since = time.time_ns()
-        self._changed.set()
-        self._changed = asyncio.Event()
+            self._changed.set()
+            self._changed = asyncio.Event()
 
     def _log_change(self, old: str, event: str, new: str) -> None:
         log.debug("%s: process %s, %s -> %s", self.name, event, old, new)
@@ -335,8 +335,7 @@ class Keeper:
             self._live_since = self._live_since or time.monotonic()
             if self._child is not None and not self._asked:
                 self._child.pause()  # its next beat is read by `watch`, with those of others: what costs is the waking
-        if self.state != before:
-            self._note_state(before)
+        self._note_state(before)
         self.take_sign()
 
     def add_report(self, facts: dict[str, Any]) -> None:
