@@ -12,16 +12,22 @@ import pytest
 from collector.lifecycle import MAX_RESTARTS, Exit
 from collector.link import open_link
 from collector.supervisor.keeper import Keeper
-from collector.supervisor.process import Spawner
+from collector.supervisor.process import UNKNOWN_EXIT, Spawner
 from collector.supervisor.wishes import Wishes
-from tests.support import REPOSITORY, no_more_threads
+from tests.support import REPOSITORY, in_loop, no_more_threads
+
+
+def make_running() -> Keeper:
+    """A keeper whose worker has said that it is ready."""
+    keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
+    keeper.machine.apply("start")
+    keeper._receive({"kind": "ready", "endpoints": {}})
+    return keeper
 
 
 def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_the_beat() -> None:
     async def check() -> None:
-        keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
-        keeper.machine.apply("start")
-        keeper._receive({"kind": "ready", "endpoints": {}})
+        keeper = make_running()
         keeper._receive({"kind": "beat", "report": {"state": "connecting"}})
         waiting = asyncio.create_task(keeper.wait_settled())
         await asyncio.sleep(0)
@@ -38,9 +44,7 @@ def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_th
 
 def test_listings_that_come_while_the_worker_subscribes_go_together_once_it_has() -> None:
     async def check() -> None:
-        keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
-        keeper.machine.apply("start")
-        keeper._receive({"kind": "ready", "endpoints": {}})
+        keeper = make_running()
         ours, theirs = socket.socketpair()
         asked: list[dict[str, Any]] = []
         worker = await open_link(theirs, asked.append, print)
@@ -68,16 +72,84 @@ def test_listings_that_come_while_the_worker_subscribes_go_together_once_it_has(
     asyncio.run(check())
 
 
+@in_loop
+async def test_wishes_that_no_worker_hears_wait_for_it_and_what_is_given_up_goes_first() -> None:
+    keeper = make_running()  # it has no process
+    wishes = Wishes(keeper)
+    wishes.tell("subscribe", ["wide"])
+    wishes.tell("unsubscribe", ["narrow"])
+    async with asyncio.timeout(20):
+        while wishes._telling:
+            await asyncio.sleep(0)
+    assert wishes.list_leaving() == ["narrow"]
+    ours, theirs = socket.socketpair()
+    asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    worker = await open_link(theirs, asked.put_nowait, print)
+    keeper._child = link = cast(Any, await open_link(ours, keeper._receive, print))
+    wishes.catch_up()
+    async with asyncio.timeout(20):
+        assert [(await asked.get())["op"] for _ in range(2)] == ["unsubscribe", "subscribe"]
+    worker.close()
+    link.close()
+    for task in [*wishes._telling]:
+        task.cancel()
+
+
 def test_who_has_been_live_once_is_tried_for_ever() -> None:
-    keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
-    keeper.machine.apply("start")
-    keeper._receive({"kind": "ready", "endpoints": {}})
+    keeper = make_running()
     assert keeper._is_hopeless(Exit.GAVE_UP, MAX_RESTARTS + 1)
     assert keeper._is_hopeless(Exit.BAD_SPEC, 1)
     keeper._receive({"kind": "beat", "report": {"state": "live"}})
     assert not keeper._is_hopeless(Exit.GAVE_UP, 1_000_000)
     assert not keeper._is_hopeless(Exit.BAD_SPEC, 1)
     assert keeper._is_hopeless(Exit.CREDENTIALS, 1)
+
+
+def test_since_when_it_is_in_its_state_is_told() -> None:
+    keeper = make_running()
+    keeper._receive({"kind": "beat", "report": {"state": "live"}})
+    before = keeper.since
+    keeper._receive({"kind": "beat", "report": {"state": "live"}})
+    assert keeper.since == before
+    keeper._receive({"kind": "beat", "report": {"state": "backoff"}})
+    assert keeper.since > before
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [(-9, "was killed by SIGKILL"), (UNKNOWN_EXIT, "ended for an unknown reason (the forkserver was gone)")],
+)
+def test_of_one_that_is_given_up_it_is_told_what_its_last_process_could_not_say(code: int, words: str) -> None:
+    keeper = make_running()
+    own = keeper.report["last_error"] = {"message": "its own"}
+    assert keeper._is_hopeless(Exit.GAVE_UP, MAX_RESTARTS + 1)
+    assert keeper.last_error is own
+    assert keeper._is_hopeless(code, MAX_RESTARTS + 1)
+    assert keeper.last_error == {"message": f"the worker process {words}; never live in 6 starts, given up"}
+
+
+def test_one_that_is_stopped_just_as_it_turns_out_that_it_cannot_run_is_closed() -> None:
+    async def check() -> None:
+        async def prepare() -> Exit:
+            keeper.stop()
+            return Exit.GAVE_UP
+
+        keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
+        await keeper.keep(prepare())
+        assert (keeper.state, keeper.exit_code) == ("closed", None)
+
+    asyncio.run(check())
+
+
+def test_that_a_worker_is_ready_just_as_it_is_stopped_is_no_fault(caplog: pytest.LogCaptureFixture) -> None:
+    keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
+    keeper.machine.apply("start")
+    keeper.stop()
+    for message in ({"kind": "ready", "endpoints": {}}, {"kind": "nonsense"}):
+        keeper._receive(message)
+    said = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert said == ["a: not understood on the link: {'kind': 'nonsense'}"]
+    assert keeper.state == "closing"
 
 
 def test_a_worker_that_no_thread_can_start_is_started_again_later() -> None:
