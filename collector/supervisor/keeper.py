@@ -70,7 +70,7 @@ class Keeper:
         self.was_live = False
         self.begin_epoch = begin_epoch
         self.take_event: Callable[[dict[str, Any]], None] | None = None
-        self.take_sign: Callable[[], None] = lambda: None  # called with each sign of life of one that can be asked
+        self.take_sign: Callable[[], None] = lambda: None  # called with each beat of one that can be asked
         self._changed = asyncio.Event()
         self._first_delay = first_delay
         self._spawner = spawner
@@ -315,7 +315,6 @@ class Keeper:
                 log.info("%s: ready, pid %s, %s", self.name, self.pid, _write_endpoints(endpoints))
                 self._allow(BEATS_MISSED)
                 self._apply("ready")
-                self.take_sign()
             case {"kind": "ready"} if self.machine.state == "stopping":
                 pass
             case {"kind": "event"} if self.take_event is not None:
