@@ -530,6 +530,9 @@ def test_requests_with_very_many_channels_are_answered(shared: Collected) -> Non
     assert shared.refuse("connect", connection={**table, "channels": many[1:]}, deadline=deadline).code == "timeout"
     answer = shared.ask("subscribe", connection="a", channels=many[1:])["channels"]
     assert all(value["message"] == f"{name} of c feeds the same topics" for name, value in answer.items())
+    answer = shared.ask("subscribe", connection="c", channels=[many[1], "quote.ETH-PERPETUAL"])["channels"]
+    assert answer[many[1]]["code"] == "not_connected"
+    assert answer["quote.ETH-PERPETUAL"]["message"] == "20000 channels are asked for on c already"
     assert shared.ask("close", connection="c")["state"] == "closed"
 
 

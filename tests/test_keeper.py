@@ -5,12 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any, cast
 
 import pytest
 
 from collector.lifecycle import MAX_RESTARTS, Exit
-from collector.link import open_link
+from collector.link import Link, open_link
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import UNKNOWN_EXIT, Spawner
 from collector.supervisor.wishes import Wishes
@@ -23,6 +25,18 @@ def make_running() -> Keeper:
     keeper.machine.apply("start")
     keeper._receive({"kind": "ready", "endpoints": {}})
     return keeper
+
+
+@asynccontextmanager
+async def linked(keeper: Keeper) -> AsyncIterator[tuple[Link, asyncio.Queue[dict[str, Any]]]]:
+    """The worker's end of a link to the keeper, and what comes there."""
+    ours, theirs = socket.socketpair()
+    asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
+    worker = await open_link(theirs, asked.put_nowait, lambda _: None)
+    keeper._child = link = cast(Any, await open_link(ours, keeper._receive, lambda _: None))
+    yield worker, asked
+    worker.close()
+    link.close()
 
 
 def test_who_waits_for_it_to_be_live_is_woken_though_an_answer_said_so_before_the_beat() -> None:
@@ -82,17 +96,30 @@ async def test_wishes_that_no_worker_hears_wait_for_it_and_what_is_given_up_goes
         while wishes._telling:
             await asyncio.sleep(0)
     assert wishes.list_leaving() == ["narrow"]
-    ours, theirs = socket.socketpair()
-    asked: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
-    worker = await open_link(theirs, asked.put_nowait, print)
-    keeper._child = link = cast(Any, await open_link(ours, keeper._receive, print))
-    wishes.catch_up()
-    async with asyncio.timeout(20):
+    async with linked(keeper) as (_, asked), asyncio.timeout(20):
+        wishes.catch_up()
         assert [(await asked.get())["op"] for _ in range(2)] == ["unsubscribe", "subscribe"]
-    worker.close()
-    link.close()
     for task in [*wishes._telling]:
         task.cancel()
+
+
+@in_loop
+async def test_the_answer_to_an_earlier_wish_does_not_pass_for_that_to_a_later_one() -> None:
+    keeper = make_running()
+    wishes = Wishes(keeper)
+    async with linked(keeper) as (worker, asked), asyncio.timeout(20):
+        ids = []
+        for op in ("subscribe", "unsubscribe"):
+            wishes.tell(op, ["a"])
+            ids.append((await asked.get())["id"])
+        error = {"code": "expired", "message": "the worker was stopped"}
+        answers: list[dict[str, Any]] = [{"ok": True, "result": {"channels": {}}}, {"ok": False, "error": error}]
+        for number, answer in zip(ids, answers, strict=True):
+            before = len(wishes._telling)
+            worker.send({"kind": "reply", "id": number, **answer})
+            while len(wishes._telling) == before:
+                await asyncio.sleep(0)
+            assert wishes.list_leaving() == ["a"]
 
 
 def test_who_has_been_live_once_is_tried_for_ever() -> None:

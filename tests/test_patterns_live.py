@@ -107,6 +107,21 @@ def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
         assert run.get_state("a")["reconnects"] == faults.count("reset")
 
 
+def test_a_look_that_has_failed_is_soon_followed_by_another() -> None:
+    port = find_port()
+    table = {**OPTIONS, "url": f"ws://127.0.0.1:{port}/ws/api/v2"}
+    first = "from collector.supervisor import follower; follower.AGAIN = 0.1"
+    with exchange(port, "--options", "100") as practice, collected({"a": table}, exchange=None, first=first) as run:
+        run.wait_state("a")
+        before = find_asked(run)
+        practice.process.kill()
+        practice.process.wait()
+        # The worker asks for one look when it is back, and not for as many as fail.
+        with exchange(port, "--options", "200", "--faults", "error:public/get_instruments=13028@6"):
+            run.program.wait_line("a: the list of instruments is not checked: .* answered 13028", timeout=60)
+            wait_until(lambda: find_asked(run) - before, "what the other exchange lists besides")
+
+
 def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp_path: Path) -> None:
     """As all do after the settlement at 08:00 UTC. Else it is asked for ten minutes later."""
     data = {"instrument_name": "BTC-PERPETUAL"}
@@ -483,6 +498,13 @@ def test_it_can_be_closed_and_stopped_while_it_waits() -> None:
         run.wait_state("a", "starting")
         assert run.ask("close", connection="a")["state"] == "closed"
         assert run.ask("get_state").keys() == {"b"}
+
+        def count_attempts(name: str) -> int:
+            return sum(f" {name}: patterns cannot be expanded" in line for line in list(run.program.err))
+
+        before = {name: count_attempts(name) for name in "ab"}
+        wait_until(lambda: count_attempts("b") >= before["b"] + 2, "two attempts of the other")
+        assert count_attempts("a") == before["a"]
         assert run.stop() == 0
 
 

@@ -26,7 +26,7 @@ from collector.messages import ControlError
 from collector.supervisor.runtime import EPOCH_AT, FILES, FILES_EACH, RuntimeDir
 from collector.supervisor.supervisor import Supervisor
 from tests.collected import QUICK, Collected, collected, is_alive
-from tests.pipeline import ask, find_port, short_directory, subscribed, write_config
+from tests.pipeline import ask, exchange, find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, running, wait_until
 
 DEAD = {"url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1, "retry_delay": 0.02}
@@ -42,6 +42,7 @@ def test_a_stop_leaves_no_process_no_socket_and_no_file_but_the_lock(number: sig
         assert {path.name for path in run.runtime_dir.iterdir()} >= {"lock", "control", "a.pub"}
         assert run.stop(number) == 0, run.program.text()
         run.wait_gone()
+        assert "started again" not in run.program.text()
         assert [path.name for path in run.runtime_dir.iterdir()] == ["lock"]
         assert {path.name for path in run.directory.iterdir()} == {"run", "collector.toml"}
         for endpoint in (tcp, url):
@@ -187,6 +188,34 @@ def test_a_stopped_worker_is_killed_and_replaced() -> None:
         run.wait_state("a", restarts=1)
         assert not psutil.pid_exists(before["pid"])
         run.program.wait_line(r"a: pid \d+ gave no sign of life in 4 s: killed", stream="err")
+        psutil.Process(run.get_state("a")["pid"]).kill()
+        error = run.wait_state("a", "backoff")["last_error"]
+        assert error["message"].startswith("the worker process was killed by SIGKILL; started again ")
+
+
+def test_restarts_back_off_from_the_beginning_once_a_life_has_lasted() -> None:
+    first = "from collector.supervisor import keeper; keeper.STEADY_AFTER = 1.5"
+    url = f"ws://127.0.0.1:{(port := find_port())}/ws/api/v2"
+    table = {**QUICK, "url": url, "retry_count": 1, "retry_delay": 0.4}
+    with exchange(port) as practice, collected({"a": table}, exchange=None, first=first) as run:
+
+        def find_delays() -> list[float]:
+            found = (re.search(r" a: .*; started again in (\S+) s$", line) for line in list(run.program.err))
+            return [float(match[1]) for match in found if match]
+
+        def outlast(restarts: int) -> int:
+            pid: int = run.wait_state("a", restarts=restarts)["pid"]
+            seen = time.monotonic()
+            wait_until(lambda: time.monotonic() - seen > 2.0, "a life that has lasted")
+            return pid
+
+        for restarts in range(2):
+            psutil.Process(outlast(restarts)).kill()
+        outlast(2)
+        practice.process.kill()  # from now on none is live
+        delays = wait_until(lambda: (each := find_delays())[4:] and each, "five restarts")
+        assert max(delays[:3]) <= 0.4
+        assert delays[4] >= 0.8
 
 
 def test_a_pause_of_the_supervisor_is_not_held_against_the_workers() -> None:
@@ -316,6 +345,19 @@ def test_a_forkserver_that_hangs_does_not_keep_the_collector_from_stopping() -> 
         assert run.stop(signal.SIGTERM) == 0, run.program.text()
         run.program.wait_line(r"a: was not started in [\d.]+ s: the forkserver does not answer, and is killed")
         assert not is_alive(forkserver)
+        run.wait_gone()
+
+
+def test_a_worker_that_comes_to_life_during_a_stop_is_killed_at_once() -> None:
+    with collected() as run:
+        run.wait_state("a")
+        forkserver = stop_forkserver(run)
+        run.find_processes()
+        run.program.process.send_signal(signal.SIGTERM)
+        run.program.wait_line("SIGTERM: stopping")
+        forkserver.resume()
+        assert run.program.wait_exit() == 0, run.program.text()
+        assert "did not stop" not in run.program.text()
         run.wait_gone()
 
 
