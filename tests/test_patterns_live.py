@@ -139,6 +139,25 @@ def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp
         wait_until(lambda: "quote.BTC-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the next answer")
 
 
+def test_what_was_given_up_is_not_asked_for_again_when_its_instrument_opens(tmp_path: Path) -> None:
+    rows = [{"instrument_name": "BTC-PERPETUAL", "state": "open"},
+            {"instrument_name": "NEW-PERPETUAL", "state": "open", "kind": "future"}]  # fmt: skip
+    frames = [{"method": "subscription", "params": {"channel": LISTINGS[0], "data": row}} for row in rows]
+    recording, port = tmp_path / "recording", find_port()
+    recording.write_text("".join(f"{5 + place}.0: {json.dumps(frame)}\n" for place, frame in enumerate(frames)))
+    table = {**QUICK, "url": f"ws://127.0.0.1:{port}/ws/api/v2", "channels": ["quote.*-PERPETUAL"]}
+    with exchange(port, "--replay", str(recording)), collected({"a": table}, exchange=None) as run:
+        run.wait_state("a")
+        assert run.ask("unsubscribe", connection="a", channels=["quote.BTC-PERPETUAL"])["channels"]
+
+        def find_told() -> list[str]:
+            channels = run.get_state("a")["channels"]
+            return [*channels["confirmed"], *channels["refused"]]
+
+        wait_until(lambda: "quote.NEW-PERPETUAL" in find_told(), "what opened after that")
+        assert "quote.BTC-PERPETUAL" not in find_told()
+
+
 def test_of_spot_pairs_matched_at_coinbase_patterns_ask_for_no_trades_and_who_names_these_is_told() -> None:
     patterns = ["trades.*USD*.100ms", "chart.trades.*USD*.60", "book.*_USDC.100ms", "ticker.*_USDC.100ms"]
     named = ["trades.BTC_USDC.100ms", "quote.BTC_USDC"]
