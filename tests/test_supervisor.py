@@ -1023,3 +1023,16 @@ def test_watch_whose_reader_has_gone_ends_with_0() -> None:
             wait_until(lambda: count_ends() == 1, "the end of the view: only who listens is left")
             os.kill(int(shell.wait_line(r"SIGTERM to pid (\d+)")[1]), signal.SIGINT)
             assert shell.wait_exit() == 0, shell.text()
+
+
+def test_watch_whose_output_cannot_be_written_says_so_and_the_collector_goes_on() -> None:
+    with short_directory() as directory:
+        config = write_config(directory, {"a": QUICK}, exchange={})
+        with running("bash", "-c", '"$@" >/dev/full', "bash", *collector("run", str(config), "--watch")) as shell:
+            shell.wait_line("ERROR .*the view has ended, its output cannot be written: No space left on device")
+            state = ask(f"ipc://{directory}/run/control", "get_state", connection="a")
+            assert state["name"] == "a"
+            os.kill(int(shell.wait_line(r"SIGTERM to pid (\d+)")[1]), signal.SIGINT)
+            assert shell.wait_exit() == 0, shell.text()
+        assert shell.text().count("the view has ended") == 1
+        assert "Traceback" not in shell.text()

@@ -1,5 +1,6 @@
 """The view of `collector run --watch`: in a thread of the supervisor, an ordinary subscriber like any other."""
 
+import logging
 import os
 import sys
 import threading
@@ -22,6 +23,8 @@ MAX_HELD = 500
 
 LINGER = 2.0
 """Seconds that the end of the collector waits for the view's; a terminal that is held, or dead, takes nothing more."""
+
+log = logging.getLogger(__name__)
 
 
 class View:
@@ -59,8 +62,11 @@ def watch(control: str, stop: threading.Event) -> None:
                 choose_view()(subscriber, read(subscriber, stop.is_set), NOTES)
         except ControlError:
             stop.wait(0.05)  # not up yet
-        except OSError:  # nobody reads our output any more
+        except BrokenPipeError:  # nobody reads on
             return drop_output()
+        except OSError as error:
+            drop_output()
+            return log.error("the view has ended, its output cannot be written: %s", error.strerror or error)
 
 
 class HeldLog:
