@@ -162,7 +162,7 @@ def check_listener(endpoint: str) -> None:
     reasons = {
         errno.ENOENT: "no collector runs at {}: there is no such socket file",
         errno.ECONNREFUSED: "no collector runs at {}: it is no socket, or was left behind by one that is gone",
-        errno.EACCES: "the collector at {} cannot be asked: its socket file belongs to another user",
+        errno.EACCES: "no collector can be asked at {}: the socket file, or its directory, is closed to you",
     }
     with socket.socket(socket.AF_UNIX) as probe:
         probe.setblocking(False)  # a collector that is stopped answers nobody once its queue is full
