@@ -22,11 +22,14 @@ from collector.messages import encode
 from tests.support import REPOSITORY, wait_until
 from workers.actor import main
 
+LAST = {"last_error": {"message": "nobody is there"}}
+
 
 class Failing:
     """A kind of worker that fails as soon as it has been told to fail; whatever else it is asked it answers huge.
 
-    Some of that is told by name: to fail in the answer or in the next report, to report what is huge, to hang.
+    Some of that is told by name: to fail in the answer or in the next report, to report what is huge, to hang; or to
+    end in order, and report LAST.
     """
 
     def __init__(self) -> None:
@@ -39,6 +42,8 @@ class Failing:
 
     async def run(self) -> Exit:
         await self._failing.wait()
+        if self._report == LAST:
+            return Exit.GAVE_UP
         raise RuntimeError("its own fault")
 
     def report(self) -> dict[str, Any]:
@@ -51,8 +56,8 @@ class Failing:
             raise RuntimeError("no answer")
         if op == "hang":
             time.sleep(3600)
-        self._report = {"break": None, "inflate": {"huge": 1 << 64}}.get(op, self._report)
-        if op != "fail":
+        self._report = {"break": None, "inflate": {"huge": 1 << 64}, "end": LAST}.get(op, self._report)
+        if op not in ("fail", "end"):
             return {"huge": 1 << 64}
         # A look-up of a name that nobody answers goes on, whoever has given it up; loops have threads for it.
         asyncio.get_running_loop().run_in_executor(None, threading.Event().wait)
@@ -140,6 +145,14 @@ def test_a_worker_that_fails_in_its_report_ends_with_that() -> None:
         error = next(report["last_error"] for report in reports if "last_error" in report)
         assert error == {"message": "RuntimeError: no report"}
     assert process.exitcode == Exit.CRASHED
+
+
+def test_what_a_worker_has_to_say_at_its_end_is_said() -> None:
+    with failing() as (process, link, messages):
+        link.sendall(request(7, "end"))
+        reports = (message["report"] for message in messages if message["kind"] == "beat")
+        assert next(report for report in reports if report.items() >= LAST.items())
+    assert process.exitcode == Exit.GAVE_UP
 
 
 def test_a_report_that_messagepack_cannot_hold_is_a_sign_of_life_all_the_same() -> None:
