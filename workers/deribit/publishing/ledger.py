@@ -34,7 +34,7 @@ STEP = 256
 # The words of a record; 0 stands for none.
 LAST_TS = 0  # receive_ts (ns) of the topic's last data
 LAST_ID = 1  # its change_id or trade_seq
-LENGTH = 2  # of the name, in bytes; -1 where the place is free
+LENGTH = 2  # of the name, in bytes
 UNHEALED = 3  # topic: first trade_seq that is being healed; channel: since when (ns) it may lack trades
 FIRST = 4  # topic: first trade_seq that ever came or was said to be missing; channel: since when (ns) it came
 NEWEST = 5  # topic: the exchange's time (ms) of the newest trade
@@ -117,7 +117,7 @@ class Ledger:
         cells, room = self.cells, self.cells[ROOM]
         if cells[LAYOUT] != THIS_LAYOUT or not 0 < room <= MAX_NAMES + 1:
             return False
-        return all(-1 <= cells[number * WORDS + LENGTH] <= RECORD - NAME_AT for number in range(1, room))
+        return all(0 <= cells[number * WORDS + LENGTH] <= RECORD - NAME_AT for number in range(1, room))
 
     def _make(self, content: bytes) -> None:
         """Make the file, with records that are in use. Raises OSError.
@@ -166,10 +166,8 @@ class Ledger:
             if not length:
                 return
             self._records = number
-            if length > 0 and not any(cells[slot + cell] for cell in _WORDS if cell != EPOCH):
-                length = cells[slot + LENGTH] = -1  # nothing was said there, or it was left: nobody else would free it
-            if length < 0:
-                self._free.append(number)
+            if not any(cells[slot + cell] for cell in _WORDS if cell != EPOCH):
+                self._free.append(number)  # nothing was said there, or it was left or freed
                 continue
             topic = self._map[start : start + length].decode("utf-8", "replace")
             yield slot, Entry(topic, *(cells[slot + cell] for cell in _WORDS))
@@ -197,7 +195,6 @@ class Ledger:
         slot = self._slots.pop(name, 0)
         if slot:
             self.clear(slot)
-            self.cells[slot + LENGTH] = -1
             self._free.append(slot // WORDS)
 
     def _take_slot(self, name: bytes) -> int:
