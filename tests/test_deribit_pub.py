@@ -13,6 +13,7 @@ import termios
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cache
 from pathlib import Path
@@ -422,6 +423,35 @@ def test_what_waits_is_sent_before_it_closes_and_no_longer_than_it_may() -> None
         send(pub, *[(b"%d" % number, bytes(size)) for number in range(count)])
         pub.close(20.0)
         assert [int(quick.recv_multipart()[0]) for _ in range(count)] == list(range(count))
+
+
+def listens(place: tuple[str, int]) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(place) == 0
+
+
+def test_what_the_system_holds_for_a_subscriber_is_not_lost_when_it_closes() -> None:
+    """TCP would drop it where the subscriber has said something that was not heard, or goes on to speak."""
+    with publishing(ENDPOINTS[0]) as (pub, endpoint), socket.socket() as slow, ThreadPoolExecutor() as pool:
+        place = "127.0.0.1", int(endpoint.rpartition(":")[2])
+        slow.settimeout(10)
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.connect(place)
+        slow.sendall(GREETING + SUB_READY + frame(b"\1"))
+        serve(pub, lambda: pub.subscriptions, "its subscription")
+        send(pub, (b"a", bytes(200_000)), (b"end", b""))
+        slow.sendall(encode_command(b"PING", b"\0\1"))
+
+        def hear() -> bytes:
+            wait_until(lambda: not listens(place), "it to begin to close")
+            heard = b""
+            while data := slow.recv(1 << 16):
+                heard += data
+            return heard
+
+        heard = pool.submit(hear)
+        pub.close(20.0)
+        assert b"end" in heard.result()
 
 
 # -- peers that are none ----------------------------------------------------------------------------------------------

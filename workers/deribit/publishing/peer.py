@@ -1,7 +1,9 @@
 """One subscriber of a PUB socket: what it wants, and what waits for it when it is slower than we are."""
 
+import fcntl
 import logging
 import socket
+import termios
 from collections import Counter, deque
 
 from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
@@ -126,6 +128,15 @@ class Peer:
         if self.dropped and not self.unsent:
             log.warning("the slow subscriber is up to date again; it missed %d messages", self.dropped)
             self.dropped = 0
+
+    @property
+    def is_served(self) -> bool:
+        """Whether all that was written comes even if this end closes now. What TCP still holds may not: it drops that
+        for one that then says something more.
+        """
+        if self.unsent or self.socket.family == socket.AF_UNIX:
+            return not self.unsent
+        return fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4)
 
     def forget(self) -> None:
         """It is gone: what waits for it is waste, and what it wants too."""

@@ -32,6 +32,9 @@ RESERVE = 16
 GREET_WITHIN = 30.0
 """Seconds for a peer to say what it is."""
 
+CLOSING_STEP = 0.01
+"""Seconds after which it is looked at again whether all is taken: nothing else tells."""
+
 READ = selectors.EVENT_READ
 READ_AND_WRITE = selectors.EVENT_READ | selectors.EVENT_WRITE
 
@@ -229,7 +232,7 @@ class PubSocket:
         self._groups.clear()
 
     def close(self, linger: float) -> None:
-        """Send what waits, for `linger` seconds at most, then close."""
+        """Wait until all are served, for `linger` seconds at most, then close."""
         if self._listener is not None:
             if self._listener in self._selector.get_map():
                 self._selector.unregister(self._listener)
@@ -237,8 +240,8 @@ class PubSocket:
             self._listener = None
             remove_socket(self._endpoint)
         end = time.monotonic() + linger
-        while any(peer.unsent for peer in self._peers) and (left := end - time.monotonic()) > 0:
-            self.poll(left)
+        while not all(peer.is_served for peer in self._peers) and (left := end - time.monotonic()) > 0:
+            self.poll(min(left, CLOSING_STEP))
         for peer in list(self._peers):
             self._leave(peer)
         self._selector.close()
