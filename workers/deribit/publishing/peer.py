@@ -141,7 +141,6 @@ class Peer:
     def forget(self) -> None:
         """It is gone: what waits for it is waste, and what it wants too."""
         self.prefixes, self.lengths = set(), Counter()
-        self.unsent, self.batch, self.waiting = 0, [], 0
         self.blocks.clear()
         self.marks.clear()
 

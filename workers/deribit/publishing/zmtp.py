@@ -126,7 +126,7 @@ class Conversation:
         """Returns the answer; a command that nobody knows needs none."""
         size = content[0] if content else 0
         name, body = content[1 : 1 + size], content[1 + size :]
-        if name == b"READY" and not self.is_ready:
+        if name == b"READY":
             self._check_kind(body)
             self.is_ready = True
         elif name == b"ERROR":
@@ -166,7 +166,7 @@ def read_properties(body: bytes) -> dict[bytes, bytes]:
         size = body[0]
         name, rest = body[1 : 1 + size], body[1 + size :]
         length = int.from_bytes(rest[:4], "big")
-        if len(name) < size or len(rest) < 4 + length:
+        if len(rest) < 4 + length:
             raise NoSubscriber("READY breaks off")
         properties[name.lower()], body = rest[4 : 4 + length], rest[4 + length :]
     return properties
