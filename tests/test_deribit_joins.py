@@ -23,13 +23,13 @@ from tests.deribit_support import (
     wait_for,
 )
 from tests.exchange_client import exchange, get
-from tests.pipeline import short_directory
+from tests.pipeline import short_directory, subscribed
 from tests.support import in_loop, wait_until
 from workers.deribit.publishing.joins import MAX_WAITING, Joins
 from workers.deribit.publishing.ledger import SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.payloads import Status
-from workers.deribit.publishing.publisher import Publisher
-from workers.deribit.publishing.streams import Topics
+from workers.deribit.publishing.publisher import MAX_HELD, Publisher
+from workers.deribit.publishing.streams import Stream, Topics
 from workers.deribit.worker import create_worker
 
 CURRENT = {
@@ -67,6 +67,67 @@ async def test_subscribers_of_an_earlier_life_that_stay_away_are_not_waited_for_
         assert worker.publisher.is_holding
         await wait_for(lambda: not worker.publisher.is_holding, "the end of its patience")
         worker._end()
+
+
+@contextmanager
+def holding(expected: int) -> Iterator[tuple[Publisher, Stream]]:
+    """A publisher that waits for so many subscriptions of an earlier life, and a topic."""
+    with short_directory() as directory:
+        ledger = Ledger(directory / "w.ledger", fresh=True)
+        ledger.cells[SUBSCRIPTIONS] = expected
+        publisher = Publisher(f"ipc://{directory}/w.pub", 0, ledger)
+        publisher.bind()
+        try:
+            yield publisher, Topics(1, ledger).find("quote", "BTC-PERPETUAL", "raw")
+        finally:
+            publisher.close()
+            ledger.close()
+
+
+def test_what_is_said_first_waits_until_as_many_subscriptions_are_there_as_there_were() -> None:
+    with holding(2) as (publisher, stream):
+        publisher.say(stream, {"receive_ts": 1})
+        with subscribed(publisher.endpoint):
+            assert wait_until(publisher.take_subscriptions, "one of them") == [b""]
+            assert (publisher.is_holding, publisher.published) == (True, 0)
+            with subscribed(publisher.endpoint) as last:
+                wait_until(publisher.take_subscriptions, "the other")
+                assert (publisher.is_holding, publisher.published) == (False, 1)
+                last.wait_for("deribit.quote.")
+
+
+def test_no_more_waits_for_them_than_may() -> None:
+    with holding(1) as (publisher, stream):
+        for number in range(MAX_HELD):
+            assert publisher.published == 0
+            publisher.say(stream, {"receive_ts": number})
+        assert publisher.published == MAX_HELD
+
+
+def test_what_waits_for_them_is_sent_at_the_end() -> None:
+    with holding(2) as (publisher, stream), subscribed(publisher.endpoint) as subscriber:
+        wait_until(publisher.take_subscriptions, "one of them")
+        publisher.say(stream, {"receive_ts": 1})
+        publisher.close()
+        subscriber.wait_for("deribit.quote.")
+
+
+def test_neither_a_repeat_nor_who_leaves_counts() -> None:
+    with holding(0) as (publisher, stream), zmq.Context() as context, context.socket(zmq.XSUB) as reader:
+        reader.connect(publisher.endpoint)
+        for wish in (b"\1a", b"\1b", b"\0a", b"\1c"):
+            reader.send(wish)
+        taken: list[bytes] = []
+
+        def take() -> bool:
+            taken.extend(publisher.take_subscriptions())
+            return b"c" in taken
+
+        wait_until(take, "all that it wishes")
+        assert taken == [b"a", b"b", b"c"]
+        publisher.say(stream, {"receive_ts": 1})
+        publisher.repeat(stream, {"receive_ts": 1})
+        assert publisher.published == 1
 
 
 def list_joins(hearer: Hearer, topic: str) -> list[dict[str, Any]]:
@@ -209,6 +270,17 @@ async def test_a_refused_channel_says_so_to_who_comes_late(practice: str) -> Non
         with joined(run, "deribit.quote.NOPE.") as late:
             status = await wait_join(late, "deribit.quote.NOPE.raw", type="status")
             assert (status["state"], status["seq"]) == ("refused", 1)
+
+
+@in_loop
+async def test_a_topic_that_was_given_up_is_not_answered(practice: str) -> None:
+    async with collecting(practice, "", BOOK, TICKER, QUOTE) as run:
+        for kind in ("book", "ticker", "quote"):
+            await run.hearer.hear_of(f"deribit.{kind}.", type=kind)
+        await run.ask("unsubscribe", channels=[BOOK, TICKER])
+        with joined(run, "deribit.book.", "deribit.ticker.", "deribit.quote.") as late:
+            await wait_join(late, "deribit.quote.BTC-PERPETUAL.raw", type="quote")
+            assert {topic for topic, _ in late.joins} == {"deribit.quote.BTC-PERPETUAL.raw"}
 
 
 @in_loop

@@ -18,7 +18,7 @@ from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import Ask, heal_feed
-from workers.deribit.publishing.ledger import HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
+from workers.deribit.publishing.ledger import EPOCH, HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import OVER, REPEAT, UNSUBSCRIBED
@@ -89,7 +89,9 @@ def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(topics
     topics.leave(again, 250)
     topics.forget_left(250 + LONG)
     topics.begin_epoch(300)
-    assert topics.find("trade", "BTC-PERPETUAL", "raw").epoch == 300
+    last = topics.find("trade", "BTC-PERPETUAL", "raw")
+    assert (last.epoch, last.left_at) == (300, 50)
+    assert topics.ledger.cells[last.slot + EPOCH] == 300
 
 
 def test_a_forgotten_topic_is_forgotten_by_its_channel_too(tmp_path: Path) -> None:
