@@ -11,9 +11,11 @@ from collector.messages import Topic
 from tests.pipeline import short_directory, write_config
 from tests.support import REPOSITORY, collector
 from workers.deribit.publishing.ledger import (
+    EPOCH,
     FIRST,
     LAST_ID,
     LAST_TS,
+    LAYOUT,
     LENGTH,
     MAX_NAMES,
     NAME_AT,
@@ -22,7 +24,6 @@ from workers.deribit.publishing.ledger import (
     SIZE,
     STEP,
     SUBSCRIPTIONS,
-    UNHEALED,
     Ledger,
 )
 from workers.deribit.publishing.payloads import Trade
@@ -89,12 +90,15 @@ def test_it_is_small_on_the_disk_as_long_as_it_is_little_used(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("place", "size"), [(0, SIZE), (0, RECORD), (RECORD, RECORD), (RECORD + 8 * LENGTH, 8), (8 * ROOM, 8)]
+    ("place", "size"),
+    [(0, SIZE), (0, RECORD), (RECORD, RECORD), (RECORD + 8 * LENGTH, 8), (8 * ROOM, 8), (8 * LAYOUT, 8)],
 )
 def test_what_is_no_ledger_of_a_worker_is_told_and_not_taken_for_an_empty_one(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, place: int, size: int
 ) -> None:
-    """Its length is right; something else is all of it, or its header, a record, the length of a name, or its room."""
+    """Its length is right; something else is all of it, or its header, a record, the length of a name, its room, or
+    the number of its layout.
+    """
     path = tmp_path / "a.ledger"
     ledger = Ledger(path, fresh=True)
     fill(ledger, range(1, 10))
@@ -142,15 +146,27 @@ def test_a_name_that_is_too_long_has_no_place_and_the_longest_leaves_the_next_al
 
 def test_a_place_that_was_freed_in_an_earlier_life_serves_another(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
-    first, *_ = fill(ledger, range(1, 10))
+    slots = first, *_ = fill(ledger, range(1, 10))
+    for word in set(range(EPOCH + 1)) - {LENGTH}:
+        ledger.cells[first + word] = 7
     ledger.free_slot(name_topic(1))
     ledger.close()
     again = Ledger(tmp_path / "a.ledger", fresh=False)
     assert [entry.last_ts for entry in again.earlier] == list(range(2, 10))
     assert name_topic(1) not in again._slots
     assert again.find_slot(name_topic(100)) == first
-    assert [again.cells[first + cell] for cell in (LAST_TS, LAST_ID, UNHEALED, FIRST)] == [0] * 4
+    assert not any(again.cells[first + word] for word in range(EPOCH + 1) if word != LENGTH)
+    assert again.find_slot(name_topic(101)) not in slots
     again.close()
+
+
+def test_the_least_value_of_a_word_is_kept_where_there_is_a_place(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    slot = ledger.find_slot(name_topic(1))
+    assert [ledger.lower(slot, FIRST, value) for value in (5, 7, 3)] == [5, 5, 3]
+    assert ledger.cells[slot + FIRST] == 3
+    assert [ledger.lower(0, FIRST, value) for value in (5, 7)] == [5, 7]
+    ledger.close()
 
 
 def test_a_place_of_which_nothing_is_known_serves_another_in_the_next_life(tmp_path: Path) -> None:
@@ -182,7 +198,11 @@ def test_more_topics_than_it_holds_have_no_place_and_harm_nothing(
     fill(ledger, range(MAX_NAMES, MAX_NAMES + 1))
     ledger.clear(0)
     assert ledger.cells[SUBSCRIPTIONS] == 6
+    ledger.cells[ledger.find_slot(name_topic(0)) + LAST_TS] = 7
     ledger.close()
+    again = Ledger(tmp_path / "a.ledger", fresh=False)
+    assert [entry.last_ts for entry in again.earlier] == [7]
+    again.close()
 
 
 def test_a_fresh_one_leaves_the_old_one_alone_for_who_has_it_still(tmp_path: Path) -> None:
@@ -205,6 +225,7 @@ def test_a_fresh_one_takes_the_old_one_s_place_only_once_it_is_whole(tmp_path: P
         Ledger(tmp_path / "a.ledger", fresh=True)
     assert len(Ledger(tmp_path / "a.ledger", fresh=False).earlier) == 9
     (tmp_path / "a.ledger.new").rmdir()
+    (tmp_path / "a.ledger.new").write_text("left by one that was killed")
     assert Ledger(tmp_path / "a.ledger", fresh=True).earlier == []
 
 
