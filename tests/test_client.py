@@ -617,16 +617,19 @@ def test_a_type_that_came_later_than_this_program_is_read(publisher: Any) -> Non
         assert "rumour" in format_line(message)
 
 
-def test_the_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any) -> None:
-    closed: dict[str, Any] = {"type": "status", "state": "closed", "reason": "unsubscribed", "connection": "b"}
+CLOSED: dict[str, Any] = {"type": "status", "state": "closed", "reason": "unsubscribed", "connection": "b"}
+
+
+@pytest.mark.parametrize("word", [RESTART, {"type": "repair", "gap": 1, "repaired": 0, "missing": []}, CLOSED])
+def test_a_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any, word: dict[str, Any]) -> None:
     with Subscriber([endpoint_of(publisher)]) as subscriber:
         wait_subscribed(publisher)
-        sent = [index_message(7), index_message(1, epoch=START + 5, **RESTART), index_message(8, **closed)]
+        sent = [index_message(7), index_message(1, epoch=START + 5, **RESTART), index_message(8, **word)]
         for frames in [*sent, index_message(2, epoch=START + 5)]:
             publisher.send_multipart(frames)
         got = [subscriber.receive(10) for _ in range(3)]
         assert [isinstance(item, Message) and item.seq for item in got] == [7, 1, 2]
-        publisher.send_multipart(index_message(9, **closed))
+        publisher.send_multipart(index_message(9, **word))
         assert subscriber.receive(0.05) is None
 
 

@@ -163,7 +163,8 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
     with living(tmp_path) as worker:
         ask(worker, "subscribe", TRADES)
         worker.take_frames([encode_data(TRADES, [make_trade(50)])], 7)
-        assert (worker.topics.gaps, worker.publisher.published) == (0, 3)  # closed, asked for again, the trade
+        # The gap of what was left, that it is closed, that it is asked for again, and the trade without a gap.
+        assert (worker.topics.gaps, worker.publisher.published) == (1, 4)
 
 
 def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_closed() -> None:
@@ -188,6 +189,21 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
             worker.topics.forget_left(time.time_ns() + LONG)
         with living(directory) as worker:
             assert worker.publisher.published == 0
+
+
+@pytest.mark.parametrize("channel", [TRADES, "trades.future.BTC.100ms"])
+def test_trades_that_were_lost_before_their_channel_was_given_up_without_a_worker_are_said(channel: str) -> None:
+    with short_directory() as directory:
+        with living(directory, channel, fresh=True) as worker:
+            worker.take_frames([encode_data(channel, [make_trade(5)])], 100)
+            worker.ledger.cells[SUBSCRIPTIONS] = 1  # it waits for its subscriber to come back
+        with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
+            wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+            subscriber.wait_for("deribit.trade.", state="closed")
+            gap, closed = subscriber.find("deribit.trade.")
+            assert (gap["seq"], gap["reason"], gap["from_ts"], gap["missing_from"]) == (1, "restart", 100, 5)
+            assert ("missing_to" in gap, gap["healing"]) == (False, False)
+            assert (closed["seq"], closed["epoch"]) == (2, gap["epoch"])
 
 
 def test_what_is_said_of_a_topic_of_an_earlier_life_is_older_than_what_another_connection_says() -> None:

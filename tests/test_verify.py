@@ -166,8 +166,9 @@ def test_a_topic_that_another_connection_takes_up_begins_anew(wire: Wire) -> Non
     wire.snapshot(30)
     wire.delta(31, 30)
     wire.trade(20)
-    wire.epoch -= SECOND  # the last word of who had it before comes on a way of its own
+    wire.epoch -= SECOND  # the last words of who had it before come on a way of their own
     wire.status(BOOK, "closed", "unsubscribed", seq=3)
+    wire.gap(TRADE, 1, "restart", missing_from=5, healing=False, seq=3)
     wire.epoch += SECOND
     wire.delta(32, 31, seq=4)
     assert wire.found == []

@@ -28,6 +28,9 @@ has many to answer for, and the first data may overtake the answer."""
 _NO_DATA = frozenset({"status", "repair", "heartbeat"})
 """Types that are neither data nor say where data are missing."""
 
+_LAST_WORDS = frozenset({"status", "gap", "repair"})
+"""Types that may be said of a topic when it is left."""
+
 
 class Message(Mapping[str, Any]):
     """One message: the keys of the envelope as attributes, every key by `message["price"]` or `message.get("iv")`.
@@ -198,9 +201,12 @@ class SequenceCheck:
         return last is not None and 0 < last[2] < message.epoch and message.type not in (*_NO_DATA, "gap")
 
     def is_outdated(self, message: Message) -> bool:
-        """Whether it is a status of an earlier epoch: the last word of who fed the topic before, which came late."""
+        """Whether it is of an earlier epoch, and no data: a last word of who fed the topic before, which came late.
+
+        Nothing is lost by it: that a newer epoch has begun tells all that it could.
+        """
         last = self._last.get(message.topic)
-        return last is not None and message.type == "status" and message.epoch < last[0]
+        return last is not None and message.type in _LAST_WORDS and message.epoch < last[0]
 
     def forget(self, prefix: str, kept: Iterable[str]) -> list[Topic]:
         """Forget, and return, the topics that begin so, but for those that begin as one of `kept`: they are read no

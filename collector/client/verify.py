@@ -20,7 +20,7 @@ RULES = {
     "envelope": "two frames: a topic of four parts, and a map with the seven keys that says the same",
     "schema": "each type has its keys, with values of the right kind",
     "sequence": "seq rises by one on each topic, and starts again with 1 in a new epoch",
-    "epoch": "the epoch of a topic never falls, but for the last status of who fed it before",
+    "epoch": "the epoch of a topic never falls, but for the last words of who fed it before",
     "join": "a join repeats what was said last, the book as it stands, and comes to whoever joins",
     "gap": "gaps have rising ids, stand between data, and before what follows a lost connection",
     "chain": "each delta follows the change before it; first, and after a gap, comes a snapshot",

@@ -70,8 +70,11 @@ class Statuses:
             self.tell_first(feed)
 
     def end(self, stream: Stream) -> None:
-        """A topic of an earlier life has no channel any more."""
+        """A topic of an earlier life has no channel any more; what was lost of its trades is not fetched."""
         is_over = not stream.last_ts or stream.has_expired(self._read_exchange_clock())
+        if stream.type == "trade" and (gap := stream.lose("restart", self._topics, self._read_clock())):
+            gap.healing = False
+            self._publisher.say(stream, gap)
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
     def note_left(self, stream: Stream) -> None:
