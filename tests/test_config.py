@@ -67,7 +67,7 @@ REFUSED: dict[str, tuple[str, str]] = {
     "unknown table": ("[colector]\n" + HEAD, "desk.toml: unknown table or key colector; did you mean [collector]?"),
     "unlike any table": (
         "[zzz]\n" + HEAD,
-        "unknown table or key zzz; there are [collector], [exchange] and [[connection]]",
+        "unknown table or key zzz; there are [collector], [exchange], [[connection]]",
     ),
     "misspelt connection": (HEAD.replace("ction]]", "tion]]"), "key connetion; did you mean [[connection]]?"),
     "no table": ("collector = 5\n" + HEAD, "desk.toml: collector must be a table; write [collector]"),

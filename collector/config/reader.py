@@ -124,14 +124,12 @@ def _check_tables(tables: Mapping[str, Any]) -> None:
 def _explain_table(name: str, value: Any) -> str:
     if sounds_secret(name):
         return f"{show(name)}: {SECRET_ADVICE}"
-    home = next(
-        (f"[[{table}]]" if table == "connection" else f"[{table}]" for table in KEYS if name in KEYS[table]), ""
-    )
+    heads = {table: "[[connection]]" if table == "connection" else f"[{table}]" for table in KEYS}
+    home = next((heads[table] for table in KEYS if name in KEYS[table]), "")
     if home and not isinstance(value, dict):
         return f"key {name} stands outside a table; write it under {home}"
     close = suggest(name, KEYS)
-    written = {"connection": "[[connection]]"}.get(close, f"[{close}]")
-    advice = f"did you mean {written}?" if close else "there are [collector], [exchange] and [[connection]]"
+    advice = f"did you mean {heads[close]}?" if close else f"there are {', '.join(heads.values())}"
     return f"unknown table or key {show(name)}; {advice}"
 
 
