@@ -118,6 +118,22 @@ async def test_the_clock_of_the_exchange_is_measured(practice: str) -> None:
         assert 500_000 < state["clock_error"] < 2_000_000_000
 
 
+@pytest.mark.parametrize(("off", "side"), [(-7000, "ahead of"), (7000, "behind")])
+@in_loop
+async def test_a_wrong_clock_of_this_host_is_told_once_and_so_is_its_end(
+    practice: str, off: int, side: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    def list_told() -> list[str]:
+        return [line for line in caplog.messages if "the clock of this host" in line]
+
+    with caplog.at_level(logging.INFO, "deribit"):
+        async with connected(practice, f"clock:{off},reset:0.5,first:2"):
+            await wait_for(lambda: len(list_told()) == 2, "the end of it")
+    wrong, right = list_told()
+    assert re.fullmatch(rf"the clock of this host is [67]\.\d s {side} the exchange's", wrong)
+    assert right == "the clock of this host agrees with the exchange's again"
+
+
 @pytest.mark.parametrize(
     "fault", ["error:METHOD=-32601", "error:METHOD=11094", "error:METHOD=13028", "no_reply:METHOD"]
 )

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import time
 from typing import Any
 
@@ -317,6 +318,28 @@ def test_an_answer_about_the_time_that_came_late_does_not_spoil_what_is_known() 
         assert session.clock_error >= 250_000_000
 
     asyncio.run(run())
+
+
+def test_a_clock_that_was_wrong_is_told_to_agree_once_that_is_sure(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [(1200, 0.0), (1200, 0.6), (0, 0.0)]
+
+    async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
+        ahead, wait = answers.pop(0)
+        told = time.time_ns() // 1_000_000 + ahead
+        await asyncio.sleep(wait)
+        return told
+
+    async def measure_each() -> list[int]:
+        session, counts = Session(answer_time, Credits(), None, 30.0, False), []
+        while answers:
+            session._sync_at = 0.0
+            await session.keep_up(1.0)
+            counts.append(len(caplog.messages))
+            session.end()  # the next connection begins anew, with whatever it can have
+        return counts
+
+    with caplog.at_level(logging.INFO, "deribit"):
+        assert asyncio.run(measure_each()) == [1, 1, 2]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

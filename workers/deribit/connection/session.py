@@ -32,6 +32,9 @@ DRIFT = 100e-6
 """Part by which the steady clock may go wrong. A measurement that is worse than what is known by the one before is
 passed over: an answer that waited behind late data would hide half of how late they are."""
 
+OFF = 1_000_000_000
+"""What our clock and the exchange's may differ by (ns) before it is told."""
+
 INVALID_CREDENTIALS = 13004
 """Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""
 
@@ -83,6 +86,7 @@ class Session:
         self._error = 0
         self._synced_at: int | None = None  # by the steady clock, on this connection
         self.earlier_offset: int | None = None
+        self._is_off = False
 
     @property
     def logged_in(self) -> bool:
@@ -211,3 +215,15 @@ class Session:
             self._ahead = int(theirs) * 1_000_000 + 500_000 - (sent + received) // 2
             self.measured_offset = self.clock_offset
             self._error, self._synced_at = error, received
+            self._tell_clock()
+
+    def _tell_clock(self) -> None:
+        """Our clock stands in each `receive_ts`: whoever reads them must know where it is wrong."""
+        offset, error = abs(self.measured_offset), self._error
+        if not self._is_off and offset - error > OFF:
+            self._is_off = True
+            side = "ahead of" if self.measured_offset < 0 else "behind"
+            log.warning("the clock of this host is %.1f s %s the exchange's", offset / 1e9, side)
+        elif self._is_off and offset + error < OFF:  # between the two it may be either
+            self._is_off = False
+            log.info("the clock of this host agrees with the exchange's again")
