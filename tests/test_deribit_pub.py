@@ -320,7 +320,7 @@ def one_peer(queue: int) -> Iterator[tuple[Peer, socket.socket]]:
     with ours, theirs:
         ours.setblocking(False)
         theirs.settimeout(10)
-        yield Peer(ours, queue, 0.0), theirs
+        yield Peer(ours, "pid 1", queue, 0.0), theirs
 
 
 def fill(peer: Peer) -> int:
@@ -376,8 +376,8 @@ def test_each_time_that_a_subscriber_is_too_slow_is_told_by_itself(caplog: pytes
                 assert b"missed" not in read_until_writable(peer, theirs)
                 peer.write_more()
             assert caplog.messages[-2:] == [
-                "a subscriber is too slow, 1 messages wait for it: it will miss some",
-                f"the slow subscriber is up to date again; it missed {missed} messages",
+                "a subscriber (pid 1) is too slow, 1 messages wait for it: it will miss some",
+                f"the slow subscriber (pid 1) is up to date again; it missed {missed} messages",
             ]
 
 
@@ -388,7 +388,7 @@ def test_large_messages_do_not_pile_up_for_one_that_reads_nothing(caplog: pytest
             peer.write(large, 1)
         assert peer.dropped == 1  # some of the first lies in the system's buffer, so that five are held
         assert peer.unsent < MAX_UNSENT + len(large)
-        assert "a subscriber is too slow, 5 messages wait for it: it will miss some" in caplog.messages
+        assert "a subscriber (pid 1) is too slow, 5 messages wait for it: it will miss some" in caplog.messages
 
 
 def test_a_subscriber_that_is_too_slow_misses_what_is_beyond_its_queue_and_no_other_does(
@@ -597,17 +597,22 @@ def test_a_socket_of_another_type_is_told_and_does_not_come_again() -> None:
         dealer.disable_monitor()
 
 
-def test_strangers_that_come_again_and_again_do_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
-    with publishing() as (pub, endpoint):
+@pytest.mark.parametrize("kind", ENDPOINTS)
+def test_strangers_that_come_again_and_again_are_named_and_do_not_fill_the_log(
+    kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = {}
+    with publishing(kind) as (pub, endpoint):
         for before in (*range(15), *range(995, 1005)):
             pub._strangers = before
-            with socket.socket(socket.AF_UNIX) as stranger:
-                stranger.connect(endpoint[6:])
+            with socket.socket(socket.AF_UNIX if kind == "ipc" else socket.AF_INET) as stranger:
+                stranger.connect(endpoint[6:] if kind == "ipc" else ("127.0.0.1", int(endpoint.rpartition(":")[2])))
+                names[before + 1] = f"pid {os.getpid()}" if kind == "ipc" else "{}:{}".format(*stranger.getsockname())
                 serve(pub, lambda: pub._peers, "the stranger")
                 stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
                 serve(pub, lambda: not pub._peers, "the stranger to be let go")
-    said = "a peer is no subscriber, and is let go: it speaks no ZMTP; {} so far"
-    assert caplog.messages == [said.format(number) for number in (*range(1, 11), 1000)]
+    said = "a peer ({}) is no subscriber, and is let go: it speaks no ZMTP; {} so far"
+    assert caplog.messages == [said.format(names[number], number) for number in (*range(1, 11), 1000)]
 
 
 def test_who_never_says_what_it_is_goes_when_another_comes() -> None:

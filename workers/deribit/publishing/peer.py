@@ -3,8 +3,10 @@
 import fcntl
 import logging
 import socket
+import struct
 import termios
 from collections import Counter, deque
+from typing import Any
 
 from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
 
@@ -25,22 +27,31 @@ MAX_LENGTH = 512
 log = logging.getLogger("deribit")
 
 
+def name_peer(end: socket.socket, address: Any) -> str:
+    """Who has connected, as a person can look for it: the process at an ipc endpoint, the address at a tcp one."""
+    if end.family == socket.AF_UNIX:
+        pid, _, _ = struct.unpack("3i", end.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+        return f"pid {pid}"
+    return "{}:{}".format(*address)
+
+
 class Peer:
     """One subscriber. `queue` messages may wait for it (0: any number), and MAX_UNSENT bytes; what is more it misses.
 
-    `batch` (what is to be written) and `is_behind` (whether room is waited for) belong to the one who holds it.
-    `unsent` counts the bytes that the system has not yet taken. They lie in `blocks`: of one long bytearray Python
-    would move all that is left from time to time. `marks` says where messages end in them. Each method that reads or
-    sends raises OSError once the other end is gone.
+    `name` is what the log calls it. `batch` (what is to be written) and `is_behind` (whether room is waited for)
+    belong to the one who holds it. `unsent` counts the bytes that the system has not yet taken. They lie in `blocks`:
+    of one long bytearray Python would move all that is left from time to time. `marks` says where messages end in
+    them. Each method that reads or sends raises OSError once the other end is gone.
     """
 
     __slots__ = (
-        "batch", "blocks", "conversation", "dropped", "is_behind", "lengths", "marks", "prefixes", "queue", "sent",
-        "since", "socket", "unsent", "waiting",
+        "batch", "blocks", "conversation", "dropped", "is_behind", "lengths", "marks", "name", "prefixes", "queue",
+        "sent", "since", "socket", "unsent", "waiting",
     )  # fmt: skip
 
-    def __init__(self, end: socket.socket, queue: int, now: float) -> None:
+    def __init__(self, end: socket.socket, name: str, queue: int, now: float) -> None:
         self.socket = end
+        self.name = name
         self.queue = queue
         self.since = now
         self.conversation = Conversation()
@@ -101,7 +112,9 @@ class Peer:
             return
         if count and (self.waiting >= self.queue > 0 or self.unsent >= MAX_UNSENT):
             if not self.dropped:
-                log.warning("a subscriber is too slow, %d messages wait for it: it will miss some", self.waiting)
+                log.warning(
+                    "a subscriber (%s) is too slow, %d messages wait for it: it will miss some", self.name, self.waiting
+                )
             self.dropped += count
             return
         if not count and self.unsent > BLOCK:
@@ -126,7 +139,7 @@ class Peer:
         while self.marks and self.marks[0][0] <= self.sent:
             self.waiting -= self.marks.popleft()[1]
         if self.dropped and not self.unsent:
-            log.warning("the slow subscriber is up to date again; it missed %d messages", self.dropped)
+            log.warning("the slow subscriber (%s) is up to date again; it missed %d messages", self.name, self.dropped)
             self.dropped = 0
 
     @property

@@ -17,7 +17,7 @@ from contextlib import suppress
 from typing import Any, TypeVar
 
 from collector.sockets import is_socket, remove_socket
-from workers.deribit.publishing.peer import Peer
+from workers.deribit.publishing.peer import Peer, name_peer
 from workers.deribit.publishing.zmtp import GREETING, NoSubscriber, Wish, encode_size, encode_topic
 
 SEND_BUFFER = 4 << 20
@@ -137,7 +137,7 @@ class PubSocket:
         assert self._listener is not None
         self._leave_silent()
         try:
-            end, _ = self._listener.accept()
+            end, address = self._listener.accept()
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
             if 0 < limit - RESERVE <= end.fileno():  # it is the lowest that was free; a limit below 0 is none
                 end.close()
@@ -155,7 +155,7 @@ class PubSocket:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
             if end.family == socket.AF_INET:
                 end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        peer = Peer(end, self._queue, time.monotonic())
+        peer = Peer(end, name_peer(end, address), self._queue, time.monotonic())
         self._peers.append(peer)
         self._selector.register(end, READ, peer)
         self._let(peer, peer.write, GREETING, 0)
@@ -190,7 +190,9 @@ class PubSocket:
         if reason:
             self._strangers += 1
             if self._strangers <= 10 or self._strangers % 1000 == 0:  # some come again and again
-                log.warning("a peer is no subscriber, and is let go: %s; %d so far", reason, self._strangers)
+                log.warning(
+                    "a peer (%s) is no subscriber, and is let go: %s; %d so far", peer.name, reason, self._strangers
+                )
         self._peers.remove(peer)
         self._selector.unregister(peer.socket)
         peer.socket.close()
