@@ -489,14 +489,14 @@ def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() 
 
 def test_each_change_of_a_connection_is_an_event_and_nothing_else_is() -> None:
     written = io.StringIO()
-    console = Console(width=120, height=40, file=written)
+    console = Console(width=80, height=40, file=written)
     board = Board([])
-    topic = parse_topic("deribit.status.a.connection")
+    topic = parse_topic("deribit.status.futures.connection")
     for state in ("live", "live", "backoff", "bootstrapping", "live", "live"):
-        board.take(Message(topic, {**ENVELOPE, "type": "status", "instrument": "a", "state": state}))
+        board.take(Message(topic, {**ENVELOPE, "type": "status", "state": state}))
     console.print(board.render(console))
-    said = [line.split("connection a: ")[1].rstrip() for line in written.getvalue().splitlines() if "a: " in line]
-    assert said == ["status live", "status bootstrapping", "status backoff"]
+    said = [line.split("futures: ")[1].rstrip() for line in written.getvalue().splitlines() if "futures: " in line]
+    assert said == ["live", "bootstrapping", "backoff"]
 
 
 def test_a_loss_is_a_line_too() -> None:

@@ -108,8 +108,9 @@ class Board:
         if message.type == "status" and message["state"] in (known, known or "live"):
             return
         style = "red" if message.type == "gap" else STYLES.get(message.get("state", ""), "")
-        where = f"{'connection' if topic.type == 'status' else topic.type} {message.instrument}"
-        self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {describe(message)}", style=style))
+        where = message.instrument if topic.type == "status" else f"{topic.type} {message.instrument}"
+        what = describe(message).removeprefix("status ")  # half of 80 columns must hold it
+        self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {what}", style=style))
 
     def measure(self) -> None:
         """Bring all rates up to date, at most once a second."""
