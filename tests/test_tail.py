@@ -487,6 +487,27 @@ def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() 
     assert shown[3:] == [["down", "failed", "publishes"], ["stuck", "live", "silent"]]
 
 
+@pytest.mark.parametrize(
+    ("width", "columns"),
+    [
+        (50, ["TYPE", "INSTRUMENT", "LAST", "AGE"]),
+        (60, ["TYPE", "INSTRUMENT", "LAST", "MSG/S", "AGE"]),
+        (72, ["TYPE", "INSTRUMENT", "INTERVAL", "LAST", "MSG/S", "AGE"]),
+    ],
+)
+def test_a_narrow_terminal_shows_the_last_value_before_all_that_tells_less(width: int, columns: list[str]) -> None:
+    written = io.StringIO()
+    console = Console(width=width, height=40, file=written)
+    board = Board([])
+    topic = parse_topic("deribit.trade.BTC-25DEC26-90000-C.100ms")
+    board.take(Message(topic, {**ENVELOPE, "type": "trade", "side": "sell", "amount": 10.0, "price": 0.0666}))
+    console.print(board.render(console))
+    head, row = (line for line in written.getvalue().splitlines() if line.startswith(("TYPE", "trade")))
+    assert head.split() == columns
+    assert "BTC-25DEC26-90000-C" in row
+    assert "sell 10 @ 0." in row
+
+
 def test_each_change_of_a_connection_is_an_event_and_nothing_else_is() -> None:
     written = io.StringIO()
     console = Console(width=80, height=40, file=written)

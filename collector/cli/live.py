@@ -16,6 +16,9 @@ from collector.client.stream import MAX_TOPICS, ON_DATA_TOPICS, Loss, Message
 from collector.messages import Topic
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
+NEEDED = {"TYPE": 0, "INSTRUMENT": 0, "INTERVAL": 72, "LAST": 0, "MSG/S": 60, "AGE": 0}
+"""The columns of the table, and how wide a terminal must be for each: LAST has to have some of the room."""
+
 STYLES = {"live": "green", "recovering": "yellow", "stale": "yellow", "buy": "green", "sell": "red"}
 
 
@@ -131,7 +134,7 @@ class Board:
         above = max(3, height - len(head) - below - 3)
         for line in head:
             line.truncate(width, overflow="ellipsis")
-        return Group(*head, self._draw_topics(above), self._draw_recent(below - 2))
+        return Group(*head, self._draw_topics(above, width), self._draw_recent(below - 2))
 
     def _draw_title(self) -> Text:
         age = int(time.monotonic() - self._started)
@@ -153,15 +156,18 @@ class Board:
                 line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
         return line.append(printable(f"  publishes at {self.endpoints[name]}") if name in self.endpoints else "")
 
-    def _draw_topics(self, room: int) -> Table:
+    def _draw_topics(self, room: int, width: int) -> Table:
         table = Table(box=None, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)
-        for title, ratio in (("TYPE", 0), ("INSTRUMENT", 0), ("INTERVAL", 0), ("LAST", 1)):
-            table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=ratio or None)
-        for title in ("MSG/S", "AGE"):
-            table.add_column(title, justify="right", no_wrap=True, min_width=6)
+        titles = [title for title, needed in NEEDED.items() if width >= needed]
+        for title in titles:
+            if title in ("MSG/S", "AGE"):
+                table.add_column(title, justify="right", no_wrap=True, min_width=6)
+            else:
+                table.add_column(title, no_wrap=True, overflow="ellipsis", ratio=1 if title == "LAST" else None)
         shown = self._choose_rows(room)
         for row in shown:
-            table.add_row(*self._draw_row(row))
+            cells = dict(zip(NEEDED, self._draw_row(row), strict=True))
+            table.add_row(*(cells[title] for title in titles))
         hidden = len(self.rows) - len(shown)
         if hidden:
             table.add_row("", Text(f"and {hidden} more topics", style="dim"))
