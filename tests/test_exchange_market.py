@@ -11,6 +11,7 @@ from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.market.instruments import DAY, FOREVER, format_date, list_expiries
 from workers.exchange.market.market import QUANTUM, Event, Market
+from workers.exchange.market.payloads import describe_ticker
 from workers.exchange.market.pricing import imply_volatility, value_option
 from workers.exchange.protocol.session import Credits, Heartbeat
 
@@ -96,6 +97,33 @@ def test_prices_stay_near_their_index() -> None:
             if not of.legs and book.best_bid and book.best_ask:
                 middle = (book.best_bid + book.best_ask) / 2 * of.tick
                 assert abs(middle / market.mark_price(of) - 1) < 0.005, name
+
+
+def test_inverse_futures_and_combos_of_such_count_in_dollars_and_nothing_else_does() -> None:
+    market = Market(3, START, options=60, rate=2000)
+    hub, charts = Hub(market, Account(market)), Listener()
+    for name in market.catalogue.by_name:
+        hub.subscribe(f"chart.trades.{name}.1D", charts)
+    for second in range(1, 32):
+        market.frozen = second == 31  # the last bars have all
+        hub.advance(START + second * 1000)
+    bars = {frame.channel.split(".")[2]: frame.data for frame in charts.seen}
+    seen = set[tuple[str, bool]]()
+    for name, of in market.catalogue.by_name.items():
+        trades, ticker = market.trades[name], describe_ticker(market, of)
+        amount, is_dollars = sum(trade["amount"] for trade in trades), of.row["quote_currency"] == "USD"
+        coins = sum(trade["amount"] / trade["index_price"] for trade in trades) if is_dollars else amount
+        assert isinstance(ticker["open_interest"], int) is is_dollars
+        assert ticker["stats"]["volume"] == pytest.approx(coins, 1e-3)
+        if "volume_usd" in ticker["stats"]:
+            dollars = amount if is_dollars else sum(trade["amount"] * trade["index_price"] for trade in trades)
+            assert ticker["stats"]["volume_usd"] == pytest.approx(dollars, 1e-3)
+        if name in bars:
+            assert bars[name]["volume"] == pytest.approx(coins, 0.05)  # of a dated future by its price, not the index's
+            assert not is_dollars or bars[name]["cost"] == amount
+            seen.add((of.kind, is_dollars))
+    inverse = {("future", True), ("future_combo", True)}
+    assert seen == inverse | {("future", False), ("option", False), ("option_combo", False), ("spot", False)}
 
 
 def test_expiries_are_at_eight_and_in_order() -> None:

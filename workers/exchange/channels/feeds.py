@@ -258,11 +258,12 @@ class ChartFeed(InstrumentFeed):
             if self._bar.get("tick") != tick:
                 self._bar = {"tick": tick, "open": price, "high": price, "low": price}
                 self._bar |= {"close": price, "volume": 0.0, "cost": 0.0}
-            dollars = self.of.inverse and self.of.kind == "future"
+            dollars = self.of.in_dollars
             cost = trade["amount"] if dollars else trade["amount"] * price
+            coin = trade["index_price"] if self.of.legs else price  # a combo's own price is a difference
             self._bar["high"], self._bar["low"] = max(self._bar["high"], price), min(self._bar["low"], price)
             self._bar["close"] = price
-            self._bar["volume"] = round(self._bar["volume"] + (cost / price if dollars else trade["amount"]), 8)
+            self._bar["volume"] = round(self._bar["volume"] + (cost / coin if dollars else trade["amount"]), 8)
             self._bar["cost"] = round(self._bar["cost"] + cost, 8)
         return bool(event.trades)
 

@@ -49,6 +49,11 @@ class Instrument:
         return self.currency == self.base
 
     @property
+    def in_dollars(self) -> bool:
+        """Whether its amounts are USD; else they are of its base coin."""
+        return self.inverse and self.kind in ("future", "future_combo")
+
+    @property
     def perpetual(self) -> bool:
         return self.kind == "future" and self.expiry == FOREVER
 
@@ -203,7 +208,7 @@ def _make_row(of: Instrument, period: str, number: int) -> dict[str, Any]:
         row |= {"future_type": row["instrument_type"], "max_non_default_leverage": 5}
     if not spot:
         row |= {"settlement_currency": of.currency, "settlement_period": period}
-    quote = of.currency if option or not of.inverse or of.kind == "option_combo" else "USD"
+    quote = "USD" if of.in_dollars else of.currency
     row |= {"base_currency": of.base, "counter_currency": "USD" if of.inverse else of.currency, "quote_currency": quote}
     return row | _list_fees(of.kind) | {"tick_size_steps": [], "underlying_type": "crypto"}
 

@@ -213,7 +213,7 @@ class Market:
 
     def _record(self, of: Instrument, day: Day, trade: dict[str, Any]) -> None:
         price, amount = trade["price"], trade["amount"]
-        usd = amount if of.inverse and of.kind == "future" else amount * self.coins[of.base]
+        usd = amount if of.in_dollars else amount * self.coins[of.base]
         day.last_price = price
         day.first = price if day.first is None else day.first
         day.high = price if day.high is None else max(day.high, price)
@@ -297,7 +297,7 @@ class Market:
             day.trade_seq = (self.now - max(instrument.created, 1_760_000_000_000)) // pace
             day.settlement_price = round(mark * self.rng.uniform(0.98, 1.02), 4)
             day.open_interest = round(
-                1e6 * self.rng.random() / (1.0 if instrument.inverse else self.coins[instrument.base])
+                1e6 * self.rng.random() / (1.0 if instrument.inverse else self.coins[instrument.base]), 1
             )
         if instrument.perpetual:
             day.open_interest *= 1000.0

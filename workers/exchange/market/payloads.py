@@ -44,7 +44,7 @@ def describe_ticker(market: Market, of: Instrument) -> Data:
     band = max(abs(mark) * 0.015, of.tick * 50)
     ticker |= {"min_price": _to_tick(of, mark - band), "max_price": _to_tick(of, mark + band)}
     interest = round(day.open_interest, 4)
-    ticker |= {"open_interest": int(interest) if of.inverse and of.kind == "future" else interest, "mark_price": mark}
+    ticker |= {"open_interest": int(interest) if of.in_dollars else interest, "mark_price": mark}
     if of.kind == "option":
         ticker |= _describe_option(market, of)
     if of.perpetual:
