@@ -326,6 +326,52 @@ def test_what_is_announced_as_missing_for_good_is_counted(wire: Wire) -> None:
     assert wire.verifier.count_missing() == (0, 3)
 
 
+def test_who_joins_amid_healing_is_told_nothing_wrong(wire: Wire) -> None:
+    wire.seq[TRADE] = 7
+    wire.say(TRADE, "repair", gap=2, repaired=3, missing=[])  # of a gap that was said before
+    wire.gap(TRADE, 3, missing_from=12, missing_to=15, healing=True, from_ts=1, join=True)
+    wire.trade(13, backfilled=True)
+    wire.trade(20)
+    wire.trade(14, backfilled=True)
+    wire.say(TRADE, "repair", gap=3, repaired=3, missing=[[15, 15]])  # one came before us
+    assert wire.found == []
+    assert wire.verifier.count_missing() == (0, 1)
+    assert wire.trade(22) == ["hole"]
+
+
+def test_who_hears_that_there_was_no_gap_knows_it(wire: Wire) -> None:
+    wire.seq[TRADE] = 7
+    wire.status(TRADE, "live", join=True)
+    assert wire.say(TRADE, "repair", gap=1, repaired=0, missing=[]) == ["repair"]
+    wire.restart()
+    wire.gap(TRADE, 9, "restart")
+    wire.restart()
+    wire.trade(20)
+    assert wire.say(TRADE, "repair", gap=9, repaired=0, missing=[]) == ["repair"]
+
+
+def test_what_one_life_has_said_binds_no_later_one(wire: Wire) -> None:
+    wire.trade(1)
+    wire.gap(TRADE, 1, missing_from=2, missing_to=3, healing=True)
+    wire.trade(4)
+    wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 3]])
+    wire.gap(TRADE, 2, missing_from=5, missing_to=6, healing=True)
+    wire.trade(7)
+    wire.restart()
+    wire.gap(TRADE, 1, "restart", missing_from=2, healing=True)
+    assert wire.verifier.count_missing() == (1, 2)  # of the other no repair comes any more
+    wire.trade(9)
+    for number in (3, 4, 7):
+        wire.trade(number, backfilled=True)
+    missing = [[2, 2], [5, 6], [8, 8]]
+    assert wire.say(TRADE, "repair", gap=1, repaired=3, missing=missing) == []
+    wire.gap(TRADE, 2, missing_from=10, missing_to=11, healing=True)
+    wire.trade(12)
+    wire.trade(10, backfilled=True)
+    assert wire.found == []
+    assert wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[10, 11]]) == ["repair"]
+
+
 def break_envelope(wire: Wire) -> dict[str, list[str]]:
     wire.trade(1)
     good = {

@@ -54,7 +54,6 @@ class Hole:
     def __init__(self, message: Message, last: int | None) -> None:
         self.first: int | None = message.get("missing_from", None if last is None else last + 1)
         self.last: int | None = message.get("missing_to")
-        self.is_restart = message["reason"] == "restart"
         self.is_healing = bool(message.get("healing"))
         self.is_partial = message.is_join  # what came of it before we joined is not known
         self.epoch = message.epoch
@@ -79,7 +78,7 @@ class Trades(Check):
         self._first = 0
         self._last: int | None = None
         self._seen = Ranges()
-        self._said = Ranges()  # in this life; of what an earlier one said some is repeated
+        self._said = Ranges()  # in this life: of what an earlier one said some is fetched again, or found no more
         self._final = Ranges()
         self._holes: dict[tuple[int, int], Hole] = {}
         self._newest: int | None = None
@@ -107,7 +106,11 @@ class Trades(Check):
             self._last = None  # what is traded until somebody asks for it again is nobody's loss
 
     def forget(self) -> None:
-        self._last = self._newest = None
+        self._newest = None
+        self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._last = None
         self._seen, self._said, self._final = Ranges(), Ranges(), Ranges()
         self._holes = {}
 
@@ -133,10 +136,10 @@ class Trades(Check):
         number = message["trade_seq"]
         # A new start of the whole collector promises nothing about the time before; the exchange may count anew.
         if self._reborn or (self._may_fall and number - 1 != self._find_highest()):
-            self.forget()
+            self._begin_anew()
         self._reborn = self._may_fall = False
         repeated, is_late = number in self._seen, "backfilled" in message
-        if number in self._said or (repeated and not (is_late and self._may_repeat())):
+        if number in self._said or (repeated and not is_late):
             yield "duplicate", f"trade {number} comes again"
         elif number in self._final:
             yield "repair", f"trade {number} comes, and was said to stay missing"
@@ -145,7 +148,7 @@ class Trades(Check):
         self._seen.add(number, number)
         self._said.add(number, number)
         for hole in self._holes.values():
-            hole.came += hole.epoch == message.epoch and hole.holds(number)
+            hole.came += hole.holds(number)
 
     def _find_highest(self) -> int | None:
         """The highest trade_seq of this count, late ones too; None if that is not known."""
@@ -153,8 +156,6 @@ class Trades(Check):
 
     def _compare_number(self, number: int) -> Iterator[Fault]:
         last = self._last
-        if last is None and any(hole.is_partial and number <= (hole.last or 0) for hole in self._holes.values()):
-            return  # an older one: what came after it came before we joined
         self._last = number if last is None else max(last, number)
         if last is None:
             self._first = number
@@ -168,10 +169,6 @@ class Trades(Check):
         for hole in self._holes.values():
             if hole.last is None and (hole.first is None or hole.first <= number):
                 hole.last = number - 1
-
-    def _may_repeat(self) -> bool:
-        """Whether an earlier life may have said what this one fetches again, or finds no more."""
-        return any(hole.is_restart for hole in self._holes.values())
 
     def _is_announced(self, number: int) -> bool:
         return any(hole.holds(number) for hole in self._holes.values())
@@ -194,7 +191,7 @@ class Trades(Check):
             named.add(first, last)
             self.missing += last - first + 1
             self._final.add(first, last)
-            if not self._may_repeat() and self._seen.find_missing(first, last) != [(first, last)]:
+            if self._said.find_missing(first, last) != [(first, last)]:
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
         if not hole.is_partial and hole.came != message["repaired"]:
             yield "repair", f"of gap {message['gap']} {message['repaired']} are said to have come, but {hole.came} did"
