@@ -317,6 +317,11 @@ def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
     assert wire.verifier.count_missing() == (0, 1)
     assert wire.gap(TRADE, 1, healing=False, join=True, **stamps) == []
     assert wire.gap(TRADE, 1, healing=True, join=True, **stamps) == ["join"]
+    stamps = {"from_ts": wire.last_ts[TRADE], "to_ts": wire.now, "receive_ts": wire.now, "missing_from": 4}
+    wire.gap(TRADE, 2, healing=True, **stamps)
+    wire.trade(5)
+    wire.say(TRADE, "repair", gap=1, repaired=0, missing=[])  # of another one
+    assert wire.gap(TRADE, 2, healing=True, join=True, **stamps) == []
 
 
 def test_what_is_announced_as_missing_for_good_is_counted(wire: Wire) -> None:
@@ -372,6 +377,37 @@ def test_what_one_life_has_said_binds_no_later_one(wire: Wire) -> None:
     assert wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[10, 11]]) == ["repair"]
 
 
+def test_a_gap_repeated_for_somebody_else_hides_no_hole(wire: Wire) -> None:
+    wire.trade(1)
+    stamps: dict[str, Any] = {"from_ts": wire.last_ts[TRADE], "to_ts": wire.now, "receive_ts": wire.now}
+    wire.gap(TRADE, 1, healing=False, **stamps)
+    wire.trade(2)
+    assert wire.gap(TRADE, 1, healing=False, join=True, **stamps) == []
+    assert wire.trade(5) == ["hole"]
+
+
+def test_gaps_that_are_never_healed_are_kept_up_to_a_number(wire: Wire) -> None:
+    for number in range(1, 300):
+        wire.gap(TRADE, number, missing_from=10 * number, missing_to=10 * number + 8, healing=True, from_ts=1)
+        wire.trade(10 * number + 9)
+    assert 100 < wire.verifier.count_missing()[0] < 250
+
+
+def test_fetched_trades_and_repairs_may_come_before_a_gap_and_between_two(wire: Wire) -> None:
+    wire.trade(1)
+    wire.gap(TRADE, 1, missing_from=2, healing=True)
+    wire.trade(9)
+    read: dict[str, Any] = {"from_ts": wire.now}
+    wire.status(TRADE, "recovering", "disconnect")
+    wire.trade(2, backfilled=True, receive_ts=read["from_ts"] - 1)
+    wire.say(TRADE, "repair", gap=1, repaired=1, missing=[[3, 8]])
+    wire.gap(TRADE, 2, missing_from=10, missing_to=10, healing=True, **read)
+    wire.say(TRADE, "repair", gap=2, repaired=0, missing=[[10, 10]])
+    wire.gap(TRADE, 3, healing=False, **read)
+    wire.trade(11)
+    assert wire.found == []
+
+
 def break_envelope(wire: Wire) -> dict[str, list[str]]:
     wire.trade(1)
     good = {
@@ -410,6 +446,13 @@ def break_rest(wire: Wire) -> dict[str, list[str]]:
     wire.gap(TRADE, 4, missing_from=2)
     broken = {"gap: no data between": wire.gap(TRADE, 5)}
     wire.trade(2)
+    wire.ticker()
+    wire.gap(TICKER, 1)
+    wire.ticker(join=True)
+    broken["gap: only a repeat between"] = wire.gap(TICKER, 2)
+    wire.seq[BOOK] = 7
+    wire.gap(BOOK, 4, from_ts=1, join=True)
+    broken["gap: id that a late subscriber was told"] = wire.gap(BOOK, 4)
     broken["gap: id falls"] = wire.gap(TRADE, 3)
     wire.trade(3)
     broken["gap: backwards"] = wire.say(TRADE, "gap", id=6, reason="sequence", from_ts=2, to_ts=1)
@@ -438,6 +481,10 @@ def break_book_more(wire: Wire) -> dict[str, list[str]]:
     broken["repair: of a book"] = wire.say(BOOK, "repair", gap=1, repaired=0, missing=[])
     broken["schema: worst first"] = wire.snapshot(22, reason="exchange", bids=[[99.0, 2.0], [100.0, 1.0]])
     broken["schema: a price twice"] = wire.snapshot(23, reason="exchange", asks=[[101.0, 2.0], [101.0, 1.0]])
+    wire.status(BOOK, "closed", "unsubscribed")
+    wire.snapshot(23)
+    broken["gap: a new subscription without one"] = wire.snapshot(23)
+    broken["crossed: bid at ask"] = wire.delta(24, 23, bids=[[101.0, 1.0]])
     broken["schema: a number as text"] = wire.trade(1, starbase_match_id="225046781992378368")
     broken["schema: a level of nothing"] = wire.snapshot(24, reason="exchange", asks=[[101.0, 0.0]])
     return broken
@@ -451,12 +498,11 @@ def break_trades_more(wire: Wire) -> dict[str, list[str]]:
     broken["repair: named twice"] = wire.say(TRADE, "repair", gap=2, repaired=0, missing=[[2, 6], [5, 9]])
     broken["repair: came all the same"] = wire.trade(4, backfilled=True)
     wire.gap(TRADE, 3, missing_from=11, missing_to=12, healing=True)
-    wire.trade(13)
-    missing = [[11, 12], [50, 60]]
-    broken["repair: names others"] = wire.say(TRADE, "repair", gap=3, repaired=0, missing=missing)
-    wire.gap(TRADE, 4, missing_from=14, missing_to=14, healing=False)
-    wire.trade(15)
-    broken["repair: none is due"] = wire.say(TRADE, "repair", gap=4, repaired=0, missing=[[14, 14]])
+    broken["repair: names others"] = wire.say(TRADE, "repair", gap=3, repaired=0, missing=[[11, 13]])
+    wire.trade(14)
+    wire.gap(TRADE, 4, missing_from=15, missing_to=15, healing=False)
+    wire.trade(16)
+    broken["repair: none is due"] = wire.say(TRADE, "repair", gap=4, repaired=0, missing=[[15, 15]])
     broken["hole: a mark hides it"] = wire.trade(20, backfilled=True)
     wire.restart()
     wire.gap(TRADE, 1, "restart", missing_from=21, healing=True)
@@ -475,6 +521,9 @@ def break_rest_more(wire: Wire) -> dict[str, list[str]]:
     broken["join: another state"] = wire.status(TICKER, "stale", join=True)
     broken["gap: from no time"] = wire.gap(TICKER, 3, from_ts=0)
     broken["gap: of heartbeats"] = wire.gap(BEAT, 4)
+    broken["join: a heartbeat"] = wire.say(BEAT, **LIVE, join=True)
+    wire.gap(TRADE, 1, missing_from=2, missing_to=2, healing=True)
+    broken["join: a repair"] = wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 2]], join=True)
     broken["time: read, not in ns"] = wire.say("deribit.index.eth_usd.raw", price=1.0, receive_ts=START // 1_000_000)
     broken["time: not in ns"] = wire.ticker(exchange_ts=wire.now // 1_000_000)
     broken["time: the exchange says no status"] = wire.status(TICKER, "live", exchange_ts=wire.now)
@@ -484,6 +533,64 @@ def break_rest_more(wire: Wire) -> dict[str, list[str]]:
     wire.seq["deribit.index.btc_usd.raw"] = -1
     broken["sequence: 0"] = wire.say("deribit.index.btc_usd.raw", price=1.0)
     return broken
+
+
+def test_a_repeat_is_compared_with_nothing_that_we_cannot_know(wire: Wire) -> None:
+    wire.ticker()
+    wire.seq[TICKER] += 2
+    assert wire.ticker(join=True, mark_price=2.0) == ["sequence"]
+    wire.ticker()
+    wire.restart()
+    wire.ticker(join=True, mark_price=3.0)
+    wire.snapshot(10)
+    wire.delta(12, 11)
+    wire.snapshot(12, join=True, bids=[[98.0, 1.0]])  # since a break in the chain the levels may be others
+    wire.snapshot(11, join=True)
+    wire.delta(13, 12)
+    assert wire.found == ["sequence", "chain", "join"]
+
+
+def test_a_book_begins_anew_after_a_refusal_or_a_restart_but_not_after_a_repeat(wire: Wire) -> None:
+    wire.snapshot(10)
+    wire.status(BOOK, "refused", "exchange_error")
+    wire.snapshot(20)
+    stamps: dict[str, Any] = {"from_ts": wire.last_ts[BOOK], "to_ts": wire.now, "receive_ts": wire.now}
+    wire.gap(BOOK, 1, **stamps)
+    wire.snapshot(30, reason="resync")
+    wire.gap(BOOK, 1, **stamps, join=True)
+    wire.delta(31, 30)
+    wire.restart()
+    wire.gap(BOOK, 1, "restart", last_change_id=30)  # the last one before was killed with what it had not sent
+    wire.snapshot(40)
+    wire.delta(41, 40)
+    wire.now += 6 * SECOND
+    assert wire.found == []
+    assert [what for what in find_at_end(wire) if BOOK in what] == []
+
+
+def test_an_expired_channel_is_repeated_and_may_have_come_back_unseen(wire: Wire) -> None:
+    wire.ticker()
+    wire.status(TICKER, "expired")
+    assert wire.ticker(join=True, receive_ts=wire.last_ts[TICKER]) == []
+    wire.seq[TICKER] += 1
+    assert wire.ticker() == ["sequence"]
+    wire.status(TICKER, "recovering", "disconnect")
+    wire.seq[TICKER] += 1  # maybe its gap
+    assert wire.ticker() == ["sequence"]
+    wire.seq[TICKER] += 1
+    assert wire.status(TICKER, "recovering", "disconnect") == ["sequence"]
+    assert wire.ticker() == []
+    wire.status(TICKER, "recovering", "disconnect")
+    wire.restart()
+    assert wire.ticker() == []
+
+
+def test_what_an_earlier_life_says_late_changes_nothing(wire: Wire) -> None:
+    wire.trade(1)
+    wire.trade(2)
+    assert wire.trade(9, epoch=START - 1, seq=9) == ["epoch"]
+    wire.seq[TRADE] = 2
+    assert wire.trade(5) == ["hole"]
 
 
 def find_at_end(wire: Wire) -> list[str]:
@@ -496,6 +603,24 @@ def test_who_never_gives_a_heartbeat_is_named_at_the_end(wire: Wire) -> None:
     assert find_at_end(wire) == []
     wire.now += 4 * SECOND
     assert find_at_end(wire) == ["heartbeat deribit.heartbeat.options.1s", f"heartbeat {BEAT}"]
+
+
+def test_heartbeats_are_owed_from_the_first_word_on_until_the_connection_itself_ends(wire: Wire) -> None:
+    for _ in range(3):
+        wire.status(TICKER, "live")
+        wire.now += 2 * SECOND
+    wire.status(TICKER, "closed", "unsubscribed")
+    assert find_at_end(wire) == [f"heartbeat {BEAT}"]
+    wire.say("deribit.status.futures.connection", state="failed", reason="", connection="futures")
+    assert find_at_end(wire) == []
+
+
+@pytest.mark.parametrize("state", ["closed", "failed"])
+def test_whose_last_heartbeat_was_lost_owes_no_more_once_it_has_ended(wire: Wire, state: str) -> None:
+    wire.say(BEAT, **LIVE)
+    wire.say("deribit.status.futures.connection", state=state, reason="", connection="futures")
+    wire.now += 60 * SECOND
+    assert find_at_end(wire) == []
 
 
 @pytest.mark.parametrize("state", ["closed", "failed"])
@@ -538,6 +663,8 @@ def test_who_reads_late_misses_no_heartbeats_at_the_end(wire: Wire) -> None:
     sent = wire.now
     wire.now += 10 * SECOND
     assert wire.say(BEAT, **LIVE, receive_ts=sent) == []
+    wire.now += 10 * SECOND
+    assert wire.say(BEAT, **LIVE, receive_ts=sent + SECOND) == []
     assert find_at_end(wire) == []
 
 
@@ -558,7 +685,10 @@ def test_a_book_without_a_snapshot_is_named_at_the_end(wire: Wire) -> None:
     assert find_at_end(wire) == []
     wire.now += 6 * SECOND
     wire.delta(9, 8)
+    assert wire.found == []
     assert find_at_end(wire) == [f"join {BOOK}"]
+    wire.snapshot(9, join=True)
+    assert find_at_end(wire) == []
 
 
 SCENES = [
@@ -584,11 +714,17 @@ def test_loss_on_the_way_does_not_accuse_book_trades_or_heartbeats(wire: Wire) -
     wire.seq[TRADE] += 3
     wire.say(BEAT, **LIVE)
     wire.seq[BEAT] += 3
+    wire.now += 4 * SECOND
     assert wire.say(BEAT, **LIVE) == ["sequence"]
     assert wire.delta(17, 16) == ["sequence"]
+    wire.now += 6 * SECOND
     assert wire.delta(18, 17) == []
+    assert [what for what in find_at_end(wire) if BOOK in what] == []
     assert wire.trade(6) == ["sequence"]
     assert wire.trade(7) == []
+    wire.gap(TRADE, 1, missing_from=8, missing_to=9, healing=True)
+    wire.seq[TRADE] += 2
+    assert wire.say(TRADE, "repair", gap=1, repaired=2, missing=[]) == ["sequence"]
 
 
 @given(st.binary(max_size=200), st.binary(max_size=400))

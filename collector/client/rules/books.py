@@ -53,7 +53,7 @@ class Chain(Check):
 
     def _take_gap(self, message: Message) -> Iterator[Fault]:
         said = message.get("last_change_id")
-        if message["reason"] != "restart" and None not in (said, self._change_id) and said != self._change_id:
+        if None not in (said, self._change_id) and said != self._change_id:
             yield "chain", f"the gap says that change {said} was the last, it was {self._change_id}"
         self._break(awaiting=True)
 
