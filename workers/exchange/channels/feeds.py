@@ -348,13 +348,10 @@ def describe_volatility(market: Market, index: str) -> Data:
     return {"volatility": round(level + abs(drift - 0.5), 4), "timestamp": market.now, "index_name": index}
 
 
-def describe_rfq(market: Market, currency: str) -> Data | None:
+def describe_rfq(market: Market, currency: str) -> Data:
     """Data of `block_rfq.trades.*`: some block trade of the currency."""
     name = f"{'BTC' if currency == 'any' else currency.upper()}-PERPETUAL"
-    of = market.catalogue.by_name.get(name)
-    if of is None:
-        return None
-    price = market.round_mark(of)
+    price = market.round_mark(market.catalogue.by_name[name])
     return {
         "id": market.now // 5000 % 100_000, "timestamp": market.now, "amount": 200_000.0, "direction": "sell",
         "combo_id": name, "legs": [{"direction": "buy", "price": price, "instrument_name": name, "ratio": 1}],

@@ -4,9 +4,6 @@ from typing import NamedTuple
 
 BID, ASK = 0, 1
 
-Level = tuple[int, int]
-"""(side, tick)"""
-
 
 class Change(NamedTuple):
     """One level before and after, in lots; 0 is no level."""

@@ -65,7 +65,7 @@ class Authority:
         scope = str(params.get("scope") or "")
         return self._issue(client_id, scope, now, connection, life, params)
 
-    def check_token(self, token: str, now: int, connection: int | None) -> Login:
+    def check_token(self, token: str, now: int, connection: int) -> Login:
         """The login of an access token. Raises RpcError 13009 if it is unknown, dead or another connection's."""
         login = self._access.get(token)
         if login is None or login.expires <= now or login.connection not in (None, connection):
