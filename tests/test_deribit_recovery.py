@@ -793,6 +793,7 @@ def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(topics: T
         CURRENCIES[1]: 3 * len(PAUSES)
     }
     assert feed.losses.lost_from is None  # else each later healing would fetch from here on, for ever
+    assert topics.ledger.cells[topics.ledger.find_slot(feed.channel.name) + UNHEALED] == START  # but a later life asks
 
 
 def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_being_healed(topics: Topics) -> None:
@@ -815,6 +816,26 @@ def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_b
         assert now > begun + 2 * SECOND
     assert feed.losses.lost_from is not None
     assert feed.losses.lost_from > begun - 10 * SECOND
+
+
+def test_a_loss_amid_a_healing_leaves_in_doubt_whether_the_exchange_counts_anew(topics: Topics) -> None:
+    """What that healing brings is of before."""
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), topics)
+    line = Line(feed.channel.name, (name,))
+    feed.losses.confirm(START)
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 5))]), START)
+    feed.find_stream(name).last_ts = START  # as the publisher does once it is out
+    feed.lose("disconnect", START + SECOND)
+
+    def lose_once_more(_: Ask) -> Page:
+        if feed.losses.newer_from is None:
+            feed.lose("disconnect", START + 4 * SECOND)
+        return Page([], False)
+
+    assert run_healing(heal_feed(feed, START + 3 * SECOND, 0), lose_once_more)
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 6))]), START + 20 * SECOND)
+    assert [hole.is_doubt for hole in feed.tapes[name].holes] == [True]
 
 
 def test_a_day_of_losses_that_are_all_healed_in_time_leaves_nothing_in_doubt(topics: Topics) -> None:
@@ -1325,6 +1346,24 @@ def test_a_loss_that_was_healed_days_ago_makes_none_unsure_that_comes_later(topi
         run_healing(heal_feed(feed, lost + 10 * SECOND, 0), answer_nothing)
     frame = Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(make_option_trade(name, 50))])
     assert [type(said) for _, said in feed.take(frame, START + 4 * 86_400 * SECOND)] == [Trade]
+
+
+def test_after_more_than_a_day_away_what_an_instrument_may_have_traded_before_its_first_trade_is_told(
+    topics: Topics,
+) -> None:
+    """Asked for what is older, the exchange answers that there is nothing."""
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START + SECOND)
+    now = START + 2 * 86_400 * SECOND
+    feed.losses.confirm(now)
+    run_healing(heal_feed(feed, now + 10 * SECOND, 0), answer_nothing)
+    name = "BTC-27MAR27-90000-C"
+    frame = Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(make_option_trade(name, 50))])
+    (_, gap), (_, trade) = feed.take(frame, now + 20 * SECOND)
+    assert isinstance(gap, Gap)
+    assert (gap.reason, gap.from_ts, gap.missing_from, gap.missing_to) == ("disconnect", START, 1, 49)
+    assert isinstance(trade, Trade)
 
 
 def test_the_trade_before_a_loss_is_asked_for_by_number_also_where_all_was_asked_for_by_time(topics: Topics) -> None:
