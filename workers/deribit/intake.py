@@ -11,13 +11,11 @@ from workers.deribit.feeds.feed import Feed
 from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Published
-from workers.deribit.rpc.codec import DATA_PREFIX, Data, decode_frame
+from workers.deribit.rpc.codec import START, Data, decode_frame
 from workers.deribit.watching.patrol import Patrol
 from workers.deribit.watching.samples import Samples
 
 log = logging.getLogger("deribit")
-
-START = len(DATA_PREFIX)
 
 _CHANNEL = re.compile(rb'"channel"\s*:\s*"([^"\\]{1,200})"')
 """The channels that a frame names which is no JSON: Deribit's own spelling but for spaces."""
@@ -90,7 +88,7 @@ class Intake:
         self._publisher.is_gathering = True
         newest: Published = []
         for frame in frames:
-            feed = find_feed(frame[START : frame.find(b'"', START)]) or self._find_feed(frame)
+            feed = find_feed(frame[START:].partition(b'"')[0]) or self._find_feed(frame)
             if feed is None:
                 continue
             try:

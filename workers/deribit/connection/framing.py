@@ -39,10 +39,11 @@ class Framing:
         others: list[bytes] = []
         at, end = 0, len(data)
         while at < end:
-            if end - at > 4:
+            start = at + 4
+            if start < end:
                 head, size = _unpack(data, at)
-                if head == TEXT_16 and (stop := at + 4 + size) <= end:
-                    frames.append(data[at + 4 : stop])
+                if head == TEXT_16 and (stop := start + size) <= end:
+                    frames.append(data[start:stop])
                     at = stop
                     continue
             first, start, stop = measure_frame(data, at)

@@ -11,7 +11,7 @@ import msgspec
 from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.pace import Pace
 from workers.deribit.connection.socket import Socket
-from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
+from workers.deribit.rpc.codec import DATA_PREFIX, START, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected
 
 HIDDEN = b"(not shown)"
@@ -89,7 +89,7 @@ class Traffic:
         """Take the frames that were read together."""
         self._stamp = stamp = time.time_ns()  # one time for all of them
         self.frames += len(frames)
-        data = [frame for frame in frames if frame.startswith(DATA_PREFIX) or self._take_other(frame)]
+        data = [frame for frame in frames if frame[:START] == DATA_PREFIX or self._take_other(frame)]
         if data:
             self._listener.take_frames(data, stamp)
         self._stamp = 0

@@ -23,7 +23,6 @@ class Feed(ABC):
     """
 
     is_complete = True
-    changed = False
     is_ended = False
     is_rationed = False
     dropped = 0
@@ -31,6 +30,7 @@ class Feed(ABC):
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
         self.channel = channel
+        self.changed = False
         self.topics = topics
         self.condition = ("recovering", "subscribe")
         self.rhythm = Rhythm(is_never_quiet(channel))

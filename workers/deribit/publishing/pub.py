@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from collector.sockets import is_socket, remove_socket
 from workers.deribit.publishing.peer import Peer, name_peer
-from workers.deribit.publishing.zmtp import GREETING, NoSubscriber, Wish, encode_size, encode_topic
+from workers.deribit.publishing.zmtp import GREETING, SHORT, NoSubscriber, Wish, encode_size, encode_topic
 
 SEND_BUFFER = 4 << 20
 """Bytes that the system may take ahead of a subscriber, where it allows as many."""
@@ -216,7 +216,8 @@ class PubSocket:
             if route.round is not current:
                 self._find_peers(route)
             if peers := route.peers:
-                frames = route.head, encode_size(len(payload)), payload
+                size = len(payload)
+                frames = route.head, SHORT[size] if size < 256 else encode_size(size), payload
                 for peer in peers:
                     peer.batch += frames
         for peer in list(self._peers):

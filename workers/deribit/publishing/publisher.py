@@ -141,7 +141,10 @@ class Publisher:
         cells = self._ledger.cells
         for stream, message in waiting:
             kind, slot = message.__class__, stream.slot
-            if kind is dict:
+            if kind is Book:  # as most are
+                cells[slot] = message.receive_ts
+                cells[slot + LAST_ID] = message.change_id
+            elif kind is dict:
                 if "join" not in message:
                     cells[slot] = message["receive_ts"]
             elif kind is Trade:
@@ -151,8 +154,6 @@ class Publisher:
                     cells[slot + LAST_ID] = message.trade_seq
             elif kind not in NO_DATA:
                 cells[slot] = message.receive_ts
-                if kind is Book:
-                    cells[slot + LAST_ID] = message.change_id
             elif kind is Gap and stream.type == "trade" and message.missing_from is UNSET:
                 cells[slot + LAST_ID] = 0  # the exchange may count from a lower number now
 

@@ -22,7 +22,8 @@ SUBSCRIBERS = (b"SUB", b"XSUB")
 
 _pack_long = struct.Struct(">BQ").pack
 
-_SHORT = [bytes((0, size)) for size in range(256)]
+SHORT = [bytes((0, size)) for size in range(256)]
+"""What stands before a frame that is a whole message, for each size up to 255 bytes."""
 
 
 class NoSubscriber(ValueError):
@@ -49,7 +50,7 @@ def encode_size(size: int, flags: int = 0) -> bytes:
     """What stands before the bytes of a frame."""
     if size > 255:
         return _pack_long(flags | LONG, size)
-    return bytes((flags, size)) if flags else _SHORT[size]
+    return bytes((flags, size)) if flags else SHORT[size]
 
 
 def encode_command(name: bytes, body: bytes) -> bytes:

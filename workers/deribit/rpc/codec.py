@@ -9,6 +9,9 @@ from workers.deribit.rpc.errors import ExchangeError
 DATA_PREFIX = b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"'
 """How Deribit begins each data frame; the channel's name follows. Frames in another key order are data as well."""
 
+START = len(DATA_PREFIX)
+"""Where the channel's name begins in such a frame."""
+
 
 MAX_MS = 9_000_000_000_000
 """The year 2255, the latest time that is taken: as ns it still fits what MessagePack and others take for an int."""
