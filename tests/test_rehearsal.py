@@ -3,11 +3,13 @@
 import gc
 import logging
 import os
+import ssl
 import threading
 
 import pytest
 
 from collector.lifecycle import Exit
+from workers.deribit.connection.socket import read_certificates
 from workers.rehearsal import rehearse
 
 
@@ -22,3 +24,7 @@ def test_a_worker_lives_to_its_end_and_leaves_nothing(capfd: pytest.CaptureFixtu
         root.handlers = handlers  # the test program's own
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
     assert capfd.readouterr() == ("", "")
+
+
+def test_what_workers_trust_is_read_before_they_are_forked() -> None:
+    assert read_certificates() == len(ssl.create_default_context().get_ca_certs())

@@ -79,6 +79,15 @@ class Tap:
             raise
 
 
+def read_certificates() -> int:
+    """Read all that OpenSSL wants to know of the trusted certificates; return how many there are.
+
+    It does so at the first handshake else, and keeps it: what is read before a fork, workers share. They are those of
+    the context that aiohttp makes once for all sessions.
+    """
+    return len(aiohttp.connector._SSL_CONTEXT_VERIFIED.get_ca_certs(binary_form=True))
+
+
 def _let_fall(frames: list[bytes]) -> None:
     """Take frames that nobody wants any more."""
 
