@@ -18,6 +18,7 @@ from aiohttp import web
 
 from collector.lifecycle import Exit
 from tests.pipeline import Subscriber, short_directory
+from tests.support import PATIENCE
 from workers.deribit import Client, Listener, Login
 from workers.deribit.healing.fetch import Ask, Healing, Page
 from workers.deribit.worker import Worker, create_worker
@@ -37,7 +38,7 @@ def name_faults(url: str, faults: str) -> str:
     return f"{url}?faults=seed:{next(_seeds)},{faults}" if faults else url
 
 
-async def wait_for(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+async def wait_for(fact: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
     """Return fact() as soon as it is true; fail with `what` if it does not become true."""
     end = time.monotonic() + timeout
     while not (value := fact()):
@@ -205,7 +206,7 @@ class Hearer(Subscriber):
             self.heard.append(message)
             (self.joins if message[1].get("join") else self.messages).append(message)
 
-    async def hear(self, fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+    async def hear(self, fact: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
         """Receive until fact() is true, and return it."""
 
         def look() -> Any:
@@ -214,7 +215,9 @@ class Hearer(Subscriber):
 
         return await wait_for(look, what, timeout)
 
-    async def hear_of(self, prefix: str, least: int = 1, timeout: float = 20.0, **keys: Any) -> list[dict[str, Any]]:
+    async def hear_of(
+        self, prefix: str, least: int = 1, timeout: float = PATIENCE, **keys: Any
+    ) -> list[dict[str, Any]]:
         """Receive until so many such messages are there; return all of them."""
         found: list[dict[str, Any]] = await self.hear(
             lambda: (f := self.find(prefix, **keys)) if len(self.find(prefix, **keys)) >= least else None,

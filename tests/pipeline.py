@@ -16,7 +16,7 @@ import zmq
 
 from collector.client.verify import Finding, Verifier
 from collector.messages import decode_reply, encode
-from tests.support import Program, collector, running
+from tests.support import PATIENCE, Program, collector, running
 
 
 @contextmanager
@@ -74,7 +74,7 @@ class Subscriber:
         for endpoint in endpoints:
             self._socket.connect(endpoint)
 
-    def listen_until(self, fact: Callable[[], Any], what: str, timeout: float = 30.0) -> Any:
+    def listen_until(self, fact: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
         """Receive until fact() is true, and return it; fail with `what` if it does not become true."""
         end = time.monotonic() + timeout
         while not (value := fact()):
@@ -104,7 +104,7 @@ class Subscriber:
             if topic.startswith(prefix) and all(payload.get(key) == value for key, value in keys.items())
         ]
 
-    def wait_for(self, prefix: str, timeout: float = 30.0, **keys: Any) -> dict[str, Any]:
+    def wait_for(self, prefix: str, timeout: float = PATIENCE, **keys: Any) -> dict[str, Any]:
         """Receive until such a message is among those received; return the first."""
         found = self.listen_until(lambda: self.find(prefix, **keys), f"{prefix} with {keys}", timeout)
         return dict(found[0])

@@ -17,6 +17,9 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parent.parent
 FRAMES = os.environ.get("COLLECTOR_FRAMES", "")
 
+PATIENCE = 60.0
+"""Seconds that a test waits for what should come soon: on a busy machine programs take many times as long to start."""
+
 
 def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
     """Run an async test; at its end no task may be left."""
@@ -34,7 +37,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
     return run_test
 
 
-def wait_until(fact: Callable[[], Any], what: str, timeout: float = 20.0) -> Any:
+def wait_until(fact: Callable[[], Any], what: str, timeout: float = PATIENCE) -> Any:
     """Return fact() as soon as it is true; fail with `what` if it does not become true."""
     end = time.monotonic() + timeout
     while True:
@@ -81,7 +84,7 @@ class Program:
     def pid(self) -> int:
         return self.process.pid
 
-    def wait_line(self, pattern: str, timeout: float = 20.0, stream: str = "any") -> re.Match[str]:
+    def wait_line(self, pattern: str, timeout: float = PATIENCE, stream: str = "any") -> re.Match[str]:
         """Return the first match of the pattern in a line of stdout or stderr, when it comes."""
 
         def find() -> re.Match[str] | None:
@@ -94,7 +97,7 @@ class Program:
             raise AssertionError(f"{error}; it printed:\n{self.text()[-4000:]}") from None
         return found
 
-    def wait_exit(self, timeout: float = 20.0) -> int:
+    def wait_exit(self, timeout: float = PATIENCE) -> int:
         """Wait for the end; return the exit code."""
         code = self.process.wait(timeout)
         for reader in self._readers:
