@@ -19,7 +19,7 @@ import pytest
 
 from collector.lifecycle import Exit
 from collector.messages import encode
-from tests.support import REPOSITORY, wait_until
+from tests.support import PATIENCE, REPOSITORY, wait_until
 from workers.actor import main
 
 LAST = {"last_error": {"message": "nobody is there"}}
@@ -89,7 +89,7 @@ def failing(*more: dict[str, Any]) -> Iterator[tuple[BaseProcess, socket.socket,
     process = multiprocessing.get_context("spawn").Process(target=live_failing, args=(theirs,))
     process.start()
     theirs.close()
-    ours.settimeout(20)
+    ours.settimeout(PATIENCE)
     try:
         spec = {"kind": "spec", "spec": {"name": "failing", "log_level": "info"}}
         ours.sendall(b"".join(map(encode, [spec, *more])))
@@ -98,7 +98,7 @@ def failing(*more: dict[str, Any]) -> Iterator[tuple[BaseProcess, socket.socket,
         yield process, ours, messages
     finally:
         ours.close()
-        process.join(20)
+        process.join(PATIENCE)
         process.kill()
 
 
@@ -192,7 +192,7 @@ def test_a_worker_that_hangs_does_not_outlive_its_supervisor() -> None:
 
 def read_messages(link: socket.socket) -> Any:
     unpacker = msgpack.Unpacker()
-    end = time.monotonic() + 60
+    end = time.monotonic() + PATIENCE
     while data := link.recv(65536):
         assert time.monotonic() < end, "beats, and not what is waited for"
         unpacker.feed(data)

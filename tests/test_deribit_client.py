@@ -127,10 +127,13 @@ async def test_a_wrong_clock_of_this_host_is_told_once_and_so_is_its_end(
         return [line for line in caplog.messages if "the clock of this host" in line]
 
     with caplog.at_level(logging.INFO, "deribit"):
-        async with connected(practice, f"clock:{off},reset:0.5,first:2"):
+        async with connected(practice, f"clock:{off},first:2") as (client, ear):
+            client.cut("the test wants it so")
+            await wait_for(lambda: len(ear.find("live")) == 2, "a life that has nothing new to say")
+            client.cut("the test wants it so")
             await wait_for(lambda: len(list_told()) == 2, "the end of it")
     wrong, right = list_told()
-    assert re.fullmatch(rf"the clock of this host is [67]\.\d s {side} the exchange's", wrong)
+    assert re.fullmatch(rf"the clock of this host is [5-8]\.\d s {side} the exchange's", wrong)
     assert right == "the clock of this host agrees with the exchange's again"
 
 
@@ -406,10 +409,11 @@ async def test_a_quiet_connection_that_answers_is_not_cut(practice: str, answer:
 async def test_a_connection_on_which_data_come_need_not_prove_its_life(practice: str) -> None:
     settings: dict[str, Any] = {"channels": [BOOK, QUOTE], "heartbeat_interval": 1.0}
     async with connected(practice, "no_heartbeat,heartbeat_floor:1", **settings) as (client, ear):
-        sent, over = client.traffic.requests, time.monotonic() + 3 * 1.5
-        while time.monotonic() < over:
-            await ear.wait_frames([BOOK])
-        assert client.traffic.requests == sent
+        sent, longest, over = client.traffic.requests, 0.0, time.monotonic() + 2 * 1.5
+        while (now := time.monotonic()) < over:
+            await ear.wait_frames([BOOK], more=1)
+            longest = max(longest, time.monotonic() - now)
+        assert client.traffic.requests == sent or longest > 1.0, "nothing came for so long, on a busy machine"
 
 
 # -- loss and return --------------------------------------------------------------------------------------------------
@@ -751,9 +755,12 @@ async def test_who_connects_is_not_told_that_a_client_is_closed_which_lives_on(p
 @in_loop
 async def test_attempts_are_forgotten_once_a_life_has_lasted(practice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """And the next is made almost at once: only what fails waits."""
-    monkeypatch.setattr("workers.deribit.connection.client.LASTED", 1.0)
-    async with connected(practice, "drop:5,first:1", retry_count=1, retry_delay=60) as (client, ear):
-        await wait_for(lambda: len(ear.find("live")) == 2, "the second life", timeout=30)
+    monkeypatch.setattr("workers.deribit.connection.client.LASTED", 0.0)
+    async with connected(practice, retry_count=1, retry_delay=600) as (client, ear):
+        assert client.attempts == 1
+        await wait_for(lambda: client.attempts == 0, "it to be forgotten")
+        client.cut("the test wants it so")
+        await wait_for(lambda: len(ear.find("live")) == 2, "the second life")
         assert client.reconnects == 1
 
 
@@ -1180,7 +1187,8 @@ async def test_a_listener_that_fails_in_what_is_asked_for_later_ends_it_too(prac
     await client.connect()
     asking = asyncio.create_task(client.subscribe([QUOTE]))
     if is_given_up:
-        await wait_for(lambda: client.traffic.waiting, "the request")
+        while not client.traffic.waiting:
+            await asyncio.sleep(0)
         asking.cancel()
     with pytest.raises(asyncio.CancelledError if is_given_up else KeyError):
         await asking

@@ -279,7 +279,7 @@ def test_state_map_is_as_told(demo: tuple[str, dict[str, Any]]) -> None:
 def record(control: str, path: Path) -> int:
     """Keep some messages of a book, as the documents do it; return a time amid them."""
     command = collector("tail", "--control", control, "--count", "30", "deribit.book.BTC-PERPETUAL.")
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=30)
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
     path.write_text(done.stdout)
     time: int = json.loads(done.stdout.splitlines()[20])["receive_ts"]
     return time

@@ -142,9 +142,9 @@ def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp
 def test_what_was_given_up_is_not_asked_for_again_when_its_instrument_opens(tmp_path: Path) -> None:
     rows = [{"instrument_name": "BTC-PERPETUAL", "state": "open"},
             {"instrument_name": "NEW-PERPETUAL", "state": "open", "kind": "future"}]  # fmt: skip
-    frames = [{"method": "subscription", "params": {"channel": LISTINGS[0], "data": row}} for row in rows]
+    frames = [{"method": "subscription", "params": {"channel": LISTINGS[0], "data": row}} for row in (*rows[:1], *rows)]
     recording, port = tmp_path / "recording", find_port()
-    recording.write_text("".join(f"{5 + place}.0: {json.dumps(frame)}\n" for place, frame in enumerate(frames)))
+    recording.write_text("".join(f"{at}.0: {json.dumps(frame)}\n" for at, frame in zip((0, 3, 3), frames, strict=True)))
     table = {**QUICK, "url": f"ws://127.0.0.1:{port}/ws/api/v2", "channels": ["quote.*-PERPETUAL"]}
     with exchange(port, "--replay", str(recording)), collected({"a": table}, exchange=None) as run:
         run.wait_state("a")

@@ -26,5 +26,5 @@ def test_a_worker_lives_to_its_end_and_leaves_nothing(capfd: pytest.CaptureFixtu
     assert capfd.readouterr() == ("", "")
 
 
-def test_what_workers_trust_is_read_before_they_are_forked() -> None:
+def test_what_is_read_before_workers_are_forked_is_what_they_trust() -> None:
     assert read_certificates() == len(ssl.create_default_context().get_ca_certs())
