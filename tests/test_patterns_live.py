@@ -394,10 +394,11 @@ def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(h
         listed = {name for name in catalogue.read_all() if name.startswith("BTC-") and name.endswith("-C")}
         series = {name.rsplit("-", 2)[0] for name in listed}
         coming = {f"{each}-{strike}-C" for each in series for strike in range(80_000, 105_000, 1000)} - listed
-        early = {**table, "channels": [f"quote.{name}" for name in coming]}
-        tables = {"a": {**table, "channels": OPTIONS["channels"]}, "b": early}
+        tables = {"a": {**table, "channels": OPTIONS["channels"]}, "b": {**table, "channels": []}}
         with collected(tables, exchange=None, first=PATIENT) as run:
-            run.wait_state("a")
+            for name in tables:
+                run.wait_state(name)
+            run.ask("subscribe", connection="b", channels=[f"quote.{name}" for name in coming])  # but what a has by now
             words = r"a: (quote\.\S+) is not asked for now: quote\.\S+ of b feeds the same topics"
             left = run.program.wait_line(words)[1]
             assert left not in find_asked(run)
