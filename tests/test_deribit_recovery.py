@@ -1192,6 +1192,18 @@ def test_what_could_not_be_asked_for_is_told_where_an_instrument_first_trades(to
     assert [type(each) for each in trade(6)] == [Trade], "it is told once"
 
 
+def test_the_gap_of_a_first_trade_does_not_begin_after_its_end_where_our_clock_was_set_back(topics: Topics) -> None:
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START)
+    run_healing(heal_feed(feed, START, 0), lambda _: None)
+    frame = Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(make_option_trade(name, 5))])
+    (_, gap), _ = feed.take(frame, START - 3600 * SECOND)
+    assert isinstance(gap, Gap)
+    assert gap.from_ts == gap.to_ts == START - 3600 * SECOND
+
+
 def test_a_trade_that_comes_after_the_first_though_it_is_older_is_said_late_and_once(topics: Topics) -> None:
     """What lies between the two is missing then: it is fetched, or named. Of before them nothing is asked for."""
     name = "BTC-27MAR27-90000-C"
@@ -1222,6 +1234,20 @@ def test_a_trade_that_comes_after_the_first_though_it_is_older_is_said_late_and_
     assert topics.ledger.cells[feed.tapes[name].stream.slot + UNHEALED] == 12, "no end of another healing"
     assert take(14, 15, 17, 18, 19) == [(19, False)]
     assert take(13, 11) == [(13, True), (11, True)]
+
+
+def test_and_also_where_a_healing_has_found_nothing_before_the_first(topics: Topics) -> None:
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    line = Line(feed.channel.name, (name,))
+    first, late = (line.encode([msgspec.to_builtins(make_option_trade(name, seq))]) for seq in (18, 17))
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START)
+    feed.take(first, START)
+    run_healing(heal_feed(feed, START, 0), answer_nothing)
+    tape = feed.tapes[name]
+    assert tape.end_healing(tape.holes, START) == []
+    assert [type(said) for _, said in feed.take(late, START)] == [Trade]
 
 
 def test_a_trade_of_before_a_topic_was_left_is_not_said_again_where_the_new_first_is_later(topics: Topics) -> None:
@@ -1364,6 +1390,43 @@ def test_after_more_than_a_day_away_what_an_instrument_may_have_traded_before_it
     assert isinstance(gap, Gap)
     assert (gap.reason, gap.from_ts, gap.missing_from, gap.missing_to) == ("disconnect", START, 1, 49)
     assert isinstance(trade, Trade)
+
+
+def test_and_also_where_it_was_lost_amid_a_healing_and_the_next_had_to_wait_for_a_day(topics: Topics) -> None:
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START + SECOND)
+    feed.losses.confirm(START + 2 * SECOND)
+
+    def lose_once_more(_: Ask) -> Page:
+        if feed.losses.newer_from is None:
+            feed.lose("disconnect", START + 4 * SECOND)
+            feed.losses.confirm(START + 5 * SECOND)
+        return Page([], False)
+
+    run_healing(heal_feed(feed, START + 3 * SECOND, 0), lose_once_more)
+    assert feed.losses.unanswered_from is None
+    run_healing(heal_feed(feed, START + 2 * 86_400 * SECOND, 0), answer_nothing)
+    assert feed.losses.unanswered_from is not None
+
+
+@pytest.mark.parametrize("is_refused", [True, False])
+def test_and_by_a_later_life(topics: Topics, is_refused: bool) -> None:
+    """The connection has not stood for days; or it has, but what was lost before could not be asked for."""
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    if is_refused:
+        feed.lose("disconnect", START + SECOND)
+        feed.losses.confirm(START + 2 * SECOND)
+        run_healing(heal_feed(feed, START + 3 * SECOND, 0), lambda _: None)
+    now = START + 2 * 86_400 * SECOND
+    topics.ledger.cells[HEARD] = now if is_refused else START + SECOND
+    later = TradeFeed(feed.channel, topics)
+    later.losses.recall()
+    later.lose("restart", now)
+    later.losses.confirm(now)
+    run_healing(heal_feed(later, now + SECOND, 0), answer_nothing)
+    assert later.losses.unanswered_from == START
 
 
 def test_the_trade_before_a_loss_is_asked_for_by_number_also_where_all_was_asked_for_by_time(topics: Topics) -> None:
