@@ -1099,8 +1099,10 @@ def test_a_clock_that_was_wrong_from_the_start_leaves_nothing_out(topics: Topics
     assert START - 86_400 * SECOND < first.params["start_timestamp"] * MS < START
 
 
-def test_what_came_late_before_a_loss_does_not_hide_what_is_missing_where_their_clock_is_ahead(topics: Topics) -> None:
-    name, ahead = "BTC-27MAR27-90000-C", 3600 * SECOND
+@pytest.mark.parametrize("ahead", [0, 3600 * SECOND])
+def test_what_came_late_before_a_loss_does_not_hide_what_is_missing(topics: Topics, ahead: int) -> None:
+    """`ahead`: so much the exchange's clock is ahead of ours, in ns."""
+    name = "BTC-27MAR27-90000-C"
     feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
     feed.losses.confirm(START)
     last = replace(make_option_trade(name, 7), timestamp=(START + ahead) // MS + 40_000)
