@@ -21,7 +21,7 @@ from workers.deribit.healing.fetch import Ask, heal_feed
 from workers.deribit.publishing.ledger import EPOCH, HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
-from workers.deribit.watching.statuses import OVER, REPEAT, UNSUBSCRIBED
+from workers.deribit.watching.statuses import LAST_DATA, OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
 
 EXPIRY = 1_793_952_000 * 1_000_000_000
@@ -375,6 +375,20 @@ def test_one_of_many_instruments_is_not_over_while_what_was_lost_of_it_is_fetche
         subscriber.wait_for("deribit.trade.", type="status", state="expired", seq=said[-1]["seq"] + 2)
         states = [body["state"] for body in subscriber.find("deribit.trade.", type="status")]
         assert states == ["recovering", "live", "expired", "expired"]
+
+
+def test_one_of_many_instruments_is_over_a_minute_after_its_end() -> None:
+    """Its last trades may come late, and nothing follows the word."""
+    channel, name = "trades.option.any.100ms", "BTC-6NOV20-1-C"
+    with heard(channel) as (worker, subscriber):
+        feed = find_trades(worker)
+        worker.take_frames([encode_data(channel, [make_trade(1, instrument_name=name)])], 100)
+        for since in (LAST_DATA // 2, 2 * LAST_DATA):
+            feed.streams[name].expiry = time.time_ns() - since
+            worker.statuses.repeat([feed], hash(feed.streams[name].topic) % REPEAT)
+        subscriber.wait_for("deribit.trade.", type="status", state="expired")
+        states = [body["state"] for body in subscriber.find("deribit.trade.", type="status")]
+        assert states == ["recovering", "expired"]
 
 
 @pytest.mark.parametrize("channel", ["trades.option.any.100ms", "trades.BTC-6NOV20-1-C.100ms"])
