@@ -511,6 +511,20 @@ async def test_what_is_known_to_be_missing_does_not_wait_for_a_history_that_asks
         assert feed.losses.lost_from is not None, "what nobody knows of is still asked for"
 
 
+@in_loop
+async def test_but_where_that_asks_for_patience_too_it_gets_it(practice: str, caplog: pytest.LogCaptureFixture) -> None:
+    """It does not ask for itself again and again meanwhile."""
+    topic = "deribit.trade.ETH-PERPETUAL.100ms"
+    faults = ",".join(f"error:public/get_last_trades_by_{what}=13888" for what in ("instrument", "currency_and_time"))
+    async with collecting(practice, faults, "trades.future.ETH.100ms") as run:
+        gap: dict[str, Any] = {}
+        while not gap.get("healing"):  # it was back before the next trade otherwise
+            await hear_more(run, [topic])
+            run.worker.client.cut("the test wants it so")
+            gap = (await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="gap")) + 1, type="gap"))[-1]
+        await wait_for(lambda: "cannot be fetched yet: 13888" in caplog.text, "a word in the log")
+
+
 @pytest.mark.parametrize("is_bounded", [True, False])
 def test_while_an_answer_by_time_is_awaited_only_what_is_known_to_be_missing_is_asked_for(
     topics: Topics, is_bounded: bool
