@@ -102,6 +102,8 @@ def test_no_more_waits_for_them_than_may() -> None:
             assert publisher.published == 0
             publisher.say(stream, {"receive_ts": number})
         assert publisher.published == MAX_HELD
+        publisher.say(stream, {"receive_ts": MAX_HELD})
+        assert publisher.published == MAX_HELD + 1
 
 
 def test_what_waits_for_them_is_sent_at_the_end() -> None:
@@ -127,6 +129,15 @@ def test_neither_a_repeat_nor_who_leaves_counts() -> None:
         assert taken == [b"a", b"b", b"c"]
         publisher.say(stream, {"receive_ts": 1})
         publisher.repeat(stream, {"receive_ts": 1})
+        assert publisher.published == 1
+
+
+def test_what_is_said_within_what_is_gathered_goes_out_with_it() -> None:
+    with holding(0) as (publisher, stream):
+        with publisher.gather():
+            with publisher.gather():
+                publisher.say(stream, {"receive_ts": 1})
+            assert publisher.published == 0
         assert publisher.published == 1
 
 
@@ -418,6 +429,28 @@ async def test_topics_are_answered_while_many_prefixes_are_still_to_be_looked_up
         await hearer.hear(lambda: hearer.joins, "the first answer")
         assert len(joins._prefixes) > 100
         hearer.close()
+
+
+@in_loop
+async def test_a_topic_is_answered_once_in_a_while_however_often_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.deribit.publishing.joins.ONCE_IN", 3600.0)
+    with short_directory() as directory, joining(directory, 10) as (joins, _):
+        for left in (0, 10):
+            joins._prefixes[b""] = None
+            joins._answer()
+            assert len(joins._waiting) == left
+
+
+@in_loop
+async def test_a_slice_of_answers_ends_with_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with short_directory() as directory, joining(directory, 10) as (joins, _):
+        joins._prefixes[b""] = None
+        joins._match()
+        monkeypatch.setattr("workers.deribit.publishing.joins.SLICE_TIME", -1.0)
+        joins._repeat_all()
+        assert len(joins._waiting) == 10
 
 
 @in_loop

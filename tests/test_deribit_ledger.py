@@ -85,8 +85,14 @@ def test_the_first_data_of_a_topic_are_noted_before_they_are_sent(tmp_path: Path
 
 
 def test_it_is_small_on_the_disk_as_long_as_it_is_little_used(tmp_path: Path) -> None:
-    fill(Ledger(tmp_path / "a.ledger", fresh=True), range(1, 100))
-    assert (tmp_path / "a.ledger").stat().st_blocks * 512 <= 256 * 1024
+    path = tmp_path / "a.ledger"
+    ledger = Ledger(path, fresh=True)
+    fill(ledger, range(1, 100))
+    assert path.stat().st_blocks * 512 <= 256 * 1024
+    path.unlink()
+    ledger.restore()
+    assert path.stat().st_blocks * 512 <= 256 * 1024
+    ledger.close()
 
 
 @pytest.mark.parametrize(
@@ -258,6 +264,27 @@ def test_the_ledger_of_a_new_collector_is_left_alone_by_an_orphan_of_the_one_bef
     again = Ledger(path, fresh=False)
     assert [entry.last_ts for entry in again.earlier] == [1, 2, 3, 4]
     again.close()
+
+
+def count_open(path: Path) -> int:
+    """How often this process has a file open, or one that lay there and was removed."""
+    links = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    return sum(str(link).startswith(str(path)) for link in links)
+
+
+def test_what_was_removed_or_is_no_ledger_does_not_stay_open(tmp_path: Path) -> None:
+    path = tmp_path / "a.ledger"
+    ledger = Ledger(path, fresh=True)
+    held = count_open(path)
+    path.unlink()
+    ledger.restore()
+    assert count_open(path) == held
+    ledger.close()
+    assert count_open(path) == 0
+    path.write_bytes(b"\x7b" * SIZE)
+    later = Ledger(path, fresh=False)
+    assert count_open(path) == held
+    later.close()
 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------

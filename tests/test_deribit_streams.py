@@ -18,6 +18,7 @@ from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import Ask, heal_feed
+from workers.deribit.intake import LOG_EVERY
 from workers.deribit.publishing.ledger import EPOCH, HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
@@ -147,6 +148,16 @@ def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
         assert (worker.topics.gaps, worker.publisher.published) == (0, 1)  # that it is closed
 
 
+def test_what_a_connection_hears_for_itself_is_published_once_somebody_asks_for_it(tmp_path: Path) -> None:
+    frame = encode_data(LISTINGS[0], INSTRUMENT)
+    with living(tmp_path, QUOTE, follow=True, fresh=True) as worker:
+        worker.take_frames([frame], 5)
+        assert worker.publisher.published == 0
+        ask(worker, "subscribe", LISTINGS[0])
+        worker.take_frames([frame], 7)
+        assert worker.publisher.published == 1
+
+
 def test_the_supervisor_hears_of_a_listing_that_it_is_matched_at_coinbase(tmp_path: Path) -> None:
     """By that patterns know that it has no trades."""
     pair = {"instrument_name": "BTC_USDC", "kind": "spot", "state": "open", "base_currency": "BTC", "is_csr": True}
@@ -206,11 +217,23 @@ def test_trades_that_were_lost_before_their_channel_was_given_up_without_a_worke
             assert (closed["seq"], closed["epoch"]) == (2, gap["epoch"])
 
 
+def test_that_an_instrument_has_ended_is_said_also_by_a_life_that_had_no_channel_of_it() -> None:
+    with (
+        short_directory() as directory,
+        living(directory, fresh=True) as worker,
+        subscribed(worker.publisher.bind()) as subscriber,
+    ):
+        wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        ask(worker, "unsubscribe", "quote.BTC-6NOV20", reason="expired")
+        assert subscriber.wait_for("deribit.quote.BTC-6NOV20.")["state"] == "expired"
+        assert not worker.feeds
+
+
 def test_what_is_said_of_a_topic_of_an_earlier_life_is_older_than_what_another_connection_says() -> None:
     """It had taken the topic up while this one was still leaving it."""
     frame = encode_data(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})
     with short_directory() as one, short_directory() as other:
-        with living(one, QUOTE, fresh=True) as first, living(other, fresh=True) as second:
+        with living(other, fresh=True) as second, living(one, QUOTE, fresh=True) as first:
             first.take_frames([frame], time.time_ns())
             ask(second, "subscribe", QUOTE)
             taken_up = second.feeds[QUOTE.encode()].stream.epoch
@@ -518,6 +541,7 @@ def test_a_channel_that_has_expired_and_is_asked_for_again_begins_anew(tmp_path:
         worker.client.reconciler.expire([BOOK])
         assert old.condition == ("expired", EXPIRED)
         ask(worker, "subscribe", BOOK)
+        assert old.condition[0] == "expired"  # not given up
         (feed,) = worker.feeds.values()
         assert feed.stream.epoch > old.stream.epoch
         assert (feed.is_complete, feed.condition) == (False, ("recovering", "subscribe"))
@@ -549,6 +573,16 @@ def test_the_place_of_a_channel_that_was_given_up_serves_another(
         assert worker.ledger.find_slot("another") == place
 
 
+def test_each_topic_of_a_wide_channel_that_is_taken_up_again_is_told_so_before_its_next_data() -> None:
+    channel = "trades.future.BTC.100ms"
+    with heard(channel) as (worker, subscriber):
+        worker.take_frames([encode_data(channel, [make_trade(5)])], 5)
+        ask(worker, "unsubscribe", channel)
+        assert subscriber.wait_for("deribit.trade.", state="closed")["seq"] == 2
+        ask(worker, "subscribe", channel)
+        assert subscriber.wait_for("deribit.trade.", state="recovering")["seq"] == 1
+
+
 def test_samples_go_on_when_the_clock_is_set_back(tmp_path: Path) -> None:
     with living(tmp_path, QUOTE) as worker:
         later, now = 1_790_003_600_000_000_000, 1_790_000_000_000_000_000
@@ -570,13 +604,17 @@ def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: P
         assert worker.topics.gaps == 1
 
 
+@pytest.mark.parametrize("is_holding", [False, True])
 def test_of_a_topic_that_was_taken_up_again_and_has_said_nothing_yet_a_later_life_is_told_nothing(
-    tmp_path: Path,
+    tmp_path: Path, is_holding: bool
 ) -> None:
+    """What was said before may still wait for the subscribers of an earlier life."""
     with living(tmp_path, TRADES, fresh=True) as worker:
+        worker.publisher.is_holding = is_holding
         worker.take_frames([encode_data(TRADES, [make_trade(5)])], 5)
         ask(worker, "unsubscribe", TRADES)
         ask(worker, "subscribe", TRADES)
+        worker.publisher.release()
     with living(tmp_path, TRADES) as worker:
         assert (worker.topics.gaps, find_trades(worker).stream.last_id) == (0, 0)
 
@@ -613,6 +651,31 @@ def test_the_lag_does_not_count_what_a_channel_says_first(tmp_path: Path) -> Non
         say(600_000)
         assert worker.patrol.lag.describe() == {}
         assert wait_until(sample, "the first sample") == pytest.approx(40, abs=5)
+
+
+def test_the_lag_counts_only_what_bears_a_time_and_counts_it_once(tmp_path: Path) -> None:
+    with living(tmp_path, QUOTE) as worker:
+        now = time.time_ns()
+        worker.take_frames([encode_data(QUOTE, {"best_bid_price": 1.5})], now)
+        assert worker.patrol.lag.describe() == {}
+        worker.take_frames([encode_data(QUOTE, {"timestamp": now // 1_000_000})], now + 30_000_000)
+        told = worker.patrol.lag.describe()
+        assert told["p50"] == pytest.approx(0.03, abs=0.002)
+        worker.take_frames([encode_data("quote.ETH-PERPETUAL", {})], now + 3_600_000_000_000)
+        assert worker.patrol.lag.describe() == told
+
+
+def test_of_many_malformed_frames_the_first_ten_are_logged_and_then_one_a_minute(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with living(tmp_path, QUOTE, fresh=True) as worker:
+        for _ in range(15):
+            worker.take_malformed(b"{", "no JSON")
+        assert len(caplog.records) == 10
+        worker.intake._log_at -= LOG_EVERY
+        for _ in range(5):
+            worker.take_malformed(b"{", "no JSON")
+        assert [record.getMessage() for record in caplog.records[10:]] == ["malformed frame 16: no JSON: b'{'"]
 
 
 def test_a_channel_of_an_account_may_come_in_other_letters(tmp_path: Path) -> None:
