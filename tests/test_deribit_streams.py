@@ -16,11 +16,22 @@ from tests.pipeline import Subscriber, short_directory, subscribed
 from tests.support import wait_until
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
+from workers.deribit.feeds.listings import ListingFeed
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import Ask, heal_feed
 from workers.deribit.intake import LOG_EVERY
-from workers.deribit.publishing.ledger import EPOCH, HEARD, LAST_TS, SUBSCRIPTIONS, Ledger
-from workers.deribit.publishing.streams import DAY, MAX_TOPICS, Malformed, Topics
+from workers.deribit.publishing.ledger import (
+    BEGUN,
+    EPOCH,
+    FIRST,
+    HEARD,
+    LAST_ID,
+    LAST_TS,
+    SUBSCRIPTIONS,
+    UNHEALED,
+    Ledger,
+)
+from workers.deribit.publishing.streams import ANY_ID, DAY, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import LAST_DATA, OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
@@ -144,7 +155,7 @@ def test_what_a_connection_hears_for_itself_has_no_gaps(tmp_path: Path) -> None:
         assert worker.publisher.published == 2  # the gap, and the event
     with living(tmp_path, QUOTE, follow=True) as worker:
         worker.take_frames([encode_data(LISTINGS[0], INSTRUMENT)], 9)
-        assert len(worker.take_events()) == 1
+        assert [len(worker.take_events()) for _ in range(2)] == [1, 0]
         assert (worker.topics.gaps, worker.publisher.published) == (0, 1)  # that it is closed
 
 
@@ -459,6 +470,58 @@ def test_what_is_lost_after_the_end_of_an_instrument_is_no_loss_of_its(channel: 
         assert worker.topics.gaps == (0 if feed.channel.instrument else 1)
 
 
+def test_what_has_ended_says_nothing_of_a_worker_that_is_stopped(tmp_path: Path) -> None:
+    with living(tmp_path, QUOTE, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        worker.statuses.tell(feed, *OVER)
+        worker.change_state("closed", "")
+        assert feed.condition == OVER
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_trades_that_are_given_up_while_the_last_are_fetched_are_not_said_to_be_over(
+    tmp_path: Path, is_answered: bool
+) -> None:
+    """Whether or not the exchange has answered that it sends them no more."""
+
+    async def fetch_last(worker: Worker, feed: TradeFeed) -> None:
+        ending = asyncio.create_task(worker._end_trades(feed))
+        await asyncio.sleep(0)
+        if is_answered:
+            worker.healer.end(feed)
+        else:
+            worker.client.reconciler.subscriptions.drop([TRADES])
+            worker.healer._under_way.clear()  # all has come meanwhile
+            worker.healer._rested.set()
+        await ending
+
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        feed = find_trades(worker)
+        worker.client.reconciler.subscriptions.expire([TRADES])
+        asyncio.run(fetch_last(worker, feed))
+        assert feed.condition != OVER
+
+
+def test_an_instrument_that_ends_while_another_is_left_is_left_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.deribit.worker.LAST_WORDS", 0.0)
+    events = [{"event": "instrument", "row": {"instrument_name": name}} for name in ("BTC-6NOV20", "ETH-6NOV20")]
+
+    async def end_both(worker: Worker, listing: ListingFeed) -> None:
+        listing.ended.append(events[0])
+        leaving = asyncio.create_task(worker._leave_ended(listing))
+        await asyncio.sleep(0)
+        listing.ended.append(events[1])
+        await leaving
+
+    with living(tmp_path, LISTINGS[0], follow=True, fresh=True) as worker:
+        listing = worker.feeds[LISTINGS[0].encode()]
+        assert isinstance(listing, ListingFeed)
+        asyncio.run(end_both(worker, listing))
+        assert worker.take_events() == events
+
+
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:
     channel, second = "trades.option.any.100ms", 1_000_000_000
     with living(tmp_path, channel, fresh=True) as worker:
@@ -702,6 +765,46 @@ def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:
         assert feed.stream.due is not None
         assert feed.stream.due.from_ts == 100
         assert worker.ledger.cells[feed.stream.slot + LAST_TS] == 100
+        assert worker.ledger.cells[feed.stream.slot + LAST_ID] == 7
+
+
+def test_a_later_life_knows_which_change_of_a_book_was_the_last_and_which_comes_next(tmp_path: Path) -> None:
+    book = {"type": "snapshot", "bids": [], "asks": [], "timestamp": 1}
+    with living(tmp_path, BOOK, fresh=True) as worker:
+        worker.take_frames([encode_data(BOOK, book | {"change_id": 5})], 5)
+    with living(tmp_path, BOOK) as worker:
+        worker.take_frames([encode_data(BOOK, book | {"change_id": 9})], 9)
+        (feed,) = worker.feeds.values()
+        assert feed.stream.gap is not None
+        assert (feed.stream.gap.last_change_id, feed.stream.gap.next_change_id) == (5, 9)
+
+
+@pytest.mark.parametrize(
+    ("words", "last_id", "reached"),
+    [
+        ({LAST_ID: 1000, FIRST: 5}, 900, 1000),
+        ({LAST_ID: 1000, FIRST: 950}, 949, 1000),  # before its first there was nothing
+        ({LAST_ID: 50, FIRST: 1}, 0, 50),
+        ({LAST_ID: 1000, FIRST: 5, UNHEALED: 700}, 699, 1000),
+        ({LAST_ID: 1000, FIRST: 5, BEGUN: 900}, 900, 1000),
+        ({LAST_ID: 1000, FIRST: 5, BEGUN: 901}, 900, ANY_ID),  # that the exchange counts anew is told again
+        ({LAST_ID: 50, FIRST: 1, BEGUN: 1}, 0, ANY_ID),
+        ({LAST_ID: 50, FIRST: 1, BEGUN: 0}, 0, 50),
+    ],
+)
+def test_a_later_life_says_the_last_trades_again(
+    tmp_path: Path, words: dict[int, int], last_id: int, reached: int
+) -> None:
+    """And whatever had not been healed: the life before may have taken them along."""
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    slot = Topics(1, ledger).find("trade", "BTC-PERPETUAL", "100ms").slot
+    for word, value in ({LAST_TS: 1} | words).items():
+        ledger.cells[slot + word] = value
+    ledger.close()
+    later = Ledger(tmp_path / "a.ledger", fresh=False)
+    (stream,) = Topics(2, later).recall()
+    assert (stream.last_id, stream.reached) == (last_id, reached)
+    later.close()
 
 
 @pytest.mark.parametrize("is_seen", [True, False])
