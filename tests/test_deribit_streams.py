@@ -522,6 +522,36 @@ def test_an_instrument_that_ends_while_another_is_left_is_left_after_it(
         assert worker.take_events() == events
 
 
+def test_a_book_is_out_of_step_at_once_where_a_frame_that_names_it_is_no_json(tmp_path: Path) -> None:
+    async def lose(worker: Worker) -> None:
+        worker.take_malformed(f'{{"channel":"{BOOK}", cut off'.encode(), "no JSON")
+
+    book = {"type": "snapshot", "bids": [], "asks": [], "change_id": 1, "timestamp": 1}
+    with living(tmp_path, BOOK, fresh=True) as worker:
+        worker.take_frames([encode_data(BOOK, book)], 5)
+        (feed,) = worker.feeds.values()
+        asyncio.run(lose(worker))
+        assert feed.condition == ("recovering", "sequence")
+
+
+def test_a_book_that_was_given_just_now_is_waited_for_before_it_is_asked_for_anew(tmp_path: Path) -> None:
+    with living(tmp_path, BOOK, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        worker.client.reconciler.subscriptions.confirmed.add(BOOK)
+        worker.confirm_channels([BOOK])
+        worker.patrol._judge_waiting(feed)
+        assert not worker.patrol._broken
+
+
+def test_what_was_to_be_asked_for_anew_goes_with_its_connection(tmp_path: Path) -> None:
+    """Else nothing would be asked for anew on the next one: it would seem to be under way."""
+    with living(tmp_path, BOOK, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        worker.patrol._broken[feed] = None
+        worker.change_state("backoff", "reset")
+        assert not worker.patrol._broken
+
+
 def test_a_frame_that_could_not_be_read_long_ago_is_not_healed_again(tmp_path: Path) -> None:
     channel, second = "trades.option.any.100ms", 1_000_000_000
     with living(tmp_path, channel, fresh=True) as worker:
@@ -777,6 +807,14 @@ def test_a_later_life_knows_which_change_of_a_book_was_the_last_and_which_comes_
         (feed,) = worker.feeds.values()
         assert feed.stream.gap is not None
         assert (feed.stream.gap.last_change_id, feed.stream.gap.next_change_id) == (5, 9)
+
+
+def test_a_later_life_goes_on_from_the_new_count(tmp_path: Path) -> None:
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        for seq, timestamp in ((1000, 50_000), (3, 90_000)):
+            worker.take_frames([encode_data(TRADES, [make_trade(seq, timestamp=timestamp)])], 100)
+        assert worker.topics.gaps == 1
+        assert worker.ledger.cells[find_trades(worker).stream.slot + LAST_ID] == 3
 
 
 @pytest.mark.parametrize(
