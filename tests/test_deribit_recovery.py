@@ -835,12 +835,7 @@ def test_what_is_lost_during_a_healing_does_not_keep_what_was_lost_before_from_b
 def test_a_loss_amid_a_healing_leaves_in_doubt_whether_the_exchange_counts_anew(topics: Topics) -> None:
     """What that healing brings is of before."""
     name = "BTC-27MAR27-90000-C"
-    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), topics)
-    line = Line(feed.channel.name, (name,))
-    feed.losses.confirm(START)
-    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 5))]), START)
-    feed.find_stream(name).last_ts = START  # as the publisher does once it is out
-    feed.lose("disconnect", START + SECOND)
+    feed, line = lose_after_trade(topics, name)
 
     def lose_once_more(_: Ask) -> Page:
         if feed.losses.newer_from is None:
@@ -1078,6 +1073,17 @@ def heal_life(life: Life, now: int) -> Healer:
 
 def make_option_trade(name: str, seq: int) -> TradeData:
     return msgspec.convert(make_trade(seq, instrument_name=name, timestamp=START // MS + 1500 + seq), TradeData)
+
+
+def lose_after_trade(topics: Topics, name: str) -> tuple[TradeFeed, Line]:
+    """All options, of which one has had its trade 5 when the connection is lost, and how their frames are made."""
+    feed = TradeFeed(parse_channel("trades.option.BTC.100ms"), topics)
+    line = Line(feed.channel.name, (name,))
+    feed.losses.confirm(START)
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 5))]), START)
+    feed.find_stream(name).last_ts = START  # as the publisher does once it is out
+    feed.lose("disconnect", START + SECOND)
+    return feed, line
 
 
 def test_our_clock_may_be_set_back_while_the_connection_is_lost(topics: Topics) -> None:
@@ -1448,12 +1454,7 @@ def test_and_by_a_later_life(topics: Topics, is_refused: bool) -> None:
 def test_the_trade_before_a_loss_is_asked_for_by_number_also_where_all_was_asked_for_by_time(topics: Topics) -> None:
     """Of many instruments, too, one may be counted anew, and by then have come to the number that was due."""
     name = "BTC-27MAR27-90000-C"
-    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
-    line = Line(feed.channel.name, (name,))
-    feed.losses.confirm(START)
-    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 5))]), START)
-    feed.find_stream(name).last_ts = START  # as the publisher does once it is out
-    feed.lose("disconnect", START + SECOND)
+    feed, line = lose_after_trade(topics, name)
     feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 6))]), START + 2 * SECOND)
     asked = [each.params for each in run_healing(heal_feed(feed, START + 3 * SECOND, 0), answer_nothing)]
     assert {(each["start_seq"], each["end_seq"]) for each in asked if "end_seq" in each} == {(5, 5)}
