@@ -74,6 +74,16 @@ async def hear_more(run: Collecting, topics: Iterable[str], more: int = 2) -> No
     )
 
 
+async def lose_trades(run: Collecting, topic: str) -> dict[str, Any]:
+    """Lose connections until trades are missing that are to be fetched; return their gap."""
+    gap: dict[str, Any] = {}
+    while not gap.get("healing"):  # it was back before the next trade otherwise
+        await hear_more(run, [topic])
+        run.worker.client.cut("the test wants it so")
+        gap = (await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="gap")) + 1, type="gap"))[-1]
+    return gap
+
+
 # -- lost connections -------------------------------------------------------------------------------------------------
 
 
@@ -499,11 +509,7 @@ async def test_what_is_known_to_be_missing_does_not_wait_for_a_history_that_asks
     topic = "deribit.trade.ETH-PERPETUAL.100ms"
     faults = "error:public/get_last_trades_by_currency_and_time=13888"
     async with collecting(practice, faults, "trades.future.ETH.100ms") as run:
-        gap: dict[str, Any] = {}
-        while not gap.get("healing"):  # it was back before the next trade otherwise
-            await hear_more(run, [topic])
-            run.worker.client.cut("the test wants it so")
-            gap = (await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="gap")) + 1, type="gap"))[-1]
+        gap = await lose_trades(run, topic)
         (repair,) = await run.hearer.hear_of(topic, type="repair", gap=gap["id"])
         assert (repair["missing"], repair["repaired"]) == ([], gap["missing_to"] - gap["missing_from"] + 1)
         feed = run.worker.feeds[b"trades.future.ETH.100ms"]
@@ -517,11 +523,7 @@ async def test_but_where_that_asks_for_patience_too_it_gets_it(practice: str, ca
     topic = "deribit.trade.ETH-PERPETUAL.100ms"
     faults = ",".join(f"error:public/get_last_trades_by_{what}=13888" for what in ("instrument", "currency_and_time"))
     async with collecting(practice, faults, "trades.future.ETH.100ms") as run:
-        gap: dict[str, Any] = {}
-        while not gap.get("healing"):  # it was back before the next trade otherwise
-            await hear_more(run, [topic])
-            run.worker.client.cut("the test wants it so")
-            gap = (await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="gap")) + 1, type="gap"))[-1]
+        await lose_trades(run, topic)
         await wait_for(lambda: "cannot be fetched yet: 13888" in caplog.text, "a word in the log")
 
 
