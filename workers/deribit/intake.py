@@ -83,7 +83,10 @@ class Intake:
             self._sample(receive_ts)
 
     def _take_part(self, frames: list[bytes], receive_ts: int) -> None:
-        """The path of each message: find the feed by the channel in the bytes, normalise, publish."""
+        """The path of each message: find the feed by the channel in the bytes, normalise, publish.
+
+        `partition`, since of bytes it is cheaper than `find` with a start (measured).
+        """
         find_feed, publish = self._channels.feeds.get, self._publisher.publish
         self._publisher.is_gathering = True
         newest: Published = []
