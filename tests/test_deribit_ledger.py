@@ -289,6 +289,9 @@ def test_what_was_removed_or_is_no_ledger_does_not_stay_open(tmp_path: Path) -> 
 
 # -- a full disk ------------------------------------------------------------------------------------------------------
 
+GROWTH = STEP * RECORD >> 10
+"""KiB by which a ledger grows."""
+
 
 def run_on_small_disk(place: Path, size: int, *argv: str) -> subprocess.CompletedProcess[str]:
     """Run a program while a disk of so many KiB is mounted at a place."""
@@ -305,7 +308,7 @@ def test_a_worker_that_was_never_live_is_started_again_on_a_full_disk_and_says_w
         disk.mkdir()
         table = {"url": "ws://127.0.0.1:9/ws/api/v2", "channels": ["quote.BTC-PERPETUAL"], "retry_delay": 0.02}
         config = write_config(directory, {"w": table})
-        done = run_on_small_disk(disk, 64, *collector("run", str(config)))
+        done = run_on_small_disk(disk, GROWTH // 2, *collector("run", str(config)))
     assert done.returncode == 1, done.stderr
     assert "w: cannot start just now: [Errno 28] no room for the ledger: No space left on device: " in done.stderr
     assert str(disk / "w.ledger") in done.stderr
@@ -328,7 +331,7 @@ print(len(Ledger(Path(sys.argv[1]) / "a.ledger", fresh=False).earlier))
 
 
 def test_a_ledger_that_cannot_grow_keeps_what_it_has(tmp_path: Path) -> None:
-    done = run_on_small_disk(tmp_path, 192, sys.executable, "-c", GROW, str(tmp_path))
+    done = run_on_small_disk(tmp_path, GROWTH * 3 // 2, sys.executable, "-c", GROW, str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == [str(STEP - 1)] * 2
     assert done.stderr.count("no room for more topics in the ledger") == 1
@@ -337,12 +340,12 @@ def test_a_ledger_that_cannot_grow_keeps_what_it_has(tmp_path: Path) -> None:
 RESTORE = """
 import sys
 from pathlib import Path
-from workers.deribit.publishing.ledger import LAST_TS, Ledger
+from workers.deribit.publishing.ledger import LAST_TS, RECORD, STEP, Ledger
 disk = Path(sys.argv[1])
 ledger = Ledger(disk / "a.ledger", fresh=True)
 ledger.cells[ledger.find_slot("t") + LAST_TS] = 1
 (disk / "a.ledger").unlink()
-(disk / "other").write_bytes(bytes(32 << 10))
+(disk / "other").write_bytes(bytes(STEP * RECORD // 2))
 for _ in range(2):
     try:
         ledger.restore()
@@ -356,7 +359,7 @@ print(len(Ledger(disk / "a.ledger", fresh=False).earlier))
 
 
 def test_one_that_was_removed_is_written_again_once_the_disk_has_room(tmp_path: Path) -> None:
-    done = run_on_small_disk(tmp_path, 272, sys.executable, "-c", RESTORE, str(tmp_path))
+    done = run_on_small_disk(tmp_path, GROWTH * 9 // 4, sys.executable, "-c", RESTORE, str(tmp_path))
     assert done.returncode == 0, done.stderr
     full = "no room for the ledger: No space left on device ['other']"
     assert done.stdout.splitlines() == [full, full, "1"]

@@ -28,8 +28,8 @@ MAX_NAMES = 131_071
 SIZE = RECORD * (MAX_NAMES + 1)
 """Bytes of the file."""
 
-STEP = 256
-"""Records for which room is made at a time: 128 KiB."""
+STEP = 32
+"""Records for which room is made at a time: 16 KiB; an idle worker holds all of the first in memory."""
 
 # The words of a record; 0 stands for none.
 LAST_TS = 0  # receive_ts (ns) of the topic's last data
