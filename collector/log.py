@@ -18,11 +18,24 @@ MAX_WAITING = 10_000
 LINGER = 0.5
 """Seconds that the end of a process waits for its last lines to be taken."""
 
+PRIORITIES = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3, logging.CRITICAL: 2}
+"""What syslog calls the levels: systemd's journal takes it from <N> before a line (sd-daemon(3))."""
+
 
 class _Line(logging.Formatter):
+    """`is_journal`: each line begins with its priority, which the journal takes off again."""
+
+    is_journal = False
     converter = staticmethod(time.gmtime)
     default_time_format = "%Y-%m-%dT%H:%M:%S"
     default_msec_format = "%s.%03dZ"
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        if not self.is_journal:
+            return text
+        priority = f"<{PRIORITIES.get(record.levelno, 6)}>"
+        return priority + text.replace("\n", f"\n{priority}")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         # What the exchange or a client wrote may stand in a record; it must not look like a record of its own.
@@ -93,11 +106,20 @@ def _say_missing(number: int) -> logging.LogRecord:
     return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (number,), None)
 
 
+def _is_journal(file: int) -> bool:
+    """Whether it is systemd's journal: that is named by device and inode (systemd.exec(5))."""
+    if name := os.environ.get("JOURNAL_STREAM"):
+        status = os.fstat(file)
+        return name == f"{status.st_dev}:{status.st_ino}"
+    return False
+
+
 def start_log(name: str, level: str, file: int = 2) -> None:
     """Send this process's log to a file under `name`, from `level` (debug, info, warning, error) upwards.
 
     `logging.shutdown` writes what is still to be written: for a process whose end does not call that by itself.
     """
-    writer = _Aside(file)
-    writer.setFormatter(_Line(f"%(asctime)s %(levelname)-7s {name}: %(message)s"))
+    writer, line = _Aside(file), _Line(f"%(asctime)s %(levelname)-7s {name}: %(message)s")
+    line.is_journal = _is_journal(file)
+    writer.setFormatter(line)
     logging.basicConfig(level=level.upper(), handlers=[writer], force=True)

@@ -96,6 +96,20 @@ def test_the_text_of_an_error_cannot_pass_for_a_record() -> None:
     assert "\\x1b[2J" in program.stderr
 
 
+@pytest.mark.parametrize(("other", "priority"), [(0, "<3>"), (1, "")])
+def test_each_line_has_its_priority_where_the_journal_reads_it(other: int, priority: str) -> None:
+    reading, writing = os.pipe()
+    status = os.fstat(writing)
+    environment = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + other}"}
+    subprocess.run([sys.executable, "-c", FORGED], cwd=REPOSITORY, stderr=writing, env=environment, timeout=20)
+    os.close(writing)
+    lines = read_to_end(reading)
+    os.close(reading)
+    assert len(lines) > 3
+    assert {line[: len(priority)] for line in lines} == {priority}
+    assert re.match(r"\d{4}-\d\d-\d\dT", lines[0].removeprefix(priority))
+
+
 def test_data_and_control_go_on_while_nobody_reads_the_log() -> None:
     with short_directory() as directory, full_pipe() as (reading, writing):
         run = start_unread(directory, writing)
