@@ -533,7 +533,8 @@ CREDENTIALS: dict[str, tuple[dict[str, str], str]] = {
     ),
     "no file": (
         {"DESK_CLIENT_ID": "anna", "DESK_CLIENT_SECRET_FILE": "/nowhere/hidden"},
-        "DESK_CLIENT_SECRET_FILE names a file that cannot be read (No such file or directory); correct the path",
+        "DESK_CLIENT_SECRET_FILE names a file that cannot be read (No such file or directory); correct the path, or "
+        "who may read it",
     ),
     "a device": (
         {"DESK_CLIENT_ID": "anna", "DESK_CLIENT_SECRET_FILE": "/dev/zero"},

@@ -74,4 +74,6 @@ def _read_file(variable: str, path: str) -> str:
     except UnicodeDecodeError:
         return ""
     except OSError as error:
-        raise ValueError(f"{variable} names a file that cannot be read ({error.strerror}); correct the path") from None
+        raise ValueError(
+            f"{variable} names a file that cannot be read ({error.strerror}); correct the path, or who may read it"
+        ) from None
