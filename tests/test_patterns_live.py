@@ -606,6 +606,20 @@ def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:
         run.wait_state("a")
 
 
+def test_what_another_connection_names_is_left_to_it_from_the_start() -> None:
+    """As it is where its instrument is listed later."""
+    named = "quote.BTC-PERPETUAL"
+    channels = {"a": ["quote.BTC-*"], "b": [named, "ticker.*PERPETUAL.100ms"]}
+    with collected({name: {**QUICK, "channels": each} for name, each in channels.items()}) as run:
+        for name in "ab":
+            run.wait_state(name)
+        run.program.wait_line(rf"a: {named} is not asked for now: {named} of b feeds the same topics")
+        assert len(find_asked(run)) > 50
+        assert named not in find_asked(run)
+        run.ask("close", connection="b")
+        wait_until(lambda: named in run.get_state("a")["channels"]["confirmed"], f"{named} on a")
+
+
 def test_no_pattern_matches_yet_and_the_connection_waits_for_a_listing() -> None:
     table = {**QUICK, "channels": ["quote.{kind=option,expiry>9999d}"]}
     with collected({"a": table}, log_level="info") as run:

@@ -188,6 +188,16 @@ def test_patterns_are_planned_as_they_expand(tmp_path: Path) -> None:
     assert "a stays unexpanded: nobody is there" in unknown.notes
 
 
+def test_what_another_connection_names_is_left_to_it(tmp_path: Path) -> None:
+    text = write_connection("a", ["quote.A-*"]) + write_connection("b", ["quote.A-1", "quote.B"])
+    config = load_config(write_file(tmp_path, text), {})
+    listed = {name: Instrument(name, "option") for name in ("A-1", "A-2", "B")}
+    plan = make_plan(config, Listing(0, {config.connections[0].url: listed}))
+    assert [connection.channels for connection in plan.connections] == [("quote.A-2",), ("quote.A-1", "quote.B")]
+    assert plan.patterns == (PlannedPattern("a", "quote.A-*", 1),)
+    assert "a leaves quote.A-1 to the connection that names it" in plan.notes
+
+
 CLASHES = {
     "a shard's port": (
         write_connection("a", ["quote.A-*"], 'publish = "tcp://127.0.0.1:5610"')

@@ -95,7 +95,7 @@ class Plan(Struct, frozen=True):
 def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
     """Work out what a checked configuration would do. Raises ConfigError for what only shows in expanded patterns."""
     with within(str(config.path)):
-        expanded = [(connection, _expand(connection, listing)) for connection in config.connections]
+        expanded = [(connection, _expand(connection, listing, config)) for connection in config.connections]
         shards = [shard for _, found in expanded for shard in found.shards]
         check_together(shards, config.control, config.exchange.port if config.exchange else None)
     patterns = tuple(
@@ -117,16 +117,17 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
         connections=connections,
         pools=pools,
         connections_limit=MAX_CONNECTIONS,
-        notes=(*_find_unexpanded(config, listing), *notes),
+        notes=(*_find_unexpanded(config, listing), *_find_left(expanded), *notes),
     )
 
 
-def _expand(connection: Connection, listing: Listing) -> Spread:
+def _expand(connection: Connection, listing: Listing, config: Config) -> Spread:
     """What runs in the place of a connection: itself, where it has no patterns or the exchange's list is not known."""
     listed = listing.listed.get(connection.url)
     if not connection.patterns or listed is None:
-        return Spread({}, [connection])
-    return spread(connection, listed, listing.now)
+        return Spread({}, [connection], frozenset())
+    elsewhere = {name for other in config.connections if other is not connection for name in other.channels}
+    return spread(connection, listed, listing.now, elsewhere)
 
 
 def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
@@ -134,6 +135,12 @@ def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
         if connection.patterns and connection.url not in listing.listed:
             why = listing.failures.get(connection.url) or "the practice exchange starts with the collector"
             yield f"{connection.name} stays unexpanded: {why}"
+
+
+def _find_left(expanded: Iterable[tuple[Connection, Spread]]) -> Iterator[str]:
+    for connection, found in expanded:
+        for name in sorted(found.left):
+            yield f"{connection.name} leaves {name} to the connection that names it"
 
 
 def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> PlannedConnection:

@@ -4,9 +4,10 @@ An instrument's channels stay together, and the instrument keeps its place when 
 order of preference by a hash of its name, and takes the first place that still has room.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import replace
 from hashlib import blake2b
+from itertools import chain
 from math import ceil
 from pathlib import PurePath
 from typing import NamedTuple
@@ -58,24 +59,32 @@ class Weight(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """A connection expanded: `found` counts each pattern's channels; `shards` run in its place, without patterns."""
+    """A connection expanded: `found` counts each pattern's channels; `shards` run in its place, without patterns.
+
+    `left` are the channels that its patterns stand for too, and that are left to other connections.
+    """
 
     found: dict[str, int]
     shards: list[Connection]
+    left: Set[str]
 
 
-def spread(connection: Connection, listed: Mapping[str, Instrument], now: int) -> Spread:
+def spread(
+    connection: Connection, listed: Mapping[str, Instrument], now: int, elsewhere: Set[str] = frozenset()
+) -> Spread:
     """Expand a connection's patterns over the instruments listed at `now` (ms), over one or more connections.
 
-    Raises ConfigError if more connections are needed than the exchange allows, or an endpoint cannot be had.
+    What is named `elsewhere` is left to those who name it. Raises ConfigError if more connections are needed than the
+    exchange allows, or an endpoint cannot be had.
     """
     expanded = expand(connection.patterns, listed, now)
-    found = {pattern: len(channels) for pattern, channels in expanded.items()}
-    channels = list(dict.fromkeys([*connection.channels, *(name for names in expanded.values() for name in names)]))
+    left = elsewhere & set(chain(*expanded.values()))
+    found = {pattern: len(channels.keys() - left) for pattern, channels in expanded.items()}
+    channels = [name for name in dict.fromkeys(chain(connection.channels, *expanded.values())) if name not in left]
     weights = weigh(channels)
     count = count_shards(weights)
     if count == 1:
-        return Spread(found, [replace(connection, channels=tuple(channels), patterns=())])
+        return Spread(found, [replace(connection, channels=tuple(channels), patterns=())], left)
     if count > MAX_CONNECTIONS:
         raise ConfigError(
             f"[[connection]] {connection.name}: channels: {len(channels)} channels need {count} connections, Deribit "
@@ -85,7 +94,7 @@ def spread(connection: Connection, listed: Mapping[str, Instrument], now: int) -
     shares: list[list[str]] = [[] for _ in range(count)]
     for name in channels:
         shares[places[find_unit(name)]].append(name)
-    return Spread(found, [_make_shard(connection, number, share) for number, share in enumerate(shares, 1)])
+    return Spread(found, [_make_shard(connection, number, share) for number, share in enumerate(shares, 1)], left)
 
 
 def find_unit(channel: str) -> str:

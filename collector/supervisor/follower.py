@@ -69,6 +69,7 @@ class Follower:
         self._catalogue: Catalogue
         self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
+        self._named: frozenset[str] = frozenset()  # the channels that are asked for whatever the patterns are
         self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
         self._held_elsewhere: set[str] = set()  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
@@ -104,8 +105,10 @@ class Follower:
             return None
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
+        self._named = frozenset(self._entry.channels)
+        now, elsewhere = self._catalogue.read_ms(), self._supervisor.list_named(self._entry)
         try:
-            found, shards = spread(self._connection, self._instruments.known, self._catalogue.read_ms())
+            found, shards, _ = spread(self._connection, self._instruments.known, now, elsewhere)
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
@@ -138,6 +141,10 @@ class Follower:
     def list_shards(self) -> list[str]:
         """The names of the connections that carry its channels; none before the exchange's list has come."""
         return [shard.keeper.name for shard in self._shards]
+
+    def has_found(self, name: str) -> bool:
+        """Whether a channel is asked for since a pattern stands for it."""
+        return name in self._ours and name not in self._named
 
     # what workers tell
 
@@ -215,8 +222,7 @@ class Follower:
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._instruments.known, now).values():
             wanted |= channels
-        plain = set(self._connection.channels)
-        gone = [name for name in self._ours if name not in wanted and name not in plain]
+        gone = [name for name in self._ours if name not in wanted and name not in self._named]
         new = [name for name in wanted if name not in self._ours]
         repeated = {
             name: place for name, instrument in wanted.items()

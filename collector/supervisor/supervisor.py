@@ -194,6 +194,15 @@ class Supervisor:
                     places.add((name, parse_channel(channel)), is_leaving=True)
         return places
 
+    def list_named(self, but: Entry) -> set[str]:
+        """The channels that other connections are asked for by name, or leave just now: no pattern takes these."""
+        return {
+            name
+            for entry in self.entries.values() if entry is not but and not entry.keeper.is_over
+            for name in (*entry.channels, *entry.list_leaving())
+            if entry.follower is None or not entry.follower.has_found(name)
+        }  # fmt: skip
+
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
         connection = entry.connection
