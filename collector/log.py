@@ -12,6 +12,8 @@ import threading
 import time
 from typing import Any
 
+from collector.words import say_count
+
 MAX_WAITING = 10_000
 """Lines that wait to be written; what comes beyond them is counted, and said later."""
 
@@ -102,8 +104,8 @@ def write_all(file: int, text: bytes) -> None:
 
 
 def _say_missing(number: int) -> logging.LogRecord:
-    message = "%d lines are missing here: they could not be written"
-    return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (number,), None)
+    message = "%s missing here: could not be written"
+    return logging.LogRecord(__name__, logging.WARNING, "", 0, message, (say_count(number, "line"),), None)
 
 
 def _is_journal(file: int) -> bool:

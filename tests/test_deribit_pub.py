@@ -376,7 +376,7 @@ def test_each_time_that_a_subscriber_is_too_slow_is_told_by_itself(caplog: pytes
                 assert b"missed" not in read_until_writable(peer, theirs)
                 peer.write_more()
             assert caplog.messages[-2:] == [
-                "a subscriber (pid 1) is too slow, 1 messages wait for it: it will miss some",
+                "a subscriber (pid 1) is too slow, with 1 message waiting for it: it will miss some",
                 f"the slow subscriber (pid 1) is up to date again; it missed {missed} messages",
             ]
 
@@ -388,7 +388,7 @@ def test_large_messages_do_not_pile_up_for_one_that_reads_nothing(caplog: pytest
             peer.write(large, 1)
         assert peer.dropped == 1  # some of the first lies in the system's buffer, so that five are held
         assert peer.unsent < MAX_UNSENT + len(large)
-        assert "a subscriber (pid 1) is too slow, 5 messages wait for it: it will miss some" in caplog.messages
+        assert "a subscriber (pid 1) is too slow, with 5 messages waiting for it: it will miss some" in caplog.messages
 
 
 def test_a_subscriber_that_is_too_slow_misses_what_is_beyond_its_queue_and_no_other_does(

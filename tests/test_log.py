@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from collector.log import MAX_WAITING
+from collector.log import MAX_WAITING, _say_missing
+from collector.words import say_count
 from tests.collected import QUICK
 from tests.pipeline import ask, short_directory, subscribed, write_config
 from tests.support import REPOSITORY, collector
@@ -85,7 +86,13 @@ def test_lines_wait_for_their_reader_and_those_beyond_are_counted(is_blocking: b
     assert len(numbers) >= MAX_WAITING
     assert rest[-1].endswith("chatter: the last one\n")
     missing = MAX_WAITING + 500 - len(numbers)
-    assert f"WARNING chatter: {missing} lines are missing here: they could not be written" in rest[-2]
+    assert f"WARNING chatter: {missing} lines missing here: could not be written" in rest[-2]
+
+
+@pytest.mark.parametrize(("number", "said"), [(0, "0 lines"), (1, "1 line"), (2, "2 lines"), (2000, "2,000 lines")])
+def test_one_is_one(number: int, said: str) -> None:
+    assert say_count(number, "line") == said
+    assert _say_missing(number).getMessage().startswith(f"{said} missing here")
 
 
 def test_the_text_of_an_error_cannot_pass_for_a_record() -> None:

@@ -224,7 +224,7 @@ def test_losses_go_to_stderr(market: Market) -> None:
 def test_on_a_terminal_it_draws_and_gives_the_terminal_back(market: Market, number: signal.Signals) -> None:
     with on_terminal(*collector("tail", "--control", market.control)) as terminal:
         terminal.wait(r"\x1b\[\?1049h")
-        terminal.wait(r"messages/s on [1-9]\d* topics")
+        terminal.wait(r"messages/s on [1-9]\d* topic")
         terminal.wait(r"bid 10 @ 92,294.5  ask 2,000 @ 92,295  \(1 \+ 1 levels\)")
         terminal.wait(r"TRADES \(UTC\).*EVENTS \(UTC\)")
         terminal.wait(r"sell 10 @ 92,294.5")
@@ -391,7 +391,7 @@ def write_watched(directory: Path) -> Path:
 @pytest.mark.parametrize("trouble", ["gone", "held"])
 def test_a_terminal_that_takes_nothing_more_does_not_hinder_the_end(tmp_path: Path, trouble: str) -> None:
     with on_terminal(*collector("run", str(write_watched(tmp_path)), "--watch")) as terminal:
-        terminal.wait(r"messages/s on [1-9]\d* topics")
+        terminal.wait(r"messages/s on [1-9]\d* topic")
         if trouble == "held":
             os.write(terminal.master, b"\x13")  # Ctrl-S
             assert terminal.end(signal.SIGTERM) == 0
@@ -405,7 +405,7 @@ def test_a_terminal_that_takes_nothing_more_does_not_hinder_the_end(tmp_path: Pa
 
 def test_watching_gives_the_terminal_back_at_once_though_a_worker_is_long_in_ending(tmp_path: Path) -> None:
     with on_terminal(*collector("run", str(write_watched(tmp_path)), "--watch")) as terminal:
-        terminal.wait(r"messages/s on [1-9]\d* topics")
+        terminal.wait(r"messages/s on [1-9]\d* topic")
         with Control(f"ipc://{tmp_path}/control") as asked:
             worker = psutil.Process(asked.get_state("a")["pid"])
         worker.suspend()

@@ -14,6 +14,7 @@ from collector.client.rules.check import SECOND
 from collector.client.rules.heartbeats import LAST, SILENCE
 from collector.client.stream import MAX_TOPICS, ON_DATA_TOPICS, Loss, Message
 from collector.messages import Topic
+from collector.words import say_count
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
 NEEDED = {"TYPE": 0, "INSTRUMENT": 0, "INTERVAL": 72, "LAST": 0, "MSG/S": 60, "AGE": 0}
@@ -138,7 +139,8 @@ class Board:
 
     def _draw_title(self) -> Text:
         age = int(time.monotonic() - self._started)
-        facts = f"{self.rate:,.0f} messages/s on {len(self.rows)} topics, {self.count:,} in {age // 60}:{age % 60:02d}"
+        topics = say_count(len(self.rows), "topic")
+        facts = f"{self.rate:,.0f} messages/s on {topics}, {self.count:,} in {age // 60}:{age % 60:02d}"
         return Text.assemble(("collector  ", "bold"), facts)
 
     def _draw_connections(self) -> list[Text]:
@@ -170,7 +172,7 @@ class Board:
             table.add_row(*(cells[title] for title in titles))
         hidden = len(self.rows) - len(shown)
         if hidden:
-            table.add_row("", Text(f"and {hidden} more topics", style="dim"))
+            table.add_row("", Text(f"and {say_count(hidden, 'more topic')}", style="dim"))
         return table
 
     def _choose_rows(self, room: int) -> list[Row]:

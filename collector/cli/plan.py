@@ -10,10 +10,11 @@ from msgspec import to_builtins
 
 from collector.cli import Command
 from collector.cli.options import exit_unread, fail, read_name
-from collector.cli.render import pad_rows, say_count
+from collector.cli.render import pad_rows
 from collector.config import Config, ConfigError, load_config
 from collector.planning.plan import Listing, Plan, PlannedConnection, PlannedPattern, make_plan
 from collector.supervisor.runtime import check_runtime_dir
+from collector.words import say_count
 
 
 @click.command(cls=Command)

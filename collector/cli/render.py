@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from collector.client.stream import Loss, Message
+from collector.words import say_count
 
 
 def show_number(value: Any) -> str:
@@ -20,11 +21,6 @@ def show_clock(ns: int) -> str:
     return f"{time.strftime('%H:%M:%S', time.gmtime(seconds))}.{rest // 1_000_000:03d}"
 
 
-def say_count(number: int, thing: str) -> str:
-    """How many there are, in words: 1 channel, 2 channels."""
-    return f"{number} {thing}" if number == 1 else f"{number} {thing}s"
-
-
 def show_level(amount: Any, price: Any) -> str:
     """Amount at a price."""
     return f"{show_number(amount)} @ {show_number(price)}"
@@ -33,7 +29,7 @@ def show_level(amount: Any, price: Any) -> str:
 def describe(message: Message) -> str:
     """What a message says, in one short line."""
     say = _WORDS.get(message.type)
-    return printable(say(message) if say else f"{len(message.payload)} keys")
+    return printable(say(message) if say else say_count(len(message.payload), "key"))
 
 
 def printable(text: str) -> str:
@@ -105,7 +101,7 @@ def _candle(m: Mapping[str, Any]) -> str:
 
 def _mark_prices(m: Mapping[str, Any]) -> str:
     first = m["marks"][0] if m["marks"] else None
-    return f"{len(m['marks'])} options" + (
+    return say_count(len(m["marks"]), "option") + (
         f", {first['instrument']} {show_number(first['mark_price'])}" if first else ""
     )
 

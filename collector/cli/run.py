@@ -17,7 +17,6 @@ import zmq
 from collector import __version__
 from collector.cli import Command
 from collector.cli.options import ONE_WISH, fail, ignore_rotation, read_name
-from collector.cli.render import say_count
 from collector.config import Config, ConfigError, load_config
 from collector.config.urls import hide_secrets
 from collector.log import start_log
@@ -26,6 +25,7 @@ from collector.supervisor.commands import Commands
 from collector.supervisor.control import ControlServer
 from collector.supervisor.runtime import RuntimeDir, Unavailable, allow_files
 from collector.supervisor.supervisor import Supervisor
+from collector.words import say_count
 
 if TYPE_CHECKING:
     from collector.cli.watch import View

@@ -19,9 +19,10 @@ from collector.cli.options import (
     for_option,
     json_option,
 )
-from collector.cli.render import printable, say_count
+from collector.cli.render import printable
 from collector.client.subscriber import Subscriber
 from collector.client.verify import RULES, Finding, Verifier
+from collector.words import say_count
 
 EXAMPLES = 5
 """Findings that are shown of each rule."""
@@ -142,14 +143,13 @@ class Verdict:
         types = Counter(topic.type for topic in self.verifier.topics)
         topics = ", ".join(f"{count} {name}" for name, count in sorted(types.items()))
         click.echo(
-            f"{self.verifier.messages:,} messages in {self.seconds:.1f} s on {len(self.verifier.topics)} topics"
-            + (f" ({topics})" if topics else "")
+            f"{say_count(self.verifier.messages, 'message')} in {self.seconds:.1f} s"
+            f" on {say_count(len(self.verifier.topics), 'topic')}" + (f" ({topics})" if topics else "")
         )
         healing, missing = self.verifier.count_missing()
         if healing or missing:
-            click.echo(
-                f"Announced, so no fault: {missing:,} trades stay missing; {healing:,} gaps wait for their repair."
-            )
+            told = f"{say_count(missing, 'trade')} missing for good, {say_count(healing, 'gap')} without repair so far"
+            click.echo(f"Announced, so no fault: {told}.")
         if self.is_good and self.unchecked:
             click.secho(f"Every rule that could be checked holds. Nothing came for: {', '.join(self.unchecked)}.")
         elif self.is_good:
@@ -159,4 +159,5 @@ class Verdict:
             advice = "is the prefix right?" if prefix else "does a collector publish at these endpoints?"
             click.echo(f"collector: nothing came{where}; {advice}", err=True)
         if wrong:
-            click.echo(f"collector: {say_count(len(wrong), 'rule')} broken, {sum(wrong.values()):,} times", err=True)
+            times = say_count(sum(wrong.values()), "time")
+            click.echo(f"collector: {say_count(len(wrong), 'rule')} broken, {times}", err=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from collector.messages import Topic, decode, parse_topic
 from collector.schema import ENVELOPE, SCHEMA, find_faults
+from collector.words import say_count
 
 MAX_PAYLOAD = 32 << 20
 """Bytes of one payload; a larger one is malformed."""
@@ -126,7 +127,7 @@ def read_message(*frames: bytes) -> Message:
 def read_envelope(*frames: bytes) -> Message:
     """Read a message, topic and payload, whose further keys are not looked at. Raises ValueError."""
     if len(frames) != 2:
-        raise ValueError(f"{len(frames)} frames instead of topic and payload")
+        raise ValueError(f"{say_count(len(frames), 'frame')} instead of topic and payload")
     topic, payload = frames
     parsed = read_topic(topic)
     body = decode(payload, MAX_PAYLOAD)

@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -21,6 +21,7 @@ from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.instruments import Instruments
 from collector.planning.shards import assign, find_unit, spread, weigh
+from collector.words import say_count
 
 if TYPE_CHECKING:
     from collector.supervisor.supervisor import Entry, Supervisor
@@ -116,7 +117,7 @@ class Follower:
             return self._give_up(Exit.BAD_SPEC, str(error))
         for pattern, number in found.items():
             level = logging.INFO if number else logging.WARNING
-            log.log(level, "%s: %s: %d channels", self._name, pattern, number)
+            log.log(level, "%s: %s: %s", self._name, pattern, say_count(number, "channel"))
         self._start(shards)
         return None
 
@@ -167,9 +168,10 @@ class Follower:
         names = [shard.keeper.name for shard in self._shards if not shard.keeper.is_over]
         is_ours = any(shard is ended for shard in self._shards)  # not the one in whose place they run
         if is_ours and names and not self._supervisor.is_stopping:
+            count = say_count(len(ended.channels), "channel")
             log.warning(
                 "%s: %s has ended for good (%s), and its %s with it; new instruments go to %s",
-                self._name, ended.keeper.name, ended.keeper.state, _count(ended.channels), ", ".join(names),
+                self._name, ended.keeper.name, ended.keeper.state, count, ", ".join(names),
             )  # fmt: skip
 
     # from then on
@@ -233,7 +235,7 @@ class Follower:
         self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
         self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
         if placed := self._place(new):
-            log.info("%s: %s new: %s ...", self._name, _count(placed), next(iter(placed)))
+            log.info("%s: %s new: %s ...", self._name, say_count(len(placed), "channel"), next(iter(placed)))
         self._ask("subscribe", repeated | placed)
 
     def _place(self, new: list[str]) -> dict[str, int]:
@@ -270,7 +272,8 @@ class Follower:
         """Want these no more."""
         if not names:
             return
-        log.info("%s: %s %s: %s ...", self._name, _count(names), reason or "of no pattern any more", names[0])
+        count, why = say_count(len(names), "channel"), reason or "of no pattern any more"
+        log.info("%s: %s %s: %s ...", self._name, count, why, names[0])
         places = {name: self._ours.pop(name) for name in names}
         for name, place in places.items():
             self._shards[place].channels.pop(name, None)
@@ -286,7 +289,3 @@ class Follower:
             groups[place].append(name)
         for place, group in groups.items():
             self._shards[place].wishes.tell(op, group, reason)
-
-
-def _count(names: Sized) -> str:
-    return "1 channel" if len(names) == 1 else f"{len(names)} channels"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from collector.config import ConfigError
 from collector.defaults import default_runtime_dir
+from collector.words import say_count
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ def allow_files(workers: int) -> None:
     if limit < needed:
         fewer = ", or run fewer connections" if limit >= FILES + FILES_EACH else ""
         raise Unavailable(
-            f"a collector with {workers} workers needs {needed} open files, and only {limit} are allowed; "
+            f"a collector with {say_count(workers, 'worker')} needs {needed} open files, and only {limit} are allowed; "
             f"allow more (ulimit -n, or LimitNOFILE of a systemd unit){fewer}"
         )
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from collector.messages import ControlError
 from collector.supervisor.keeper import Keeper
+from collector.words import say_count
 
 PATIENCE = 30
 """Seconds that a worker has to carry out what nobody waits for.
@@ -131,5 +132,5 @@ class Wishes:
                 groups[wish.op, wish.reason].append(name)
         # Backwards: first it gives up what may stand in the way.
         for (op, reason), names in sorted(groups.items(), reverse=True):
-            log.debug("%s: told now: %s of %d channels", self._keeper.name, op, len(names))
+            log.debug("%s: told now: %s of %s", self._keeper.name, op, say_count(len(names), "channel"))
             self._start(self._note(op, names, reason), names)

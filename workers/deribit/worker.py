@@ -11,6 +11,7 @@ from typing import Any
 
 from collector.channels import LISTINGS
 from collector.lifecycle import FINAL_EXITS, Exit
+from collector.words import say_count
 from workers.deribit.channels import Channels
 from workers.deribit.commands import Commands
 from workers.deribit.connection.bootstrap import Login
@@ -240,7 +241,7 @@ class Worker(Listener):
     def refuse_channels(self, names: list[str], reason: str) -> None:
         """Say on the topic of each that it will not come."""
         level = logging.INFO if reason == EXPIRED else logging.WARNING
-        log.log(level, "%d channels refused (%s): %s", len(names), reason, " ".join(names[:5]))
+        log.log(level, "%s refused (%s): %s", say_count(len(names), "channel"), reason, " ".join(names[:5]))
         with self.publisher.gather():
             for name in names:
                 feed = self.feeds.get(name.encode())

@@ -8,6 +8,7 @@ import termios
 from collections import Counter, deque
 from typing import Any
 
+from collector.words import say_count
 from workers.deribit.publishing.zmtp import Conversation, NoSubscriber, Wish
 
 BLOCK = 1 << 20
@@ -112,8 +113,9 @@ class Peer:
             return
         if count and (self.waiting >= self.queue > 0 or self.unsent >= MAX_UNSENT):
             if not self.dropped:
+                waiting = say_count(self.waiting, "message")
                 log.warning(
-                    "a subscriber (%s) is too slow, %d messages wait for it: it will miss some", self.name, self.waiting
+                    "a subscriber (%s) is too slow, with %s waiting for it: it will miss some", self.name, waiting
                 )
             self.dropped += count
             return
@@ -139,7 +141,8 @@ class Peer:
         while self.marks and self.marks[0][0] <= self.sent:
             self.waiting -= self.marks.popleft()[1]
         if self.dropped and not self.unsent:
-            log.warning("the slow subscriber (%s) is up to date again; it missed %d messages", self.name, self.dropped)
+            missed = say_count(self.dropped, "message")
+            log.warning("the slow subscriber (%s) is up to date again; it missed %s", self.name, missed)
             self.dropped = 0
 
     @property

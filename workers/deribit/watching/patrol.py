@@ -9,6 +9,7 @@ from itertools import count
 
 from collector.limits import CALL_COST, Credits
 from collector.messages import EXCHANGE, WIRE
+from collector.words import say_count
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
 from workers.deribit.connection.session import NEVER
@@ -242,7 +243,7 @@ class Patrol:
         clock = self._client.session.read_exchange_clock() + LAST_DATA
         presumed = [self._feeds[name.encode()] for name in self._client.reconciler.subscriptions.presumed]
         if early := [feed.channel.name for feed in presumed if not feed.stream.has_expired(clock)]:
-            log.warning("%d channels have not ended as the clock had it, and are asked for again", len(early))
+            log.warning("%s asked for again: not ended as the clock had it", say_count(len(early), "channel"))
             with self._publisher.gather():
                 self._take_up(early, 0)
 
