@@ -14,6 +14,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 FRAMES = os.environ.get("COLLECTOR_FRAMES", "")
 
@@ -127,6 +129,14 @@ def running(*argv: str, env: dict[str, str] | None = None, cwd: Path | None = No
         yield program
     finally:
         program.end()
+
+
+def as_no_root(*argv: str) -> list[str]:
+    """The command line that runs a program as a user who owns what we own, and may not open all, as root may."""
+    become = ["unshare", "-r", f"--map-user={os.getpid() + 1_000_000}"]
+    if subprocess.run([*become, "true"], capture_output=True).returncode:
+        pytest.skip("this system lets nobody be another user")
+    return [*become, *argv]
 
 
 def collector(*arguments: str) -> tuple[str, ...]:

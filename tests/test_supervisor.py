@@ -27,7 +27,7 @@ from collector.supervisor.runtime import EPOCH_AT, FILES, FILES_EACH, RuntimeDir
 from collector.supervisor.supervisor import Supervisor
 from tests.collected import QUICK, Collected, collected, is_alive
 from tests.pipeline import ask, exchange, find_port, short_directory, subscribed, write_config
-from tests.support import Program, collector, running, wait_until
+from tests.support import Program, as_no_root, collector, running, wait_until
 
 DEAD = {"url": "ws://127.0.0.1:9/ws/api/v2", "retry_count": 1, "retry_delay": 0.02}
 """A connection that finds nobody."""
@@ -924,6 +924,19 @@ def test_what_it_makes_is_for_its_owner_alone() -> None:
         assert stat.S_IMODE(run.runtime_dir.stat().st_mode) == 0o700
         for name in ("control", "lock"):
             assert stat.S_IMODE((run.runtime_dir / name).stat().st_mode) & 0o077 == 0
+
+
+def test_a_umask_that_closes_its_own_files_to_it_does_not_hinder_it() -> None:
+    with short_directory() as directory:
+        config = write_config(directory, {"a": QUICK}, exchange={})
+        command = as_no_root("sh", "-c", 'umask 777; exec "$@"', "sh", *collector("run", str(config)))
+        with running(*command, env={"TMPDIR": str(directory)}) as program:
+            program.wait_line("a: ready")
+            assert ask(f"ipc://{directory}/run/control", "close", connection="a")["state"] == "closed"
+            program.process.send_signal(signal.SIGTERM)
+            assert program.wait_exit() == 0
+        made = [path.stat().st_mode for path in (directory / "run", directory / "run" / "lock")]
+        assert [stat.S_IMODE(mode) for mode in made] == [0o700, 0o600]
 
 
 def test_a_worker_that_does_not_stop_is_killed_and_the_stop_stays_in_order() -> None:

@@ -49,6 +49,7 @@ def run(ctx: click.Context, file: str, live_view: bool) -> None:
     start_log("supervisor", ctx.obj["log_level"])
     try:
         config = load_config(file, os.environ)
+        os.umask(os.umask(0o077) & 0o077)  # what we make, and what all workers make, is open to ourselves at least
         allow_files(len(config.connections) + (config.exchange is not None))
         directory = RuntimeDir(config.runtime_dir, f"{config.path}: [collector]")
     except ConfigError as error:
