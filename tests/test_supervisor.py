@@ -709,6 +709,17 @@ def test_a_lock_is_to_be_removed_only_where_that_helps(make: str, options: str, 
     assert (done.returncode, f"{place}/lock cannot be opened {said}" in done.stderr) == (2, True), done.stderr
 
 
+def test_a_runtime_directory_whose_name_is_too_long_is_a_wrong_configuration(tmp_path: Path) -> None:
+    """Where no socket of it is too long first."""
+    control, publish = (f"tcp://127.0.0.1:{find_port()}" for _ in range(2))
+    config = write_config(tmp_path, {"a": {**DEAD, "publish": publish}})
+    config.write_text(config.read_text().replace(f'{tmp_path}/run"', f'/tmp/{"x" * 256}"\ncontrol = "{control}"'))
+    with running(*collector("run", str(config))) as program:
+        assert program.wait_exit() == 2, program.text()
+        (line,) = program.err
+        assert "x cannot be used (File name too long); write another directory" in line
+
+
 def test_a_runtime_directory_that_cannot_be_made_is_a_wrong_configuration() -> None:
     with short_directory() as directory:
         (directory / "run").write_text("a file stands here")

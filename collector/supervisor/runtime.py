@@ -146,7 +146,7 @@ def _open_private(path: Path, where: str) -> int:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        cause = "it is a symbolic link" if path.is_symlink() else error.strerror
+        cause = "it is a symbolic link" if os.path.islink(path) else error.strerror
         raise ConfigError(f"{where} cannot be used ({cause}); {another}") from None
     facts = os.fstat(directory)
     fault = ""
