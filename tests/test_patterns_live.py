@@ -23,7 +23,7 @@ from collector.supervisor.follower import CHECK, MARKS, MAX_ROWS, find_next_chec
 from collector.supervisor.supervisor import Supervisor
 from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
 from tests.pipeline import Subscriber, exchange, find_port, short_directory, subscribed, write_config
-from tests.support import collector, wait_until
+from tests.support import PATIENCE, collector, wait_until
 
 OPTIONS: dict[str, Any] = {**QUICK, "channels": ["quote.{kind=option,currency=BTC}"]}
 BUSY = {"faults": "listing:1,expiry:1"}
@@ -604,6 +604,30 @@ def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:
         words = run.wait_state("b", "failed")["last_error"]["message"]
         assert "stands in connection a too; write it once" in words
         run.wait_state("a")
+
+
+def test_who_follows_one_that_was_closed_ends_with_it() -> None:
+    """Else it asks for the list once more, some minutes later."""
+
+    async def check(config: Config) -> None:
+        supervisor = Supervisor(config, "info", time.time_ns)
+        running = asyncio.create_task(supervisor.run())
+        async with asyncio.timeout(PATIENCE):
+            while "a" not in supervisor.entries or not (entry := supervisor.entries["a"]).channels:
+                await asyncio.sleep(0.05)
+            before = set(supervisor._guarded)
+            entry.keeper.stop()
+            await entry.keeping
+            while len(before & supervisor._guarded) > 1:  # the watch over all goes on
+                await asyncio.sleep(0.05)
+        supervisor.end(0)
+        await running
+
+    table = {**QUICK, "channels": ["quote.BTC-*"]}
+    with short_directory() as directory, exchange(port := find_port()):
+        table["url"] = f"ws://127.0.0.1:{port}/ws/api/v2"
+        (directory / "run").mkdir(mode=0o700)
+        asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
 
 
 def test_what_another_connection_names_is_left_to_it_from_the_start() -> None:

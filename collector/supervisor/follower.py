@@ -165,6 +165,7 @@ class Follower:
 
     def lose(self, ended: "Entry") -> None:
         """Say what becomes of the channels of a connection that has ended for good."""
+        self._woken.set()  # it may have been the last
         names = [shard.keeper.name for shard in self._shards if not shard.keeper.is_over]
         is_ours = any(shard is ended for shard in self._shards)  # not the one in whose place they run
         if is_ours and names and not self._supervisor.is_stopping:
@@ -180,14 +181,14 @@ class Follower:
         """Take what workers tell as it comes. Nobody is waited for: the next rows concern others too."""
         looking = self._supervisor.guard(self._look())
         while not self._supervisor.is_stopping and not all(shard.keeper.is_over for shard in self._shards):
-            with suppress(TimeoutError):  # what another connection holds, it may have given up meanwhile
-                await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
-            self._woken.clear()
             rows, self._rows = self._rows, []
             if self._instruments.take_rows(rows):
                 self._outdated.set()
             self._adjust({row["instrument_name"] for row in rows if row.get("state") == "open"})
             await asyncio.sleep(BREATH)
+            with suppress(TimeoutError):  # what another connection holds, it may have given up meanwhile
+                await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
+            self._woken.clear()
         looking.cancel()
 
     async def _look(self) -> None:
