@@ -169,6 +169,8 @@ class Commands:
         asked = list(dict.fromkeys(request.arguments["channels"]))
         results = self._admit(entry, asked)
         wanted = [name for name in asked if name not in results]
+        if entry.follower is not None:
+            entry.follower.keep(wanted)
         results |= await self._pass_on(entry, request, wanted)
         return {"channels": {name: results[name] for name in asked}}
 

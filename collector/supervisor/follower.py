@@ -8,7 +8,7 @@ import asyncio
 import logging
 import random
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from itertools import count
@@ -70,7 +70,7 @@ class Follower:
         self._catalogue: Catalogue
         self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
-        self._named: frozenset[str] = frozenset()  # the channels that are asked for whatever the patterns are
+        self._named: set[str] = set()  # the channels that are asked for whatever the patterns are
         self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
         self._held_elsewhere: set[str] = set()  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
@@ -106,7 +106,7 @@ class Follower:
             return None
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
-        self._named = frozenset(self._entry.channels)
+        self._named.update(self._entry.channels)
         now, elsewhere = self._catalogue.read_ms(), self._supervisor.list_named(self._entry)
         try:
             found, shards, _ = spread(self._connection, self._instruments.known, now, elsewhere)
@@ -142,6 +142,10 @@ class Follower:
     def list_shards(self) -> list[str]:
         """The names of the connections that carry its channels; none before the exchange's list has come."""
         return [shard.keeper.name for shard in self._shards]
+
+    def keep(self, names: Iterable[str]) -> None:
+        """Note channels that are asked for by name: they stay, whatever becomes of the patterns."""
+        self._named.update(names)
 
     def has_found(self, name: str) -> bool:
         """Whether a channel is asked for since a pattern stands for it."""
