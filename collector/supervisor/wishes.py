@@ -30,7 +30,7 @@ class Wish:
 
     op: str
     reason: str
-    is_under_way: bool = True
+    is_under_way: bool = False
 
 
 class Wishes:
@@ -55,17 +55,10 @@ class Wishes:
     def tell(self, op: str, names: list[str], reason: str = "") -> None:
         """The same, for one who waits for no answer. The wish stands from now on, and is sent after all before it.
 
-        `reason`: why the channels are given up, if not because of a wish. What is to be subscribed to while another
-        such wish is under way goes together once that has been heard: each call costs credits that connections share.
+        `reason`: why the channels are given up, if not because of a wish.
         """
-        wish = self._note(op, names, reason)
-        if op == "subscribe" and self._is_subscribing():
-            wish.is_under_way = False
-        else:
-            self._start(wish, names)
-
-    def _is_subscribing(self) -> bool:
-        return any(wish.op == "subscribe" for wish in self._telling.values())
+        self._note(op, names, reason)
+        self.catch_up()
 
     def _note(self, op: str, names: list[str], reason: str) -> Wish:
         wish = Wish(op, reason)
@@ -76,6 +69,7 @@ class Wishes:
         arguments: dict[str, Any] = {"channels": names} | ({"reason": wish.reason} if wish.reason else {})
         if wish.op == "subscribe":
             arguments["epoch"] = self._keeper.begin_epoch()
+        wish.is_under_way = True
         was_heard = False
         try:
             answer = await self._keeper.ask(wish.op, arguments, deadline)
@@ -98,6 +92,7 @@ class Wishes:
         self._unheard = {name: wish for name, wish in self._unheard.items() if wish.reason}
 
     def _start(self, wish: Wish, names: list[str]) -> None:
+        wish.is_under_way = True  # before the task is: this may be asked for again at once
         task = asyncio.create_task(self._tell(wish, names))
         self._telling[task] = wish
         task.add_done_callback(self._end_telling)
@@ -124,8 +119,12 @@ class Wishes:
                 del self._unheard[name]
 
     def catch_up(self) -> None:
-        """The worker gives a sign of life: tell it what it has not heard."""
-        is_subscribing = self._is_subscribing()
+        """Tell the worker what it has not heard, at each sign of life too.
+
+        What is to be subscribed to while another such wish is under way goes together once that has been heard: each
+        call costs credits that connections share.
+        """
+        is_subscribing = any(wish.op == "subscribe" for wish in self._telling.values())
         groups: dict[tuple[str, str], list[str]] = defaultdict(list)
         for name, wish in self._unheard.items():
             if not wish.is_under_way and not (is_subscribing and wish.op == "subscribe"):
