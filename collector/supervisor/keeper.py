@@ -142,18 +142,20 @@ class Keeper:
 
         Begins when `preparation` is over, if given; fails for good at once with the exit code that this may return.
         """
-        if preparation is not None and (code := await self._until_stopped(preparation)) is not None:
-            return self._fail(code)
+        if preparation is not None:
+            refusal = await self._until_stopped(preparation)
+            if refusal is not None and not self.is_stopping:
+                self.exit_code = refusal
+                return self._apply("give_up")
         failures = 0
-        while not self._stopping.is_set():
-            self.exit_code = await self._live()
-            if self._stopping.is_set():
+        while not self.is_stopping:
+            self.exit_code = code = await self._live()
+            if self.is_stopping:
                 return
             failures = 1 if self._was_steady() else failures + 1
-            if self._is_hopeless(self.exit_code, failures):
-                self._apply("give_up")
-                return
-            await self._back_off(failures)
+            if self._is_hopeless(code, failures):
+                return self._apply("give_up")
+            await self._back_off(code, failures)
 
     async def _until_stopped(self, work: Coroutine[Any, Any, Result]) -> Result | None:
         """What the work returns; None, and it is given up, if we are stopped before it is done."""
@@ -165,11 +167,6 @@ class Keeper:
             return None
         return working.result()
 
-    def _fail(self, code: Exit) -> None:
-        if not self._stopping.is_set():
-            self.exit_code = code
-            self._apply("give_up")
-
     async def _live(self) -> int:
         self._apply("start")
         self.epoch = self.begin_epoch()
@@ -179,12 +176,12 @@ class Keeper:
         try:
             self._child = await self._start()
         except (OSError, EOFError) as error:
-            level = logging.INFO if self._stopping.is_set() else logging.ERROR
+            level = logging.INFO if self.is_stopping else logging.ERROR
             log.log(level, "%s: cannot be started: %s", self.name, error or type(error).__name__)
             return self._end_life(UNKNOWN_EXIT)
         if self._child is None:
             return self._end_life(Exit.STOPPED)
-        if self._stopping.is_set():
+        if self.is_stopping:
             self._child.kill()
         else:
             self._allow(READY_TIMEOUT)
@@ -197,7 +194,7 @@ class Keeper:
             return None
         self._is_spawning = True
         try:
-            if not self._stopping.is_set():
+            if not self.is_stopping:
                 self._allow(SPAWN_TIMEOUT)
             return await start_child(self._spawner, self.kind, self._receive)
         finally:
@@ -227,9 +224,8 @@ class Keeper:
             return True
         return False
 
-    async def _back_off(self, failures: int) -> None:
+    async def _back_off(self, code: int, failures: int) -> None:
         delay = backoff_delay(failures, self._first_delay, random.random())
-        code = UNKNOWN_EXIT if self.exit_code is None else self.exit_code
         log.warning("%s: %s; started again in %.1f s", self.name, describe_exit(code), delay)
         self._note_death(code, f"started again {delay:.1f} s after that")
         try:
@@ -245,7 +241,7 @@ class Keeper:
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Ask it to end in order within `grace` seconds, and not to come back. `keep` returns when it is gone."""
-        if self._stopping.is_set():
+        if self.is_stopping:
             return
         self._stopping.set()
         if self.machine.allows("stop"):
@@ -279,10 +275,11 @@ class Keeper:
     def _end_spawn(self) -> None:
         if kill_forkserver():
             self._overdue = f"was not started in {self._limit:g} s"
-            level = logging.INFO if self._stopping.is_set() else logging.ERROR  # it may just not be loaded yet
+            level = logging.INFO if self.is_stopping else logging.ERROR  # it may just not be loaded yet
             log.log(level, "%s: %s: the forkserver does not answer, and is killed", self.name, self._overdue)
 
     def _allow(self, seconds: float) -> None:
+        """Give it so many seconds from now for what it owes us next; else `watch` kills it."""
         self._limit = seconds
         self._due = time.monotonic() + seconds
 
