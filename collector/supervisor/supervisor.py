@@ -176,32 +176,34 @@ class Supervisor:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
         others = [
             replace(entry.connection, channels=(*entry.channels, *entry.list_leaving()), publish=entry.bound)
-            for entry in self.entries.values()
-            if entry is not known and not entry.keeper.is_over
+            for entry in self._list_lasting(known)
         ]
         port = None if self.config.exchange is None else self.exchange_port
         names = [other.name for other in others]
         check_together([*others, *connections], self.config.control, port, names)
 
     def list_places(self) -> Places:
-        """Where all channels stand. Those of a connection that has ended for good, and is only still shown, do not."""
+        """Where all channels stand."""
         places = Places()
-        for name, entry in self.entries.items():
-            if not entry.keeper.is_over:
-                for channel in entry.channels:
-                    places.add((name, parse_channel(channel)))
-                for channel in entry.list_leaving():
-                    places.add((name, parse_channel(channel)), is_leaving=True)
+        for entry in self._list_lasting():
+            for channel in entry.channels:
+                places.add((entry.keeper.name, parse_channel(channel)))
+            for channel in entry.list_leaving():
+                places.add((entry.keeper.name, parse_channel(channel)), is_leaving=True)
         return places
 
     def list_named(self, but: Entry) -> set[str]:
         """The channels that other connections are asked for by name, or leave just now: no pattern takes these."""
         return {
             name
-            for entry in self.entries.values() if entry is not but and not entry.keeper.is_over
+            for entry in self._list_lasting(but)
             for name in (*entry.channels, *entry.list_leaving())
             if entry.follower is None or not entry.follower.has_found(name)
-        }  # fmt: skip
+        }
+
+    def _list_lasting(self, but: Entry | None = None) -> list[Entry]:
+        """The connections without those that have ended for good, and are only still shown."""
+        return [entry for entry in self.entries.values() if entry is not but and not entry.keeper.is_over]
 
     def _build_connection_spec(self, keeper: Keeper) -> dict[str, Any]:
         entry = self.entries[keeper.name]
