@@ -1,8 +1,20 @@
-"""The files of ipc sockets, which outlive whoever listened there and was killed."""
+"""The files of ipc sockets, which outlive whoever listened there and was killed; what to do where none can be made."""
 
+import errno
 import os
 import socket
 import stat
+
+_CURES: dict[int | None, str] = {
+    errno.EADDRINUSE: "stop what listens there",
+    errno.EEXIST: "remove what is no socket",
+    errno.EACCES: "open the place to this user",
+}
+
+
+def advise(number: int | None) -> str:
+    """What to do where an endpoint cannot be bound, to stand behind the system's own words; "" if that is not known."""
+    return f"; write another endpoint, or {_CURES[number]}" if number in _CURES else ""
 
 
 def remove_socket(endpoint: str) -> None:

@@ -625,6 +625,20 @@ def test_what_is_no_socket_is_not_said_to_listen(name: str) -> None:
         assert (directory / "run" / name).read_text() == "mine"
 
 
+@pytest.mark.parametrize("key", ["control", "publish"])
+def test_an_endpoint_in_a_directory_that_is_closed_to_us_is_said_to_be_that(key: str) -> None:
+    with short_directory() as directory:
+        (directory / "closed").mkdir(mode=0o555)
+        config = write_config(directory, {"a": DEAD})
+        line = f'{key} = "ipc://{directory}/closed/a.pub"\n'
+        head = "[collector]\n" if key == "control" else "[[connection]]\n"
+        config.write_text(config.read_text().replace(head, head + line))
+        with running(*as_no_root(*collector("run", str(config)))) as program:
+            assert program.wait_exit() == 1
+            program.wait_line("Permission denied.*; write another endpoint, or open the place to", stream="err")
+            assert "listens there" not in program.text()
+
+
 def test_the_socket_of_another_program_is_left_to_it_at_run_time_too() -> None:
     with collected() as run, served(run.directory / "other", socket.SOCK_STREAM):
         run.wait_state("a")

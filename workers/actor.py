@@ -27,6 +27,7 @@ from collector.lifecycle import BEAT_INTERVAL, ORPHAN_GRACE, Exit
 from collector.link import open_link
 from collector.log import start_log
 from collector.messages import ControlError
+from collector.sockets import advise
 
 new_event_loop: Callable[[], asyncio.AbstractEventLoop]
 try:
@@ -41,12 +42,6 @@ SHORTAGES = frozenset({
     errno.EAGAIN, errno.EDQUOT, errno.EFBIG, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.ENOSPC
 })  # fmt: skip
 """What the system may have again a moment later: no fault of the spec."""
-
-HINTS: dict[int | None, str] = {
-    errno.EADDRINUSE: "; write another endpoint, or stop what listens there",
-    errno.EEXIST: "; write another endpoint, or remove what is no socket",
-}
-"""What to do where an endpoint is taken."""
 
 log = logging.getLogger("actor")
 
@@ -137,7 +132,7 @@ class Actor:
             number = error.errno if isinstance(error, OSError) else None
             if number in SHORTAGES:
                 return self._fail(Exit.CRASHED, f"cannot start just now: {error}")
-            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{HINTS.get(number, '')}")
+            return self._fail(Exit.BAD_SPEC, f"cannot start: {error}{advise(number)}")
         except Exception as error:
             return self._crash(error)
         self._link.send({"kind": "ready", "endpoints": endpoints})

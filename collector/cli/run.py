@@ -1,7 +1,6 @@
 """`collector run`: start the supervisor and stay until asked to stop."""
 
 import asyncio
-import errno
 import logging
 import multiprocessing.util
 import os
@@ -20,7 +19,7 @@ from collector.cli.options import ONE_WISH, fail, ignore_rotation, read_name
 from collector.config import Config, ConfigError, load_config
 from collector.config.urls import hide_secrets
 from collector.log import start_log
-from collector.sockets import remove_socket
+from collector.sockets import advise, remove_socket
 from collector.supervisor.commands import Commands
 from collector.supervisor.control import ControlServer
 from collector.supervisor.runtime import RuntimeDir, Unavailable, allow_files
@@ -59,9 +58,7 @@ def run(ctx: click.Context, file: str, live_view: bool) -> None:
     try:
         code = asyncio.run(_collect(config, directory, ctx.obj["log_level"], live_view))
     except zmq.ZMQError as error:
-        cure = "remove what is no socket" if error.errno == errno.EEXIST else "stop what listens there"
-        words = f"control {config.control} cannot be bound: {error}; {cure}, or write another endpoint"
-        fail(f"{config.path}: [collector] {words}")
+        fail(f"{config.path}: [collector] control {config.control} cannot be bound: {error}{advise(error.errno)}")
     sys.exit(code)
 
 
