@@ -18,8 +18,8 @@ from collector.cli.options import (
     read_name,
     timeout_option,
 )
-from collector.cli.render import printable
 from collector.client.control import Control
+from collector.words import printable
 
 
 @click.command(cls=Command)

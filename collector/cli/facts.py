@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from collector.cli.render import pad_rows, printable
-from collector.words import say_count
+from collector.cli.render import pad_rows
+from collector.words import printable, say_count
 
 COLORS = {"live": "green", "failed": "red", "closed": "red", "backoff": "yellow"}
 

@@ -8,13 +8,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from collector.cli.render import describe, printable, show_clock, show_level
+from collector.cli.render import describe, show_clock, show_level
 from collector.client.orderbook import OrderBook
 from collector.client.rules.check import SECOND
 from collector.client.rules.heartbeats import LAST, SILENCE
 from collector.client.stream import MAX_TOPICS, ON_DATA_TOPICS, Loss, Message
 from collector.messages import Topic
-from collector.words import say_count
+from collector.words import printable, say_count
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
 NEEDED = {"TYPE": 0, "INSTRUMENT": 0, "INTERVAL": 72, "LAST": 0, "MSG/S": 60, "AGE": 0}

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 import click
 
 from collector.cli import INTERRUPTED
-from collector.cli.render import printable
 from collector.messages import ControlError
+from collector.words import printable
 
 ADVICE = {
     "unknown_connection": "`collector state` lists the connections",

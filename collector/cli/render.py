@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from collector.client.stream import Loss, Message
-from collector.words import say_count
+from collector.words import printable, say_count
 
 
 def show_number(value: Any) -> str:
@@ -30,11 +30,6 @@ def describe(message: Message) -> str:
     """What a message says, in one short line."""
     say = _WORDS.get(message.type)
     return printable(say(message) if say else say_count(len(message.payload), "key"))
-
-
-def printable(text: str) -> str:
-    """The text without characters that could steer a terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
 
 
 def pad_rows(rows: Iterable[Iterable[str]]) -> Iterator[list[str]]:

@@ -18,9 +18,10 @@ from collector.cli.options import (
     for_option,
     json_option,
 )
-from collector.cli.render import format_line, printable
+from collector.cli.render import format_line
 from collector.client.stream import Loss, Message
 from collector.client.subscriber import Subscriber
+from collector.words import printable
 
 if TYPE_CHECKING:
     from collector.cli.live import Board

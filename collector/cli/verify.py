@@ -19,10 +19,9 @@ from collector.cli.options import (
     for_option,
     json_option,
 )
-from collector.cli.render import printable
 from collector.client.subscriber import Subscriber
 from collector.client.verify import RULES, Finding, Verifier
-from collector.words import say_count
+from collector.words import printable, say_count
 
 EXAMPLES = 5
 """Findings that are shown of each rule."""

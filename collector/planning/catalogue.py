@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from collector import __version__
 from collector.aside import run_aside
 from collector.config.patterns import Instrument, read_instrument
+from collector.words import printable
 
 QUESTION = "/api/v2/public/get_instruments?currency=any"
 
@@ -32,7 +33,7 @@ class Unreachable(Exception):
     """The list could not be had; one line names the host and says why. Another attempt may help."""
 
     def __init__(self, line: str) -> None:
-        super().__init__("".join(letter if letter.isprintable() else "?" for letter in line[:250]))
+        super().__init__(printable(line[:250]))
 
 
 class Catalogue:

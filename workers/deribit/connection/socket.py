@@ -11,6 +11,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
+from collector.words import printable
 from workers.deribit.connection.framing import MAX_FRAME, Framing
 from workers.deribit.rpc.errors import Lost
 
@@ -224,7 +225,7 @@ async def _explain_refusal(response: aiohttp.ClientResponse) -> None:
                 while part := await response.content.read(WORDS - len(body)):
                     body += part
     line = body.strip().partition(b"\n")[0].decode(errors="replace").strip()
-    await _tell_refusal(response, "".join(letter if letter.isprintable() else "?" for letter in line))
+    await _tell_refusal(response, printable(line))
 
 
 def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseException:
