@@ -8,7 +8,7 @@ import struct
 from typing import NamedTuple
 
 MAX_HEARD = 4096
-"""Bytes of one frame from a subscriber that are held: what comes upstream are subscriptions, nothing longer."""
+"""Bytes of one frame from a subscriber that are held: a longer one, which can be no subscription, is passed over."""
 
 MORE, LONG, COMMAND = 1, 2, 4
 """Flags of a frame: more frames of this message follow; its size has 8 bytes instead of 1; it is no message."""
@@ -95,13 +95,13 @@ class Conversation:
         held, at = self._held, 0
         while (place := find_frame(held, at)) is not None:
             flags, start, at = place
+            if not (self.is_ready or flags & COMMAND):
+                raise NoSubscriber("a message came before READY")
+            if at - start > MAX_HEARD:
+                continue  # a proxy passes on whatever its subscribers say
             body = held[start:at]
             if flags & COMMAND:
                 answer += self._take_command(body, wishes)
-            elif not self.is_ready:
-                raise NoSubscriber("a message came before READY")
-            elif at - start > MAX_HEARD:
-                continue  # a proxy passes on whatever its subscribers say
             elif body[:1] in (b"\0", b"\1"):  # anything else is no subscription, and is let pass as libzmq does
                 wishes.append(Wish(body[1:], body[0] == 1))
         self._held = held[at:]
@@ -148,16 +148,13 @@ class Conversation:
 def find_frame(data: bytes, at: int) -> tuple[int, int, int] | None:
     """Flags of the frame at a place, where its content begins and ends; None if it is not all there.
 
-    A message that is too long may end beyond what is there. Raises NoSubscriber for a command that is.
+    One that is too long may end beyond what is there.
     """
     start = at + (9 if data[at : at + 1] and data[at] & LONG else 2)
     if len(data) < start:
         return None
     size = int.from_bytes(data[at + 1 : start], "big")
-    is_long = size > MAX_HEARD
-    if is_long and data[at] & COMMAND:
-        raise NoSubscriber(f"a command of {size} bytes; {MAX_HEARD} are taken")
-    return (data[at], start, start + size) if is_long or len(data) >= start + size else None
+    return (data[at], start, start + size) if size > MAX_HEARD or len(data) >= start + size else None
 
 
 def read_properties(body: bytes) -> dict[bytes, bytes]:
