@@ -253,6 +253,9 @@ class Subscriber(OwnSocket):
         """Hold no connection until the next question: a supervisor without a descriptor left is aborted by libzmq."""
         with suppress(zmq.ZMQError):  # it is not connected
             finder.socket.disconnect(finder.endpoint)
+            # libzmq's own thread has a word on this, and ends it once the socket has taken that in.
+            zmq.zmq_poll([(finder.socket.fileno(), zmq.POLLIN)], int(LOOK_EVERY * 1000))
+            finder.socket.poll(0)
 
     def disconnect(self) -> None:
         """Leave all endpoints. The end of a `with` block does the same."""
