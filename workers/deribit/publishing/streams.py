@@ -1,5 +1,6 @@
 """One topic each: its sequence, what was last said on it, and the gap that is due before its next data."""
 
+import math
 from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
@@ -70,7 +71,7 @@ class Stream(Route):
         self.status: Status | None = None
         self.current: Message | None = None
         self.describe: Callable[[], Message | None] = self._give_current
-        self.answered = 0.0
+        self.answered = -math.inf
 
     def _give_current(self) -> Message | None:
         return self.current
