@@ -88,7 +88,6 @@ class Control(OwnSocket):
         self.socket.setsockopt(zmq.REQ_RELAXED, 1)
         self.socket.setsockopt(zmq.REQ_CORRELATE, 1)
         self.socket.setsockopt(zmq.MAXMSGSIZE, MAX_REPLY)
-        self.socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._connect_socket(self.endpoint)
 
     def connect(self, table: dict[str, Any]) -> dict[str, Any]:
@@ -123,7 +122,10 @@ class Control(OwnSocket):
         while self.socket.poll(max(0, int((end - time.monotonic()) * 1000))):
             with suppress(zmq.Again):  # a late answer to a former request is passed over
                 return decode_reply(self.socket.recv(zmq.NOBLOCK))
-        raise NobodyAnswers(self._explain_silence())
+        raise NobodyAnswers(
+            f"nobody answered at {self.endpoint} within {self.timeout:g} s; is a collector running there, and is it "
+            "not stopped? (collector run FILE; --control or COLLECTOR_CONTROL names another endpoint)"
+        )
 
     def _ask_map(self, op: str, **arguments: Any) -> dict[str, Any]:
         result = self.ask(op, **arguments)
@@ -142,22 +144,14 @@ class Control(OwnSocket):
             request = encode({"op": op, **given, "deadline": deadline})
         except (TypeError, ValueError, OverflowError, RecursionError) as error:
             raise ValueError(f"{op}: this cannot be sent: {error}") from None
-        try:
+        with suppress(zmq.Again):  # as many wait as may: nobody takes any, and none is answered
             self.socket.send(request, zmq.NOBLOCK)
-        except zmq.Again:
-            raise NobodyAnswers(self._explain_silence()) from None
-
-    def _explain_silence(self) -> str:
-        return (
-            f"nobody answered at {self.endpoint} within {self.timeout:g} s; is a collector running there, and is it "
-            "not stopped? (collector run FILE; --control or COLLECTOR_CONTROL names another endpoint)"
-        )
 
 
 def check_listener(endpoint: str) -> None:
     """Raise NobodyAnswers at once where it is sure that nobody listens on an ipc endpoint: ZeroMQ would only wait."""
     path = endpoint.removeprefix("ipc://")
-    if path == endpoint or path.startswith("@"):
+    if path == endpoint:
         return
     reasons = {
         errno.ENOENT: "no collector runs at {}: there is no such socket file",
