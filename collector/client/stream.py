@@ -29,9 +29,6 @@ has many to answer for, and the first data may overtake the answer."""
 _NO_DATA = frozenset({"status", "repair", "heartbeat"})
 """Types that are neither data nor say where data are missing."""
 
-_LAST_WORDS = frozenset({"status", "gap", "repair"})
-"""Types that may be said of a topic when it is left."""
-
 
 class Message(Mapping[str, Any]):
     """One message: the keys of the envelope as attributes, every key by `message["price"]` or `message.get("iv")`.
@@ -168,7 +165,7 @@ class SequenceCheck:
     long after that: these begin with 1, or with a join.
     """
 
-    def __init__(self, read_clock: Callable[[], int] | None = None) -> None:
+    def __init__(self, read_clock: Callable[[], int] = lambda: 0) -> None:
         self._read_clock = read_clock
         self._asked_at = 0
         # The epoch and number of each topic's last message, and the epoch of its last data or gap (0: there were none).
@@ -194,7 +191,7 @@ class SequenceCheck:
 
     def note_asked(self) -> None:
         """What is said up to ANSWERED_WITHIN from now may be heard amid its numbers."""
-        self._asked_at = self._read_clock() if self._read_clock is not None else 0
+        self._asked_at = self._read_clock()
 
     def is_anew(self, message: Message) -> bool:
         """Whether it is the first data of a greater epoch, and no gap has said what is missing before them."""
@@ -207,7 +204,7 @@ class SequenceCheck:
         Nothing is lost by it: that a newer epoch has begun tells all that it could.
         """
         last = self._last.get(message.topic)
-        return last is not None and message.type in _LAST_WORDS and message.epoch < last[0]
+        return last is not None and message.type in ON_DATA_TOPICS and message.epoch < last[0]
 
     def forget(self, prefix: str, kept: Iterable[str]) -> list[Topic]:
         """Forget, and return, the topics that begin so, but for those that begin as one of `kept`: they are read no
@@ -227,12 +224,10 @@ class SequenceCheck:
         """
         is_last = message.type == "status" and message.payload.get("state") in ("closed", "expired")
         begins = message.seq <= 1 or message.is_join or is_last or message.topic.type in ("heartbeat", "status")
-        if begins or self._read_clock is None:
-            return False
-        return min(message.receive_ts, self._read_clock()) > self._asked_at + ANSWERED_WITHIN
+        return not begins and min(message.receive_ts, self._read_clock()) > self._asked_at + ANSWERED_WITHIN
 
     def _start(self, topic: Topic, epoch: int, seq: int, told: int) -> None:
         if len(self._last) >= MAX_TOPICS:
             self._last.popitem(last=False)
-            self._read_clock = None  # it may come again, amid its numbers
+            self._read_clock = lambda: 0  # it may come again, amid its numbers
         self._last[topic] = (epoch, seq, told)
