@@ -99,8 +99,7 @@ class PubSocket:
         if self._listener is None or scheme != "ipc" or os.path.lexists(path):
             return
         listener = listen_ipc(path)
-        if self._listener in self._selector.get_map():
-            self._selector.unregister(self._listener)
+        self._selector.unregister(self._listener)
         self._listener.close()
         self._listener = listener
         self._selector.register(listener, READ)
@@ -139,7 +138,7 @@ class PubSocket:
         try:
             end, address = self._listener.accept()
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            if 0 < limit - RESERVE <= end.fileno():  # it is the lowest that was free; a limit below 0 is none
+            if end.fileno() >= limit - RESERVE:  # it is the lowest that was free; Linux has no limit below 0
                 end.close()
                 raise OSError(errno.EMFILE, "the last file descriptors are kept for the worker itself")
         except OSError as error:
