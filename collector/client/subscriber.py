@@ -1,5 +1,6 @@
 """`Subscriber` reads what a collector publishes, and sees what was lost on the way."""
 
+import math
 import time
 from collections import deque
 from collections.abc import Iterable
@@ -154,9 +155,9 @@ class Subscriber(OwnSocket):
         """The next message (or loss), or None if none comes within `timeout` seconds (None: wait for ever)."""
         if self._waiting:
             return self._waiting.popleft()
-        end = None if timeout is None else time.monotonic() + timeout
+        end = time.monotonic() + (math.inf if timeout is None else timeout)
         while True:
-            frames = self.receive_frames(None if end is None else end - time.monotonic())
+            frames = self.receive_frames(end - time.monotonic())
             if frames is None:
                 return None
             item = self._take(frames)
@@ -209,9 +210,9 @@ class Subscriber(OwnSocket):
             raise LossError(loss)
         return loss
 
-    def receive_frames(self, timeout: float | None = None) -> list[bytes] | None:
+    def receive_frames(self, timeout: float) -> list[bytes] | None:
         """The frames of the next message, unread and unchecked, or None if none comes within `timeout` seconds."""
-        end = None if timeout is None else time.monotonic() + timeout
+        end = time.monotonic() + timeout
         while True:
             self._find_more()
             try:
@@ -223,7 +224,7 @@ class Subscriber(OwnSocket):
                 if self._questions.put_off:
                     self._ask_put_off()
             longest = LOOK_EVERY if self._finder is not None or self._questions.put_off else HEED_EVERY
-            rest = longest if end is None else min(end - time.monotonic(), longest)
+            rest = min(end - time.monotonic(), longest)
             if rest <= 0:
                 return None
             self.socket.poll(max(1, int(rest * 1000)))
