@@ -150,10 +150,9 @@ class PubSocket:
             return
         self._is_full = False
         end.setblocking(False)
-        with suppress(OSError):  # it may be gone already
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-            if end.family == socket.AF_INET:
-                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        if end.family == socket.AF_INET:
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         peer = Peer(end, name_peer(end, address), self._queue, time.monotonic())
         self._peers.append(peer)
         self._selector.register(end, READ, peer)
