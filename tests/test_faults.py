@@ -25,6 +25,11 @@ def test_a_trade_before_a_loss_that_the_exchange_has_not_shown_again_stays_in_do
     assert not run_case(7001478)
 
 
+def test_a_hole_that_late_trades_filled_is_not_closed_before_it_is_seen_whether_a_new_count_lies_in_it() -> None:
+    """The exchange wanted to be asked later, and in the meantime nothing of this hole had to be asked for."""
+    assert not run_case(77923)
+
+
 NO_OPENSSL = pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
 
 

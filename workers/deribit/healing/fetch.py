@@ -102,8 +102,8 @@ def heal_known(feed: TradeFeed) -> Healing:
         missing = tape.find_missing(tails=False)
         if missing is not None and not (yield from _fetch_run(tape.stream, *missing, 0.0)):
             return  # what is refused, or not there yet, is left to that healing
-        if not tape.lacks_more(tails=False):
-            yield Healed(tape, [hole for hole in tape.holes if hole.is_bounded])
+        if not tape.lacks_more(tails=False):  # one that may lie between two counts is left to that healing, too
+            yield Healed(tape, [hole for hole in tape.holes if hole.is_bounded and not hole.known[0]])
 
 
 def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None) -> Healing:
