@@ -213,6 +213,14 @@ class Exchange:
         self._put(line, data)
         if chance() < self.loss.repeat:
             self._put(line, data)
+        self._release(line)
+
+    def release(self) -> None:
+        """What is late comes now."""
+        for line in self.lines:
+            self._release(line)
+
+    def _release(self, line: Line) -> None:
         if line.held is not None:
             held, line.held = line.held, None
             self._put(line, held)
@@ -297,9 +305,7 @@ class Exchange:
         for line in self.lines:
             if line.pending:
                 self._flush(line)
-            if line.held is not None:
-                self._put(line, line.held)
-                line.held = None
+        self.release()
         for name in TRADED:
             self.truth.lost[name] |= self.truth.trades[name].keys()
             self._counts[name] += 1

@@ -109,6 +109,7 @@ class Case:
         self.exchange.pass_time(self.rng.choice((1, 5, 20, 60)))
 
     def _wait_long(self) -> None:
+        self.exchange.release()  # no frame is so late
         self.exchange.pass_time(self.rng.choice((3000, 9000)))
 
     def _sleep(self) -> None:
