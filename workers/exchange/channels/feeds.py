@@ -157,7 +157,7 @@ class TradesFeed(Feed):
 
     def flush(self) -> list[Data]:
         pending, self._pending = self._pending, []
-        return [pending] if pending else []
+        return [pending]
 
 
 class TickerFeed(InstrumentFeed):
@@ -268,7 +268,7 @@ class ChartFeed(InstrumentFeed):
         return bool(event.trades)
 
     def flush(self) -> list[Data]:
-        return [dict(self._bar)] if self._bar else []
+        return [dict(self._bar)]
 
 
 class SteadyFeed(Feed):
@@ -349,13 +349,16 @@ def describe_volatility(market: Market, index: str) -> Data:
 
 
 def describe_rfq(market: Market, currency: str) -> Data:
-    """Data of `block_rfq.trades.*`: some block trade of the currency."""
-    name = f"{'BTC' if currency == 'any' else currency.upper()}-PERPETUAL"
-    price = market.round_mark(market.catalogue.by_name[name])
+    """Data of `block_rfq.trades.*`: a block trade of the first perpetual of the currency, if there is one."""
+    known = market.catalogue.by_name.values()
+    of = next((of for of in known if of.perpetual and of.matches("any", currency)), None)
+    if of is None:
+        return None
+    price, amount = market.round_mark(of), of.row["block_trade_min_trade_amount"]
     return {
-        "id": market.now // 5000 % 100_000, "timestamp": market.now, "amount": 200_000.0, "direction": "sell",
-        "combo_id": name, "legs": [{"direction": "buy", "price": price, "instrument_name": name, "ratio": 1}],
-        "trades": [{"amount": 200_000.0, "direction": "sell", "price": price}], "mark_price": price,
+        "id": market.now // 5000 % 100_000, "timestamp": market.now, "amount": amount, "direction": "sell",
+        "combo_id": of.name, "legs": [{"direction": "buy", "price": price, "instrument_name": of.name, "ratio": 1}],
+        "trades": [{"amount": amount, "direction": "sell", "price": price}], "mark_price": price,
     }  # fmt: skip
 
 

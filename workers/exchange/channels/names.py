@@ -32,7 +32,7 @@ DEPTHS = ("1", "10", "20")
 
 def is_private(channel: str) -> bool:
     """Whether only private/subscribe gives it."""
-    return channel.startswith("user.")
+    return channel.startswith(("user.", "block_rfq.maker.", "block_rfq.taker.", "block_trade_confirmations"))
 
 
 def is_raw(channel: str) -> bool:
@@ -43,8 +43,8 @@ def is_raw(channel: str) -> bool:
 def open_feed(channel: str, market: Market, account: Account) -> Feed | None:
     """Make the feed of a channel; None if there is no such channel."""
     parts = channel.split(".")
-    if parts[0] == "user":
-        return _open_user(channel, parts[1:], market, account)
+    if is_private(channel):
+        return _open_private(channel, parts, market, account)
     if parts[-1] in PERIODS and len(parts) > 2:
         feed = _open_paced(channel, parts, market)
         if feed is not None:
@@ -94,7 +94,7 @@ def _open_unpaced(channel: str, parts: list[str], market: Market) -> Feed | None
             return SteadyFeed(channel, market, lambda: {"allow_unauthenticated_public_requests": True}, 60_000)
         case ["announcements"]:
             return SteadyFeed(channel, market, lambda: describe_announcement(market), 20_000, at_once=False)
-        case ["block_rfq", "trades", currency] if currency == "any" or currency.upper() in INVERSE:
+        case ["block_rfq", "trades", currency] if currency in CURRENCIES:
             return SteadyFeed(channel, market, lambda: describe_rfq(market, currency), 5000, at_once=False)
     return _open_index(channel, market)
 
@@ -110,16 +110,18 @@ def _open_index(channel: str, market: Market) -> Feed | None:
     return SteadyFeed(channel, market, lambda: describe(market, index))
 
 
-def _open_user(channel: str, parts: list[str], market: Market, account: Account) -> Feed | None:
+def _open_private(channel: str, parts: list[str], market: Market, account: Account) -> Feed | None:
     match parts:
-        case ["portfolio", currency] if currency == "any" or currency.upper() in account.balances:
+        case ["user", "portfolio", currency] if currency == "any" or currency.upper() in account.balances:
             return PortfolioFeed(channel, market, account, currency.upper())
-        case ["orders" | "trades" | "changes" as what, name, interval] if interval in PERIODS:
+        case ["user", "orders" | "trades" | "changes" as what, name, interval] if interval in PERIODS:
             of = market.catalogue.by_name.get(name)
             return OwnFeed(channel, market, account, what, interval, name=name) if of else None
-        case ["orders" | "trades" | "changes" as what, kind, currency, interval] if interval in PERIODS:
+        case ["user", "orders" | "trades" | "changes" as what, kind, currency, interval] if interval in PERIODS:
             if kind in KINDS and currency in CURRENCIES:
                 return OwnFeed(channel, market, account, what, interval, kind=kind, currency=currency)
-        case ["access_log" | "lock"] | ["combo_trades" | "mmp_trigger", *_]:
-            return SteadyFeed(channel, market, lambda: None)
+        case ["user", "access_log" | "lock" | "combo_trades" | "mmp_trigger", *_]:
+            return Feed(channel, market)
+        case ["block_rfq" | "block_trade_confirmations", *_]:
+            return Feed(channel, market)
     return None
