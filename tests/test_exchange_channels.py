@@ -291,7 +291,7 @@ async def test_instruments_are_listed_and_expire_during_the_run() -> None:
             assert fresh["instrument_name"] in {s["instrument_name"] for s in opened}
             name = next(name for name in gone if f"book.{name}.100ms" in books)
             last = await client.wait(
-                lambda: [t for t in client.data(f"ticker.{name}.100ms") if t["state"] == "closed"],
+                lambda: [t for t in client.data(f"ticker.{name}.100ms") if t["state"] == "delivered"],
                 "the final ticker",
             )
             assert last[-1]["estimated_delivery_price"] == "expired"

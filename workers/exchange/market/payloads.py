@@ -33,10 +33,10 @@ def describe_quote(market: Market, of: Instrument) -> Data:
 
 
 def describe_ticker(market: Market, of: Instrument) -> Data:
-    """A full ticker object; of an expired instrument the final one (state closed, delivery price)."""
+    """A full ticker object; of an expired instrument the final one (state delivered, delivery price)."""
     index, mark, day = market.index_price(of.index), market.round_mark(of), market.days[of.name]
     closed = of.state != "open"
-    ticker: dict[str, Any] = {"timestamp": market.now, "state": "closed" if closed else "open"}
+    ticker: dict[str, Any] = {"timestamp": market.now, "state": of.state}
     ticker |= {"stats": _describe_stats(market, of), "index_price": index, "instrument_name": of.name}
     ticker |= {"last_price": day.last_price}
     if day.settlement_price:
