@@ -19,7 +19,7 @@ REFILL = 10_000.0
 
 _COSTS = {
     "public/subscribe": (3_000, 30_000), "private/subscribe": (3_000, 30_000),
-    "public/get_instruments": (10_000, 500_000), "private/get_transaction_log": (10_000, 80_000),
+    "public/get_instruments": (10_000, 500_000),
 }  # fmt: skip
 """(cost, pool) of the methods that have their own; subscribe's two share one."""
 
