@@ -26,12 +26,14 @@ PATIENT = "from collector.supervisor import keeper; keeper.BEATS_MISSED = 60.0"
 class Collected:
     """A `collector run` of some connections; its runtime directory is `directory`/run.
 
-    `first`: Python that its process runs before, to set a time that no test could wait for.
+    `first`: Python that its process runs before, to set a time that no test could wait for; `under`: the command that
+    runs it.
     """
 
     def __init__(
         self, directory: Path, connections: dict[str, dict[str, Any]], *options: str, log_level: str = "debug",
-        env: dict[str, str] | None = None, cwd: Path | None = None, first: str = "", **sections: Any,
+        env: dict[str, str] | None = None, cwd: Path | None = None, first: str = "", under: tuple[str, ...] = (),
+        **sections: Any,
     ) -> None:  # fmt: skip
         self.directory = directory
         self.runtime_dir = directory / "run"
@@ -41,7 +43,7 @@ class Collected:
         if first:
             code = f"{first}; import runpy; runpy.run_module('collector', run_name='__main__', alter_sys=True)"
             command = (command[0], "-c", code, *command[3:])
-        self.program = Program(*command, env={"TMPDIR": str(directory), **(env or {})}, cwd=cwd)
+        self.program = Program(*under, *command, env={"TMPDIR": str(directory), **(env or {})}, cwd=cwd)
         self.seen: dict[int, psutil.Process] = {}
 
     def ask(self, op: str, **arguments: Any) -> Any:

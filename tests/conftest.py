@@ -17,7 +17,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
-LONG = ("test_watch_program.py",)
+LONG = ("test_watch_program.py", "test_network.py")
 """Files whose tests wait for a minute and more, for times of the product."""
 
 # No test fails because the machine is slow.

@@ -280,15 +280,19 @@ def build_truth(scenario: Scenario, record: list[Received], events: list[dict[st
     if "crossed" in scenario.allowed:
         truth.books.clear()  # what it sent was not the true book; the end is
         truth.books.update({topic: {max(witness.books[topic]): witness.books[topic][max(witness.books[topic])]}})
-    live = find_live(record)
+    note_trades(truth, [event for event in events if is_wanted(event.get("instrument_name", ""))], find_live(record))
+    return truth
+
+
+def note_trades(truth: Truth, events: list[dict[str, Any]], live: int) -> None:
+    """Add the trades among the events; those since `live` (ms) must come, if it is not 0."""
     for event in events:
-        if event["event"] == "trade" and is_wanted(event["instrument_name"]):
+        if event["event"] == "trade":
             name, seq = event["instrument_name"], event["trade_seq"]
             price, amount = float(event["price"]), float(event["amount"])
             truth.note(name, 0, seq, Traded(str(event["trade_id"]), price, amount, event["direction"]))
             if live and event["timestamp"] > live:
                 truth.owed.setdefault(f"deribit.trade.{name}.100ms", seq)
-    return truth
 
 
 def find_live(record: list[Received]) -> int:
