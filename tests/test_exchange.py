@@ -98,7 +98,18 @@ async def test_errors_have_deribits_codes_words_and_key_order(
 
 HUGE = "9" * 400
 LAST = "public/get_last_trades_by_instrument"
-ODD_NUMBERS = [
+ODD_PARAMETERS = [
+    ("public/hello", {"client_name": "test"}, "client_version"),
+    ("public/test", {"expected_result": "exception"}, "expected_result"),
+    ("public/get_instrument", {}, "instrument_name"),
+    ("public/auth", {}, "grant_type"),
+    ("public/auth", {"grant_type": "password"}, "grant_type"),
+    ("public/set_heartbeat", {}, "interval"),
+    ("public/set_heartbeat", {"interval": True}, "interval"),
+    ("public/subscribe", {}, "channels"),
+    ("public/unsubscribe", {"channels": "quote.BTC-PERPETUAL"}, "channels"),
+    ("private/get_account_summary", {"currency": "PESO"}, "currency"),
+    ("private/cancel", {}, "order_id"),
     (LAST, {"instrument_name": "BTC-PERPETUAL", "start_seq": "\u00b2"}, "start_seq"),
     (LAST, {"instrument_name": "BTC-PERPETUAL", "start_seq": "9" * 5000}, "start_seq"),
     (LAST, {"instrument_name": "BTC-PERPETUAL", "count": int(HUGE)}, "count"),
@@ -110,9 +121,11 @@ ODD_NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("method", "params", "name"), ODD_NUMBERS)
+@pytest.mark.parametrize(("method", "params", "name"), ODD_PARAMETERS)
 @in_loop
-async def test_numbers_that_cannot_be_are_refused(url: str, method: str, params: dict[str, Any], name: str) -> None:
+async def test_parameters_that_are_missing_or_cannot_be_are_refused(
+    url: str, method: str, params: dict[str, Any], name: str
+) -> None:
     async with connect(url) as client:
         await client.log_in()
         error = (await client.ask(method, params))["error"]
@@ -255,6 +268,10 @@ def test_http_takes_logins_by_header(url: str) -> None:
     assert ask(target, sign_request("GET", target, "a")) == 0
     assert ask(path, sign_request("POST", path, "b", body.decode()), body) == 0
     assert ask(target, "Basic cHJhY3RpY2U6cHJhY3RpY2U=") == 0
+    assert ask(target, "Basic =") == 13004
+    token = get(url, "public/auth", {"params": {**KEYS, "scope": "session:web"}})[1]["result"]["access_token"]
+    assert ask(target, f"Bearer {token}") == 0
+    assert ask(target, f"Bearer {token}x") == 13009
     assert ask(target, sign_request("GET", target, "a")) == 13009  # a nonce counts once
     assert ask(target, sign_request("GET", path, "c")) == 13004
     assert ask(target, sign_request("GET", target, "d", secret="other")) == 13004
@@ -273,9 +290,15 @@ async def test_tokens_renew_and_belong_to_their_connection_unless_they_have_a_se
         assert renewed["access_token"] != own["access_token"]
         spent = await client.ask("private/get_positions", access_token=own["access_token"])
         assert spent["error"]["code"] == 13009
+        again = await client.ask("public/auth", grant_type="refresh_token", refresh_token=own["refresh_token"])
+        assert again["error"] == spent["error"]
         shared = (await client.ask("public/auth", {**KEYS, "scope": "session:both trade:read"}))["result"]
         assert set(shared["scope"].split()) == {"session:both", "trade:read", "mainaccount"}
         assert "result" in await other.ask("private/get_positions", access_token=shared["access_token"])
+        await client.send('{"id":99,"method":"private/logout"}')
+        await client.wait(lambda: client.closed, "the end")
+        ended = await other.ask("private/get_positions", access_token=shared["access_token"])
+        assert ended["error"]["code"] == 13009
 
 
 def test_what_clients_make_up_is_not_remembered_without_end() -> None:
@@ -303,6 +326,8 @@ async def test_the_account_orders_and_cancel_on_disconnect(url: str) -> None:
         await watcher.log_in()
         summary = (await watcher.ask("private/get_account_summary", currency="BTC"))["result"]
         assert summary["limits"]["non_matching_engine"] == {"rate": 20, "burst": 100}
+        summaries = (await watcher.ask("private/get_account_summaries"))["result"]["summaries"]
+        assert [each["currency"] for each in summaries] == ["BTC", "ETH", "USDC"]
         await watcher.ask("private/subscribe", channels=["user.orders.any.any.raw"])
         async with connect(url) as trader:
             await trader.log_in()
@@ -522,6 +547,10 @@ def test_http_answers_the_other_questions(url: str) -> None:
     expirations = get(url, "public/get_expirations", currency="any", kind="any")[1]["result"]
     assert "PERPETUAL" in expirations["future"]
     assert expirations["option"]
+    grouped = get(url, "public/get_expirations", currency="grouped", kind="future")[1]["result"]
+    assert {coin: dates["future"][-1] for coin, dates in grouped.items()} == dict.fromkeys(
+        ("btc", "eth", "usdc"), "PERPETUAL"
+    )
     summary = get(url, "public/get_book_summary_by_currency", currency="BTC")[1]["result"]
     assert any(row["instrument_name"] == "BTC-PERPETUAL" for row in summary)
     book = get(url, "public/get_order_book", instrument_name="BTC-PERPETUAL", depth=10)[1]["result"]

@@ -183,6 +183,22 @@ def test_credits_and_heartbeats_outlive_a_clock_that_is_set() -> None:
         assert ["close"] in due
 
 
+def test_heartbeats_have_the_rhythm_that_was_measured() -> None:
+    heartbeat, seen = Heartbeat(10.0, 0.0), list[tuple[float, list[str]]]()
+    for tick in range(500):
+        if kinds := heartbeat.find_due(tick / 10, last_sent=0.0 if tick < 200 else tick / 10):
+            seen.append((tick / 10, kinds))
+            if tick < 300:
+                heartbeat.answer()
+    # Alone only where nothing else was sent; and 10 s after the first that stays unanswered it is over.
+    assert seen[:4] == [
+        (12.0, ["test_request", "heartbeat"]),
+        (22.6, ["test_request"]),
+        (33.2, ["test_request"]),
+        (43.2, ["close"]),
+    ]
+
+
 @settings(max_examples=200)
 @given(
     forward=st.floats(50, 200_000), ratio=st.floats(0.5, 2), years=st.floats(0.003, 2), volatility=st.floats(0.2, 2.5)
