@@ -1,5 +1,7 @@
 """From a channel's name to its feed; None for what Deribit would silently leave out."""
 
+from collections.abc import Callable
+
 from workers.exchange.channels.account import Account, OwnFeed, PortfolioFeed
 from workers.exchange.channels.feeds import (
     INDEX_FEEDS,
@@ -28,6 +30,10 @@ CURRENCIES = ("BTC", "ETH", "USDC", "USDT", "EURR", "any")
 RESOLUTIONS = ("1", "3", "5", "10", "15", "30", "60", "120", "180", "360", "720", "1D")
 GROUPS = ("none", "1", "2", "5", "10", "25", "100", "250")
 DEPTHS = ("1", "10", "20")
+_Families = dict[str, Callable[[str, Market, Instrument], Feed]]
+_PACED: _Families = {"trades": TradesFeed, "book": BookFeed, "ticker": TickerFeed, "perpetual": PerpetualFeed}
+_UNPACED: _Families = {"quote": QuoteFeed, "incremental_ticker": IncrementalTickerFeed}
+"""Families of channels of one instrument, with an interval and without."""
 
 
 def is_private(channel: str) -> bool:
@@ -60,14 +66,8 @@ def _open_paced(channel: str, parts: list[str], market: Market) -> Feed | None:
             return TradesFeed(channel, market, None, kind, currency)
         case ["book", _, group, depth, interval] if of and group in GROUPS and depth in DEPTHS and interval != "raw":
             return GroupedBookFeed(channel, market, of, _to_width(of, group), int(depth))
-        case ["trades", _, _] if of:
-            return TradesFeed(channel, market, of)
-        case ["book", _, _] if of:
-            return BookFeed(channel, market, of)
-        case ["ticker", _, _] if of:
-            return TickerFeed(channel, market, of)
-        case ["perpetual", _, _] if of and of.perpetual:
-            return PerpetualFeed(channel, market, of)
+        case [family, _, _] if of and family in _PACED and (of.perpetual or family != "perpetual"):
+            return _PACED[family](channel, market, of)
     return None
 
 
@@ -80,10 +80,8 @@ def _to_width(of: Instrument, group: str) -> float:
 def _open_unpaced(channel: str, parts: list[str], market: Market) -> Feed | None:
     of = market.catalogue.by_name.get(parts[1]) if len(parts) > 1 else None
     match parts:
-        case ["quote", _] if of:
-            return QuoteFeed(channel, market, of)
-        case ["incremental_ticker", _] if of:
-            return IncrementalTickerFeed(channel, market, of)
+        case [family, _] if of and family in _UNPACED:
+            return _UNPACED[family](channel, market, of)
         case ["chart", "trades", name, resolution] if name in market.catalogue.by_name and resolution in RESOLUTIONS:
             return ChartFeed(channel, market, market.catalogue.by_name[name], resolution)
         case ["instrument", "state" | "creation" as what, kind, currency] if kind in KINDS and currency in CURRENCIES:
