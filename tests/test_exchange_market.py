@@ -183,6 +183,15 @@ def test_credits_and_heartbeats_outlive_a_clock_that_is_set() -> None:
         assert ["close"] in due
 
 
+def test_the_ticker_of_a_combo_of_options_has_the_sums_of_its_legs() -> None:
+    market = Market(1, START, options=60)
+    combo = next(of for of in market.catalogue.by_name.values() if of.kind == "option_combo")
+    ticker, low, high = (describe_ticker(market, of) for of in (combo, *(leg for _, leg in combo.legs)))
+    assert ticker.keys() == low.keys() | {"implied_bid", "implied_ask", "combo_state"}
+    assert ticker["mark_iv"] == pytest.approx(low["mark_iv"] - high["mark_iv"])
+    assert ticker["greeks"] == pytest.approx({key: low["greeks"][key] - high["greeks"][key] for key in low["greeks"]})
+
+
 def test_heartbeats_have_the_rhythm_that_was_measured() -> None:
     heartbeat, seen = Heartbeat(10.0, 0.0), list[tuple[float, list[str]]]()
     for tick in range(500):

@@ -47,6 +47,8 @@ def describe_ticker(market: Market, of: Instrument) -> Data:
     ticker |= {"open_interest": int(interest) if of.in_dollars else interest, "mark_price": mark}
     if of.kind == "option":
         ticker |= _describe_option(market, of)
+    if of.kind == "option_combo":
+        ticker |= _sum_options(market, of)
     if of.perpetual:
         ticker["interest_value"] = _draw_interest(market, of)
     ticker |= describe_top(market, of)
@@ -99,6 +101,17 @@ def _describe_option(market: Market, of: Instrument) -> dict[str, Any]:
     return {
         "mark_iv": round(market.volatility(of) * 100.0, 2), **implied, "underlying_price": round(forward, 4),
         "underlying_index": dated if known else f"SYN.{dated}", "interest_rate": 0.0, "greeks": greeks,
+    }  # fmt: skip
+
+
+def _sum_options(market: Market, combo: Instrument) -> dict[str, Any]:
+    """What a combo of options has of its legs, added up."""
+    legs = [(amount, _describe_option(market, leg)) for amount, leg in combo.legs]
+    greeks = {key: round(sum(amount * leg["greeks"][key] for amount, leg in legs), 5) for key in legs[0][1]["greeks"]}
+    return {
+        "mark_iv": round(sum(amount * leg["mark_iv"] for amount, leg in legs), 2), "bid_iv": 0.0, "ask_iv": 0.0,
+        "underlying_price": market.index_price(combo.index), "underlying_index": "index_price", "interest_rate": 0.0,
+        "greeks": greeks,
     }  # fmt: skip
 
 
