@@ -36,7 +36,7 @@ async def test_json_lines_go_out_unchanged_to_who_subscribed(tmp_path: Path) -> 
             refused = await other.ask("public/subscribe", channels=CHANNELS[:1])
             assert refused["error"]["code"] == 13778
             await other.ask("public/subscribe", channels=["nobody.knows", "quote.BTC-PERPETUAL"])
-            answer = await client.ask("private/subscribe", channels=CHANNELS)
+            answer = await client.ask("private/subscribe", channels=CHANNELS, label="mine")
             assert answer["result"] == sorted(CHANNELS, reverse=True)
             await client.wait(lambda: len(client.texts) >= 5, "the frames")
             assert client.texts[2:] == [LINES[0], LINES[2], LINES[5]]

@@ -71,7 +71,7 @@ def set_heartbeat(call: Context) -> Reply:
     interval = call.params.get("interval")
     if interval is None:
         raise refuse_param("interval", "value required")
-    if isinstance(interval, bool) or not isinstance(interval, int | float):
+    if not isinstance(interval, int | float):
         raise refuse_param("interval", "must be a number")
     if interval < call.faults.number("heartbeat_floor", FLOOR):
         raise refuse_param("interval", "must be at least 10")
