@@ -258,6 +258,17 @@ class Line:
         self.is_cut = True
 
 
+def test_a_client_for_which_too_much_waits_is_cut_without_any_fault_too() -> None:
+    line = Line()
+    connection = Connection(Exchange(Settings(options=0), 0), parse_faults(""), line, 0.0, "")
+    frame = Frame("quote.BTC-PERPETUAL", None, text=bytes(1 << 20))
+    for _ in range(32):
+        connection.deliver(frame)
+    assert not line.is_cut
+    connection.deliver(frame)
+    assert line.is_cut
+
+
 @pytest.mark.parametrize("step", [3600.0, -3600.0])
 def test_a_clock_that_is_set_makes_nothing_later_or_earlier(step: float) -> None:
     line = Line()

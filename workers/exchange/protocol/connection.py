@@ -106,7 +106,7 @@ class Connection:
     def _send_data(self, text: bytes) -> None:
         self._lateness.hold(text, self._age)
         self._release(self._age)
-        self._bound_waiting(self._lateness.size)
+        self._bound_waiting()
 
     def _release(self, until: float) -> None:
         for text in self._lateness.take_due(until):
@@ -124,8 +124,8 @@ class Connection:
         self._transport.wake()
         self._bound_waiting()
 
-    def _bound_waiting(self, held: int = 0) -> None:
-        if self.waiting + held > self._faults.number("slow_reader", MAX_WAITING):
+    def _bound_waiting(self) -> None:
+        if self.waiting + self._lateness.size > self._faults.number("slow_reader", MAX_WAITING):
             self.cut("connection_too_slow")
 
     def close(self, code: int, reason: str) -> None:
