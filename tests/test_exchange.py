@@ -337,7 +337,7 @@ async def test_the_account_orders_and_cancel_on_disconnect(url: str) -> None:
         async with connect(url) as trader:
             await trader.log_in()
             kept = await place(trader)
-            await trader.ask("private/cancel", order_id=kept)
+            assert (await trader.ask("private/cancel", order_id=kept))["result"]["order_state"] == "cancelled"
             assert (await trader.ask("private/cancel", order_id=kept))["error"]["code"] == 11044
             assert (await trader.ask("private/enable_cancel_on_disconnect"))["result"] == "ok"
             state = await trader.ask("private/get_cancel_on_disconnect")
