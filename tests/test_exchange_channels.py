@@ -180,6 +180,7 @@ def test_tickers_of_every_kind_have_their_own_members(practice: str) -> None:
     assert not {"greeks", "funding_8h"} & set(ticker[dated])
     assert {"implied_bid", "implied_ask", "combo_state"} <= set(ticker[spread])
     assert "volume_usd" not in ticker[spot]["stats"]
+    assert {name for name in names if "settlement_price" in ticker[name]} == {option, dated, spread}
     assert all(set(t) >= TICKER for t in ticker.values())
 
 
@@ -266,7 +267,11 @@ async def test_users_channels_tell_of_orders_trades_changes_and_the_portfolio(pr
         change = (await client.wait_data(changes))[0]
         assert set(change) == {"instrument_name", "trades", "orders", "positions"}
         assert change["orders"][0]["order_id"] == change["trades"][0]["order_id"]
-        assert (await client.wait_data(money, 2))[0]["currency"] == "BTC"
+        portfolio = (await client.wait_data(money, 2))[0]
+        assert portfolio["currency"] == "BTC"
+        assert {"equity", "delta_total_map", "options_gamma_map", "options_theta_map", "options_vega_map"} <= set(
+            portfolio
+        )
 
 
 @in_loop
@@ -296,6 +301,7 @@ async def test_instruments_are_listed_and_expire_during_the_run() -> None:
             )
             assert last[-1]["estimated_delivery_price"] == "expired"
             assert last[-1]["delivery_price"] > 0
+            assert "settlement_price" not in last[-1]
             assert last[-1]["best_bid_price"] == last[-1]["best_ask_amount"] == 0.0
             empty: dict[str, Any] = {"bids": {}, "asks": {}}
             await client.wait(lambda: check_chain(client.data(f"book.{name}.100ms")) == empty, "the emptied book")

@@ -100,6 +100,7 @@ class Account:
             "initial_margin": margin, "maintenance_margin": round(margin / 2, 8), "projected_initial_margin": margin,
             "projected_maintenance_margin": round(margin / 2, 8), "delta_total": delta, "projected_delta_total": delta,
             "delta_total_map": {index: delta} if delta else {}, **dict.fromkeys(zeros, 0.0),
+            "options_gamma_map": {}, "options_theta_map": {}, "options_vega_map": {},
             "margin_model": "segregated_sm",
             "portfolio_margining_enabled": False, "cross_collateral_enabled": False,
         }  # fmt: skip

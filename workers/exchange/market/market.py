@@ -271,7 +271,6 @@ class Market:
         book = self.books[name]
         changes = [book.set_level(side, tick, 0) for side in (BID, ASK) for tick in list(book.sides[side])]
         self._stamp(instrument, book)
-        self.days[name].settlement_price = self.index_price(instrument.index)
         events.append(Event(instrument, self.now, changes, state="settlement"))
         self.catalogue.retire(instrument)
         self._weigh()

@@ -39,7 +39,7 @@ def describe_ticker(market: Market, of: Instrument) -> Data:
     ticker: dict[str, Any] = {"timestamp": market.now, "state": of.state}
     ticker |= {"stats": _describe_stats(market, of), "index_price": index, "instrument_name": of.name}
     ticker |= {"last_price": day.last_price}
-    if day.settlement_price:
+    if day.settlement_price and not closed and of.kind != "spot":
         ticker["settlement_price"] = day.settlement_price
     band = max(abs(mark) * 0.015, of.tick * 50)
     ticker |= {"min_price": _to_tick(of, mark - band), "max_price": _to_tick(of, mark + band)}
@@ -142,17 +142,16 @@ def describe_summary(market: Market, of: Instrument) -> Data:
     bid, ask = ticker["best_bid_price"] or None, ticker["best_ask_price"] or None
     stats = ticker["stats"]
     row = {
-        "volume": stats["volume"], "volume_usd": stats.get("volume_usd"), "quote_currency": of.row["quote_currency"],
+        "volume": stats["volume"], "quote_currency": of.row["quote_currency"],
         "price_change": stats["price_change"], "open_interest": ticker["open_interest"],
         "mark_price": ticker["mark_price"],
         "mid_price": round((bid + ask) / 2, 6) if bid and ask else None, "low": stats["low"], "high": stats["high"],
         "last": ticker["last_price"], "instrument_name": of.name, "estimated_delivery_price": ticker["index_price"],
         "creation_timestamp": market.now, "bid_price": bid, "ask_price": ask, "base_currency": of.base,
     }  # fmt: skip
-    for key in ("mark_iv", "underlying_price", "underlying_index", "interest_rate", "funding_8h", "current_funding"):
-        if key in ticker:
-            row[key] = ticker[key]
-    return row
+    optional = ("mark_iv", "underlying_price", "underlying_index", "interest_rate", "funding_8h", "current_funding")
+    known = ticker | stats
+    return row | {key: known[key] for key in ("volume_usd", *optional) if key in known}
 
 
 def describe_perpetual(market: Market, of: Instrument) -> Data:
