@@ -6,7 +6,17 @@ from typing import Any
 
 from collector.channels import guess_expiry
 from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
-from workers.deribit.publishing.ledger import EPOCH, HAS_ENDED, LAST_TS, MAX_NAMES, NEWEST, Entry, Ledger
+from workers.deribit.publishing.ledger import (
+    EPOCH,
+    HAS_ENDED,
+    HEARD,
+    LAST_TS,
+    MAX_NAMES,
+    NEWEST,
+    UNHEALED,
+    Entry,
+    Ledger,
+)
 from workers.deribit.publishing.payloads import Book, Gap, Payload, Status
 from workers.deribit.publishing.pub import Route
 
@@ -203,10 +213,15 @@ class Topics:
         return recalled
 
     def _wind_back(self, stream: Stream, entry: Entry) -> None:
-        """Trades from a little before the last one are said again: the earlier life may have taken them along."""
-        repeat_from = entry.last_id - REPEATS + 1
-        stream.last_id = max(1, entry.first_id, min(repeat_from, entry.unhealed or entry.last_id)) - 1
+        """Trades from a little before the last one are said again, unless they are surely out: the earlier life may
+        have taken them along. So may the next one what this one is to say again.
+        """
+        is_out = not entry.unhealed and self.ledger.cells[HEARD] - entry.last_ts > SURE * 1e9
+        repeat_from = entry.last_id + 1 - (0 if is_out else REPEATS)
+        stream.last_id = max(1, entry.first_id, min(repeat_from, entry.unhealed or repeat_from)) - 1
         stream.reached = entry.last_id
+        if not is_out:
+            self.ledger.lower(stream.slot, UNHEALED, stream.last_id + 1)
         if entry.begun >= max(1, repeat_from):  # that the exchange counts anew must be found, and told, again
             stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
