@@ -189,7 +189,6 @@ class Topics:
         stream.slot, left.slot = left.slot, 0
         self.ledger.clear(stream.slot)
         self.ledger.cells[stream.slot + EPOCH] = stream.epoch
-        self._left.pop(left, None)
         left.is_left = False
         return stream
 
