@@ -491,8 +491,8 @@ def test_trades_that_are_given_up_while_the_last_are_fetched_are_not_said_to_be_
             worker.healer.end(feed)
         else:
             worker.client.reconciler.subscriptions.drop([TRADES])
-            worker.healer._under_way.clear()  # all has come meanwhile
-            worker.healer._rested.set()
+        worker.healer._under_way.clear()  # all has come meanwhile
+        worker.healer._rested.set()
         await ending
 
     with living(tmp_path, TRADES, fresh=True) as worker:

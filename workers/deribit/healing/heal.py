@@ -83,7 +83,7 @@ class Healer:
         """Heal these, and wait until nothing more can be had of what they lack."""
         for feed in feeds:
             self.heal(feed)
-        while any(feed in self._under_way and not feed.is_ended for feed in feeds):
+        while not self._under_way.isdisjoint(feeds):
             self._rested.clear()
             await self._rested.wait()
 
@@ -93,7 +93,7 @@ class Healer:
         feed.changed = False
         try:
             await self._carry_out(feed, healing)
-            if feed.changed and not feed.is_ended:  # what was fetched shows that more is missing
+            if feed.changed:  # what was fetched shows that more is missing
                 self.heal(feed)
         except (Lost, NotConnected, TimeoutError) as error:
             log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
@@ -116,7 +116,6 @@ class Healer:
         """Nobody asks for this channel any more: what came is all that comes; say what is not known to have come."""
         for stream, message in feed.end(feed in self._under_way, self._client.read_clock()):
             self._publisher.say(stream, message)
-        self._rested.set()
 
     def _say_repairs(self, feed: TradeFeed, healed: Healed) -> None:
         for message in healed.tape.end_healing(healed.holes, self._client.read_clock()):
