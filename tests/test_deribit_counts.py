@@ -28,7 +28,7 @@ from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.holes import Hole
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import PAUSES, Ask, Healed, Page, heal_feed
-from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, Ledger
+from workers.deribit.publishing.ledger import FIRST, HEARD, LAST_ID, LAST_TS, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
 
@@ -478,6 +478,18 @@ def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
     later = Life(tmp_path, is_first=False)
     assert later.take((400, 2990)) == [("restart", first, 399), 400]
     later.ledger.close()
+
+
+def test_what_could_not_be_said_again_is_left_to_the_life_after_the_next(life: Life, tmp_path: Path) -> None:
+    """The exchange does not have it now; and the connection stood for long enough for all else to be out."""
+    later = Life(tmp_path, is_first=False)
+    assert later.heal() == []
+    later.tape.note_out()
+    later.ledger.cells[HEARD] = START * MS
+    later.ledger.close()
+    last = Life(tmp_path, is_first=False)
+    assert last.take((104, 30)) == [("restart", 101, 103), 104]
+    last.ledger.close()
 
 
 def test_a_later_life_goes_on_with_the_latest_doubt_and_not_with_one_that_is_over(life: Life, tmp_path: Path) -> None:

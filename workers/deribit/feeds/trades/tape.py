@@ -301,5 +301,7 @@ class Tape:
         cells, slot = self.topics.ledger.cells, self.stream.slot
         unhealed = [hole.first for hole in self.holes if hole.gap is not None]
         unhealed += [min(hole.came) for hole in self.holes if hole.gap is None and hole.came]
+        if self.stream.last_id < self.stream.reached:  # not all that is to be said again has come
+            unhealed.append(self.stream.last_id + 1)
         cells[slot + UNHEALED] = min(unhealed, default=0)
         self.note_doubt()
