@@ -1088,15 +1088,28 @@ def lose_after_trade(topics: Topics, name: str) -> tuple[TradeFeed, Line]:
     return feed, line
 
 
-def test_our_clock_may_be_set_back_while_the_connection_is_lost(topics: Topics) -> None:
-    """It was an hour ahead: a loss by that clock was an hour earlier by the exchange's."""
-    hour = 3_600_000_000_000
+@pytest.mark.parametrize(("later", "offset", "earlier"), [(-3599, 0, -3600), (7200, -3600, 0)])
+def test_our_clock_may_be_set_around_a_loss(topics: Topics, later: int, offset: int, earlier: int) -> None:
+    """It was an hour ahead, and is set back during the loss; or was set ahead before it. All in seconds."""
     feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
     feed.losses.confirm(START)
     feed.lose("disconnect", START)
-    first = next(heal_feed(feed, START - hour + SECOND, 0, -hour))
+    first = next(heal_feed(feed, START + later * SECOND, offset * SECOND, earlier * SECOND))
     assert isinstance(first, Ask)
-    assert START - hour - 10 * SECOND < first.params["start_timestamp"] * MS < START - hour
+    assert START - 3610 * SECOND < first.params["start_timestamp"] * MS < START - 3600 * SECOND
+
+
+def test_of_two_losses_that_are_healed_together_the_first_says_since_when(topics: Topics) -> None:
+    """The answers to what was asked after the first one went with the connection."""
+    feed, line = lose_after_trade(topics, "BTC-27MAR27-90000-C")
+    last = START + 60 * SECOND
+    trade = replace(make_option_trade("BTC-27MAR27-90000-C", 6), timestamp=last // MS)
+    ((stream, _), *_) = feed.take(line.encode([msgspec.to_builtins(trade)]), last)
+    stream.last_ts = last
+    feed.lose("disconnect", last + SECOND)
+    first = next(heal_feed(feed, last + 2 * SECOND, 0))
+    assert isinstance(first, Ask)
+    assert first.params["start_timestamp"] * MS < START
 
 
 @pytest.mark.parametrize("channel", ["trades.option.BTC.raw", "trades.BTC-27MAR27-90000-C.raw"])

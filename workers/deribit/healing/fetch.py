@@ -125,7 +125,7 @@ def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None)
             # What a quiet tail, or a new instrument or count, may lack is known only by time: until then it stays open.
             ripe = [hole for hole in tape.holes if hole.is_bounded or losses.lost_from is None]
             tried.update(ripe if pause == PAUSES[0] else ())
-            if answered and not tape.lacks_more(tails):
+            if not tape.lacks_more(tails):
                 yield Healed(tape, ripe)
             elif pause == PAUSES[-1]:
                 yield Healed(tape, [hole for hole in ripe if hole in tried])
@@ -134,7 +134,7 @@ def _fetch_numbers(feed: TradeFeed, theirs: int, tails: bool, since: int | None)
 def _leave_to_numbers(feed: TradeFeed) -> int | None:
     """End the loss of a single instrument whose trades are numbered: these show what is missing; say since when."""
     losses = feed.losses
-    if losses.lost_from is None or not (feed.channel.instrument and all(t.is_numbered for t in feed.tapes.values())):
+    if not (feed.channel.instrument and all(tape.is_numbered for tape in feed.tapes.values())):
         return None
     since = losses.lost_from
     losses.end()

@@ -167,7 +167,7 @@ class TradeFeed(Feed):
         `is_healing`: not all that it may lack has been asked for.
         """
         losses = self.losses
-        is_unfinished = is_healing or losses.lost_from is not None or not losses.is_checked
+        is_unfinished = is_healing or not losses.is_checked
         self.is_ended = True
         losses.begin_healing(now)  # no other healing follows
         losses.end(is_whole=False)

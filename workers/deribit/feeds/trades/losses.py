@@ -34,7 +34,7 @@ class Losses:
         """
         if not self.is_sent:
             if self.healed_to:
-                self.away_from = min(self.away_from or self.healed_to, self.healed_to)
+                self.away_from = self.healed_to
                 self.add_since(self.healed_to)
             if self._begun_at:  # the healing under way fetches nothing newer
                 self.newer_from = min(self.newer_from or self._begun_at, self._begun_at)
