@@ -324,7 +324,8 @@ class Exchange:
         self.pipe.clear()
         for line in self.lines:
             for name in line.instruments if line.family == "trades" else ():
-                self._show(line.name_topic(name), max(self.truth.trades[name], default=0))
+                known = self.truth.trades[name].keys() - self.truth.lost[name]
+                self._show(line.name_topic(name), max(known, default=0))
         for line in self.subscribed:
             line.held = None
         self.subscribed.clear()
