@@ -99,7 +99,7 @@ class Patrol:
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
-            if self._client.machine.state == "live":
+            if self._client.is_live:
                 self._judge_lag(time.monotonic_ns())
                 self._judge_whole(time.monotonic_ns())
             self._statuses.repeat_others(second % REPEAT)
@@ -112,7 +112,7 @@ class Patrol:
             feeds = [feed for name in names[start : start + SLICE] if (feed := self._feeds.get(name)) is not None]
             with self._publisher.gather():
                 self._statuses.repeat(feeds, part)
-                if self._client.machine.state == "live":
+                if self._client.is_live:
                     self._tell_lag(feeds)
                     now = time.monotonic_ns()
                     silent += self._judge_feeds(feeds, now)
@@ -124,7 +124,7 @@ class Patrol:
         if silent and self._may_ask_for_life():
             # Aside: the answer may be long in coming, and heartbeats may not wait.
             self._client.spawn(self._tell_silent(silent))
-        if part == 0 and self._client.machine.state == "live":
+        if part == 0 and self._client.is_live:
             self._take_up_early()
 
     def _forget_expired(self) -> None:
