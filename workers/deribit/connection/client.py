@@ -242,15 +242,16 @@ class Client:
         while self.machine.state != "failed":
             try:
                 await self._run_session()
-            except (Lost, NotConnected) as error:
-                await self._back_off(str(error), error.raw if isinstance(error, Lost) else None)
+            except Lost as error:
+                await self._back_off(error)
             except Refused as error:
                 self._fail("refused", error.exit, str(error))
 
-    async def _back_off(self, reason: str, raw: dict[str, Any] | None) -> None:
+    async def _back_off(self, loss: Lost) -> None:
+        reason = str(loss)
         pause = self._not_before - time.monotonic()
         wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
-        self.last_error = raw or wanted or {"message": reason}
+        self.last_error = loss.raw or wanted or {"message": reason}
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
         if self.attempts >= self.retry_count:

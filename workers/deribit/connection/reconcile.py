@@ -12,7 +12,7 @@ from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import NEVER, Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, Call, Subscriptions
 from workers.deribit.connection.together import do_together
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
+from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
@@ -115,8 +115,8 @@ class Reconciler:
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
             await self._take_error(call, error)
-        except (TimeoutError, NotConnected) as error:
-            raise Lost(f"{call.method} was not answered ({type(error).__name__})") from None
+        except TimeoutError:
+            raise Lost(f"{call.method} was not answered in time") from None
         else:
             self._take_answer(call, answered)
         finally:

@@ -142,5 +142,5 @@ class Traffic:
 
     async def _answer_test(self) -> None:
         """Deribit closes the connection (4000) when a test_request stays unanswered; nothing may hold this up."""
-        with suppress(ExchangeError, Lost, NotConnected, TimeoutError):
+        with suppress(ExchangeError, Lost, TimeoutError):
             await self.send("public/test")

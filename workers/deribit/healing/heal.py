@@ -23,7 +23,7 @@ from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import SURE
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, find_reaction
+from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, find_reaction
 
 log = logging.getLogger("deribit")
 
@@ -95,7 +95,7 @@ class Healer:
             await self._carry_out(feed, healing)
             if feed.changed:  # what was fetched shows that more is missing
                 self.heal(feed)
-        except (Lost, NotConnected, TimeoutError) as error:
+        except (Lost, TimeoutError) as error:
             log.info("healing of %s goes on after the next bootstrap: %s", feed.channel.name, error)
             self.heal(feed)
 

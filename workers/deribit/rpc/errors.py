@@ -39,8 +39,8 @@ class Refused(Exception):
         return str(self.args[0])
 
 
-class NotConnected(Exception):
-    """The connection is not live just now."""
+class NotConnected(Lost):
+    """The connection is not live just now: nothing was sent."""
 
 
 class ExchangeError(Exception):

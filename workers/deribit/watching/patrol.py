@@ -20,7 +20,7 @@ from workers.deribit.publishing.ledger import HEARD
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
-from workers.deribit.rpc.errors import ExchangeError, Lost, NotConnected, Reaction, Refused, find_reaction
+from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import LAST_DATA, REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
@@ -284,7 +284,7 @@ class Patrol:
             status = await self._client.send("public/status")
         except ExchangeError as error:
             return find_reaction(error.code) is not Reaction.BACK_OFF  # that is: not now, not for anybody
-        except (TimeoutError, Lost, NotConnected):
+        except (TimeoutError, Lost):
             return False
         return not (isinstance(status, dict) and str(status.get("locked", "")).lower() == "true")
 
@@ -325,14 +325,14 @@ class Patrol:
         # Else a snapshot has come unasked, or the channel was taken up anew: to leave now would lose changes.
         broken = [feed for feed in gathered if not feed.is_complete and self._is_current(feed)]
         self.resyncs += len(broken)
-        with suppress(Lost, Refused, NotConnected):
+        with suppress(Lost, Refused):
             await self._client.reconciler.unsubscribe_once([feed.channel.name for feed in broken])
         for feed in broken:
             if feed.is_complete and self._is_current(feed):
                 # One came unasked before the exchange let go of the channel: what changes from then on is lost.
                 feed.lose("sequence", time.time_ns())
                 self._statuses.tell(feed, "recovering", "sequence")
-        with suppress(Lost, Refused, NotConnected):  # then the next connection brings the snapshots
+        with suppress(Lost, Refused):  # then the next connection brings the snapshots
             await self._client.reconciler.reconcile()
 
     def _is_current(self, feed: Feed) -> bool:
