@@ -521,6 +521,21 @@ async def test_what_it_says_is_not_shown_where_it_may_repeat_a_secret(target: st
     assert await hear_refusal(answer, "ws://HOST/", {}) == f"{REFUSED}: HUNTER2"
 
 
+@pytest.mark.parametrize(
+    ("asked", "pause"),
+    [
+        (b"7", 7), (b" 0300 ", 300), (b"86400", 300), (b"0", 0), (b"-1", 0), (b"1.5", 0), (b"1_0", 0), (b"", 0),
+        (b"inf", 0), (b"9" * 5000, 0), ("\u0663".encode(), 0), (b"Fri, 31 Dec 2100 23:59:59 GMT", 0),
+    ],
+)  # fmt: skip
+@in_loop
+async def test_a_refusal_says_how_long_it_wants_to_be_left_alone(asked: bytes, pause: int) -> None:
+    answer = b"text/plain\r\nRetry-After: " + asked + b"\r\nContent-Length: 4\r\n\r\nbusy"
+    hint = f" (no other attempt for {pause} s)" if pause else ""
+    assert await hear_refusal(answer, "ws://HOST/", {}) == f"{REFUSED}{hint}: busy"
+    assert await hear_refusal(answer, "ws://HOST/?key=hunter2", {}) == f"{REFUSED}{hint}"
+
+
 async def hear_refusal(answer: bytes, target: str, headers: dict[str, str]) -> str:
     """What is told of a server that refuses the upgrade so."""
 
@@ -719,6 +734,30 @@ async def test_a_pause_that_the_exchange_wants_is_made_before_the_next_attempt(p
         client.cut("the test wants it so")
         await wait_for(lambda: len(ear.find("connecting")) == 2, "the next attempt")
         assert float(ear.find("connecting")[1].split()[-2]) > 0.5
+
+
+@in_loop
+async def test_who_refuses_the_upgrade_is_left_alone_for_as_long_as_it_says() -> None:
+    """Also after the last attempt; and those who are refused together do not come back together."""
+    asked_at: list[float] = []
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked_at.append(time.monotonic())
+        writer.write(b"HTTP/1.1 429 No\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with connected(url, live=False, retry_count=2, retry_delay=0.4) as (client, ear):
+            with pytest.raises(Lost, match="2 attempts in a row came to nothing"):
+                await client.connect()
+    asked_at.append(time.monotonic())
+    assert [after - before >= 1.0 for before, after in pairwise(asked_at)] == [True, True]
+    said = "(32 connections are allowed from one address; no other attempt for 1 s)"
+    assert [said in reason for reason in ear.find("backoff")] == [True, True]
+    assert [1.19 < float(reason.split()[-2]) < 1.41 for reason in ear.find("connecting")[1:]] == [True]
+    assert said in client.last_error["message"]
 
 
 def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:

@@ -248,9 +248,9 @@ class Client:
                 self._fail("refused", error.exit, str(error))
 
     async def _back_off(self, loss: Lost) -> None:
-        reason = str(loss)
-        pause = self._not_before - time.monotonic()
+        reason, pause = str(loss), self._not_before - time.monotonic()
         wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
+        pause = max(pause, loss.pause)
         self.last_error = loss.raw or wanted or {"message": reason}
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
@@ -260,7 +260,8 @@ class Client:
             return self._fail("exhausted", Exit.GAVE_UP, f"{tries} came to nothing, the last: {reason}")
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
-        delay = max(pause, backoff_delay(max(1, self.attempts), first, random.random()))
+        # What a pause is wanted of comes back spread, too.
+        delay = max(pause, 0.0) + backoff_delay(max(1, self.attempts), first, random.random())
         await asyncio.sleep(delay)
         self._apply("retry", f"attempt {self.attempts + 1} of {self.retry_count}, after {delay:.2f} s")
 

@@ -4,6 +4,7 @@ Text goes out; frames come in by all that was read from the system together, in 
 """
 
 import asyncio
+import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any, Self
@@ -20,6 +21,9 @@ CLOSE_TIMEOUT = 1.0
 
 WORDS, WORDS_TIMEOUT = 200, 0.5
 """Bytes of a refusal's body that are shown, and seconds that they get to come."""
+
+LONGEST_PAUSE = 300
+"""Seconds: a refusal that asks for a longer pause is obeyed for so long."""
 
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
@@ -211,8 +215,16 @@ def _is_bare(url: str, headers: Mapping[str, str]) -> bool:
 async def _tell_refusal(response: aiohttp.ClientResponse, words: str = "") -> None:
     """Raise Lost for an answer that is no upgrade."""
     if response.status != 101:
-        hint = " (32 connections are allowed from one address)" if response.status == 429 else ""
-        raise Lost(f"HTTP {response.status} instead of a WebSocket{hint}{': ' if words else ''}{words}")
+        pause = _parse_pause(response.headers.get("Retry-After", ""))
+        hints = ["32 connections are allowed from one address"] if response.status == 429 else []
+        hints += [f"no other attempt for {pause} s"] if pause else []
+        hint = f" ({'; '.join(hints)})" if hints else ""
+        raise Lost(f"HTTP {response.status} instead of a WebSocket{hint}{': ' if words else ''}{words}", pause=pause)
+
+
+def _parse_pause(said: str) -> int:
+    """The seconds of a Retry-After; 0 where it is no number: a date is by a clock that may be wrong."""
+    return min(LONGEST_PAUSE, int(said)) if re.fullmatch("[0-9]{1,9}", said) else 0
 
 
 async def _explain_refusal(response: aiohttp.ClientResponse) -> None:

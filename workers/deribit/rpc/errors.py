@@ -21,11 +21,15 @@ MAX_INT = 1 << 63
 
 
 class Lost(Exception):
-    """The connection cannot go on, but another attempt may. `raw` is the exchange's own error, if that ended it."""
+    """The connection cannot go on, but another attempt may, after `pause` seconds at the least.
 
-    def __init__(self, message: str, raw: dict[str, Any] | None = None) -> None:
+    `raw` is the exchange's own error, if that ended it.
+    """
+
+    def __init__(self, message: str, raw: dict[str, Any] | None = None, pause: float = 0.0) -> None:
         super().__init__(message)
         self.raw = raw
+        self.pause = pause
 
 
 class Refused(Exception):
