@@ -164,6 +164,22 @@ async def test_with_a_login_data_come_where_nothing_is_public(practice: str) -> 
         assert (client.attempts, client.reconnects) == (1, 0)
 
 
+@pytest.mark.parametrize("code", [13009, 13778, 10000])
+@in_loop
+async def test_a_channel_that_was_judged_before_the_login_is_asked_for_again(code: int) -> None:
+    """It was asked for in the same breath, and its answer came after that of the login."""
+    seen: list[str] = []
+
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        seen.extend(key for key in ("grant_type", "channels") if key in params)
+        return {"error": {"code": code, "message": "no login"}} if "channels" in params and number == 1 else None
+
+    async with scripted("public/", answer) as url, connected(url, login=LOGIN, channels=[QUOTE]) as (client, ear):
+        assert seen == ["grant_type", "channels", "channels"]
+        assert (ear.confirmed, ear.refused) == ([QUOTE], {})
+        assert (client.attempts, client.reconnects) == (1, 0)
+
+
 @in_loop
 async def test_who_asks_while_the_login_is_under_way_does_not_cost_private_channels(practice: str) -> None:
     """As a book does that breaks just then: it asks for all that is missing."""

@@ -111,10 +111,11 @@ class Reconciler:
                 self._end_call(call)
 
     async def _see_through(self, call: Call) -> None:
+        awaited_login = self._session.awaits_login  # it may be judged before the login, though answered after it
         try:
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
-            await self._take_error(call, error)
+            await self._take_error(call, error, awaited_login)
         except TimeoutError:
             raise Lost(f"{call.method} was not answered in time") from None
         else:
@@ -145,7 +146,7 @@ class Reconciler:
             async with self._turn:  # calls keep their order
                 await pay(self.credits, SUBSCRIBE_COST)
 
-    async def _take_error(self, call: Call, error: ExchangeError) -> None:
+    async def _take_error(self, call: Call, error: ExchangeError, awaited_login: bool) -> None:
         said = f"{call.method}: {error}"
         match find_reaction(error.code):
             case Reaction.BANNED:
@@ -156,7 +157,7 @@ class Reconciler:
                 await self._put_off(call, error)  # it can wait, and is worth no connection
             case Reaction.BACK_OFF | Reaction.LOCK_OUT:
                 raise Lost(said, error.told)
-            case Reaction.LOG_IN | Reaction.REFRESH if self._session.awaits_login:
+            case Reaction.LOG_IN | Reaction.REFRESH if awaited_login:
                 await self._put_off(call, error)
             case Reaction.LOG_IN | Reaction.REFRESH if self._has_login_died(call):
                 raise Lost(f"the login is not known any more: {said}", error.told)
