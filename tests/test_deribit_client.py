@@ -133,7 +133,7 @@ async def test_a_wrong_clock_of_this_host_is_told_once_and_so_is_its_end(
             client.cut("the test wants it so")
             await wait_for(lambda: len(list_told()) == 2, "the end of it")
     wrong, right = list_told()
-    assert re.fullmatch(rf"the clock of this host is [5-8]\.\d s {side} the exchange's", wrong)
+    assert re.fullmatch(rf"the clock of this host is [5-8]\.\d s {side} the exchange's: one is wrong", wrong)
     assert right == "the clock of this host agrees with the exchange's again"
 
 

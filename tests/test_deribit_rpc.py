@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import re
 import time
 from typing import Any
 
@@ -320,8 +321,10 @@ def test_an_answer_about_the_time_that_came_late_does_not_spoil_what_is_known() 
     asyncio.run(run())
 
 
-def test_a_clock_that_was_wrong_is_told_to_agree_once_that_is_sure(caplog: pytest.LogCaptureFixture) -> None:
-    answers = [(1200, 0.0), (1200, 0.6), (0, 0.0)]
+def test_a_wrong_clock_is_told_again_once_it_has_changed_and_to_agree_once_that_is_sure(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    answers = [(1200, 0.0), (1200, 0.6), (0, 0.0), (-2200, 0.0), (-3000, 0.0), (-3500, 0.0), (0, 0.0)]
 
     async def answer_time(method: str, params: dict[str, Any] | None) -> Any:
         ahead, wait = answers.pop(0)
@@ -339,7 +342,9 @@ def test_a_clock_that_was_wrong_is_told_to_agree_once_that_is_sure(caplog: pytes
         return counts
 
     with caplog.at_level(logging.INFO, "deribit"):
-        assert asyncio.run(measure_each()) == [1, 1, 2]
+        assert asyncio.run(measure_each()) == [1, 1, 2, 3, 3, 4, 5]
+    heard = [re.findall(r"1\.2 s behind|[23]\.\d s ahead of|agrees", line) for line in caplog.messages]
+    assert heard == [["1.2 s behind"], ["agrees"], ["2.2 s ahead of"], ["3.5 s ahead of"], ["agrees"]]
 
 
 # -- tables -----------------------------------------------------------------------------------------------------------

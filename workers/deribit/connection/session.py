@@ -33,7 +33,7 @@ DRIFT = 100e-6
 passed over: an answer that waited behind late data would hide half of how late they are."""
 
 OFF = 1_000_000_000
-"""What our clock and the exchange's may differ by (ns) before it is told."""
+"""What our clock and the exchange's may differ by (ns), and by how much that may change, before it is told (again)."""
 
 INVALID_CREDENTIALS = 13004
 """Never to be repeated when id and secret were sent; but a signature whose time is off may be answered so, too."""
@@ -86,7 +86,7 @@ class Session:
         self._error = 0
         self._synced_at: int | None = None  # by the steady clock, on this connection
         self.earlier_offset: int | None = None
-        self._is_off = False
+        self._told_offset = 0  # 0: none, or that they agree
 
     @property
     def logged_in(self) -> bool:
@@ -218,12 +218,12 @@ class Session:
             self._tell_clock()
 
     def _tell_clock(self) -> None:
-        """Our clock stands in each `receive_ts`: whoever reads them must know where it is wrong."""
-        offset, error = abs(self.measured_offset), self._error
-        if not self._is_off and offset - error > OFF:
-            self._is_off = True
-            side = "ahead of" if self.measured_offset < 0 else "behind"
-            log.warning("the clock of this host is %.1f s %s the exchange's", offset / 1e9, side)
-        elif self._is_off and offset + error < OFF:  # between the two it may be either
-            self._is_off = False
+        """Our clock stands in each `receive_ts`: whoever reads them must know by how much it may be off."""
+        offset, error = self.measured_offset, self._error
+        if min(abs(offset), abs(offset - self._told_offset)) - error > OFF:
+            self._told_offset = offset
+            side = "ahead of" if offset < 0 else "behind"
+            log.warning("the clock of this host is %.1f s %s the exchange's: one is wrong", abs(offset) / 1e9, side)
+        elif self._told_offset and abs(offset) + error < OFF:  # between the two it may be either
+            self._told_offset = 0
             log.info("the clock of this host agrees with the exchange's again")
