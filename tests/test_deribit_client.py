@@ -583,17 +583,30 @@ async def test_an_attempt_that_fails_leaves_nothing_open(practice: str) -> None:
     assert told == []
 
 
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (b"HTTP/1.1 403 No\r\nSet-Cookie: key=hunter2\r\n", "the server ended the connection before it answered"),
+        (
+            b"HTTP/1.1 403 No\r\nSet-Cookie: key=hunter2" + b"x" * 9000 + b"\r\n\r\n",
+            f"{NO_ANSWER}: Got more than 8190 bytes when reading",
+        ),
+        (b"HTTP/1.1 403 No\r\nSet-Cookie: key=hunter2\x00\r\n\r\n", f"{NO_ANSWER}: Invalid HTTP header"),
+        (b"key=hunter2\r\n\r\n", f"{NO_ANSWER}: Bad status line"),
+    ],
+    ids=["cut", "long", "broken", "strange"],
+)
 @in_loop
-async def test_an_answer_that_breaks_off_is_not_shown() -> None:
+async def test_an_answer_that_is_none_is_not_shown(answer: bytes, said: str) -> None:
     async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.readuntil(b"\r\n\r\n")
-        writer.write(b"HTTP/1.1 403 No\r\nSet-Cookie: key=hunter2\r\n")
+        writer.write(answer)
         writer.close()
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         with pytest.raises(Lost) as lost:
             await Socket.open(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?key=hunter2", {}, 10.0)
-    assert str(lost.value) == "the server ended the connection before it answered"
+    assert str(lost.value) == said
 
 
 @in_loop

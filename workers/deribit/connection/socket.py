@@ -243,7 +243,8 @@ async def _explain_refusal(response: aiohttp.ClientResponse) -> None:
 def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseException:
     """Lost for what can go wrong with a connection; anything else as it is."""
     if isinstance(error, aiohttp.ClientResponseError):  # its own text would show the URL, and what was received
-        return Lost(f"the answer is no WebSocket's: {error.message.partition(chr(10))[0].rstrip(':')}")
+        words = re.split("[^A-Za-z0-9 -]", error.message)[0]  # what was received stands behind a colon or in quotes
+        return Lost(f"the answer is no WebSocket's: {words.strip()}")
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
         return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
