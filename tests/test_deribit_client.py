@@ -11,6 +11,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -37,6 +38,7 @@ from tests.deribit_support import (
 )
 from tests.exchange_client import exchange
 from tests.support import in_loop
+from workers.actor import new_event_loop
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.session import RENEW_LEAST
 from workers.deribit.connection.socket import Socket
@@ -607,6 +609,24 @@ async def test_an_answer_that_is_none_is_not_shown(answer: bytes, said: str) -> 
         with pytest.raises(Lost) as lost:
             await Socket.open(f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/?key=hunter2", {}, 10.0)
     assert str(lost.value) == said
+
+
+@pytest.mark.parametrize("new_loop", [asyncio.new_event_loop, new_event_loop])
+def test_a_server_that_hangs_up_is_asked_once_an_attempt(new_loop: Callable[[], Any]) -> None:
+    async def hear() -> str:
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            hanging_up = asyncio.create_task(asyncio.to_thread(lambda: listening.accept()[0].close()))
+            with pytest.raises(Lost) as lost:
+                await Socket.open(f"ws://127.0.0.1:{listening.getsockname()[1]}/", {}, 10.0)
+            await hanging_up
+            listening.setblocking(False)
+            with pytest.raises(BlockingIOError):  # the pause before another attempt is for the client to make
+                listening.accept()
+        return str(lost.value)
+
+    with asyncio.Runner(loop_factory=new_loop) as runner:
+        said = runner.run(hear())
+    assert said == "the server ended the connection before it answered" or "reset" in said
 
 
 @in_loop

@@ -132,6 +132,7 @@ class Socket:
             timeout=aiohttp.ClientTimeout(total=None), ws_response_class=Response, auto_decompress=False,
             raise_for_status=_explain_refusal if _is_bare(url, headers) else _tell_refusal, trace_configs=[_STAYING],
         )  # fmt: skip
+        session._retry_connection = False  # else a server that hangs up is asked twice at once
         try:
             async with asyncio.timeout(timeout):
                 return cls(session, await _connect(session, url, headers))
@@ -248,7 +249,8 @@ def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseExce
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
         return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
-    if isinstance(error, aiohttp.ServerDisconnectedError):  # its own text would show what had come of the answer
+    if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError)):
+        # The text of the first would show what had come of the answer, that of the second tells of a closing transport.
         return Lost("the server ended the connection before it answered")
     if isinstance(error, TimeoutError):
         return Lost(f"no connection to {urlsplit(url).netloc.rpartition('@')[2]} within {timeout:g} s")
