@@ -8,6 +8,7 @@ import json
 import logging
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -37,7 +38,7 @@ from tests.deribit_support import (
     wait_for,
 )
 from tests.exchange_client import exchange
-from tests.support import in_loop
+from tests.support import PATIENCE, in_loop
 from workers.actor import new_event_loop
 from workers.deribit import Client, ExchangeError, Login, Lost, NotConnected, Refused
 from workers.deribit.connection.session import RENEW_LEAST
@@ -1029,6 +1030,35 @@ async def test_close_waits_for_the_answer_no_longer_than_the_peer_is_given(pract
         assert socket._socket.close_code == (1006 if "half_open" in faults else 1000)
         assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
         assert client.exit == Exit.STOPPED
+
+
+@pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
+@in_loop
+async def test_a_silent_peer_is_cut_over_tls_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """TLS has a farewell of its own, for which the loops wait half a minute: so long the exchange would count it."""
+    own = make_certificate(tmp_path)
+    monkeypatch.setattr("aiohttp.connector._SSL_CONTEXT_VERIFIED", ssl.create_default_context(cafile=own))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(own)
+    is_closed = threading.Event()
+
+    def serve() -> None:
+        connection, _ = listening.accept()
+        with context.wrap_socket(connection, server_side=True) as secure:
+            secure.sendall(accept_upgrade(secure.recv(10_000)))
+            is_closed.wait(PATIENCE)
+            with socket.socket(fileno=secure.detach()) as plain:  # beneath TLS, where nothing is answered
+                plain.settimeout(10)
+                with suppress(ConnectionResetError):
+                    while plain.recv(10_000):
+                        pass
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        serving = asyncio.create_task(asyncio.to_thread(serve))
+        opened = await Socket.open(f"wss://127.0.0.1:{listening.getsockname()[1]}/", {}, 10.0)
+        await opened.close()
+        is_closed.set()
+        await serving
 
 
 @in_loop

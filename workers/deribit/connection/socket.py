@@ -189,6 +189,8 @@ class Socket:
                 async with asyncio.timeout(CLOSE_TIMEOUT):
                     await self._socket.close()
         finally:  # also where the owner is closed amid this
+            # Over TLS it would wait 30 s more for the last word of a peer that has gone, or read all that is late.
+            self._socket._writer.transport.abort()
             await self._session.close()
 
 
