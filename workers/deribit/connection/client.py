@@ -147,17 +147,14 @@ class Client:
         What waits for credits then is asked for by the upkeep, all in one call; what was sent is seen through.
         """
         if self.is_live:
-            settling = self.spawn(self._settle(channels))
+            settling = self.spawn(self.reconciler.settle(channels))
             try:
                 await asyncio.wait({settling})
             finally:
                 settling.cancel()
             if not settling.cancelled():
-                settling.result()  # raises what the listener raises, which ends the connection too
-
-    async def _settle(self, channels: list[str]) -> None:
-        with suppress(Lost, Refused):  # what came to nothing now is done by the upkeep, or by the next bootstrap
-            await self.reconciler.settle(channels)
+                with suppress(Lost, Refused):  # what came to nothing is done by the upkeep, or the next bootstrap
+                    settling.result()  # raises what the listener raises, which ends the connection too
 
     def get_state(self) -> dict[str, Any]:
         """The connection as it is now; times in ns since 1970, the clock's offset and its error in ns."""
@@ -187,11 +184,12 @@ class Client:
 
         Who gives up waiting for it changes nothing of that.
         """
+        begins = self.machine.allows("close")  # else it is closing, has ended, or has not begun
         try:
-            if self.machine.allows("close"):
+            if begins:
                 self._apply("close", "asked to")
         finally:
-            if self._life is not None and not self._is_closing and self.machine.state == "closing":
+            if self._life is not None and begins:
                 self._life.cancel()
             self._is_closing = True
             if self._life is not None and not self._life.done():
@@ -224,7 +222,9 @@ class Client:
         try:
             await self._stay_until_closed()
         except Exception as error:
-            self._break(error)
+            failure = f"{type(error).__name__}: {error}"
+            self.last_error = {"message": failure}
+            self._fail("broke", Exit.CRASHED, failure)
             raise
 
     async def _stay_until_closed(self) -> None:
@@ -268,11 +268,6 @@ class Client:
     def _fail(self, event: str, code: Exit, failure: str) -> None:
         self.exit, self.failure = code, failure
         self._apply(event, failure)
-
-    def _break(self, error: Exception) -> None:
-        self.exit, self.failure = Exit.CRASHED, f"{type(error).__name__}: {error}"
-        self.last_error = {"message": self.failure}
-        self._apply("broke", self.failure)
 
     async def _run_session(self) -> None:
         self.attempts += 1
@@ -324,6 +319,11 @@ class Client:
             repeat(self.reconciler.keep_up, RECONCILING),
         )
 
+    async def _bootstrap(self) -> None:
+        """Greet, log in, then what needs the login, whatever of the rest is still to be subscribed to."""
+        await self.session.send_first_requests()
+        await do_together(self.session.enable_cancel(), self.reconciler.reconcile())
+
     async def _watch_life(self) -> None:
         live_since = heard = time.monotonic()
         frames = self.traffic.frames
@@ -336,11 +336,6 @@ class Client:
                 frames, heard = self.traffic.frames, now
             if now - heard > 1.5 * self.heartbeat_interval:
                 await self._prove_life(heard)
-
-    async def _bootstrap(self) -> None:
-        """Greet, log in, then what needs the login, whatever of the rest is still to be subscribed to."""
-        await self.session.send_first_requests()
-        await do_together(self.session.enable_cancel(), self.reconciler.reconcile())
 
     async def _prove_life(self, heard: float) -> None:
         """A half-open socket gives no sign at all: ask before it is cut. Raises Lost if there is no answer."""
