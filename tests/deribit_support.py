@@ -107,7 +107,7 @@ async def connected(
 Script = Callable[[dict[str, Any], int], dict[str, Any] | None]
 """What a server answers to params, the n-th (1, 2 ...) of their method: members of the answer, None for the usual.
 
-With `close: True` it closes in the same breath.
+With `close`, the words of a close frame, it closes in the same breath.
 """
 
 
@@ -128,10 +128,10 @@ async def scripted(stem: str, script: Script) -> AsyncIterator[str]:
             seen[method] += 1
             answer = script(params, seen[method]) if method.startswith(stem) else None
             answer = answer or {"result": make_result(method, params)}
-            closes = answer.pop("close", False)
+            words = answer.pop("close", None)
             await socket.send_json({"jsonrpc": "2.0", "id": asked["id"], **answer})
-            if closes:
-                await socket.close()
+            if words is not None:
+                await socket.close(message=words)
         return socket
 
     application = web.Application()

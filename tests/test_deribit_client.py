@@ -246,7 +246,7 @@ async def test_a_no_for_good_counts_also_where_the_exchange_closes_with_it(metho
     settings: dict[str, Any] = {"login": LOGIN._replace(signed=False), "channels": [QUOTE], "retry_count": 2}
 
     def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
-        return {"error": {"code": code, "message": "no"}, "close": True}
+        return {"error": {"code": code, "message": "no"}, "close": b""}
 
     async with scripted(method, refuse) as url, connected(url, live=False, **settings) as (client, ear):
         with pytest.raises(Refused, match=f"{method}: {code}"):
@@ -261,7 +261,7 @@ async def test_a_signature_that_ends_the_connection_is_followed_by_id_and_secret
 
     def refuse(params: dict[str, Any], number: int) -> dict[str, Any] | None:
         grants.append(params["grant_type"])
-        return {"error": {"code": 13004}, "close": True} if grants[-1] == "client_signature" else None
+        return {"error": {"code": 13004}, "close": b""} if grants[-1] == "client_signature" else None
 
     settings: dict[str, Any] = {"login": LOGIN, "retry_count": 3}
     async with scripted("public/auth", refuse) as url, connected(url, **settings) as (client, _):
@@ -277,7 +277,7 @@ async def test_after_a_login_with_id_and_secret_the_next_is_signed_again() -> No
     def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
         grants.append(params["grant_type"])
         refused: dict[str, Any] = {"error": {"code": 13004}}
-        return [refused, refused | {"close": True, "error": {"code": 11094}}, None, None][number - 1]
+        return [refused, refused | {"close": b"", "error": {"code": 11094}}, None, None][number - 1]
 
     settings: dict[str, Any] = {"login": LOGIN, "retry_count": 3}
     async with scripted("public/auth", answer) as url, connected(url, **settings) as (client, _):
@@ -1380,6 +1380,18 @@ async def test_an_error_that_repeats_a_login_is_told_without_its_secret(
         await wait_for(lambda: client.exit, "the end")
         for text in (repr(client.get_state()), caplog.text, repr(ear.states), str(client.failure)):
             assert "hush" not in text
+
+
+@in_loop
+async def test_a_close_that_repeats_a_login_is_told_without_its_secret() -> None:
+    def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
+        return {"close": f"who is {params['client_secret']}?".encode()}
+
+    settings: dict[str, Any] = {"login": Login("somebody", "hunter2", signed=False), "retry_count": 1}
+    async with scripted("public/auth", refuse) as url, connected(url, live=False, **settings) as (client, ear):
+        await wait_for(lambda: ear.find("failed"), "the end")
+        assert ear.find("backoff") == ["closed by the exchange: 1000 who is ***?"]
+        assert client.last_error == {"message": "closed by the exchange: 1000 who is ***?"}
 
 
 @in_loop

@@ -50,7 +50,13 @@ class Traffic:
     async def follow(self) -> None:
         """Take what comes until the end of the socket. Raises Lost, or what the listener raises."""
         assert self._socket is not None
-        await self._socket.follow(self._take)
+        try:
+            await self._socket.follow(self._take)
+        except Lost as error:
+            words = str(error)  # those of a close may repeat a login
+            for secret in self._secrets.values():
+                words = words.replace(secret.decode(), "***")
+            raise Lost(words) from None
 
     async def send(self, method: str, params: dict[str, Any] | None = None, timeout: float | None = None) -> Any:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
