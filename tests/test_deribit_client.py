@@ -327,6 +327,27 @@ async def test_a_refused_renewal_is_a_new_login(practice: str) -> None:
         assert client.reconnects == 0
 
 
+@pytest.mark.parametrize("is_signature_taken", [True, False])
+@in_loop
+async def test_after_a_refused_renewal_the_secret_is_sent_only_where_a_signature_is_refused_too(
+    is_signature_taken: bool,
+) -> None:
+    grants = []
+
+    def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
+        grants.append(params["grant_type"])
+        is_refused = number == 2 or (number == 3 and not is_signature_taken)
+        return {"error": {"code": 13009}} if is_refused else None
+
+    async with scripted("public/auth", answer) as url, connected(url, login=LOGIN) as (client, _):
+        logged_in = client.session.logged_in_at
+        client.session._refresh_at = 0.0
+        await wait_for(lambda: client.session.logged_in_at > logged_in, "the new login")
+        assert client.reconnects == 0
+    assert grants[1:3] == ["refresh_token", "client_signature"]
+    assert grants[3:] == ([] if is_signature_taken else ["client_credentials"])
+
+
 @in_loop
 async def test_tokens_that_are_dead_when_given_do_not_make_it_spin(practice: str) -> None:
     async with connected(practice, "expired_token", live=False, login=LOGIN, channels=[QUOTE]) as (client, ear):

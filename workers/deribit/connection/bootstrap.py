@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from collector import __version__
 
-PLAIN = "client_credentials"
-"""The grant by which the secret itself is sent."""
+PLAIN, SIGNED = "client_credentials", "client_signature"
+"""The grants by which the secret itself is sent, and by which it is not."""
 
 
 class Login(NamedTuple):
@@ -33,20 +33,15 @@ def sign(secret: str, timestamp_ms: int, nonce: str) -> str:
 def build_auth(login: Login, now_ms: int, nonce: str) -> dict[str, Any]:
     """The params of public/auth: by signature, or with id and secret where signing is switched off."""
     if not login.signed:
-        return build_plain(login)
+        return {"grant_type": PLAIN, "client_id": login.client_id, "client_secret": login.client_secret}
     return {
-        "grant_type": "client_signature",
+        "grant_type": SIGNED,
         "client_id": login.client_id,
         "timestamp": now_ms,
         "nonce": nonce,
         "data": "",
         "signature": sign(login.client_secret, now_ms, nonce),
     }
-
-
-def build_plain(login: Login) -> dict[str, Any]:
-    """The params of public/auth with id and secret."""
-    return {"grant_type": PLAIN, "client_id": login.client_id, "client_secret": login.client_secret}
 
 
 def build_refresh(refresh_token: str) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from collector.lifecycle import Exit
 from collector.limits import CALL_COST
 from workers.deribit.connection.bootstrap import (
     PLAIN,
+    SIGNED,
     Login,
     build_auth,
     build_first_requests,
-    build_plain,
     build_refresh,
 )
 from workers.deribit.connection.credits import Pool, pay
@@ -127,11 +127,12 @@ class Session:
 
     async def send_first_requests(self) -> None:
         """Send together what needs no earlier answer. Raises Lost or Refused."""
-        auth = None
-        if self._login is not None:
-            auth = build_auth(self._login, self.read_exchange_clock() // 1_000_000, secrets.token_hex(8))
+        auth = None if self._login is None else self._build_auth(self._login)
         requests = build_first_requests(self._heartbeat_interval, auth)
         await do_together(*(self._take_step(method, params) for method, params in requests.items()))
+
+    def _build_auth(self, login: Login) -> dict[str, Any]:
+        return build_auth(login, self.read_exchange_clock() // 1_000_000, secrets.token_hex(8))
 
     async def enable_cancel(self) -> None:
         """Have orders die with the connection, where that is wanted. It needs the login. Raises Lost or Refused."""
@@ -192,9 +193,10 @@ class Session:
             may_pass = find_reaction(error.code) is Reaction.REFRESH or error.code == INVALID_CREDENTIALS
             if not may_pass or self._login is None or params["grant_type"] == PLAIN:
                 raise
-            # A signature is good for 60 s by the exchange's clock, a token for its life: id and secret always are.
-            self._login = self._login._replace(signed=False)  # for the next, if this one ends now
-            tokens = await self._send("public/auth", build_plain(self._login))
+            # A token is good for its life, a signature for 60 s by the exchange's clock: id and secret always are.
+            if params["grant_type"] == SIGNED:
+                self._login = self._login._replace(signed=False)  # for the next, if this one ends now
+            return await self._log_in(self._build_auth(self._login))
         try:
             life, self._refresh_token = float(tokens["expires_in"]), str(tokens["refresh_token"])
         except (TypeError, KeyError, ValueError, OverflowError):
