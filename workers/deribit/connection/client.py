@@ -248,10 +248,12 @@ class Client:
                 self._fail("refused", error.exit, str(error))
 
     async def _back_off(self, loss: Lost) -> None:
-        reason, pause = str(loss), self._not_before - time.monotonic()
-        wanted = self.last_error if pause > 0 else None  # the exchange ends what it wants a pause of
+        reason, raw, pause = str(loss), loss.raw, self._not_before - time.monotonic()
+        if pause > 0 and raw is None and self.last_error:  # the exchange ends what it wants a pause of
+            raw = self.last_error
+            reason = f"{reason}, after {ExchangeError(raw)}"
+        self.last_error = raw or {"message": reason}
         pause = max(pause, loss.pause)
-        self.last_error = loss.raw or wanted or {"message": reason}
         self.reconnects += self.machine.state == "live"
         self._apply("lost", reason)
         if self.attempts >= self.retry_count:
