@@ -144,8 +144,10 @@ def test_every_error_in_the_log_is_told() -> None:
     rows = read_table(DOCS / "operating.md", "line", "level", "meaning", "what to do")
     told = " ".join(line for line, level, *_ in rows if "error" in level or "critical" in level)
     for path in (path for folder in ("collector", "workers") for path in (REPOSITORY / folder).rglob("*.py")):
-        for text in re.findall(r'log\.(?:error|critical|exception)\(\s*"([^"]*)"', path.read_text()):
-            phrases = re.findall(r"[a-z][a-z' ]*[a-z]", re.sub(r"%[.\d]*[a-z]", "\n", text))
+        for text in re.findall(
+            r'(?:log\.(?:error|critical|exception)\(|_fail\(Exit\.\w+,)\s*f?"([^"]*)"', path.read_text()
+        ):
+            phrases = re.findall(r"[a-z][a-z' ]*[a-z]", re.sub(r"%[.\d]*[a-z]|{.*?}", "\n", text))
             assert not phrases or any(phrase in told for phrase in phrases), f"{path.name}: {text}"
 
 
