@@ -522,16 +522,22 @@ def test_an_instrument_that_ends_while_another_is_left_is_left_after_it(
         assert worker.take_events() == events
 
 
-def test_a_book_is_out_of_step_at_once_where_a_frame_that_names_it_is_no_json(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("frame", "condition"),
+    [(f'{{"channel":"{BOOK}", cut off', ("recovering", "sequence")), ('{"channel":"book.BTC-PE', ("live", ""))],
+)
+def test_a_book_is_out_of_step_at_once_where_a_frame_that_names_it_is_no_json(
+    tmp_path: Path, frame: str, condition: tuple[str, str]
+) -> None:
     async def lose(worker: Worker) -> None:
-        worker.take_malformed(f'{{"channel":"{BOOK}", cut off'.encode(), "no JSON")
+        worker.take_malformed(frame.encode(), "no JSON")
 
     book = {"type": "snapshot", "bids": [], "asks": [], "change_id": 1, "timestamp": 1}
     with living(tmp_path, BOOK, fresh=True) as worker:
         worker.take_frames([encode_data(BOOK, book)], 5)
         (feed,) = worker.feeds.values()
         asyncio.run(lose(worker))
-        assert feed.condition == ("recovering", "sequence")
+        assert (feed.condition, worker.intake.malformed) == (condition, 1)
 
 
 def test_a_book_that_was_given_just_now_is_waited_for_before_it_is_asked_for_anew(tmp_path: Path) -> None:
