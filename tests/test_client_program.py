@@ -145,15 +145,11 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (
-            ("state", "nobody"),
-            1,
-            "collector: unknown_connection: no connection 'nobody'; there are: futures, index (`coll",
-        ),
+        (("state", "nobody"), 1, "collector: unknown_connection: no connection 'nobody'; there are: futures, index\n"),
         (("send", "futures", "private/buy"), 1, "collector: forbidden: "),
-        (("send", "futures", "public/nonsense"), 1, '"code": -32601'),
-        (("send", "futures", "public/test", "{"), 2, "Invalid value for PARAMS: not JSON"),
-        (("send", "futures", "public/test", "[1]"), 2, "a JSON object is needed"),
+        (("send", "futures", "public/nonsense"), 1, "collector: exchange_error: -32601 Method not found\n"),
+        (("send", "futures", "public/test", "{"), 2, "Invalid value for PARAMS: write a JSON object, like '{"),
+        (("send", "futures", "public/test", "[1]"), 2, "(this is a list)\n"),
         (
             ("connect", "futures", "quote.ETH-PERPETUAL", "--url", "ws://127.0.0.1:1/ws/api/v2"),
             1,
@@ -163,7 +159,12 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
         (
             ("connect", "x", "--url", "practice", "--set", "timeout=5000"),
             1,
-            "write 5.0 (any key of the table can be given: --set KEY=VALUE)",
+            "write 5.0\n",
+        ),
+        (
+            ("connect", "x", "trades.BTC-PERPETUAL.raw", "--url", "practice"),
+            1,
+            "or credentials = ... (any key of the table can be given: --set KEY=VALUE)\n",
         ),
         (
             (
@@ -195,7 +196,7 @@ def test_send_prints_the_exchanges_result(control: str) -> None:
         (("connect", "x", "--url", "practice", "--set", f"timeout={10**20}"), 2, "cannot be sent: "),
         (("connect", "x", "--url", "practice", "--set", f"timeout={'[' * 9999}"), 1, "timeout must be a number"),
         (("send", "futures", "public/test", f'{{"a": {10**20}}}'), 2, "cannot be sent: "),
-        (("send", "futures", "public/test", f'{{"a": {"[" * 9999}'), 2, "Invalid value for PARAMS: not JSON"),
+        (("send", "futures", "public/test", f'{{"a": {"[" * 9999}'), 2, "PARAMS: write a JSON object"),
         (("connect", "x", "quote.ETH-PERPETUAL", "--url", "nonsense"), 1, "collector: bad_request: "),
         (("subscribe", "futures"), 2, "Missing argument 'CHANNEL...'"),
         (("tail", "--for", "soon"), 2, "write for example 60s"),
@@ -405,6 +406,13 @@ def test_connections_come_and_go(control: str, tmp_path: Path) -> None:
     state = json.loads(get_output(control, "connect", "extra", "--from", str(file), "--json"))
     assert state["state"] == "live"
     get_output(control, "close", "extra")
+
+
+def test_a_connection_that_is_long_in_coming_is_said_to_be_tried_on(control: str) -> None:
+    done = call(control, "connect", "late", "--url", "practice?faults=slow_open:60", "--timeout", "0.3s")
+    assert done.returncode == 1
+    assert done.stderr.endswith(" still being tried (collector state late shows what comes of it)\n")
+    get_output(control, "close", "late")
 
 
 def test_verify_finds_nothing_wrong_with_a_running_collector(control: str) -> None:

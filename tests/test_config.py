@@ -319,6 +319,10 @@ REFUSED: dict[str, tuple[str, str]] = {
         HEAD + 'channels = ["trade.BTC-PERPETUAL.raw"]',
         "channels: trade.BTC-PERPETUAL.raw: no channels are called trade; did you mean trades?",
     ),
+    "topic": (
+        HEAD + 'channels = ["deribit.trade.BTC-PERPETUAL.100ms"]',
+        "channels: deribit.trade.BTC-PERPETUAL.100ms is a topic; write its channel, as trades.BTC-PERPETUAL.100ms",
+    ),
     "pattern": (
         HEAD + 'channels = ["book.BTC-*.*"]',
         "channels: 'book.BTC-*.*': one part may be a pattern, the instrument; write for example book.BTC-*.100ms",

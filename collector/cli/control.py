@@ -54,9 +54,10 @@ def connect(
     collector connect sol quote.SOL_USDC-PERPETUAL --url wss://www.deribit.com/ws/api/v2
     collector connect options --from configs/deribit.toml      (again, after it was closed or has failed)
     """
-    settings_advice = "" if file else "any key of the table can be given: --set KEY=VALUE"
+    settings_advice = "" if file or settings else "any key of the table can be given: --set KEY=VALUE"
+    state_advice = f"collector state {name} shows what comes of it"
     # A connection that was never live is not kept: no state shows how it is.
-    with exit_on_error(bad_request=settings_advice, not_connected=""):
+    with exit_on_error(bad_request=settings_advice, timeout=state_advice, not_connected=""):
         wanted = {"name": name, "url": url, "publish": publish, "channels": list(channels) or None}
         given = {key: value for key, value in wanted.items() if value is not None}
         further = dict(map(read_setting, settings))
@@ -127,10 +128,11 @@ def send(name: str, method: str, params: str | None, control: str | None, timeou
     """
     try:
         arguments = json.loads(params) if params else None
+        if not isinstance(arguments, dict | None):
+            raise ValueError(f"this is a {type(arguments).__name__}")
     except (ValueError, RecursionError) as error:
-        raise click.BadParameter(f"not JSON ({error})", param_hint="PARAMS") from None
-    if not isinstance(arguments, dict | None):
-        raise click.BadParameter('a JSON object is needed, like {"currency": "BTC"}', param_hint="PARAMS")
+        words = f'write a JSON object, like \'{{"currency": "BTC"}}\' ({error})'
+        raise click.BadParameter(words, param_hint="PARAMS") from None
     with exit_on_error(), Control(control, timeout) as asked:
         print_json(asked.send(name, method, arguments))
 

@@ -1,6 +1,5 @@
 """Options and exits that the reading commands share."""
 
-import json
 import math
 import os
 import re
@@ -18,7 +17,6 @@ from collector.messages import ControlError
 from collector.words import printable
 
 ADVICE = {
-    "unknown_connection": "`collector state` lists the connections",
     "not_connected": "`collector state` shows how it is",
     "expired": "--timeout gives it more time",
     "internal": "see the collector's log",
@@ -150,9 +148,8 @@ def exit_on_error(interrupted: int = INTERRUPTED, **advice: str) -> Iterator[Non
         with exit_unread():
             yield
     except ControlError as error:
-        raw = f" {json.dumps(error.data, default=str)}" if error.data is not None else ""
         cure = (ADVICE | advice).get(error.code) if type(error) is ControlError else ""  # else nobody has heard it
-        fail(f"{error}{raw}" + (f" ({cure})" if cure else ""))
+        fail(str(error) + (f" ({cure})" if cure else ""))
     except ValueError as error:
         fail(str(error), 2)
     except KeyboardInterrupt:

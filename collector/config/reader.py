@@ -28,6 +28,7 @@ from collector.config.urls import check_headers, check_url
 from collector.config.values import Config, Connection, Exchange
 from collector.defaults import default_runtime_dir
 from collector.faults import parse_faults
+from collector.messages import EXCHANGE
 
 MAX_FILE = 16 << 20
 """Bytes of a configuration file."""
@@ -251,8 +252,10 @@ def _check_channels(values: Mapping[str, Any]) -> None:
 
 
 def check_family(name: str) -> None:
-    """Raise ValueError for a channel whose first word is nearly one of Deribit's."""
+    """Raise ValueError for a topic, and for a channel whose first word is nearly one of Deribit's."""
     family = name.partition(".")[0]
+    if family == EXCHANGE:
+        raise ValueError(f"{show(name)} is a topic; write its channel, as trades.BTC-PERPETUAL.100ms")
     if family not in DOCUMENTED and (meant := suggest(family, DOCUMENTED, 0.7)):
         raise ValueError(f"{show(name)}: no channels are called {show(family)}; did you mean {meant}?")
 

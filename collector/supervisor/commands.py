@@ -91,7 +91,7 @@ class Commands:
             async with asyncio.timeout(_count_left(request.deadline)):
                 await keeper.wait_settled()
         except TimeoutError:
-            text = f"{connection.name} is not live yet ({keeper.state}), still being tried (see get_state)"
+            text = f"{connection.name} is not live yet ({keeper.state}), still being tried"
             raise _blame("timeout", text, keeper.last_error) from None
         if not keeper.is_live:
             if known is None and self._entries.get(connection.name) is entry:  # else it was closed, or replaced
