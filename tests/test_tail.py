@@ -450,6 +450,12 @@ ENVELOPE = {"exchange": "deribit", "instrument": "X", "epoch": 1, "seq": 1, "exc
     [
         ("trade", {"side": "buy", "amount": 2000.0, "price": 0.00015, "liquidation": "T"},
          "buy  2,000 @ 0.00015  liquidation"),
+        ("trade", {"side": "sell", "amount": 1.0, "price": "odd" * 9}, "sell 1 @ oddoddoddoddoddoddod"),
+        ("book", {"kind": "delta", "change_id": 7, "bids": [[9.5, 1.0], [9.0, 0.0], [8.0, 1.0]], "asks": [[10.0, 2.0]]},
+         "delta    7  bids 1 @ 9.5, bids 0 @ 9, asks 2 @ 10, 1 more"),
+        ("book", {"kind": "snapshot", "change_id": 7, "bids": [], "asks": [[10.0, 2.0]] * 4},
+         "snapshot 7  asks 2 @ 10, asks 2 @ 10, 2 more"),
+        ("book", {"kind": "delta", "change_id": 7, "bids": [[9.5, 1.0]], "asks": []}, "delta    7  bids 1 @ 9.5"),
         ("quote", {**BEST, "best_ask_price": None, "best_ask_amount": None}, "bid 10 @ 92,294.5  ask - @ -"),
         ("index", {"price": 92294.55}, "92,294.55"),
         ("gap", {"id": 3, "reason": "disconnect", "from_ts": START, "to_ts": START + 1_500_000_000, "missing_from": 7,
@@ -459,7 +465,10 @@ ENVELOPE = {"exchange": "deribit", "instrument": "X", "epoch": 1, "seq": 1, "exc
         ("repair", {"gap": 3, "repaired": 10, "missing": [[4, 5], [9, 9]]}, "repair of gap 3: 10 came, 3 stay missing"),
         ("status", {"state": "stale", "reason": "lag"}, "status stale (lag)"),
         ("heartbeat", {"state": "live", "published": 12345, "lag": 0.0042}, "live, 12,345 published, lag 4 ms"),
+        ("heartbeat", {"state": "backoff", "published": 0, "lag": None}, "backoff, 0 published, lag 0 ms"),
         ("mark_prices", {"marks": []}, "0 options"),
+        ("mark_prices", {"marks": [{"instrument": "X-C", "mark_price": 0.5}]}, "1 option, X-C 0.5"),
+        ("status", {"state": "live", "reason": ""}, "status live"),
         ("platform", {"locked": False, "price_index": "btc_usd"}, "locked false"),
         ("instrument", {"state": "op\x1b[2Jen"}, "op?[2Jen"),
     ],
@@ -468,21 +477,69 @@ def test_each_type_is_said_in_a_few_words(type: str, keys: dict[str, Any], said:
     topic = parse_topic("deribit.trade.X.raw" if type in ("gap", "repair", "status") else f"deribit.{type}.X.raw")
     message = Message(topic, {"type": type, **ENVELOPE, **keys})
     assert describe(message) == said
-    assert said in format_line(message)
+    kind = f"trade {type}" if topic.type != type else type
+    assert re.split("  +", format_line(message), maxsplit=4) == ["14:13:20.000", kind, "X", "raw", said]
+    assert format_line(Message(topic, {**message.payload, "join": True})) == format_line(message) + "  (join)"
+
+
+def draw(board: Board, width: int = 120, height: int = 40) -> list[str]:
+    """The lines of the view on a terminal of that size."""
+    console = Console(width=width, height=height, file=io.StringIO())
+    with console.capture() as drawn:
+        console.print(board.render(console))
+    return [line.rstrip() for line in drawn.get().splitlines() if line.strip()]
+
+
+def show(board: Board, topic: str, **keys: Any) -> None:
+    """Have the board take one message."""
+    kind = topic.split(".")[1]
+    board.take(Message(parse_topic(topic), {**ENVELOPE, "type": kind, "instrument": topic.split(".")[2], **keys}))
+
+
+def test_where_there_is_no_room_for_all_topics_the_busiest_are_shown() -> None:
+    board = Board([])
+    for number in range(1000):
+        show(board, f"deribit.index.i{number % 3}.raw", price=float(number))
+        if number < 20:
+            show(board, f"deribit.quote.q{number}.raw", **BEST)
+    lines = draw(board, height=15)
+    assert lines[0] == "collector  0 messages/s on 23 topics, 1,020 in 0:00"
+    assert [line.split()[:4] for line in lines[2:5]] == [
+        ["index", "i0", "raw", "999"], ["index", "i1", "raw", "997"], ["index", "i2", "raw", "998"],
+    ]  # fmt: skip
+    assert lines[5].split()[:3] == ["quote", "q0", "raw"]
+    shown = sum(line.startswith(("index", "quote")) for line in lines)
+    assert f"and {23 - shown} more topics" in lines[2 + shown]
+
+
+def test_a_topic_that_is_not_live_or_not_in_sync_says_so_before_its_value() -> None:
+    board = Board([])
+    show(board, "deribit.index.X.raw", price=5.0)
+    show(board, "deribit.index.X.raw", type="status", state="stale", reason="mute", connection="a")
+    show(board, "deribit.book.X.raw", type="gap", id=1, reason="disconnect", from_ts=0, to_ts=START)
+    board.take(Loss(parse_topic("deribit.trade.X.raw"), "sequence", 1, 3, 5))
+    board.take(Loss(None, "malformed"))
+    lines = draw(board)
+    rows = [line for line in lines if line.startswith(("index", "book"))]
+    assert re.split("  +", rows[0])[3:5] == ["stale", "5"]
+    assert re.split("  +", rows[1])[3] == "not in sync"
+    events = [line.split("  ")[-1].split(" ", 1)[1] for line in lines[-4:]]
+    assert events == [
+        "unknown topic: malformed", "trade X: 3 lost on the way here", "book X: GAP 1: disconnect",
+        "index X: stale (mute)",
+    ]  # fmt: skip
+    assert "not in sync" not in "".join(draw(Board([])))
 
 
 def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() -> None:
-    written = io.StringIO()
-    console = Console(width=120, height=40, file=written)
     board = Board([])
     for name, state in (("gone", "closed"), ("down", "failed"), ("stuck", "live")):
         topic = parse_topic(f"deribit.heartbeat.{name}.1s")
         board.take(Message(topic, {**ENVELOPE, "type": "heartbeat", "state": state, "lag": None, "receive_ts": 1}))
-    console.print(board.render(console))
+    lines = draw(board)
     board.endpoints = {"down": "tcp://127.0.0.1:5601", "stuck": "tcp://127.0.0.1:5602"}
-    console.print(board.render(console))
-    lines = [line.split() for line in written.getvalue().splitlines()]
-    shown = [words[:3] for words in lines if words[:1] in (["gone"], ["down"], ["stuck"])]
+    lines += draw(board)
+    shown = [words[:3] for words in map(str.split, lines) if words[:1] in (["gone"], ["down"], ["stuck"])]
     assert shown[:3] == [["down", "failed"], ["gone", "closed"], ["stuck", "live", "silent"]]
     assert shown[3:] == [["down", "failed", "publishes"], ["stuck", "live", "silent"]]
 
@@ -492,35 +549,29 @@ def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() 
     [
         (50, ["TYPE", "INSTRUMENT", "LAST", "AGE"]),
         (60, ["TYPE", "INSTRUMENT", "LAST", "MSG/S", "AGE"]),
-        (72, ["TYPE", "INSTRUMENT", "INTERVAL", "LAST", "MSG/S", "AGE"]),
+        (80, ["TYPE", "INSTRUMENT", "LAST", "MSG/S", "AGE"]),
+        (96, ["TYPE", "INSTRUMENT", "INTERVAL", "LAST", "MSG/S", "AGE"]),
     ],
 )
 def test_a_narrow_terminal_shows_the_last_value_before_all_that_tells_less(width: int, columns: list[str]) -> None:
-    written = io.StringIO()
-    console = Console(width=width, height=40, file=written)
     board = Board([])
-    topic = parse_topic("deribit.trade.BTC-25DEC26-90000-C.100ms")
-    board.take(Message(topic, {**ENVELOPE, "type": "trade", "side": "sell", "amount": 10.0, "price": 0.0666}))
-    console.print(board.render(console))
-    head, row = (line for line in written.getvalue().splitlines() if line.startswith(("TYPE", "trade")))
+    show(board, "deribit.trade.BTC-25DEC26-90000-C.100ms", side="sell", amount=10.0, price=0.0666)
+    head, row = (line for line in draw(board, width) if line.startswith(("TYPE", "trade")))
     assert head.split() == columns
     assert "BTC-25DEC26-90000-C" in row
     assert "sell 10 @ 0." in row
 
 
 def test_each_change_of_a_connection_is_an_event_and_nothing_else_is() -> None:
-    written = io.StringIO()
-    console = Console(width=80, height=40, file=written)
     board = Board([])
-    topic = parse_topic("deribit.status.futures.connection")
     for state in ("live", "live", "backoff", "bootstrapping", "live", "live"):
-        board.take(Message(topic, {**ENVELOPE, "type": "status", "state": state}))
-    console.print(board.render(console))
-    said = [line.split("futures: ")[1].rstrip() for line in written.getvalue().splitlines() if "futures: " in line]
+        show(board, "deribit.status.futures.connection", state=state)
+    said = [line.split("futures: ")[1] for line in draw(board, 80) if "futures: " in line]
     assert said == ["live", "bootstrapping", "backoff"]
 
 
-def test_a_loss_is_a_line_too() -> None:
+def test_a_loss_and_a_type_that_nobody_knows_yet_are_lines_too() -> None:
     topic = parse_topic("deribit.trade.X.raw")
+    assert format_line(Message(topic, {**ENVELOPE, "type": "news"})).endswith("  7 keys")
     assert "LOSS" in format_line(Loss(topic, "sequence", 1, 3, 5))
     assert "\x1b" not in format_line(Loss(None, "malformed", detail="\x1b[2J"))

@@ -17,7 +17,7 @@ from collector.messages import Topic
 from collector.words import printable, say_count
 
 ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "volatility", "mark_prices")
-NEEDED = {"TYPE": 0, "INSTRUMENT": 0, "INTERVAL": 72, "LAST": 0, "MSG/S": 60, "AGE": 0}
+NEEDED = {"TYPE": 0, "INSTRUMENT": 0, "INTERVAL": 96, "LAST": 0, "MSG/S": 60, "AGE": 0}
 """The columns of the table, and how wide a terminal must be for each: LAST has to have some of the room."""
 
 STYLES = {"live": "green", "recovering": "yellow", "stale": "yellow", "buy": "green", "sell": "red"}

@@ -96,9 +96,8 @@ def _candle(m: Mapping[str, Any]) -> str:
 
 def _mark_prices(m: Mapping[str, Any]) -> str:
     first = m["marks"][0] if m["marks"] else None
-    return say_count(len(m["marks"]), "option") + (
-        f", {first['instrument']} {show_number(first['mark_price'])}" if first else ""
-    )
+    example = f", {first['instrument']} {show_number(first['mark_price'])}" if first else ""
+    return say_count(len(m["marks"]), "option") + example
 
 
 def _platform(m: Mapping[str, Any]) -> str:
