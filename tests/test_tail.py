@@ -202,8 +202,9 @@ def test_where_nothing_came_it_is_told_that_a_socket_file_cannot_be_reached(tmp_
     )
 
 
-def test_on_a_terminal_too_it_is_told_that_nothing_came(market: Market) -> None:
-    with on_terminal(*collector("tail", "nothing.", "--for", "0.5s", "--control", market.control)) as terminal:
+def test_on_a_terminal_it_is_told_how_connections_are_and_that_nothing_came(market: Market) -> None:
+    with on_terminal(*collector("tail", "nothing.", "--for", "2s", "--control", market.control)) as terminal:
+        terminal.wait(r"futures.*live.*lag 3 ms")
         terminal.wait("collector: nothing came on topics that begin with 'nothing.' from tcp://127.0.0.1")
         assert terminal.written.rindex("\x1b[?1049l") < terminal.written.index("nothing came"), "the view hides it"
 

@@ -41,6 +41,9 @@ SILENT = 3.0
 REDRAW = 0.25
 """Seconds between two pictures of the live view."""
 
+HEARTBEATS = "deribit.heartbeat."
+"""What the live view reads besides, to say of each connection how it is."""
+
 
 @click.command(cls=Command)
 @click.argument("prefixes", metavar="[PREFIX]...", nargs=-1)
@@ -62,9 +65,11 @@ def tail(
     collector tail --for 2s deribit.ticker.BTC-PERPETUAL. | jq '.last_price // empty'
     """
     ending = Ending()
+    is_drawn = not as_json and choose_view() is draw_live
+    besides = [HEARTBEATS] if is_drawn and prefixes and count is None else []
     with (
         exit_on_error(interrupted=0),
-        Subscriber(endpoints or None, prefixes or ("",), control, on_loss="report") as subscriber,
+        Subscriber(endpoints or None, [*(prefixes or [""]), *besides], control, on_loss="report") as subscriber,
     ):
         silence = Silence(subscriber, prefixes)
         items = read(subscriber, ending.has_come, count, duration)
@@ -105,11 +110,14 @@ class Silence:
         """Pass the items on; with `says_yet`, say it once if none has come for SILENT seconds."""
         due = time.monotonic() + SILENT
         for item in items:
-            self._is_broken = self._is_broken or item is not None
+            self._is_broken = self._is_broken or self._is_asked_for(item)
             if says_yet and not self._is_broken and time.monotonic() > due:
                 says_yet = False
                 self._say("nothing yet")
             yield item
+
+    def _is_asked_for(self, item: Message | Loss | None) -> bool:
+        return str(item.topic).startswith(self._prefixes or "") if isinstance(item, Message) else item is not None
 
     def tell_end(self) -> None:
         """Say it if nothing came until the end."""
