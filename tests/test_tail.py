@@ -155,6 +155,14 @@ def test_piped_it_writes_one_line_of_json_a_message(market: Market) -> None:
     assert messages[0]["price"] == 92294.5
 
 
+def test_on_a_terminal_too_it_writes_json_where_that_is_asked_for(market: Market) -> None:
+    argv = collector("tail", "--json", "--count", "1", "--control", market.control, "deribit.trade.")
+    with on_terminal(*argv) as terminal:
+        wait_until(lambda: (terminal.read(), terminal.process.poll() is not None)[1], "its end")
+        (line,) = terminal.read().splitlines()
+    assert json.loads(line)["type"] == "trade"
+
+
 def test_a_reader_that_leaves_ends_it_quietly(market: Market) -> None:
     command = " ".join(collector("tail", "--control", market.control))
     done = subprocess.run(
