@@ -8,4 +8,4 @@ def say_count(number: int, thing: str) -> str:
 
 def printable(text: str) -> str:
     """The text without characters that could steer a terminal."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "?" for c in text)
+    return "".join(c if c.isprintable() else "?" for c in text)

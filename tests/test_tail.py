@@ -22,7 +22,7 @@ import zmq
 from rich.console import Console
 
 from collector import Control
-from collector.cli.live import Board
+from collector.cli.live import Board, Row
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
 from collector.messages import encode, parse_topic
@@ -531,13 +531,32 @@ def test_a_topic_that_is_not_live_or_not_in_sync_says_so_before_its_value() -> N
     lines = draw(board)
     rows = [line for line in lines if line.startswith(("index", "book"))]
     assert re.split("  +", rows[0])[3:5] == ["stale", "5"]
+    assert re.search(r" \d\.\d s$", rows[0])
     assert re.split("  +", rows[1])[3] == "not in sync"
+    assert rows[1].endswith(" -"), "no data have come"
     events = [line.split("  ")[-1].split(" ", 1)[1] for line in lines[-4:]]
     assert events == [
         "unknown topic: malformed", "trade X: 3 lost on the way here", "book X: GAP 1: disconnect",
         "index X: stale (mute)",
     ]  # fmt: skip
-    assert "not in sync" not in "".join(draw(Board([])))
+    snapshot = {"kind": "snapshot", "change_id": 1, "bids": [[9.5, 2.0]], "asks": []}
+    show(board, "deribit.book.X.raw", seq=2, **snapshot)
+    (row,) = (line for line in draw(board) if line.startswith("book"))
+    assert re.split("  +", row)[3:6] == ["bid 2 @ 9.5", "ask -", "(1 + 0 levels)"]
+
+
+def test_the_rate_of_a_topic_follows_smoothly_and_repeats_do_not_count() -> None:
+    row = Row(parse_topic("deribit.index.X.raw"))
+    message = Message(row.topic, {**ENVELOPE, "type": "index", "price": 5.0})
+    for _ in range(10):
+        row.take(message, 0.0)
+    row.measure(2.0)
+    assert row.rate == 5.0
+    for _ in range(10):
+        row.take(message, 0.0)
+        row.take(Message(row.topic, {**message.payload, "join": True}), 0.0)
+    row.measure(1.0)
+    assert row.rate == pytest.approx(0.6 * 5.0 + 0.4 * 10.0)
 
 
 def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() -> None:

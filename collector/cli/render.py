@@ -10,9 +10,9 @@ from collector.words import printable, say_count
 
 def show_number(value: Any) -> str:
     """A price or amount: thousands apart, no needless digits."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return "-" if value is None else str(value)[:20]
-    return f"{value:,.10g}"
+    if isinstance(value, int | float):
+        return f"{value:,.10g}"
+    return "-" if value is None else str(value)[:20]
 
 
 def show_clock(ns: int) -> str:

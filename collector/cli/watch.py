@@ -20,7 +20,6 @@ NOTES = ["subscribe with any ZeroMQ SUB socket, or: collector tail deribit.trade
 MAX_HELD = 500
 """Lines of the log that are kept while the view has the terminal: the last ones."""
 
-
 LINGER = 2.0
 """Seconds that the end of the collector waits for the view's; a terminal that is held, or dead, takes nothing more."""
 
