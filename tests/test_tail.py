@@ -523,13 +523,15 @@ def test_where_there_is_no_room_for_all_topics_the_busiest_are_shown() -> None:
 
 def test_a_topic_that_is_not_live_or_not_in_sync_says_so_before_its_value() -> None:
     board = Board([])
+    show(board, "deribit.index.W.raw", type="status", state="live", reason="")
     show(board, "deribit.index.X.raw", price=5.0)
-    show(board, "deribit.index.X.raw", type="status", state="stale", reason="mute", connection="a")
+    show(board, "deribit.index.X.raw", type="status", state="stale", reason="mute")
     show(board, "deribit.book.X.raw", type="gap", id=1, reason="disconnect", from_ts=0, to_ts=START)
     board.take(Loss(parse_topic("deribit.trade.X.raw"), "sequence", 1, 3, 5))
     board.take(Loss(None, "malformed"))
     lines = draw(board)
-    rows = [line for line in lines if line.startswith(("index", "book"))]
+    empty, *rows = (line for line in lines if line.startswith(("index", "book")))
+    assert re.split("  +", empty)[:5] == ["index", "W", "raw", "0.0", "-"]
     assert re.split("  +", rows[0])[3:5] == ["stale", "5"]
     assert re.search(r" \d\.\d s$", rows[0])
     assert re.split("  +", rows[1])[3] == "not in sync"
