@@ -585,6 +585,11 @@ def test_a_socket_of_another_type_is_told_and_does_not_come_again() -> None:
         serve(pub, lambda: pub._strangers, "it to be let go")
         assert wrong.recv(1000) == GREETING + WRONG_TYPE
         assert wrong.recv(1000) == b""
+        with socket.socket(socket.AF_UNIX) as gone:
+            gone.connect(endpoint[6:])
+            serve(pub, lambda: pub._peers, "one that does not wait for its answer")
+            gone.sendall(GREETING + encode_command(b"READY", encode_property(b"Socket-Type", b"PULL")))
+        serve(pub, lambda: pub._strangers == 2, "it to be let go")
     with publishing() as (pub, endpoint), zmq.Context() as context, context.socket(zmq.DEALER) as dealer:
         seen = dealer.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_CONNECT_RETRIED)
         dealer.connect(endpoint)
@@ -618,6 +623,7 @@ def test_who_never_says_what_it_is_goes_when_another_comes() -> None:
         first = serve(pub, lambda: pub._peers, "the silent one")[0]
         with socket.socket(socket.AF_UNIX) as other:
             other.connect(endpoint[6:])
+            silent.sendall(b"\xff")  # what it says is heard of behind the other, when it has gone
             serve(pub, lambda: first not in pub._peers, "it to be let go")
             assert len(pub._peers) == 1
 
