@@ -118,7 +118,7 @@ class OrderBook:
         if message.epoch > self._epoch:
             if self._epoch:
                 self._break("the worker was restarted, or another feeds the topic now")
-            self._epoch, self._seq, self.change_id = message.epoch, message.seq, 0
+            self._epoch, self._seq = message.epoch, message.seq
             return True
         expected = self._seq if message.is_join else self._seq + 1
         if message.seq < expected:
