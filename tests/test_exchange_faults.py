@@ -258,6 +258,17 @@ class Line:
         self.is_cut = True
 
 
+def test_a_client_is_idle_since_its_last_request() -> None:
+    line, halves = Line(), 0
+    connection = Connection(Exchange(Settings(options=0), 0), parse_faults(""), line, 0.0, "")
+    while not line.is_cut and halves < 300:
+        halves += 1
+        connection.tick(halves / 2)
+        if halves == 20:
+            connection.receive('{"id":1,"method":"public/test"}', halves / 2)
+    assert halves / 2 == 10 + 60.5  # as measured
+
+
 def test_a_client_for_which_too_much_waits_is_cut_without_any_fault_too() -> None:
     line = Line()
     connection = Connection(Exchange(Settings(options=0), 0), parse_faults(""), line, 0.0, "")
