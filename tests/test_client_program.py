@@ -18,7 +18,7 @@ import zmq
 
 from collector import Control, ControlError, Subscriber, __version__
 from collector.cli import COMMANDS
-from collector.cli.facts import print_facts
+from collector.cli.facts import print_facts, print_table, show_fact
 from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
 from collector.client.verify import RULES, Finding, Verifier
@@ -90,6 +90,46 @@ def test_last_error_stands_near_the_top_of_a_state(capsys: pytest.CaptureFixture
     for error, shown in (({"message": "gone"}, "gone"), (exchanges, json.dumps(exchanges)), (None, "-")):
         print_facts({"name": "a", "state": "backoff", "gaps": 0, "last_error": error})
         assert capsys.readouterr().out.splitlines()[2] == f"last_error  {shown}"
+
+
+def test_a_table_of_connections_tells_what_is_wrong_with_each_and_that_there_are_none(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    print_table({})
+    assert capsys.readouterr().out == "no connections (`collector connect` adds one)\n"
+    channels = {"asked": ["x", "y"], "confirmed": ["x"], "refused": {"y": "no such", "z": "nor such"}}
+    away = {
+        "name": "a",
+        "state": "backoff",
+        "rate": 1234.5,
+        "last_error": {"message": "no route"},
+        "channels": channels,
+    }
+    print_table({"b": {"name": "b", "state": "live", "lag": {"p50": 0.0123, "p99": 12.0}, "gaps": 2}, "a": away})
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert re.split("  +", head)[:7] == ["NAME", "STATE", "SINCE", "CHANNELS", "MSG/S", "LAG P50 / P99", "GAPS"]
+    assert re.split("  +", rows[0])[:7] == ["a", "backoff", "-", "1/2", "1,234", "-", "-"]
+    assert re.split("  +", rows[1])[:7] == ["b", "live", "-", "0/0", "0", "12.3 ms / 12.0 s", "2"]
+    assert rows[2:] == ["a: last error: no route", "a: 2 channels refused: y: no such"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("since", 0, "-"),
+        ("last_message_ts", 1, r"1970-01-01 00:00:00 UTC  \(\d+d \d+h ago\)"),
+        ("clock_offset", -1_500_000, r"-1\.5 ms"),
+        ("memory", 2_000_000_000, r"2,000\.0 MB"),
+        ("rate", 1234.5, r"1,234\.5 messages/s"),
+        ("cpu", 0.256, r"25\.6% of a core"),
+        ("latency", {"p50": 0.001, "p99": 20.0}, r"1\.0 ms median, 20\.0 s 99th percentile"),
+        ("last_error", {"code": 1, "message": "no"}, r'\{"code": 1, "message": "no"\}'),
+        ("authenticated", False, "False"),
+        ("refused", {}, "-"),
+    ],
+)
+def test_each_fact_has_its_unit(key: str, value: Any, said: str) -> None:
+    assert re.fullmatch(said, show_fact(key, value))
 
 
 def test_channels_come_and_go(control: str) -> None:
