@@ -192,6 +192,36 @@ def test_the_ticker_of_a_combo_of_options_has_the_sums_of_its_legs() -> None:
     assert ticker["greeks"] == pytest.approx({key: low["greeks"][key] - high["greeks"][key] for key in low["greeks"]})
 
 
+def test_channels_say_what_has_changed_and_nothing_of_what_is_over() -> None:
+    market, told = Market(1, START, options=60, rate=2000), Listener()
+    hub = Hub(market, Account(market))
+    option = next(of for of in market.catalogue.by_name.values() if of.kind == "option" and not market._is_leg(of))
+    ticker, change, quote = f"ticker.{option.name}.100ms", "incremental_ticker.BTC-PERPETUAL", "quote.BTC-PERPETUAL"
+    for channel in (ticker, change, quote):
+        hub.subscribe(channel, told)
+
+    def list_told(channel: str, seconds: int) -> list[dict[str, object]]:
+        told.seen.clear()
+        for _ in range(seconds):
+            hub.advance(market.now + 1000)
+        return [{**frame.data, "timestamp": 0} for frame in told.seen if frame.channel == channel]
+
+    assert len(list_told(change, 5)) == 5
+    quotes = list_told(quote, 5)
+    assert len(quotes) > 10
+    assert all(one != next for one, next in pairwise(quotes))
+    market.frozen = True
+    assert len(list_told(change, 1)) <= 1
+    assert list_told(change, 9) == []
+    assert len(list_told(ticker, 9)) == 3  # an option's value changes with time
+    hub.take(market.expire(option.name))
+    assert [each["state"] for each in list_told(ticker, 1)] == ["delivered"]
+    assert list_told(ticker, 9) == []
+    for channel in (ticker, change, quote):
+        hub.unsubscribe(channel, told)
+    assert not hub._feeds
+
+
 def test_heartbeats_have_the_rhythm_that_was_measured() -> None:
     heartbeat, seen = Heartbeat(10.0, 0.0), list[tuple[float, list[str]]]()
     for tick in range(500):
