@@ -255,7 +255,7 @@ class Client:
         self.last_error = raw or {"message": reason}
         pause = max(pause, loss.pause)
         self.reconnects += self.machine.state == "live"
-        self._apply("lost", reason)
+        self._apply("lost", f"{reason}; no other attempt for {pause:.0f} s" if pause > 0 else reason)
         if self.attempts >= self.retry_count:
             await asyncio.sleep(pause)  # who starts the next life knows nothing of it
             tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts in a row"

@@ -219,9 +219,7 @@ async def _tell_refusal(response: aiohttp.ClientResponse, words: str = "") -> No
     """Raise Lost for an answer that is no upgrade."""
     if response.status != 101:
         pause = _parse_pause(response.headers.get("Retry-After", ""))
-        hints = ["32 connections are allowed from one address"] if response.status == 429 else []
-        hints += [f"no other attempt for {pause} s"] if pause else []
-        hint = f" ({'; '.join(hints)})" if hints else ""
+        hint = " (32 connections are allowed from one address)" if response.status == 429 else ""
         raise Lost(f"HTTP {response.status} instead of a WebSocket{hint}{': ' if words else ''}{words}", pause=pause)
 
 
