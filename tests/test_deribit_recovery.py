@@ -47,6 +47,7 @@ from workers.deribit.publishing.ledger import HEARD, LAST_TS, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.watching.patrol import RESYNCS
+from workers.deribit.watching.statuses import UNSUBSCRIBED
 
 TOPICS = {
     "deribit.book.BTC-PERPETUAL.100ms": BOOK,
@@ -577,6 +578,31 @@ async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() 
         await wait_for(lambda: feed.losses.lost_from is None, "the healing")
     firsts = [currency for currency, start in asked if start == asked[0][1]]
     assert firsts == [*CURRENCIES[:3], *CURRENCIES[2:]]
+
+
+@in_loop
+async def test_what_is_fetched_of_a_channel_that_is_given_up_meanwhile_is_not_said_and_no_more_is_asked_for() -> None:
+    """It is given up just before the answer is sent, which says that there is more."""
+    asked: list[int] = []
+    runs: list[Collecting] = []
+
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        asked.append(count)
+        for run in runs:
+            run.worker.client.reconciler.subscriptions.drop([TRADES])
+            run.worker.channels.leave([TRADES], UNSUBSCRIBED)
+        return {"result": {"trades": [make_trade(6), make_trade(9)], "has_more": True}}
+
+    async with scripted("public/get_last_trades", script) as url, collecting(url, "", TRADES) as run:
+        (feed,) = run.worker.feeds.values()
+        assert isinstance(feed, TradeFeed)
+        await wait_for(lambda: run.worker.client.is_live and feed.losses.confirmed_at, "the confirmation")
+        runs.append(run)
+        run.worker.take_frames([encode_data(TRADES, [make_trade(5), make_trade(8)])], time.time_ns())
+        await wait_for(lambda: asked and not run.worker.healer._under_way, "the end of the healing")
+        await run.hearer.hear_of(TRADED, type="status", state="closed")
+        assert [body["trade_seq"] for body in run.hearer.find(TRADED, type="trade")] == [5, 8]
+    assert asked == [1]
 
 
 @in_loop
