@@ -529,6 +529,7 @@ def test_a_topic_that_is_not_live_or_not_in_sync_says_so_before_its_value() -> N
     show(board, "deribit.book.X.raw", type="gap", id=1, reason="disconnect", from_ts=0, to_ts=START)
     board.take(Loss(parse_topic("deribit.trade.X.raw"), "sequence", 1, 3, 5))
     board.take(Loss(None, "malformed"))
+    show(board, "deribit.trade.Y.raw", side="sell", amount=1.0, price=2.0)
     lines = draw(board)
     empty, *rows = (line for line in lines if line.startswith(("index", "book")))
     assert re.split("  +", empty)[:5] == ["index", "W", "raw", "0.0", "-"]
@@ -536,11 +537,12 @@ def test_a_topic_that_is_not_live_or_not_in_sync_says_so_before_its_value() -> N
     assert re.search(r" \d\.\d s$", rows[0])
     assert re.split("  +", rows[1])[3] == "not in sync"
     assert rows[1].endswith(" -"), "no data have come"
-    events = [line.split("  ")[-1].split(" ", 1)[1] for line in lines[-4:]]
+    events = [line.split("  ")[-1].strip().split(" ", 1)[1] for line in lines[-4:]]
     assert events == [
         "unknown topic: malformed", "trade X: 3 lost on the way here", "book X: GAP 1: disconnect",
         "index X: stale (mute)",
     ]  # fmt: skip
+    assert any("14:13:20 Y  sell 1 @ 2 " in line for line in lines[-4:]), "not among the trades"
     snapshot = {"kind": "snapshot", "change_id": 1, "bids": [[9.5, 2.0]], "asks": []}
     show(board, "deribit.book.X.raw", seq=2, **snapshot)
     (row,) = (line for line in draw(board) if line.startswith("book"))
