@@ -125,7 +125,7 @@ class Conversation:
 
     def _take_command(self, content: bytes, wishes: list[Wish]) -> bytes:
         """Returns the answer; a command that nobody knows needs none."""
-        size = content[0] if content else 0
+        size = int.from_bytes(content[:1], "big")
         name, body = content[1 : 1 + size], content[1 + size :]
         if name == b"READY":
             self._check_kind(body)
@@ -133,7 +133,7 @@ class Conversation:
         elif name == b"ERROR":
             raise NoSubscriber(f"it said {body[1:]!r}")
         elif name == b"PING":
-            return encode_command(b"PONG", body[2:18])  # after two bytes of its patience, what is to come back
+            return encode_command(b"PONG", body[2:])  # after two bytes of its patience, what is to come back
         elif self.is_ready and name in (b"SUBSCRIBE", b"CANCEL"):
             wishes.append(Wish(body, name == b"SUBSCRIBE"))
         return b""
