@@ -460,6 +460,9 @@ def test_a_connection_that_fails_for_good_leaves_the_others_running() -> None:
         assert (refused.code, "has ended for good (failed)" in refused.message) == ("not_connected", True)
         assert run.ask("close", connection="b")["state"] == "failed"
         assert list(run.ask("get_state")) == ["a"]
+        refused = run.refuse("connect", connection={**QUICK, "name": "b", "credentials": "KEY", "channels": []})
+        words = "b: the exchange refused the credentials: 13004 invalid_credentials"
+        assert (refused.code, refused.message, refused.data["code"]) == ("exchange_error", words, 13004)
 
 
 def test_secrets_are_in_no_process_but_those_that_need_them() -> None:

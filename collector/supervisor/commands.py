@@ -296,7 +296,8 @@ def _explain_failure(entry: Entry) -> ControlError:
 
 
 def _blame(code: str, message: str, error: Any) -> ControlError:
-    """A refusal with what went wrong last: as `data` if it is the exchange's own error, else in our words."""
-    if isinstance(error, dict) and "code" not in error:
-        return ControlError(code, f"{message}: {error.get('message', '')}")
-    return ControlError(code, message, error)
+    """A refusal with what went wrong last, in words; the exchange's own error is its `data` too."""
+    if not isinstance(error, dict):
+        return ControlError(code, message, error)
+    words = " ".join(str(error[key]) for key in ("code", "message", "data") if key in error)
+    return ControlError(code, f"{message}: {words}", error if "code" in error else None)
