@@ -139,18 +139,28 @@ def test_what_was_refused_is_asked_for_again_as_soon_as_its_instrument_opens(tmp
         wait_until(lambda: "quote.BTC-PERPETUAL" in run.get_state("a")["channels"]["confirmed"], "the next answer")
 
 
-def test_what_was_asked_for_by_name_stays_when_its_instrument_leaves_the_pattern(tmp_path: Path) -> None:
-    rows = [{"instrument_name": f"{coin}-PERPETUAL", "state": "locked"} for coin in ("XRP", "BTC", "ETH")]
-    frames = [{"method": "subscription", "params": {"channel": LISTINGS[0], "data": row}} for row in rows]
+def test_what_was_asked_for_by_name_stays_until_it_is_given_up_by_name(tmp_path: Path) -> None:
+    """When its instrument leaves the pattern. The other one is in the pattern once more after it was given up."""
+    coins = [(0, "SOL_USDC", "locked"), (4, "SOL_USDC", "open")]
+    coins += [(8, coin, "locked") for coin in ("SOL_USDC", "BTC", "ETH")]
     recording, port = tmp_path / "recording", find_port()
-    recording.write_text("".join(f"{at}.0: {json.dumps(frame)}\n" for at, frame in zip((0, 6, 6), frames, strict=True)))
+    lines = []
+    for at, coin, state in coins:
+        row = {"instrument_name": f"{coin}-PERPETUAL", "state": state}
+        frame = {"method": "subscription", "params": {"channel": LISTINGS[0], "data": row}}
+        lines.append(f"{at}.0: {json.dumps(frame)}\n")
+    recording.write_text("".join(lines))
     table = {**QUICK, "url": f"ws://127.0.0.1:{port}/ws/api/v2", "channels": ["quote.*-PERPETUAL{state=open}"]}
     with exchange(port, "--replay", str(recording)), collected({"a": table}, exchange=None) as run:
         run.wait_state("a")
-        named = "quote.BTC-PERPETUAL"
-        assert run.ask("subscribe", connection="a", channels=[named])["channels"] == {named: True}
-        wait_until(lambda: "quote.ETH-PERPETUAL" not in find_asked(run), "what leaves the pattern")
+        named, other = "quote.BTC-PERPETUAL", "quote.SOL_USDC-PERPETUAL"
+        wait_until(lambda: other not in find_asked(run), "what leaves the pattern first")
+        both = dict.fromkeys([named, other], True)
+        assert run.ask("subscribe", connection="a", channels=list(both))["channels"] == both
+        assert run.ask("unsubscribe", connection="a", channels=[other])["channels"] == {other: True}
+        wait_until(lambda: "quote.ETH-PERPETUAL" not in find_asked(run), "what leaves the pattern last")
         assert named in find_asked(run)
+        assert other not in find_asked(run)
 
 
 def test_what_was_given_up_is_not_asked_for_again_when_its_instrument_opens(tmp_path: Path) -> None:

@@ -194,6 +194,8 @@ class Commands:
         names = list(dict.fromkeys(request.arguments["channels"]))
         results: dict[str, Any] = {name: _refuse(why) for name in names if (why := _find_hindrance(entry, name))}
         unwanted = [name for name in names if name not in results]
+        if entry.follower is not None:
+            entry.follower.release(entry.channels.keys() & unwanted)  # not what another one of its connections has
         for name in unwanted:
             entry.channels.pop(name, None)
         is_running = entry.keeper.machine.state == "running"

@@ -147,6 +147,10 @@ class Follower:
         """Note channels that are asked for by name: they stay, whatever becomes of the patterns."""
         self._named.update(names)
 
+    def release(self, names: Iterable[str]) -> None:
+        """Note channels that are given up by name: what becomes of them is the patterns' matter again."""
+        self._named.difference_update(names)
+
     def has_found(self, name: str) -> bool:
         """Whether a channel is asked for since a pattern stands for it."""
         return name in self._ours and name not in self._named
@@ -274,15 +278,16 @@ class Follower:
         self._held_elsewhere = set(left)
 
     def _let_go(self, names: list[str], reason: str) -> None:
-        """Want these no more."""
-        if not names:
-            return
-        count, why = say_count(len(names), "channel"), reason or "of no pattern any more"
-        log.info("%s: %s %s: %s ...", self._name, count, why, names[0])
+        """Want these no more; what was given up by name already is only forgotten."""
         places = {name: self._ours.pop(name) for name in names}
-        for name, place in places.items():
-            self._shards[place].channels.pop(name, None)
-        self._ask("unsubscribe", places, reason)
+        asked = {name: place for name, place in places.items() if name in self._shards[place].channels}
+        if not asked:
+            return
+        count, why = say_count(len(asked), "channel"), reason or "of no pattern any more"
+        log.info("%s: %s %s: %s ...", self._name, count, why, next(iter(asked)))
+        for name, place in asked.items():
+            del self._shards[place].channels[name]
+        self._ask("unsubscribe", asked, reason)
 
     def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
         """Have each worker carry out its part; one that does not hear it now is told later (see wishes).
