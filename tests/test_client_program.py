@@ -449,7 +449,7 @@ def test_connections_come_and_go(control: str, tmp_path: Path) -> None:
 
 
 def test_a_connection_that_is_long_in_coming_is_said_to_be_tried_on(control: str) -> None:
-    done = call(control, "connect", "late", "--url", "practice?faults=slow_open:60", "--timeout", "0.3s")
+    done = call(control, "connect", "late", "--url", "practice?faults=slow_open:60", "--timeout", "1s")
     assert done.returncode == 1
     assert done.stderr.endswith(" still being tried (collector state late shows what comes of it)\n")
     get_output(control, "close", "late")
