@@ -87,10 +87,10 @@ class Board:
         if isinstance(item, Loss):
             self._events.append(Text(_shorten_loss(item), style="red"))
             return
-        self.count += 1
         if item.topic.type == "heartbeat":
             self.connections[item.instrument] = item
             return
+        self.count += 1
         if item.type in ON_DATA_TOPICS and not item.is_join:
             self.note_event(item)
         if item.topic.type == "status":
