@@ -260,6 +260,8 @@ async def test_users_channels_tell_of_orders_trades_changes_and_the_portfolio(pr
         single, rows = "user.orders.any.any.raw", "user.orders.future.BTC.100ms"
         trades, changes, money = "user.trades.any.any.100ms", "user.changes.BTC-PERPETUAL.raw", "user.portfolio.btc"
         await client.subscribe(single, rows, trades, changes, money, *SILENT, way="private")
+        unknown = await client.ask("private/subscribe", channels=["user.lock.BTC", "user.access_log.any"])
+        assert unknown["result"] == []
         assert (await client.wait_data(single))[0]["order_state"] == "filled"
         assert (await client.wait_data(rows))[0][0]["instrument_name"].startswith("BTC-")
         own = (await client.wait_data(trades))[0][0]

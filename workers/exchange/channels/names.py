@@ -118,7 +118,7 @@ def _open_private(channel: str, parts: list[str], market: Market, account: Accou
         case ["user", "orders" | "trades" | "changes" as what, kind, currency, interval] if interval in PERIODS:
             if kind in KINDS and currency in CURRENCIES:
                 return OwnFeed(channel, market, account, what, interval, kind=kind, currency=currency)
-        case ["user", "access_log" | "lock" | "combo_trades" | "mmp_trigger", *_]:
+        case ["user", "access_log" | "lock"] | ["user", "combo_trades" | "mmp_trigger", *_]:
             return Feed(channel, market)
         case ["block_rfq" | "block_trade_confirmations", *_]:
             return Feed(channel, market)
