@@ -53,7 +53,8 @@ class Place(NamedTuple):
 
 @contextmanager
 def opened_place() -> Iterator[Place]:
-    with running("unshare", "-n", "sleep", "infinity") as holder:
+    # Longer than any test may last; but not for ever, should the tests be killed.
+    with running("unshare", "-n", "sleep", "600") as holder:
         network = Path(f"/proc/{holder.pid}/ns/net")
         wait_until(lambda: network.readlink() != Path("/proc/self/ns/net").readlink(), "a network of its own")
         yield Place(("nsenter", "-t", str(holder.pid), "-n"), holder.pid)
