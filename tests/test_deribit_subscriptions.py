@@ -3,6 +3,7 @@
 import asyncio
 import functools
 import json
+import re
 import time
 from collections.abc import Iterator
 from itertools import pairwise
@@ -458,13 +459,14 @@ async def test_a_close_that_comes_with_the_wish_for_a_pause_is_told_with_it() ->
     overdrawn = {"code": 10028, "message": "too_many_requests"}
 
     def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
-        return {"error": overdrawn, "close": True}
+        return {"error": overdrawn, "close": b"enough"}
 
     settings: dict[str, Any] = {"live": False, "channels": [QUOTE]}
     async with scripted("public/subscribe", refuse) as url, connected(url, **settings) as (client, ear):
         await wait_for(lambda: ear.find("backoff"), "the loss")
         (reason,) = ear.find("backoff")
-        assert reason.endswith(", after 10028 too_many_requests; no other attempt for 3 s")
+        said = "closed by the exchange: 1000 enough, after 10028 too_many_requests; no other attempt for"
+        assert re.fullmatch(rf"{said} [1-3] s", reason)
         assert client.last_error == overdrawn
 
 
