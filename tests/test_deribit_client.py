@@ -829,6 +829,15 @@ async def test_who_refuses_the_upgrade_is_left_alone_for_as_long_as_it_says() ->
     assert client.last_error == {"message": said}
 
 
+@in_loop
+async def test_a_short_pause_is_not_told_as_none() -> None:
+    ear = Ear()
+    client = Client("ws://127.0.0.1:9/", listener=ear)
+    client._apply("connect", "")
+    await client._back_off(Lost("gone", pause=0.1))
+    assert ear.find("backoff") == ["gone; no other attempt for 1 s"]
+
+
 def test_backoff_doubles_up_to_a_cap_and_is_spread() -> None:
     delays = [backoff_delay(attempt, 1.0, 0.0) for attempt in range(1, 200)]
     assert delays[:6] == [1, 2, 4, 8, 16, 32]

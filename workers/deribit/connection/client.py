@@ -9,6 +9,7 @@ A `Client` can be used by itself from any asyncio program:
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping
@@ -255,7 +256,7 @@ class Client:
         self.last_error = raw or {"message": reason}
         pause = max(pause, loss.pause)
         self.reconnects += self.machine.state == "live"
-        self._apply("lost", f"{reason}; no other attempt for {pause:.0f} s" if pause > 0 else reason)
+        self._apply("lost", f"{reason}; no other attempt for {math.ceil(pause)} s" if pause > 0 else reason)
         if self.attempts >= self.retry_count:
             await asyncio.sleep(pause)  # who starts the next life knows nothing of it
             tries = "1 attempt" if self.attempts == 1 else f"{self.attempts} attempts in a row"
@@ -263,7 +264,7 @@ class Client:
         # After a good life the first attempt comes almost at once; only failures wait.
         first = self.retry_delay if self.attempts else min(self.retry_delay, 0.05)
         # What a pause is wanted of comes back spread, too.
-        delay = max(pause, 0.0) + backoff_delay(max(1, self.attempts), first, random.random())
+        delay = pause + backoff_delay(max(1, self.attempts), first, random.random())
         await asyncio.sleep(delay)
         self._apply("retry", f"attempt {self.attempts + 1} of {self.retry_count}, after {delay:.2f} s")
 
