@@ -95,7 +95,7 @@ class OrderBook:
     def apply(self, item: Message | Loss) -> bool:
         """Take the next message, or a loss that the subscriber reports. Returns whether levels were set by it."""
         if isinstance(item, Loss):
-            if self.topic is not None and item.topic == self.topic and item.reason != "epoch":
+            if item.topic == self.topic and item.reason != "epoch":
                 self._break(f"messages were lost on the way to this subscriber ({item.reason})")
             return False
         if self.topic is None and item.topic.type == "book":

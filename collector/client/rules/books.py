@@ -16,7 +16,6 @@ class Chain(Check):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoch = 0
         self._change_id: int | None = None
         self._awaiting = False
         self._complete = False
@@ -26,9 +25,8 @@ class Chain(Check):
         self._bids, self._asks = Side(descending=True), Side(descending=False)
 
     def check(self, message: Message, now: Now) -> Iterator[Fault]:
-        if message.epoch > self._epoch and message.seq <= 1:
+        if message.seq == 1 and not message.is_join:  # of a new epoch
             self._break(awaiting=True)
-        self._epoch = message.epoch
         if self._began is None:
             self._began = now.steady
         if message.type == "gap" and not message.is_join:

@@ -84,12 +84,8 @@ class Gaps(Check):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoch = 0
-        self._id = 0
-        self._open = False
-        self._carried = False
-        self._due = False
-        self._last_ts = 0
+        self._epoch = self._id = self._last_ts = 0
+        self._open = self._carried = self._due = False
 
     def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.epoch != self._epoch:

@@ -20,10 +20,7 @@ class Heartbeats(Check):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoch = 0
-        self._came = 0
-        self._read = 0
-        self._published = 0
+        self._epoch = self._came = self._read = self._published = 0
 
     def check(self, message: Message, now: Now) -> Iterator[Fault]:
         if message.type != "heartbeat":

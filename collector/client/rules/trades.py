@@ -22,8 +22,8 @@ class Ranges:
 
     @property
     def highest(self) -> int:
-        """The highest of them; 0 if there is none."""
-        return self._ends[-1] if self._ends else 0
+        """The highest of them, of which there must be one."""
+        return self._ends[-1]
 
     def add(self, first: int, last: int) -> None:
         """Add all numbers from first to last."""
@@ -72,17 +72,11 @@ class Trades(Check):
 
     def __init__(self) -> None:
         super().__init__()
-        self._epoch = 0
-        self._reborn = False
-        self._may_fall = False
-        self._first = 0
+        self._epoch = self._first = self.missing = 0
+        self._reborn = self._may_fall = False
         self._last: int | None = None
-        self._seen = Ranges()
-        self._said = Ranges()  # in this life: of what an earlier one said some is fetched again, or found no more
-        self._final = Ranges()
-        self._holes: dict[tuple[int, int], Hole] = {}
         self._newest: int | None = None
-        self.missing = 0
+        self._begin_anew()
 
     @property
     def healing(self) -> int:
@@ -94,7 +88,7 @@ class Trades(Check):
         if message.epoch != self._epoch:
             self._epoch, self._reborn = message.epoch, self._epoch != 0
             self._said, self._final, self._newest = Ranges(), Ranges(), None
-        if message.seq <= 1 or (message.type == "status" and message.is_join):
+        if message.seq <= 1 or message.is_join:
             self._newest = self._newest or 0  # had there been a gap, we would know it
         if message.type == "trade" and not message.is_join:
             yield from self._take_trade(message)
@@ -111,8 +105,9 @@ class Trades(Check):
 
     def _begin_anew(self) -> None:
         self._last = None
-        self._seen, self._said, self._final = Ranges(), Ranges(), Ranges()
-        self._holes = {}
+        self._seen, self._final = Ranges(), Ranges()
+        self._said = Ranges()  # in this life: of what an earlier one said some is fetched again, or found no more
+        self._holes: dict[tuple[int, int], Hole] = {}
 
     def _take_gap(self, message: Message) -> None:
         self._newest = max(self._newest or 0, message["id"])
@@ -152,7 +147,7 @@ class Trades(Check):
 
     def _find_highest(self) -> int | None:
         """The highest trade_seq of this count, late ones too; None if that is not known."""
-        return None if self._last is None else max(self._last, self._seen.highest)
+        return None if self._last is None else self._seen.highest
 
     def _compare_number(self, number: int) -> Iterator[Fault]:
         last = self._last
