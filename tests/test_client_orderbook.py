@@ -52,6 +52,9 @@ def refuse(book: OrderBook) -> str:
 
 def test_it_answers_from_the_first_snapshot_on(feed: Feed) -> None:
     assert "no snapshot" in refuse(feed.book)
+    book = feed.book
+    assert (book.topic, book.change_id, book.exchange_ts, book.receive_ts) == (None, 0, 0, 0)
+    assert (book.status, book.connection) == ("live", "")
     assert not feed.delta(5, 4)
     assert "no snapshot" in refuse(feed.book)
     assert feed.snapshot(10)
@@ -90,7 +93,7 @@ def test_a_book_that_is_not_given_every_message_says_that_this_may_be_so(feed: F
 
 
 def break_by_reported_loss(feed: Feed) -> None:
-    feed.book.apply(Loss(TOPIC, "malformed"))
+    assert not feed.book.apply(Loss(TOPIC, "malformed"))
 
 
 def break_by_restart(feed: Feed) -> None:
@@ -118,6 +121,11 @@ def test_it_refuses_until_the_next_snapshot(feed: Feed, break_it: Any) -> None:
     refuse(feed.book)
     feed.snapshot(30, bids=[[50.0, 1.0]])
     assert feed.book.bids == [(50.0, 1.0)]
+
+
+def test_a_late_subscriber_begins_with_a_repeat(feed: Feed) -> None:
+    assert feed.snapshot(10, join=True)
+    assert feed.book.in_sync
 
 
 @pytest.mark.parametrize("state", ["recovering", "closed", "expired", "refused"])
@@ -176,7 +184,7 @@ def test_messages_of_other_topics_and_earlier_lives_change_nothing(feed: Feed) -
     feed.epoch = 1
     feed.give("gap", id=9, reason="disconnect")
     other = parse_topic("deribit.book.BTC-PERPETUAL.raw")
-    feed.book.apply(Message(other, {"type": "gap", "id": 1, "reason": "restart", **stamps}))
+    assert not feed.book.apply(Message(other, {"type": "gap", "id": 1, "reason": "restart", **stamps}))
     feed.book.apply(Loss(other, "malformed"))
     feed.book.apply(Loss(None, "malformed"))
     feed.book.apply(Loss(TOPIC, "epoch"))

@@ -344,6 +344,12 @@ def test_who_joins_amid_healing_is_told_nothing_wrong(wire: Wire) -> None:
     assert wire.trade(22) == ["hole"]
 
 
+def test_a_repair_without_a_trade_since_is_checked_too(wire: Wire) -> None:
+    wire.gap(TRADE, 1, "restart", missing_from=2, missing_to=4, healing=True)
+    wire.trade(2, backfilled=True)
+    assert wire.say(TRADE, "repair", gap=1, repaired=1, missing=[[3, 3]]) == ["repair"]
+
+
 def test_who_hears_that_there_was_no_gap_knows_it(wire: Wire) -> None:
     wire.seq[TRADE] = 7
     wire.status(TRADE, "live", join=True)
