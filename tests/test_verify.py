@@ -93,8 +93,9 @@ def test_good_stream_breaks_no_rule(wire: Wire) -> None:
     wire.delta(12, 10, bids=[[100.0, 0.0], [99.5, 3.0]])
     wire.snapshot(12, join=True, bids=[[99.5, 3.0], [99.0, 2.0]])
     wire.delta(13, 12, asks=[[101.0, 7.0]])
+    wire.snapshot(13, join=True, bids=[[99.5, 3.0], [99.0, 2.0]], asks=[[101.0, 7.0], [102.0, 5.0]])
     wire.gap(BOOK, last_change_id=13)
-    wire.snapshot(90, reason="resync")
+    wire.snapshot(90, reason="resync", bids=[])
     wire.delta(91, 90, asks=[[101.0, 7.0]])
     wire.trade(1)
     wire.trade(2)
@@ -145,11 +146,32 @@ def test_the_heartbeats_of_a_restarted_worker_begin_anew(wire: Wire) -> None:
     assert wire.say(BEAT, **{**LIVE, "published": 4}) == ["heartbeat"]
 
 
-def test_a_delta_where_a_snapshot_was_due_is_named_once(wire: Wire) -> None:
+def test_what_was_checked_and_what_was_wrong_is_counted(wire: Wire) -> None:
+    wire.trade(1)
+    wire.trade(2)
+    wire.trade(2)
+    wire.send(b"no topic", b"")
+    checked = wire.verifier.count_checks()
+    assert [checked[rule] for rule in ("envelope", "sequence", "hole", "chain")] == [4, 3, 3, 0]
+    assert (wire.verifier.messages, dict(wire.verifier.wrong)) == (4, {"duplicate": 1, "envelope": 1})
+
+
+def test_a_break_in_the_chain_of_a_book_is_named_once(wire: Wire) -> None:
     wire.snapshot(10)
     wire.gap(BOOK, 1)
     assert wire.delta(13, 12) == ["chain"]
     assert wire.delta(14, 13) == []
+    wire.snapshot(20, reason="exchange")
+    assert wire.delta(23, 22) == ["chain"]
+    assert wire.delta(24, 23, bids=[[101.5, 1.0]]) == []  # which asks there are is not known any more
+
+
+def test_a_late_subscriber_begins_with_a_repeat_of_the_book(wire: Wire) -> None:
+    wire.seq[BOOK] = 7
+    wire.status(BOOK, "live", join=True)
+    assert wire.snapshot(9, join=True) == []
+    assert wire.delta(10, 9) == []
+    assert wire.delta(12, 11) == ["chain"]
 
 
 def test_a_topic_that_another_connection_takes_up_begins_anew(wire: Wire) -> None:
@@ -217,6 +239,37 @@ def test_a_gap_in_which_nothing_is_missing_ends_no_healing_that_goes_on(wire: Wi
     assert wire.trade(12) == ["repair"]
 
 
+def test_a_gap_without_an_end_ends_where_the_next_one_begins(wire: Wire) -> None:
+    wire.trade(10)
+    wire.gap(TRADE, 1, missing_from=11, healing=True)
+    wire.trade(11, backfilled=True)
+    wire.trade(13, backfilled=True)
+    wire.gap(TRADE, 2, missing_from=14, healing=True)
+    wire.trade(20)
+    wire.trade(14, backfilled=True)
+    wire.say(TRADE, "repair", gap=1, repaired=2, missing=[[12, 12]])
+    wire.say(TRADE, "repair", gap=2, repaired=1, missing=[[15, 19]])
+    assert wire.found == []
+
+
+def test_a_gap_in_which_nothing_is_missing_excuses_nothing_before_it(wire: Wire) -> None:
+    wire.trade(3)
+    assert wire.trade(5) == ["hole"]
+    wire.gap(TRADE, 1, healing=False)
+    wire.trade(6)
+    assert wire.trade(4) == ["hole"]
+
+
+def test_a_new_count_leaves_the_repair_of_a_gap_before_it_unjudged(wire: Wire) -> None:
+    wire.trade(1)
+    wire.gap(TRADE, 1, missing_from=2, healing=True)
+    wire.trade(5)
+    wire.gap(TRADE, 2, "sequence", healing=False)
+    wire.trade(1)
+    wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 4]])
+    assert wire.found == []
+
+
 def test_trades_are_nobodys_loss_while_nobody_asks_for_them_but_else_a_status_hides_no_hole(wire: Wire) -> None:
     wire.trade(1)
     wire.status(TRADE, "stale", "mute")
@@ -251,14 +304,16 @@ def test_what_was_given_up_and_asked_for_again_begins_anew(wire: Wire) -> None:
 
 def break_book(wire: Wire) -> dict[str, list[str]]:
     wire.snapshot(10)
-    broken = {"chain: foreign change": wire.delta(12, 11)}
+    wire.status(BOOK, "live", join=True)
+    broken = {"join: another book, repeated at once": wire.snapshot(10, join=True, bids=[])}
+    broken["chain: foreign change"] = wire.delta(12, 11)
     wire.gap(BOOK, 1)
     broken["chain: delta after gap"] = wire.delta(13, 12)
     wire.snapshot(20)
     broken["chain: gap names another change"] = wire.gap(BOOK, 2, last_change_id=19)
     wire.snapshot(30)
     broken["crossed: bid over ask"] = wire.delta(31, 30, bids=[[101.5, 1.0]])
-    broken["join: another change"] = wire.snapshot(29, join=True)
+    broken["join: another change"] = wire.snapshot(29, join=True, bids=[[101.5, 1.0], [100.0, 1.0], [99.0, 2.0]])
     broken["join: another book"] = wire.snapshot(31, join=True)
     broken["join: a delta"] = wire.delta(31, 31, join=True)
     broken["schema: no reason"] = wire.say(BOOK, kind="snapshot", change_id=40, bids=[], asks=[])
@@ -272,6 +327,7 @@ def break_trades(wire: Wire) -> dict[str, list[str]]:
     broken = {"duplicate: again": wire.trade(5), "duplicate: marked without restart": wire.trade(5, backfilled=True)}
     broken["hole: nothing said"] = wire.trade(8)
     broken["hole: late and unmarked"] = wire.trade(7)
+    broken["duplicate: an earlier one again"] = wire.trade(7)
     wire.gap(TRADE, 1, missing_from=10)
     broken["hole: the gap says less"] = wire.trade(12)
     wire.gap(TRADE, 2, missing_from=13, healing=True)
@@ -298,6 +354,20 @@ def test_no_gap_is_owed_for_what_was_lost_before_a_topic_said_anything(wire: Wir
     wire.status(TRADE, "recovering", "disconnect")
     wire.status(TRADE, "live")
     assert wire.trade(2) == ([] if end else ["gap"])
+
+
+def test_what_is_repeated_for_somebody_else_is_no_data_after_a_lost_connection(wire: Wire) -> None:
+    wire.ticker()
+    wire.status(TICKER, "recovering", "disconnect")
+    assert wire.ticker(join=True, receive_ts=wire.last_ts[TICKER]) == []
+    assert wire.ticker() == ["gap"]
+
+
+def test_a_gap_stands_also_for_a_connection_that_is_lost_before_its_data(wire: Wire) -> None:
+    wire.ticker()
+    wire.gap(TICKER, 1)
+    wire.status(TICKER, "recovering", "disconnect")
+    assert wire.ticker() == []
 
 
 def test_a_gap_is_repeated_as_healed_from_its_repair_on(wire: Wire) -> None:
@@ -342,6 +412,22 @@ def test_who_joins_amid_healing_is_told_nothing_wrong(wire: Wire) -> None:
     assert wire.found == []
     assert wire.verifier.count_missing() == (0, 1)
     assert wire.trade(22) == ["hole"]
+
+
+def test_who_joins_after_a_gap_that_names_no_trades_is_told_nothing_wrong(wire: Wire) -> None:
+    wire.seq[TRADE] = 7
+    wire.gap(TRADE, 3, healing=True, from_ts=1, join=True)
+    wire.trade(20)
+    wire.trade(19, backfilled=True)
+    wire.say(TRADE, "repair", gap=3, repaired=3, missing=[[18, 18]])
+    assert wire.found == []
+    assert wire.trade(22) == ["hole"]
+
+
+def test_who_has_heard_a_status_alone_may_have_missed_a_gap(wire: Wire) -> None:
+    wire.seq[TRADE] = 7
+    wire.status(TRADE, "stale", "mute")
+    assert wire.say(TRADE, "repair", gap=2, repaired=3, missing=[]) == []
 
 
 def test_a_repair_without_a_trade_since_is_checked_too(wire: Wire) -> None:
@@ -435,6 +521,7 @@ def break_envelope(wire: Wire) -> dict[str, list[str]]:
         "envelope: seq is true": wire.send(topic, encode({**good, "seq": True})),
         "envelope: join is false": wire.send(topic, encode({**good, "join": False})),
         "envelope: no epoch": wire.send(topic, encode({k: v for k, v in good.items() if k != "epoch"})),
+        "schema: no such type": wire.send(b"deribit.nonsense.btc_usd.raw", encode({**good, "type": "nonsense"})),
         "schema: no price": wire.send(topic, encode({k: v for k, v in good.items() if k != "price"})),
     }
     wire.seq[TRADE] += 1
@@ -466,6 +553,7 @@ def break_rest(wire: Wire) -> dict[str, list[str]]:
     broken["status: word"] = wire.say(TRADE, "status", state="fine", reason="", connection="futures")
     topic = "deribit.status.futures.connection"
     wire.say(topic, state="bootstrapping", reason="", connection="futures")
+    broken["gap: of a connection"] = wire.gap(topic, 1)
     broken["status: of a connection"] = wire.say(topic, state="recovering", reason="", connection="futures")
     wire.say(BEAT, **LIVE)
     broken["heartbeat: published falls"] = wire.say(BEAT, **{**LIVE, "published": 9})
@@ -514,6 +602,7 @@ def break_trades_more(wire: Wire) -> dict[str, list[str]]:
     wire.gap(TRADE, 1, "restart", missing_from=21, healing=True)
     wire.trade(20, backfilled=True)
     broken["duplicate: twice in one life"] = wire.trade(20, backfilled=True)
+    broken["duplicate: of an earlier life, and unmarked"] = wire.trade(16)
     return broken
 
 
@@ -528,6 +617,11 @@ def break_rest_more(wire: Wire) -> dict[str, list[str]]:
     broken["gap: from no time"] = wire.gap(TICKER, 3, from_ts=0)
     broken["gap: of heartbeats"] = wire.gap(BEAT, 4)
     broken["join: a heartbeat"] = wire.say(BEAT, **LIVE, join=True)
+    broken["time: the exchange says no heartbeat"] = wire.say(BEAT, **LIVE, exchange_ts=wire.now)
+    wire.seq[BOOK] = 7
+    first = wire.say(BOOK, kind="delta", change_id=9, bids=[], asks=[])
+    broken["chain: the first one names no change before"] = first
+    broken["crossed: from its first snapshot on"] = wire.snapshot(9, join=True, bids=[[101.5, 1.0]])
     wire.gap(TRADE, 1, missing_from=2, missing_to=2, healing=True)
     broken["join: a repair"] = wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 2]], join=True)
     broken["time: read, not in ns"] = wire.say("deribit.index.eth_usd.raw", price=1.0, receive_ts=START // 1_000_000)
@@ -560,6 +654,9 @@ def test_a_book_begins_anew_after_a_refusal_or_a_restart_but_not_after_a_repeat(
     wire.snapshot(10)
     wire.status(BOOK, "refused", "exchange_error")
     wire.snapshot(20)
+    wire.status(BOOK, "expired")
+    wire.status(BOOK, "recovering", "subscribe")
+    wire.snapshot(25)
     stamps: dict[str, Any] = {"from_ts": wire.last_ts[BOOK], "to_ts": wire.now, "receive_ts": wire.now}
     wire.gap(BOOK, 1, **stamps)
     wire.snapshot(30, reason="resync")
@@ -578,6 +675,11 @@ def test_an_expired_channel_is_repeated_and_may_have_come_back_unseen(wire: Wire
     wire.ticker()
     wire.status(TICKER, "expired")
     assert wire.ticker(join=True, receive_ts=wire.last_ts[TICKER]) == []
+    wire.trade(1)
+    wire.gap(TRADE, 1, missing_from=2, missing_to=2, healing=True)
+    wire.status(TRADE, "expired")
+    wire.say(TRADE, "repair", gap=1, repaired=0, missing=[[2, 2]])
+    assert wire.found == []
     wire.seq[TICKER] += 1
     assert wire.ticker() == ["sequence"]
     wire.status(TICKER, "recovering", "disconnect")
@@ -731,6 +833,7 @@ def test_loss_on_the_way_does_not_accuse_book_trades_or_heartbeats(wire: Wire) -
     wire.gap(TRADE, 1, missing_from=8, missing_to=9, healing=True)
     wire.seq[TRADE] += 2
     assert wire.say(TRADE, "repair", gap=1, repaired=2, missing=[]) == ["sequence"]
+    assert wire.say(TRADE, "repair", gap=2, repaired=0, missing=[]) == []  # its gap may have been among them
 
 
 @given(st.binary(max_size=200), st.binary(max_size=400))
