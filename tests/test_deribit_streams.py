@@ -11,9 +11,19 @@ import msgspec
 import pytest
 
 from collector.channels import LISTINGS, guess_expiry
-from tests.deribit_support import BOOK, QUOTE, TRADES, answer_nothing, encode_data, living, make_trade, run_healing
+from tests.deribit_support import (
+    BOOK,
+    QUOTE,
+    TRADES,
+    answer_nothing,
+    encode_data,
+    living,
+    make_trade,
+    run_healing,
+    wait_for,
+)
 from tests.pipeline import Subscriber, short_directory, subscribed
-from tests.support import wait_until
+from tests.support import in_loop, wait_until
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.listings import ListingFeed
@@ -106,16 +116,21 @@ def test_a_topic_that_is_taken_up_again_has_a_later_epoch_and_counts_anew(topics
     assert topics.ledger.cells[last.slot + EPOCH] == 300
 
 
-def test_a_forgotten_topic_is_forgotten_by_its_channel_too(tmp_path: Path) -> None:
-    """Else each later loss would be told of it, and healed."""
+@in_loop
+async def test_a_topic_whose_instrument_has_long_ended_is_forgotten_by_its_channel_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else each later loss would be told of it, and healed. It is looked for once an hour, here each second."""
+    monkeypatch.setattr("workers.deribit.watching.patrol.HOUR", 1)
     channel = "trades.option.any.100ms"
     with living(tmp_path, channel, fresh=True) as worker:
         feed = find_trades(worker)
         names = ["BTC-6NOV20-1-C", "BTC-6NOV99-1-C"]
         worker.take_frames([encode_data(channel, [make_trade(5, instrument_name=name) for name in names])], START)
         assert list(feed.tapes) == list(feed.streams) == names
-        worker.patrol._forget_expired()
-        assert list(feed.tapes) == list(feed.streams) == names[1:]
+        patrol = asyncio.create_task(worker.patrol.run())
+        await wait_for(lambda: list(feed.tapes) == list(feed.streams) == names[1:], "one to be forgotten")
+        patrol.cancel()
 
 
 def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(topics: Topics) -> None:

@@ -94,12 +94,11 @@ class Patrol:
             self.rate, self._counted = float(published - self._counted), published
             self._say_heartbeat()
             self._restore_files()
-            if self._client.is_live:
-                self._topics.ledger.cells[HEARD] = time.time_ns()
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
             if self._client.is_live:
+                self._topics.ledger.cells[HEARD] = time.time_ns()
                 self._judge_lag(time.monotonic_ns())
                 self._judge_whole(time.monotonic_ns())
             self._statuses.repeat_others(second % REPEAT)
