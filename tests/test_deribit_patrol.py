@@ -15,7 +15,7 @@ from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import SLICE
 from workers.deribit.watching.statuses import REPEAT
-from workers.deribit.watching.watch import RECONNECT_ONCE_IN
+from workers.deribit.watching.watch import LASTING, RECONNECT_ONCE_IN
 from workers.deribit.worker import Worker
 
 CHANNELS = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
@@ -54,6 +54,10 @@ async def test_what_is_due_is_said_again_each_second(worker: Worker) -> None:
     await wait_for(lambda: own.seq == 2, "the connection's own")
     due = [feed.stream for feed in worker.feeds.values() if hash(feed.stream.topic) % REPEAT == 0]
     await wait_for(lambda: all(stream.seq == 3 for stream in due), "those of the first second")
+    published = worker.publisher.published
+    assert len(CHANNELS) < worker.patrol.rate < published, "all before the first look"
+    await wait_for(lambda: worker.publisher.published > published, "the second look")
+    assert worker.report()["rate"] < len(CHANNELS), "what was published between the two"
     patrol.cancel()
     await asyncio.wait([patrol])
 
@@ -64,6 +68,14 @@ async def test_lag_is_corrected_by_the_clock_offset(practice: str) -> None:
     async with collecting(practice, f"clock:{-hour // 1_000_000}", QUOTE) as run:  # each message is an hour old by ours
         await wait_for(lambda: run.worker.patrol.lag.newest, "a sample of the lag")
         assert abs(run.worker.patrol.lag.newest) < hour / 2
+
+
+def test_lag_that_lasts_is_logged_and_its_end_too(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with living(tmp_path, fresh=True) as worker:
+        for lag in [6] * (LASTING + 2) + [1] * 2:
+            worker.patrol.take_lag(lag * SECOND)
+            worker.patrol._judge_lag(SECOND)
+    assert [record.getMessage() for record in caplog.records] == ["lag 6.0 s", "lag is over, 1.0 s"]
 
 
 def has_lost(run: Collecting, losses: int) -> bool:
