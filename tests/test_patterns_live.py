@@ -654,7 +654,8 @@ def test_who_follows_one_that_was_closed_ends_with_it() -> None:
         asyncio.run(check(load_config(write_config(directory, {"a": table}), {})))
 
 
-def test_what_another_connection_names_is_left_to_it_from_the_start() -> None:
+@pytest.mark.parametrize(("op", "arguments"), [("close", {}), ("unsubscribe", {"channels": ["quote.BTC-PERPETUAL"]})])
+def test_what_another_connection_names_is_left_to_it_from_the_start(op: str, arguments: dict[str, Any]) -> None:
     """As it is where its instrument is listed later."""
     named = "quote.BTC-PERPETUAL"
     channels = {"a": ["quote.BTC-*"], "b": [named, "ticker.*PERPETUAL.100ms"]}
@@ -664,7 +665,7 @@ def test_what_another_connection_names_is_left_to_it_from_the_start() -> None:
         run.program.wait_line(rf"a: {named} is not asked for now: {named} of b feeds the same topics")
         assert len(find_asked(run)) > 50
         assert named not in find_asked(run)
-        run.ask("close", connection="b")
+        run.ask(op, connection="b", **arguments)
         wait_until(lambda: named in run.get_state("a")["channels"]["confirmed"], f"{named} on a")
 
 

@@ -84,6 +84,14 @@ def _check_topics(placed: list[Placed], running: Container[str]) -> None:
         places.add(here)
 
 
+class Clash(ValueError):
+    """A channel may not stand beside `other`, of another connection."""
+
+    def __init__(self, other: Placed) -> None:
+        super().__init__(f"{other[1].name} of {other[0]} feeds the same topics")
+        self.other = other
+
+
 class Places:
     """Channels in such order that those which feed a topic of another one are found without comparing each pair.
 
@@ -110,9 +118,9 @@ class Places:
             index[channel.type, channel.interval, currency].append(placed)
 
     def place(self, owner: str, channel: Channel) -> None:
-        """Add a channel of a connection. Raises ValueError if another one would feed a topic of it too."""
+        """Add a channel of a connection. Raises Clash if another one would feed a topic of it too."""
         if other := self.find_clash((owner, channel)):
-            raise ValueError(f"{other[1].name} of {other[0]} feeds the same topics")
+            raise Clash(other)
         self.add((owner, channel))
 
     def find_clash(self, here: Placed) -> Placed | None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
+from collector.config.clashes import Clash
 from collector.config.patterns import expand, is_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
@@ -72,7 +73,7 @@ class Follower:
         self._shards: list[Entry] = []  # the connections that carry the channels
         self._named: set[str] = set()  # the channels that are asked for whatever the patterns are
         self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
-        self._held_elsewhere: set[str] = set()  # channels that another connection's stand in the way of
+        self._held_elsewhere: dict[str, Clash] = {}  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
         self._woken = asyncio.Event()  # there is something to take, or what is wanted may have changed
         self._outdated = asyncio.Event()  # something has happened that nobody told
@@ -194,10 +195,15 @@ class Follower:
                 self._outdated.set()
             self._adjust({row["instrument_name"] for row in rows if row.get("state") == "open"})
             await asyncio.sleep(BREATH)
-            with suppress(TimeoutError):  # what another connection holds, it may have given up meanwhile
-                await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
+            await self._wait()
             self._woken.clear()
         looking.cancel()
+
+    async def _wait(self) -> None:
+        """Wait until there is something to take, or to be had of another connection."""
+        while not self._woken.is_set() and all(self._supervisor.holds(c.other) for c in self._held_elsewhere.values()):
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
 
     async def _look(self) -> None:
         """Look at the whole list beside that: in time, and soon where something has happened that nobody told."""
@@ -258,24 +264,24 @@ class Follower:
         places = assign(weigh([*ours, *new]), len(living), held)
         taken = self._supervisor.list_places()
         placed: dict[str, int] = {}
-        left: dict[str, ValueError] = {}
+        left: dict[str, Clash] = {}
         for name in new:
             place = living[places[find_unit(name)]]
             shard = self._shards[place]
             try:
                 taken.place(shard.connection.name, parse_channel(name))
-            except ValueError as error:
-                left[name] = error
+            except Clash as clash:
+                left[name] = clash
                 continue
             shard.channels[name] = None
             placed[name] = self._ours[name] = place
         self._note_held_elsewhere(left)
         return placed
 
-    def _note_held_elsewhere(self, left: Mapping[str, ValueError]) -> None:
-        for name in left.keys() - self._held_elsewhere:
+    def _note_held_elsewhere(self, left: dict[str, Clash]) -> None:
+        for name in left.keys() - self._held_elsewhere.keys():
             log.warning("%s: %s is not asked for now: %s", self._name, name, left[name])
-        self._held_elsewhere = set(left)
+        self._held_elsewhere = left
 
     def _let_go(self, names: list[str], reason: str) -> None:
         """Want these no more; what was given up by name already is only forgotten."""

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from collector.channels import parse_channel
 from collector.config import Config, Connection, Credentials, check_together
-from collector.config.clashes import Places
+from collector.config.clashes import Placed, Places
 from collector.config.urls import name_host
 from collector.lifecycle import STOP_GRACE, Exit
 from collector.planning.catalogue import Catalogue
@@ -191,6 +191,13 @@ class Supervisor:
             for channel in entry.list_leaving():
                 places.add((entry.keeper.name, parse_channel(channel)), is_leaving=True)
         return places
+
+    def holds(self, placed: Placed) -> bool:
+        """Whether a connection still has a channel, or may still feed it."""
+        name, channel = placed
+        if (entry := self.entries.get(name)) is None or entry.keeper.is_over:
+            return False
+        return channel.name in entry.channels or channel.name in entry.list_leaving()
 
     def list_named(self, but: Entry) -> set[str]:
         """The channels that other connections are asked for by name, or leave just now: no pattern takes these."""
