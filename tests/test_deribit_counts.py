@@ -28,7 +28,7 @@ from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.holes import Hole
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import PAUSES, Ask, Healed, Page, heal_feed
-from workers.deribit.publishing.ledger import FIRST, HEARD, LAST_ID, LAST_TS, Ledger
+from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, OUT, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
 
@@ -481,11 +481,11 @@ def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
 
 
 def test_what_could_not_be_said_again_is_left_to_the_life_after_the_next(life: Life, tmp_path: Path) -> None:
-    """The exchange does not have it now; and the connection stood for long enough for all else to be out."""
+    """The exchange does not have it now; and all else is out for long enough."""
     later = Life(tmp_path, is_first=False)
     assert later.heal() == []
     later.tape.note_out()
-    later.ledger.cells[HEARD] = START * MS
+    later.ledger.cells[OUT] = START * MS
     later.ledger.close()
     last = Life(tmp_path, is_first=False)
     assert last.take((104, 30)) == [("restart", 101, 103), 104]

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import socket
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -43,7 +44,7 @@ from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.fetch import CURRENCIES, PAUSES, Ask, Page, heal_feed, heal_known
 from workers.deribit.healing.heal import PATIENCE, read_page
-from workers.deribit.publishing.ledger import HEARD, LAST_TS, UNHEALED
+from workers.deribit.publishing.ledger import HEARD, LAST_TS, OUT, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
 from workers.deribit.watching.patrol import RESYNCS
@@ -1216,6 +1217,24 @@ async def test_a_later_life_is_told_when_the_connection_stood_last(practice: str
     async with collecting(practice, "", QUOTE) as run:
         start = time.time_ns()
         await wait_for(lambda: run.worker.ledger.cells[HEARD] > start, "the look of the second")
+
+
+@in_loop
+async def test_a_later_life_is_told_up_to_when_all_that_was_said_is_out(practice: str) -> None:
+    """What waits for a subscriber that reads nothing is not."""
+    async with collecting(practice, "", QUOTE) as run:
+        cells, peers = run.worker.ledger.cells, run.worker.publisher._socket._peers
+        start, count = time.time_ns(), len(peers)
+        await wait_for(lambda: cells[OUT] > start, "the look of the second")
+        with socket.socket(socket.AF_UNIX) as mute:
+            mute.connect(run.worker.publisher.endpoint.removeprefix("ipc://"))
+            await wait_for(lambda: len(peers) > count, "one that reads nothing")
+            while not peers[-1].unsent:
+                peers[-1].write(b"a" * 1000, 1)
+            filled = time.time_ns()
+            await wait_for(lambda: cells[HEARD] > filled, "the next look")
+            assert cells[OUT] < filled
+        await wait_for(lambda: cells[OUT] > filled, "the look after it has gone")
 
 
 @in_loop

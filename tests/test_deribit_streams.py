@@ -37,6 +37,7 @@ from workers.deribit.publishing.ledger import (
     HEARD,
     LAST_ID,
     LAST_TS,
+    OUT,
     SUBSCRIPTIONS,
     UNHEALED,
     Ledger,
@@ -867,7 +868,7 @@ def test_a_later_life_says_the_last_trades_again(
 
 
 @pytest.mark.parametrize(
-    ("stood", "words", "said"),
+    ("out", "words", "said"),
     [
         (5.0, {}, 900),
         (5.1, {}, 1000),
@@ -875,21 +876,19 @@ def test_a_later_life_says_the_last_trades_again(
         (5.1, {BEGUN: 950}, 1000),
     ],
 )
-def test_unless_they_were_surely_out_when_the_connection_stood_last(
-    tmp_path: Path, stood: float, words: dict[int, int], said: int
-) -> None:
+def test_unless_they_were_surely_out(tmp_path: Path, out: float, words: dict[int, int], said: int) -> None:
     """And as long as no life has said them again, the next one does."""
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
     slot = Topics(1, ledger).find("trade", "BTC-PERPETUAL", "100ms").slot
     for word, value in ({LAST_TS: START, LAST_ID: 1000, FIRST: 5} | words).items():
         ledger.cells[slot + word] = value
-    ledger.cells[HEARD] = START + int(stood * 1e9)
+    ledger.cells[OUT] = START + int(out * 1e9)
     for epoch in (2, 3):
         ledger.close()
         ledger = Ledger(tmp_path / "a.ledger", fresh=False)
         (stream,) = Topics(epoch, ledger).recall()
         assert (stream.last_id, stream.reached) == (said, 1000)
-        ledger.cells[HEARD] += 100_000_000_000 if said < 1000 else 0
+        ledger.cells[OUT] += 100_000_000_000 if said < 1000 else 0
     ledger.close()
 
 

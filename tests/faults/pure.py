@@ -15,7 +15,7 @@ from tests.faults.life import SURE, Healer, Life, Reader
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.trades.feed import TradeFeed
-from workers.deribit.publishing.ledger import HEARD
+from workers.deribit.publishing.ledger import HEARD, OUT
 
 MS = 1_000_000
 START = 1_790_000_000_000
@@ -223,6 +223,7 @@ class Case:
     def _kill(self) -> None:
         if self.is_up:
             self.life.ledger.cells[HEARD] = self.now  # patrol.py: once a second
+        self.life.ledger.cells[OUT] = self.now
         self._go_down()
         self._end_life(unsent=self.rng.choice((0, 0, 1, 5, 20)))
         self.exchange.pass_time(self.rng.choice((2, 30, 500)))

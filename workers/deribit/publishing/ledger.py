@@ -48,6 +48,7 @@ SUBSCRIPTIONS = 11  # of the latest life
 ROOM = 12  # records for which there is room
 HEARD = 13  # when (ns) the latest life's connection stood last
 LAYOUT = 14  # THIS_LAYOUT
+OUT = 15  # when (ns) all that the latest life had said was last seen to have left it
 
 THIS_LAYOUT = int.from_bytes(b"ledger 1", sys.byteorder)
 """What says that a file is a ledger of the layout above: another layout bears another number."""

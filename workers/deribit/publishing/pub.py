@@ -110,6 +110,11 @@ class PubSocket:
         """How many prefixes are wanted now, each counted for each subscriber."""
         return sum(len(peer.prefixes) for peer in self._peers)
 
+    @property
+    def is_served(self) -> bool:
+        """Whether all that was sent comes even if this ends now."""
+        return all(peer.is_served for peer in self._peers)
+
     def fileno(self) -> int:
         """Can be read when there is something to do for `poll`."""
         return self._selector.fileno()  # epoll's, or kqueue's
@@ -241,7 +246,7 @@ class PubSocket:
             self._listener = None
             remove_socket(self._endpoint)
         end = time.monotonic() + linger
-        while not all(peer.is_served for peer in self._peers) and (left := end - time.monotonic()) > 0:
+        while not self.is_served and (left := end - time.monotonic()) > 0:
             self.poll(min(left, CLOSING_STEP))
         for peer in list(self._peers):
             self._leave(peer)

@@ -172,6 +172,11 @@ class Publisher:
         """How many subscriptions there are now."""
         return self._socket.subscriptions
 
+    @property
+    def is_out(self) -> bool:
+        """Whether all that was said has left this process."""
+        return not self._waiting and self._socket.is_served
+
     def release(self) -> None:
         """Send what was held, and hold no more."""
         self.is_holding = False

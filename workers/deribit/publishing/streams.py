@@ -9,10 +9,10 @@ from collector.messages import EXCHANGE, Topic, is_topic_part, parse_topic
 from workers.deribit.publishing.ledger import (
     EPOCH,
     HAS_ENDED,
-    HEARD,
     LAST_TS,
     MAX_NAMES,
     NEWEST,
+    OUT,
     UNHEALED,
     Entry,
     Ledger,
@@ -215,7 +215,7 @@ class Topics:
         """Trades from a little before the last one are said again, unless they are surely out: the earlier life may
         have taken them along. So may the next one what this one is to say again.
         """
-        is_out = not entry.unhealed and self.ledger.cells[HEARD] - entry.last_ts > SURE * 1e9
+        is_out = not entry.unhealed and self.ledger.cells[OUT] - entry.last_ts > SURE * 1e9
         repeat_from = entry.last_id + 1 - (0 if is_out else REPEATS)
         stream.last_id = max(1, entry.first_id, min(repeat_from, entry.unhealed or repeat_from)) - 1
         stream.reached = entry.last_id

@@ -16,7 +16,7 @@ from workers.deribit.connection.session import NEVER
 from workers.deribit.feeds.book import BookFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.rhythm import QUIET, SECOND, Rhythm
-from workers.deribit.publishing.ledger import HEARD
+from workers.deribit.publishing.ledger import HEARD, OUT
 from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
@@ -94,6 +94,8 @@ class Patrol:
             self.rate, self._counted = float(published - self._counted), published
             self._say_heartbeat()
             self._restore_files()
+            if self._publisher.is_out:
+                self._topics.ledger.cells[OUT] = time.time_ns()
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
