@@ -206,12 +206,9 @@ class SequenceCheck:
         last = self._last.get(message.topic)
         return last is not None and message.type in ON_DATA_TOPICS and message.epoch < last[0]
 
-    def forget(self, prefix: str, kept: Iterable[str]) -> list[Topic]:
-        """Forget, and return, the topics that begin so, but for those that begin as one of `kept`: they are read no
-        more.
-        """
-        begun = [topic for topic in self._last if str(topic).startswith(prefix)]
-        gone = [topic for topic in begun if not str(topic).startswith(tuple(kept))]
+    def forget_all_but(self, kept: Iterable[str]) -> list[Topic]:
+        """Forget, and return, the topics that begin as none of these prefixes: they are read no more."""
+        gone = [topic for topic in self._last if not str(topic).startswith(tuple(kept))]
         for topic in gone:
             del self._last[topic]
         return gone

@@ -115,7 +115,7 @@ class Subscriber(OwnSocket):
             raise ValueError(f"{text!r} is no prefix that is subscribed to")
         self._prefixes.remove(text)
         self.socket.unsubscribe(text)
-        for topic in self._sequence.forget(text, self._prefixes):
+        for topic in self._sequence.forget_all_but(self._prefixes):
             self._questions.settle(topic)
         self._waiting = deque(each for each in self._waiting if str(each.topic).startswith(tuple(self._prefixes)))
 
