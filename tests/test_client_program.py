@@ -433,18 +433,22 @@ def test_a_closed_stdout_is_as_one_that_nobody_reads(control: str, command: str)
 
 def test_connections_come_and_go(control: str, tmp_path: Path) -> None:
     url = json.loads(get_output(control, "state", "futures", "--json"))["url"]
-    added = get_output(
-        control, "connect", "extra", "quote.ETH-PERPETUAL", "--url", url, "--set", "timeout=3", "--set", "retry_count=1"
-    )
+    settings = ("--set", "timeout = 3", "--set", "retry_count=1")
+    added = get_output(control, "connect", "extra", "quote.ETH-PERPETUAL", "--url", url, *settings)
     assert added.startswith("name ")
     lines = get_output(control, "tail", "--count", "5", "deribit.quote.ETH-PERPETUAL.").splitlines()
     assert "quote" in {json.loads(line)["type"] for line in lines}  # after what a late subscriber is told
     assert get_output(control, "close", "extra").startswith("name ")
     assert "extra" not in json.loads(get_output(control, "state", "--json"))
     file = tmp_path / "more.toml"
-    file.write_text(f'[[connection]]\nname = "extra"\nurl = "{url}"\nchannels = ["quote.ETH-PERPETUAL"]\n')
-    state = json.loads(get_output(control, "connect", "extra", "--from", str(file), "--json"))
-    assert state["state"] == "live"
+    file.write_text(
+        f'[[connection]]\nname = "extra"\nurl = "{url}"\npublish = "tcp://127.0.0.1:1"\n'
+        'channels = ["quote.ETH-PERPETUAL"]\n'
+    )
+    publish = f"ipc://{tmp_path}/given"  # what is given beside a file goes before it
+    state = json.loads(get_output(control, "connect", "extra", "--from", str(file), "--publish", publish, "--json"))
+    assert (state["state"], state["publish"]) == ("live", publish)
+    assert state["channels"]["asked"] == ["quote.ETH-PERPETUAL"]
     get_output(control, "close", "extra")
 
 
@@ -489,23 +493,44 @@ def test_verify_says_when_nothing_came(control: str) -> None:
     assert "nothing came on topics that begin with 'deribit.nonsense.'" in done.stderr
 
 
-def test_verify_ends_with_1_on_a_broken_stream() -> None:
+@pytest.mark.parametrize("option", ["", "--json"])
+def test_verify_ends_with_1_on_a_broken_stream(option: str) -> None:
     context = zmq.Context()
     publisher = context.socket(zmq.XPUB)
     publisher.bind("tcp://127.0.0.1:*")
     endpoint = publisher.getsockopt_string(zmq.LAST_ENDPOINT)
     try:
-        with running(*collector("verify", "--endpoint", endpoint, "--for", "3s", "--json")) as program:
+        with running(*collector("verify", "--endpoint", endpoint, "--for", "3s", *option.split())) as program:
             assert publisher.poll(20_000)
-            payload = {"type": "index", "exchange": "deribit", "instrument": "btc_usd", "epoch": 1, "exchange_ts": 0}
-            for seq in (1, 2, 4):
-                body = encode({**payload, "seq": seq, "receive_ts": time.time_ns(), "price": 1.0})
-                publisher.send_multipart([b"deribit.index.btc_usd.raw", body])
+            now = time.time_ns()
+            stamps = {"exchange": "deribit", "epoch": 1, "exchange_ts": 0, "receive_ts": now}
+            index = {**stamps, "type": "index", "instrument": "btc_usd", "price": 1.0}
+            for seq in (1, 2, 4, 6, 8, 10, 12, 14):
+                publisher.send_multipart([b"deribit.index.btc_usd.raw", encode({**index, "seq": seq})])
+            gap = {**stamps, "type": "gap", "seq": 1, "id": 1, "reason": "restart", "from_ts": now, "to_ts": now}
+            for instrument, healing in (("A", False), ("B", True)):
+                named = {"instrument": instrument, "healing": healing, "missing_from": 2, "missing_to": 4}
+                publisher.send_multipart([f"deribit.trade.{instrument}.raw".encode(), encode({**gap, **named})])
             publisher.send_multipart([b"three", b"frames", b"here"])
             assert program.wait_exit() == 1
+        first = [f"message {seq} was lost on the way to this subscriber" for seq in (3, 5, 7, 9, 11)]
+        if option:
             verdict = json.loads(program.out[0])
-            assert {rule for rule, counts in verdict["rules"].items() if counts["broken"]} == {"envelope", "sequence"}
-            assert verdict["findings"][0]["text"] == "message 3 was lost on the way to this subscriber"
+            broken = {rule: counts["broken"] for rule, counts in verdict["rules"].items() if counts["broken"]}
+            assert broken == {"envelope": 1, "sequence": 6}
+            texts = [finding["text"] for finding in verdict["findings"]]
+            assert texts == [*first, "3 frames instead of topic and payload"]
+            assert [verdict[key] for key in ("ok", "messages", "topics", "healing", "missing")] == [False, 11, 3, 1, 3]
+            assert 3 <= verdict["seconds"] < 60
+        else:
+            at = next(at for at, line in enumerate(program.out) if line.startswith("sequence "))
+            assert re.match(r"sequence +10 checked +6 broken  ", program.out[at])
+            assert program.out[at + 1 : at + 6] == [f"    deribit.index.btc_usd.raw: {text}" for text in first]
+            assert program.out[at + 6].startswith("epoch ")
+            assert re.fullmatch(r"11 messages in \d+\.\d s on 3 topics \(1 index, 2 trade\)", program.out[-2])
+            told = "3 trades missing for good, 1 gap without repair so far"
+            assert program.out[-1] == f"Announced, so no fault: {told}."
+            assert program.err == ["collector: 2 rules broken, 7 times"]
     finally:
         context.destroy(linger=0)
 
