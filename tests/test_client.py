@@ -552,6 +552,7 @@ LATER = START + 2 * ANSWERED_WITHIN
     [
         (TOPIC, {}, LATER, 2),
         (TOPIC, {"type": "status", "state": "live"}, LATER, 2),
+        ("deribit.ticker.BTC-PERPETUAL.100ms", {"state": "closed"}, LATER, 2),
         (TOPIC, {"seq": 1}, LATER, 0),
         (TOPIC, {"join": True}, LATER, 0),
         (TOPIC, {"receive_ts": START + 1}, LATER, 0),
@@ -562,8 +563,8 @@ LATER = START + 2 * ANSWERED_WITHIN
         ("deribit.heartbeat.a.1s", {}, LATER, 0),
     ],
     ids=[
-        "amid its numbers", "status", "from the first on", "joined", "said soon and read late", "by the reader's clock",
-        "left", "ended", "connection", "heartbeat",
+        "amid its numbers", "status", "a closed market", "from the first on", "joined", "said soon and read late",
+        "by the reader's clock", "left", "ended", "connection", "heartbeat",
     ],
 )  # fmt: skip
 def test_a_topic_that_is_new_long_after_it_was_asked_for_has_lost_what_came_before_its_first_message(
@@ -614,6 +615,7 @@ def test_what_is_no_topic_is_neither_read_nor_asked_for(publisher: Any) -> None:
 
 STATUS: dict[str, Any] = {"type": "status", "state": "live", "connection": "b"}
 RESTART: dict[str, Any] = {"type": "gap", "id": 1, "reason": "restart", "from_ts": START, "to_ts": START}
+REPAIR: dict[str, Any] = {"type": "repair", "gap": 1, "repaired": 0, "missing": []}
 
 
 @pytest.mark.parametrize(
@@ -626,8 +628,18 @@ RESTART: dict[str, Any] = {"type": "gap", "id": 1, "reason": "restart", "from_ts
         ({}, [{"seq": 2, **RESTART}], ["sequence", 2]),
         ({}, [{"seq": 2, "join": True, **RESTART}], ["sequence", 2]),
         ({}, [{"seq": 0, "join": True}], ["anew", 0]),
+        ({}, [{"seq": 1, **REPAIR}, {"seq": 2}], [1, "anew", 2]),
     ],
-    ids=["no gap", "gap", "no data before", "dropped as well", "gap after a drop", "joined gap", "joined data"],
+    ids=[
+        "no gap",
+        "gap",
+        "no data before",
+        "dropped as well",
+        "gap after a drop",
+        "joined gap",
+        "joined data",
+        "a repair",
+    ],
 )
 def test_data_of_a_new_epoch_without_a_gap_are_a_loss_once(
     publisher: Any, before: dict[str, Any], after: list[dict[str, Any]], expected: list[int | str]
@@ -639,6 +651,16 @@ def test_data_of_a_new_epoch_without_a_gap_are_a_loss_once(
         got = [subscriber.receive(10) for _ in [before, *expected]]
         assert [item.reason if isinstance(item, Loss) else item and item.seq for item in got] == [3, *expected]
         assert subscriber.receive(0) is None
+
+
+def test_heartbeats_of_a_new_epoch_are_no_loss() -> None:
+    """No gap comes on their topic: that the worker was restarted is no loss of theirs."""
+    sequence, topic = SequenceCheck(), parse_topic("deribit.heartbeat.a.1s")
+    for epoch in (START, START + 5):
+        envelope = {"type": "heartbeat", "epoch": epoch, "seq": 1, "exchange_ts": 0, "receive_ts": epoch}
+        message = Message(topic, envelope)
+        assert not sequence.is_anew(message)
+        assert sequence.follow(message) is None
 
 
 def test_a_type_that_came_later_than_this_program_is_read(publisher: Any) -> None:
@@ -655,7 +677,7 @@ def test_a_type_that_came_later_than_this_program_is_read(publisher: Any) -> Non
 CLOSED: dict[str, Any] = {"type": "status", "state": "closed", "reason": "unsubscribed", "connection": "b"}
 
 
-@pytest.mark.parametrize("word", [RESTART, {"type": "repair", "gap": 1, "repaired": 0, "missing": []}, CLOSED])
+@pytest.mark.parametrize("word", [RESTART, REPAIR, CLOSED])
 def test_a_last_word_of_who_fed_the_topic_before_is_passed_over(publisher: Any, word: dict[str, Any]) -> None:
     with Subscriber([endpoint_of(publisher)]) as subscriber:
         wait_subscribed(publisher)

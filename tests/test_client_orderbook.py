@@ -65,15 +65,18 @@ def test_it_answers_from_the_first_snapshot_on(feed: Feed) -> None:
     assert feed.book.get_depth(1) == ([(99.5, 4.0)], [(100.5, 1.0)])
     assert feed.delta(13, 12, bids=[[99.5, 0.0], [99.0, 0.0]])
     assert feed.book.best() == (None, (100.5, 1.0))
-    assert (feed.book.change_id, feed.book.exchange_ts, feed.book.receive_ts) == (13, 5, 6)
+    assert feed.delta(14, 13, bids=[[99.0, 2.0]], asks=[[100.5, 0.0], [101.0, 0.0]])
+    assert feed.book.best() == ((99.0, 2.0), None)
+    assert (feed.book.change_id, feed.book.exchange_ts, feed.book.receive_ts) == (14, 5, 6)
 
 
 def break_by_gap(feed: Feed) -> None:
-    feed.give("gap", id=1, reason="disconnect")
+    assert not feed.give("gap", id=1, reason="disconnect")
 
 
 def break_by_chain(feed: Feed) -> None:
     assert not feed.delta(12, 11)
+    assert refuse(feed.book).startswith(f"{TOPIC}: a delta follows change 11, the book is at 10; ")
 
 
 def break_by_delta_of_unknown_place(feed: Feed) -> None:

@@ -512,6 +512,7 @@ def break_envelope(wire: Wire) -> dict[str, list[str]]:
         "envelope: no text": wire.send(b"\xff\xfe.a.b.c", encode(good)),
         "envelope: no such type": wire.send(b"deribit.nonsense.btc_usd.raw", encode(good)),
         "envelope: another instrument": wire.send(b"deribit.index.eth_usd.raw", encode(good)),
+        "envelope: another exchange": wire.send(topic, encode({**good, "exchange": "other"})),
         "envelope: another type": wire.send(b"deribit.quote.btc_usd.raw", encode(good)),
         "envelope: no map": wire.send(topic, encode([1, 2])),
         "envelope: no MessagePack": wire.send(topic, b"\xc1"),
