@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import to_builtins
 
+from collector.cli.plan import write_plan
 from collector.config import ConfigError, load_config
 from collector.config.patterns import Instrument
 from collector.limits import (
@@ -97,6 +98,10 @@ def test_a_plan_counts_calls_time_and_login(tmp_path: Path) -> None:
     assert pool.seconds == pytest.approx(0.9)
     assert any("2 connections share one pool" in note for note in plan.notes)
     assert "hush" not in json.dumps(to_builtins(plan))
+    lines = list(write_plan(plan))
+    largest = max(call.bytes for call in plan.connections[0].calls)
+    assert re.search(rf"^a +\S+/a\.pub +3000 \(3000 quote\) +\d+/s +6 +{largest} B +DESK$", "\n".join(lines), re.M)
+    assert "subscribed   a, b at www.deribit.com as DESK: 12 calls, 0.9 s and the round trips" in lines
 
 
 def test_connections_with_other_keys_draw_on_other_pools(tmp_path: Path) -> None:
