@@ -333,6 +333,11 @@ def test_a_wish_is_said_to_be_kept_only_where_it_was_heard(tmp_path: Path) -> No
     assert answer_in_turn(endpoint, "unsubscribe a b", state, late) == (1, "", kept)
 
 
+def test_a_channel_may_be_given_up_while_its_worker_has_not_told_yet_what_it_has(tmp_path: Path) -> None:
+    replies = encode_reply({"name": "a"}), encode_reply({"channels": {"b": True}})
+    assert answer_in_turn(f"ipc://{tmp_path}/control", "unsubscribe a b", *replies) == (0, "b  unsubscribed", "")
+
+
 @pytest.mark.parametrize(
     "command",
     [
