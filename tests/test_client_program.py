@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import click
 import psutil
 import pytest
 import zmq
@@ -19,6 +20,7 @@ import zmq
 from collector import Control, ControlError, Subscriber, __version__
 from collector.cli import COMMANDS
 from collector.cli.facts import print_facts, print_table, show_fact
+from collector.cli.options import read_duration
 from collector.client.orderbook import NotInSync, OrderBook
 from collector.client.stream import Loss, Message, read_envelope
 from collector.client.verify import RULES, Finding, Verifier
@@ -249,6 +251,19 @@ def test_errors_say_what_and_what_to_do(control: str, arguments: tuple[str, ...]
     assert (done.returncode, done.stdout) == (code, "")
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("60", 60), ("60s", 60), (" 1.5m ", 90), ("2h", 7200), ("0.1s", 0.1), ("8784h", 366 * 86_400)]
+)
+def test_a_length_of_time_has_a_unit_or_is_in_seconds(text: str, seconds: float) -> None:
+    assert read_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "s", "0", "-1s", "1d", ".5s", "1e3", "1 s", "1s2", "\u0663s", "8785h"])
+def test_what_is_no_length_of_time_is_refused(text: str) -> None:
+    with pytest.raises(click.BadParameter, match="write for example 60s, 5m or 2h"):
+        read_duration(text)
 
 
 @pytest.mark.parametrize(

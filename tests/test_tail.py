@@ -323,12 +323,14 @@ ending = Ending()
 print(ending.has_come(), is_interrupted_by(signal.SIGINT), ending.has_come(), is_interrupted_by(signal.SIGTERM))
 time.sleep(ONE_WISH)
 print(is_interrupted_by(signal.SIGTERM))
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+print(Ending().has_come(), is_interrupted_by(signal.SIGINT))
 """
 
 
-def test_two_signals_at_once_are_one_wish() -> None:
+def test_two_signals_at_once_are_one_wish_and_one_that_the_shell_has_ignored_is_none() -> None:
     done = subprocess.run([sys.executable, "-c", WISHES], capture_output=True, text=True, cwd=REPOSITORY, timeout=60)
-    assert (done.stdout, done.stderr) == ("False True True False\nTrue\n", "")
+    assert (done.stdout, done.stderr) == ("False True True False\nTrue\nFalse False\n", "")
 
 
 def test_on_a_terminal_that_cannot_draw_it_writes_lines(market: Market) -> None:
