@@ -166,7 +166,7 @@ def test_the_command_refuses_in_one_line_and_ends_with_2(tmp_path: Path) -> None
 
 
 def write_practice_port(port: int) -> str:
-    channels = ["book.*.100ms", "ticker.{kind=option}.100ms", "quote.NONE-*"]
+    channels = ["book.*.100ms", "ticker.{kind=option,expiry<9999d}.100ms", "quote.NONE-*"]
     return write_connection("options", channels).replace("wss://www.deribit.com", f"ws://127.0.0.1:{port}")
 
 
@@ -246,7 +246,7 @@ def test_the_command_asks_the_exchange_for_its_instruments(tmp_path: Path) -> No
     with exchange(port, "--options", "600"):
         done = run_plan(path)
     assert (done.returncode, done.stderr) == (0, "")
-    assert re.search(r"\nticker\.\{kind=option\}\.100ms  options +600\n", done.stdout)
+    assert re.search(r"\nticker\.\{kind=option,expiry<9999d\}\.100ms  options +600\n", done.stdout)
     assert re.search(r"\nquote\.NONE-\* +options +none now\n", done.stdout)
     rows = re.findall(r"\n(options-\d) +ipc://\S+/\1\.pub +(\d+) \(.*?\) +(\d+)/s", done.stdout)
     heading, note = re.findall(r"^.*quiet market.*$", done.stdout, re.MULTILINE)
@@ -271,3 +271,4 @@ def test_patterns_at_the_practice_exchange_wait_for_run(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "note         a stays unexpanded: the practice exchange starts with the collector" in done.stdout
+    assert re.search(r"^exchange     \S+, the practice exchange$", done.stdout, re.MULTILINE)
