@@ -179,7 +179,7 @@ class Subscriber(OwnSocket):
             self._questions.settle(message.topic)
         elif (is_lost or message.topic in self._questions.unanswered) and message.topic.type != "heartbeat":
             self.ask_again(message.topic)  # heartbeats are not said again
-        if is_anew and (loss is None or is_lost):
+        if is_anew:
             detail = "it is fed anew, and no gap says what is missing before this"
             loss, is_lost = Loss(message.topic, "anew", message.epoch, detail=detail), True
         if loss is None:
