@@ -399,6 +399,10 @@ def test_what_is_announced_as_missing_for_good_is_counted(wire: Wire) -> None:
     wire.gap(TRADE, 1, healing=False, missing_from=2, missing_to=4)
     wire.trade(5)
     assert wire.verifier.count_missing() == (0, 3)
+    wire = Wire()
+    wire.seq[TRADE] = 7
+    wire.gap(TRADE, 1, healing=False, missing_from=2, missing_to=4, from_ts=1, join=True)  # of before we came
+    assert wire.verifier.count_missing() == (0, 0)
 
 
 def test_who_joins_amid_healing_is_told_nothing_wrong(wire: Wire) -> None:
