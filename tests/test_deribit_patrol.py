@@ -1,6 +1,7 @@
 """What is done once a second for each channel holds nothing up, however many there are."""
 
 import asyncio
+import shutil
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +14,7 @@ from tests.deribit_support import QUOTE, Collecting, collecting, living, wait_fo
 from tests.support import in_loop
 from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
-from workers.deribit.watching.patrol import SLICE
+from workers.deribit.watching.patrol import PATIENCE, SLICE
 from workers.deribit.watching.statuses import REPEAT
 from workers.deribit.watching.watch import LASTING, RECONNECT_ONCE_IN
 from workers.deribit.worker import Worker
@@ -76,6 +77,37 @@ def test_lag_that_lasts_is_logged_and_its_end_too(tmp_path: Path, caplog: pytest
             worker.patrol.take_lag(lag * SECOND)
             worker.patrol._judge_lag(SECOND)
     assert [record.getMessage() for record in caplog.records] == ["lag 6.0 s", "lag is over, 1.0 s"]
+
+
+def test_neither_silence_nor_lag_of_a_connection_is_held_against_the_next(tmp_path: Path) -> None:
+    with living(tmp_path, fresh=True) as worker:
+        patrol, now = worker.patrol, time.monotonic_ns()
+        patrol._whole.is_steady = True
+        patrol._whole.restart(patrol.last_ts, now - 61 * SECOND)
+        for _ in range(LASTING):
+            patrol.take_lag(6 * SECOND)
+            patrol._judge_lag(now)
+        assert (patrol._late.is_lagging, patrol._whole.is_broken(now)) == (True, True)
+        worker.change_state("backoff", "reset")
+        worker.change_state("live", "")
+        assert (patrol._late.is_lagging, patrol._whole.is_broken(now)) == (False, False)
+
+
+def test_that_files_cannot_be_made_again_is_logged_once_and_only_if_it_lasts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The supervisor may be making their directory."""
+    place = tmp_path / "elsewhere"
+    place.mkdir()
+    with living(place, fresh=True) as worker:
+        for times in (PATIENCE - 1, PATIENCE - 1, PATIENCE + 2):
+            shutil.rmtree(place)
+            for _ in range(times):
+                worker.patrol._restore_files()
+            place.mkdir()
+            worker.patrol._restore_files()
+            told = [record for record in caplog.records if "cannot be made again" in record.getMessage()]
+            assert len(told) == (times >= PATIENCE)
 
 
 def has_lost(run: Collecting, losses: int) -> bool:
