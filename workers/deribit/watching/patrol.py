@@ -90,12 +90,12 @@ class Patrol:
         for second in count():
             due = max(due + 1.0, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
+            if self._publisher.is_out:  # before the heartbeat, which would wait
+                self._topics.ledger.cells[OUT] = time.time_ns()
             published = self._publisher.published
             self.rate, self._counted = float(published - self._counted), published
             self._say_heartbeat()
             self._restore_files()
-            if self._publisher.is_out:
-                self._topics.ledger.cells[OUT] = time.time_ns()
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_expired()
