@@ -83,12 +83,18 @@ def test_under_nohup_the_end_of_its_terminal_is_not_its_own() -> None:
 
 
 def test_the_start_says_what_runs_where_and_how_to_stop() -> None:
-    with collected(log_level="info") as run:
+    secret = {**QUICK, "url": "ws://127.0.0.1:9/path?hidden=hunter2", "channels": [], "retry_count": 1000}
+    followed = {**QUICK, "channels": ["quote.ETH-PERPETUAL", "ticker.BTC-PERP*.100ms"]}
+    with collected({"a": QUICK, "b": secret, "c": followed}, log_level="info") as run:
         run.wait_state("a")
         run.program.wait_line(r"collector \d+\.\d+.*collector\.toml", stream="err")
+        run.program.wait_line("b: 0 channels of ws://127.0.0.1:9/path$", stream="err")
+        run.program.wait_line("c: 1 channel and 1 pattern of practice", stream="err")
         run.program.wait_line(rf"a: ready, pid \d+, publishes on ipc://{run.runtime_dir}/a\.pub", stream="err")
         run.program.wait_line(rf"control on {run.control}", stream="err")
         run.program.wait_line(r"Ctrl-C stops", stream="err")
+        run.program.wait_line("b: backoff: ", stream="err")
+        assert "hunter2" not in run.program.text()
         assert run.program.out == []
 
 
