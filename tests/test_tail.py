@@ -365,14 +365,17 @@ def test_what_others_wrote_does_not_steer_the_terminal(market: Market, term: str
 
 
 VIEW = """
-import sys
-from collector.cli.watch import View
+import os, sys
+from collector.cli.watch import MAX_HELD, View
 view = View(sys.argv[1])
-print("a line of the log", file=sys.stderr, flush=True)
+workers = os.dup(2)
+os.write(workers, b"the first of too many\\n" + b"one of many\\n" * MAX_HELD)
+os.write(workers, b"a line of the log, no text: \\xff\\n")
 sys.stdin.readline()
 print("a word amid the view", file=sys.stderr, flush=True)
 view.close()
 print("after the end", file=sys.stderr)
+os.write(workers, b"the last word of a worker\\n")
 """
 
 
@@ -383,9 +386,22 @@ def test_watching_holds_the_log_back_and_prints_it_at_the_end(market: Market) ->
         assert "a line of the log" not in terminal.read()
         os.write(terminal.master, b"\n")
         terminal.wait("after the end")
+        terminal.wait("the last word of a worker")
+        assert "the first of too many" not in terminal.written
         left = terminal.written.rindex("\x1b[?1049l")
         held = [left, *(terminal.written.index(word) for word in ("a line of the log", "a word amid", "after the end"))]
         assert held == sorted(held)
+
+
+def test_watching_holds_no_log_back_that_goes_elsewhere(market: Market, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = ("sh", "-c", f'exec "$@" 2>{log}', "sh", sys.executable, "-c", VIEW, market.control)
+    with on_terminal(*command) as terminal:
+        terminal.wait("Ctrl-C stops everything")
+        wait_until(lambda: b"a line of the log" in log.read_bytes(), "the log")
+        os.write(terminal.master, b"\n")
+        wait_until(lambda: (terminal.read(), terminal.process.poll() is not None)[1], "its end")
+        assert terminal.process.returncode == 0
 
 
 def write_watched(directory: Path) -> Path:
