@@ -39,6 +39,7 @@ from tests.faults.life import Healer, Life
 from tests.pipeline import Subscriber, short_directory, subscribed
 from tests.support import in_loop
 from workers.deribit.feeds.book import BookFeed
+from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.feeds.trades.feed import TradeFeed
@@ -84,6 +85,11 @@ async def lose_trades(run: Collecting, topic: str) -> dict[str, Any]:
         run.worker.client.cut("the test wants it so")
         gap = (await run.hearer.hear_of(topic, len(run.hearer.find(topic, type="gap")) + 1, type="gap"))[-1]
     return gap
+
+
+def is_confirmed(feed: Feed) -> bool:
+    """Whether the exchange gives this channel of trades."""
+    return isinstance(feed, TradeFeed) and bool(feed.losses.confirmed_at)
 
 
 # -- lost connections -------------------------------------------------------------------------------------------------
@@ -579,6 +585,29 @@ async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() 
         await wait_for(lambda: feed.losses.lost_from is None, "the healing")
     firsts = [currency for currency, start in asked if start == asked[0][1]]
     assert firsts == [*CURRENCIES[:3], *CURRENCIES[2:]]
+
+
+@in_loop
+async def test_of_many_channels_only_so_many_are_healed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here one; the exchange asks for patience with its first request."""
+    monkeypatch.setattr("workers.deribit.healing.heal.AT_ONCE", 1)
+    names = ["BTC-PERPETUAL", "ETH-PERPETUAL"]
+    asked: list[str] = []
+
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        asked.append(params["instrument_name"])
+        late = {"error": {"code": 13888, "message": "timed_out"}}
+        return late if count == 1 else {"result": {"trades": [], "has_more": False}}
+
+    channels = [f"trades.{name}.100ms" for name in names]
+    async with scripted("public/get_last_trades", script) as url, collecting(url, "", *channels) as run:
+        await wait_for(lambda: run.worker.client.is_live and all(map(is_confirmed, run.worker.feeds.values())), "both")
+        for name, channel in zip(names, channels, strict=True):
+            trades = [make_trade(seq, instrument_name=name) for seq in (5, 8)]
+            run.worker.take_frames([encode_data(channel, trades)], time.time_ns())
+        await wait_for(lambda: names[1] in asked, "the healing of the second")
+    assert [name for name, _ in groupby(asked)] == names
+    assert asked.count(names[0]) > 1
 
 
 @in_loop
