@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tests.deribit_support import QUOTE, Collecting, collecting, living, wait_for
+from tests.deribit_support import QUOTE, Collecting, collecting, living, scripted, wait_for
 from tests.support import in_loop
+from workers.deribit.connection.session import NEVER
 from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import PATIENCE, SLICE
@@ -108,6 +110,29 @@ def test_that_files_cannot_be_made_again_is_logged_once_and_only_if_it_lasts(
             worker.patrol._restore_files()
             told = [record for record in caplog.records if "cannot be made again" in record.getMessage()]
             assert len(told) == (times >= PATIENCE)
+
+
+@in_loop
+async def test_an_exchange_that_proves_no_life_is_asked_once_in_a_while_and_nobody_is_called_mute_meanwhile() -> None:
+    """It does not answer at first, then says that it is closed, then that it is open for some."""
+    asked: list[int] = []
+
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        asked.append(count)
+        return {"result": {"locked": "true" if count == 2 else "partial"}} | ({"id": 1} if count == 1 else {})
+
+    async with scripted("public/status", script) as url, collecting(url, "", QUOTE, timeout=2.5) as run:
+        (feed,), hearer = run.worker.feeds.values(), run.hearer
+        await wait_for(lambda: run.worker.client.is_live and feed.condition == ("live", ""), "the channel")
+        feed.rhythm.restart(feed.last_ts, time.monotonic_ns() - 61 * SECOND)
+        for number in (1, 2):
+            await wait_for(partial(asked.__contains__, number), "a question")
+            await hearer.hear_of("deribit.heartbeat.", len(hearer.find("deribit.heartbeat.")) + 3)
+            await wait_for(lambda: run.worker.patrol._ask_at != NEVER, "the end of the wait for an answer")
+            assert (len(asked), feed.condition) == (number, ("live", ""))
+            run.worker.patrol._ask_at = 0.0  # a while has passed
+        await hearer.hear_of("deribit.quote.", type="status", state="stale", reason="mute")
+        assert asked == [1, 2, 3]
 
 
 def has_lost(run: Collecting, losses: int) -> bool:
