@@ -569,6 +569,7 @@ async def test_commands_are_answered_with_their_codes(practice: str) -> None:
 
 @in_loop
 async def test_who_loses_the_connection_while_it_waits_hears_that_the_outcome_is_not_known(practice: str) -> None:
+    """Who asks after that hears that nothing was sent."""
     async with collecting(practice, "no_reply:public/status") as run:
         client = run.worker.client
         await wait_for(lambda: client.is_live, "live")
@@ -577,6 +578,8 @@ async def test_who_loses_the_connection_while_it_waits_hears_that_the_outcome_is
         client.cut("the test wants it so")
         with pytest.raises(ControlError, match="answer came; whether it was carried out is not known"):
             await asking
+        with pytest.raises(ControlError, match=r"^not_connected: the connection (has just been lost|is backoff)$"):
+            await run.ask("send", method="public/status")
 
 
 @pytest.mark.parametrize("faults", ["", "error:public/status=11051"])
