@@ -237,8 +237,14 @@ async def test_a_channel_that_a_new_connection_never_brings_back_is_told_as_well
 
 
 @in_loop
-async def test_what_has_never_spoken_is_told_where_it_is_never_quiet_and_a_new_connection_is_made() -> None:
-    """No rhythm is known: what cannot be quiet is given a minute, which this test lets pass by its arguments."""
+async def test_what_has_never_spoken_is_told_where_it_is_never_quiet_and_a_new_connection_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """No rhythm is known: what cannot be quiet is given a minute, which this test lets pass by its arguments.
+
+    Each channel is looked at in a slice of its own.
+    """
+    monkeypatch.setattr("workers.deribit.watching.patrol.SLICE", 1)
     with exchange() as (url, _):
         option = find_option(url)
         quiet = [f"quote.{option}", f"trades.{option}.100ms", "instrument.state.any.any"]
