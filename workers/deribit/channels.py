@@ -49,7 +49,7 @@ class Channels:
         """
         added: dict[bytes, Feed] = {}
         for name in names:
-            if (key := name.encode()) in self.feeds or key in added:
+            if (key := name.encode()) in self.feeds:
                 continue
             channel = parse_channel(name)
             if channel.type == "instrument":
