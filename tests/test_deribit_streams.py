@@ -47,6 +47,7 @@ from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import LAST_DATA, OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
 
+WIDE = "trades.future.BTC.100ms"
 EXPIRY = 1_793_952_000 * 1_000_000_000
 """2026-11-06 08:00 UTC."""
 
@@ -205,25 +206,26 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
         assert (worker.topics.gaps, worker.publisher.published) == (1, 4)
 
 
-def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_closed() -> None:
-    """Else its last word would be `live` for ever."""
-    quote = {"instrument_name": "BTC-PERPETUAL", "best_bid_price": 1.0, "timestamp": 1}
+@pytest.mark.parametrize(("instrument", "state"), [("BTC-PERPETUAL", "closed"), ("BTC-6NOV20", "expired")])
+def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_closed(instrument: str, state: str) -> None:
+    """Else its last word would be `live` for ever. Where its instrument has ended meanwhile, it is said to be over."""
+    channel, quote = f"quote.{instrument}", {"instrument_name": instrument, "best_bid_price": 1.0, "timestamp": 1}
     with short_directory() as directory:
-        with living(directory, QUOTE, fresh=True) as worker:
-            worker.take_frames([encode_data(QUOTE, quote)], 5)
+        with living(directory, channel, fresh=True) as worker:
+            worker.take_frames([encode_data(channel, quote)], 5)
             epoch = worker.epoch
             worker.ledger.cells[SUBSCRIPTIONS] = 1  # it waits for its subscriber to come back
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
-            closed = subscriber.wait_for("deribit.quote.")
-            assert (closed["type"], closed["seq"], closed["state"]) == ("status", 1, "closed")
-            assert closed["epoch"] == epoch + 1  # another connection may feed it since then
+            last = subscriber.wait_for("deribit.quote.")
+            assert (last["type"], last["seq"], last["state"]) == ("status", 1, state)
+            assert last["epoch"] == epoch + 1  # another connection may feed it since then
         with living(directory) as worker, subscribed(worker.publisher.bind()) as subscriber:
             # The life before may have been killed before that was out.
             wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
             worker.publisher.release()
             again = subscriber.wait_for("deribit.quote.")
-            assert (again["seq"], again["state"], again["epoch"]) == (1, "closed", epoch + 2)
+            assert (again["seq"], again["state"], again["epoch"]) == (1, state, epoch + 2)
             worker.topics.forget_left(time.time_ns() + LONG)
         with living(directory) as worker:
             assert worker.publisher.published == 0
@@ -632,19 +634,26 @@ def test_first_trades_while_a_channel_was_refused_are_fetched_or_told(tmp_path: 
         assert run_healing(heal_feed(feed, START + 700 * second, 0), answer_nothing) == []
 
 
-def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("old", "new"), [(TRADES, WIDE), (WIDE, TRADES)])
+def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_path: Path, old: str, new: str) -> None:
     """The exchange has not yet answered that it sends the old one no more; the supervisor counts it as given up."""
-    wide = "trades.future.BTC.100ms"
-    with living(tmp_path, TRADES, fresh=True) as worker:
-        worker.take_frames([encode_data(TRADES, [make_trade(5)])], 100)
-        worker.client.reconciler.subscriptions.drop([TRADES])  # as unsubscribe does before it waits
-        ask(worker, "subscribe", wide)
-        worker.take_frames([encode_data(wide, [make_trade(6)])], 200)
-        worker.channels.leave([TRADES], UNSUBSCRIBED)  # as it does after that
+    with living(tmp_path, old, fresh=True) as worker:
+        worker.take_frames([encode_data(old, [make_trade(5)])], 100)
+        worker.client.reconciler.subscriptions.drop([old])  # as unsubscribe does before it waits
+        ask(worker, "subscribe", new)
+        worker.take_frames([encode_data(new, [make_trade(6)])], 200)
+        worker.channels.leave([old], UNSUBSCRIBED)  # as it does after that
         (feed,) = worker.feeds.values()
         (stream,) = feed.streams.values()
-        assert (feed.channel.name, stream.is_left, stream.last_id) == (wide, False, 6)
+        assert (feed.channel.name, stream.is_left, stream.last_id) == (new, False, 6)
         assert stream.epoch > worker.epoch
+
+
+def test_a_channel_that_is_asked_for_again_though_nobody_has_left_it_goes_on(tmp_path: Path) -> None:
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        feed = find_trades(worker)
+        ask(worker, "subscribe", TRADES)
+        assert find_trades(worker) is feed
 
 
 def test_a_channel_that_has_expired_and_is_asked_for_again_begins_anew(tmp_path: Path) -> None:
