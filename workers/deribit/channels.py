@@ -127,8 +127,7 @@ class Channels:
     def _leave_shared(self, feed: Feed) -> None:
         """Topics that another channel of this connection feeds as well go on (see collector.config.clashes)."""
         if isinstance(feed, EventFeed):
-            others = [other for other in self.feeds.values() if isinstance(other, EventFeed)]
-            fed = {stream for other in others for stream in other.streams.values()}
+            fed = {stream for other in self.feeds.values() for stream in other.streams.values()}
             feed.streams = {key: stream for key, stream in feed.streams.items() if stream not in fed}
 
     def say_last(self, feed: Feed, condition: tuple[str, str]) -> None:
