@@ -17,7 +17,7 @@ from workers.deribit.connection.session import NEVER
 from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
 from workers.deribit.watching.patrol import PATIENCE, SLICE
-from workers.deribit.watching.statuses import REPEAT
+from workers.deribit.watching.statuses import REPEAT, UNSUBSCRIBED
 from workers.deribit.watching.watch import LASTING, RECONNECT_ONCE_IN
 from workers.deribit.worker import Worker
 
@@ -46,6 +46,20 @@ async def test_each_status_is_said_again_once_a_minute(worker: Worker) -> None:
         for part in range(REPEAT):
             await worker.patrol._look_at_all(part)
     assert [feed.stream.seq for feed in worker.feeds.values()] == [seq + 1 for seq in before]
+
+
+def test_of_what_no_channel_has_the_own_state_is_said_once_a_minute_and_a_last_word_twice_more(tmp_path: Path) -> None:
+    with living(tmp_path, QUOTE, fresh=True) as worker:
+        worker.statuses.tell_connection("live", "")
+        (feed,), own = worker.feeds.values(), worker.topics.find("status", worker.name, "connection")
+        worker.client.reconciler.subscriptions.drop([QUOTE])
+        worker.channels.leave([QUOTE], UNSUBSCRIBED)
+        numbers = [(own.seq, feed.stream.seq)]
+        for _ in range(3):
+            for part in range(REPEAT):
+                worker.statuses.repeat_others(part)
+            numbers.append((own.seq, feed.stream.seq))
+    assert numbers == [(1, 1), (2, 2), (3, 3), (4, 3)]
 
 
 @in_loop
