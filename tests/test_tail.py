@@ -376,6 +376,7 @@ print("a word amid the view", file=sys.stderr, flush=True)
 view.close()
 print("after the end", file=sys.stderr)
 os.write(workers, b"the last word of a worker\\n")
+sys.stdin.readline()
 """
 
 
@@ -399,7 +400,7 @@ def test_watching_holds_no_log_back_that_goes_elsewhere(market: Market, tmp_path
     with on_terminal(*command) as terminal:
         terminal.wait("Ctrl-C stops everything")
         wait_until(lambda: b"a line of the log" in log.read_bytes(), "the log")
-        os.write(terminal.master, b"\n")
+        os.write(terminal.master, b"\n\n")
         wait_until(lambda: (terminal.read(), terminal.process.poll() is not None)[1], "its end")
         assert terminal.process.returncode == 0
 
