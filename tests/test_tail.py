@@ -462,7 +462,7 @@ def test_watching_waits_for_the_collector_and_prints_lines_into_a_pipe(tmp_path:
         finally:
             market.ended.set()
             market.join()
-        viewer.stdin.write("\n")
+        viewer.stdin.write("\n\n")
         viewer.stdin.flush()
         assert viewer.wait(20) == 0
     assert lines[1] == "Ctrl-C stops everything\n"
