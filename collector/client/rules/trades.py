@@ -190,8 +190,8 @@ class Trades(Check):
                 yield "repair", f"trades {first} to {last} are said to be missing, but some have come"
         if not hole.is_partial and hole.came != message["repaired"]:
             yield "repair", f"of gap {message['gap']} {message['repaired']} are said to have come, but {hole.came} did"
-        if hole.first is None or hole.last is None or hole.is_partial:
-            return
+        if hole.first is None or hole.last is None or hole.is_partial or self._last is None:
+            return  # who has heard no trade of this count may have come amid the healing
         for first, last in self._seen.find_missing(max(hole.first, self._first), hole.last):
             if named.find_missing(first, last):
                 yield "repair", f"trades {first} to {last} of gap {message['gap']} neither came nor are named"
