@@ -200,7 +200,7 @@ def test_what_another_connection_names_is_left_to_it(tmp_path: Path) -> None:
     plan = make_plan(config, Listing(0, {config.connections[0].url: listed}))
     assert [connection.channels for connection in plan.connections] == [("quote.A-2",), ("quote.A-1", "quote.B")]
     assert plan.patterns == (PlannedPattern("a", "quote.A-*", 1),)
-    assert "a leaves quote.A-1 to the connection that names it" in plan.notes
+    assert "a leaves to others what they name, 1 channel: quote.A-1" in plan.notes
 
 
 CLASHES = {

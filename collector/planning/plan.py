@@ -23,6 +23,7 @@ from collector.limits import (
     measure_call,
 )  # fmt: skip
 from collector.planning.shards import Spread, estimate_rate, spread
+from collector.words import say_count
 
 BOOTSTRAP = ("public/hello", "public/set_heartbeat", "public/get_time")
 """Calls of each bootstrap besides subscribing."""
@@ -139,8 +140,9 @@ def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
 
 def _find_left(expanded: Iterable[tuple[Connection, Spread]]) -> Iterator[str]:
     for connection, found in expanded:
-        for name in sorted(found.left):
-            yield f"{connection.name} leaves {name} to the connection that names it"
+        if found.left:
+            some = " ".join(sorted(found.left)[:5])
+            yield f"{connection.name} leaves to others what they name, {say_count(len(found.left), 'channel')}: {some}"
 
 
 def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> PlannedConnection:
