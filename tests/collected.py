@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 
 from collector.messages import ControlError
-from tests.pipeline import ask, short_directory, write_config
+from tests.pipeline import Subscriber, ask, exchange, find_port, short_directory, subscribed, write_config
 from tests.support import Program, collector, wait_until
 
 QUICK: dict[str, Any] = {"url": "practice", "retry_delay": 0.05, "channels": ["quote.BTC-PERPETUAL"]}
@@ -122,6 +122,26 @@ def collected(connections: dict[str, dict[str, Any]] | None = None, *options: st
             for process in running.seen.values():
                 if is_alive(process):
                     process.kill()
+
+
+@contextmanager
+def overheard(channels: list[str], faults: str = "", *options: str) -> Iterator[tuple[Collected, Subscriber]]:
+    """A collector on one connection, `a`, and a subscriber; rules of the wire are kept but for times.
+
+    The exchange, of these options, comes when the subscriber hears already: nothing has to be caught up with.
+    """
+    port, publish = find_port(), f"tcp://127.0.0.1:{find_port()}"
+    connection = {
+        "url": f"ws://127.0.0.1:{port}/ws/api/v2?faults={faults}", "channels": channels, "publish": publish,
+        "retry_count": 100, "retry_delay": 0.2, "credentials": "PRACTICE",
+    }  # fmt: skip
+    keys = {"PRACTICE_CLIENT_ID": "practice", "PRACTICE_CLIENT_SECRET": "practice"}
+    with collected({"a": connection}, exchange=None, env=keys) as run, subscribed(publish) as ear:
+        ear.wait_for("deribit.heartbeat.a.1s")
+        with exchange(port, *options):
+            yield run, ear
+            assert run.stop(signal.SIGTERM) == 0, run.program.text()
+            ear.check("time")
 
 
 def hold_next(run: Collected, name: str) -> psutil.Process:

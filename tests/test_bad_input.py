@@ -1,52 +1,16 @@
 """Broken and hostile input, to the whole program: it is counted, nothing else is lost, and nothing dies of it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from collector.schema import ENVELOPE, SCHEMA
-from tests.pipeline import Subscriber, ask, exchange, find_port, short_directory, subscribed, write_config
-from tests.support import Program, collector, running
+from tests.collected import overheard
+from tests.pipeline import Subscriber
 
 CHANNELS = [
     "book.BTC-PERPETUAL.100ms", "trades.BTC-PERPETUAL.100ms", "ticker.BTC-PERPETUAL.100ms", "quote.BTC-PERPETUAL",
     "deribit_price_index.btc_usd", "book.ETH-PERPETUAL.none.10.100ms", "incremental_ticker.ETH-PERPETUAL",
     "platform_state",
 ]  # fmt: skip
-
-
-class Running(NamedTuple):
-    """A collector on one connection, and a subscriber that has heard it from its first heartbeat on."""
-
-    program: Program
-    ear: Subscriber
-    control: str
-    publish: str
-
-    def get_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = ask(self.control, "get_state", connection="bad")
-        return state
-
-
-@contextmanager
-def collecting(faults: str = "", options: Sequence[str] = ("--seed", "1"), **table: Any) -> Iterator[Running]:
-    """Run a collector and an exchange. The exchange comes when the subscriber hears already, so no message is lost."""
-    port, publish = find_port(), f"tcp://127.0.0.1:{find_port()}"
-    connection = {
-        "url": f"ws://127.0.0.1:{port}/ws/api/v2?faults={faults}", "channels": CHANNELS, "publish": publish,
-        "retry_count": 100, "retry_delay": 0.2, **table,
-    }  # fmt: skip
-    secrets = {"PRACTICE_CLIENT_ID": "practice", "PRACTICE_CLIENT_SECRET": "practice"}
-    with short_directory() as directory:
-        config = write_config(directory, {"bad": connection})
-        with running(*collector("run", str(config)), env=secrets) as program, subscribed(publish) as ear:
-            ear.wait_for("deribit.heartbeat.bad.1s")
-            with exchange(port, *options):
-                yield Running(program, ear, f"ipc://{directory}/run/control", publish)
-                program.process.terminate()
-                assert program.wait_exit() == 0, program.text()
-                ear.check("time")
 
 
 def wait_for_more(ear: Subscriber) -> None:
@@ -57,19 +21,19 @@ def wait_for_more(ear: Subscriber) -> None:
 
 def test_broken_frames_are_counted_and_the_others_flow() -> None:
     faults = "garbage:0.3,bad_json:0.3,odd_json:0.3,deep_json:0.3,wrong_types:7,exponents"
-    with collecting(faults) as run:
-        run.ear.listen_until(lambda: run.get_state()["malformed"] >= 30, "malformed frames")
-        wait_for_more(run.ear)
-        state = run.get_state()
+    with overheard(CHANNELS, faults) as (run, ear):
+        ear.listen_until(lambda: run.get_state("a")["malformed"] >= 30, "malformed frames")
+        wait_for_more(ear)
+        state = run.get_state("a")
         assert (state["state"], state["restarts"], state["reconnects"]) == ("live", 0, 0)
 
 
 def test_what_deribit_may_add_or_spell_otherwise_is_taken() -> None:
-    with collecting("unknown_fields,exponents") as run:
+    with overheard(CHANNELS, "unknown_fields,exponents") as (run, ear):
         for prefix in ("book", "trade", "ticker", "quote", "index", "platform"):
-            run.ear.wait_for(f"deribit.{prefix}.")
-        wait_for_more(run.ear)
-        state = run.get_state()
+            ear.wait_for(f"deribit.{prefix}.")
+        wait_for_more(ear)
+        state = run.get_state("a")
         assert (state["state"], state["malformed"], state["reconnects"]) == ("live", 0, 0)
 
 
@@ -120,16 +84,15 @@ def test_each_hostile_frame_is_refused_and_sound_ones_behind_it_come(tmp_path: P
     recording = tmp_path / "hostile.jsonl"
     recording.write_text("".join(frames))
     channels = sorted({channel for channel, *_ in [*HOSTILE, *SOUND]})
-    replay = ("--replay", str(recording), "--speed", "0")
-    with collecting(options=replay, channels=channels, credentials="PRACTICE") as run:
+    with overheard(channels, "", "--replay", str(recording), "--speed", "0") as (run, ear):
         for _, _, topic in SOUND:
-            run.ear.wait_for(topic, type=topic.split(".")[1])
-        assert run.ear.find("deribit.candle.", type="candle")[0]["tick"] == 1767200000000
-        assert [body["exchange_ts"] for body in run.ear.find("deribit.quote.", type="quote")] == [1_000_000, 0]
-        state = run.get_state()
+            ear.wait_for(topic, type=topic.split(".")[1])
+        assert ear.find("deribit.candle.", type="candle")[0]["tick"] == 1767200000000
+        assert [body["exchange_ts"] for body in ear.find("deribit.quote.", type="quote")] == [1_000_000, 0]
+        state = run.get_state("a")
         assert (state["state"], state["malformed"], state["restarts"]) == ("live", len(HOSTILE), 0)
         data = ("quote", "book", "trade", "ticker", "index", "other", "candle")
-        assert [topic for topic, body in run.ear.messages if body["type"] in data] == [topic for _, _, topic in SOUND]
-        plain, of_nulls = run.ear.find("deribit.trade.A-B.", type="trade")
+        assert [topic for topic, body in ear.messages if body["type"] in data] == [topic for _, _, topic in SOUND]
+        plain, of_nulls = ear.find("deribit.trade.A-B.", type="trade")
         assert plain.keys() == {key for key in {**ENVELOPE, **SCHEMA["trade"]} if not key.endswith("?")}
         assert of_nulls.keys() - plain.keys() == {"iv"}  # the wire's table allows nil there; the others are left out

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
+from tests.collected import overheard
 from tests.frames_checker import FrameReader, compare_all
-from tests.pipeline import exchange, find_port, short_directory, subscribed, write_config
-from tests.support import FRAMES, collector, running
+from tests.support import FRAMES
 
 pytestmark = pytest.mark.skipif(not FRAMES, reason="COLLECTOR_FRAMES names no folder of recorded frames")
 
@@ -84,37 +84,21 @@ def list_channels(frames: Iterable[str]) -> list[str]:
 
 @pytest.mark.parametrize("way", ["as it is", "bridged"])
 @pytest.mark.parametrize("name", RECORDINGS)
-def test_recorded_frames_come_through(name: str, way: str) -> None:
+def test_recorded_frames_come_through(name: str, way: str, tmp_path: Path) -> None:
     frames = read_recording(name)
     frames = [*(bridge(frames) if way == "bridged" else frames), LAST]
-    received = replay(frames)
+    received = replay(frames, tmp_path)
     reader = FrameReader()
     owed = [message for frame in frames for message in reader.read(frame)]
     assert len(owed) > len(frames) // 2
     assert compare_all(owed, received) == []
 
 
-def replay(frames: Frames) -> list[tuple[str, dict[str, Any]]]:
-    """Run the frames through exchange, collector and subscriber; return what was received up to the last one's message.
-
-    The collector is there before the exchange, and the subscriber before any data: nothing has to be caught up with.
-    """
-    port = find_port()
-    connection: dict[str, Any] = {
-        "url": f"ws://127.0.0.1:{port}/ws/api/v2", "publish": f"tcp://127.0.0.1:{find_port()}", "retry_count": 100,
-        "retry_delay": 0.2, "credentials": "PRACTICE", "channels": list_channels(frames),
-    }  # fmt: skip
-    secrets = {"PRACTICE_CLIENT_ID": "practice", "PRACTICE_CLIENT_SECRET": "practice"}
-    with short_directory() as directory:
-        recording = directory / "frames.jsonl"
-        recording.write_text("\n".join(frames) + "\n")
-        config = write_config(directory, {"frames": connection})
-        with running(*collector("run", str(config)), env=secrets) as program, subscribed(connection["publish"]) as ear:
-            ear.wait_for("deribit.heartbeat.frames.1s")
-            with exchange(port, "--replay", str(recording), "--speed", "0"):
-                ear.wait_for("deribit.quote.LAST.raw", type="quote")
-                received = list(ear.messages)
-            program.process.terminate()
-            assert program.wait_exit() == 0, program.text()
-            ear.check("time")  # recordings are old, and LAST has no time
-    return received
+def replay(frames: Frames, folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Run the frames through exchange, collector and subscriber; return what was received up to the last one."""
+    recording = folder / "frames.jsonl"
+    recording.write_text("\n".join(frames) + "\n")
+    options = ("--replay", str(recording), "--speed", "0")
+    with overheard(list_channels(frames), "", *options) as (_, ear):  # recordings are old, and LAST has no time
+        ear.wait_for("deribit.quote.LAST.raw", type="quote")
+    return ear.messages
