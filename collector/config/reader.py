@@ -213,7 +213,7 @@ def read_connection(
             _check_channels(values)
         values["channels"] = tuple(name for name in values["channels"] if not is_pattern(name))
         _check_sending(values)
-    return Connection(**{**values, "headers": dict(values["headers"])})
+    return Connection(**values)
 
 
 def _check_name(name: str) -> None:

@@ -20,16 +20,16 @@ class Connection:
     url: str
     channels: tuple[str, ...]
     publish: str
-    headers: Mapping[str, str] = field(default_factory=dict)
-    timeout: float = 5.0
-    retry_count: int = 3
-    retry_delay: float = 1.0
-    heartbeat_interval: float = 30.0
-    credentials: str | None = None
-    cancel_on_disconnect: bool = False
-    send_allow: tuple[str, ...] = ()
-    queue: int = 100_000
-    patterns: tuple[str, ...] = ()
+    headers: Mapping[str, str]
+    timeout: float
+    retry_count: int
+    retry_delay: float
+    heartbeat_interval: float
+    credentials: str | None
+    cancel_on_disconnect: bool
+    send_allow: tuple[str, ...]
+    queue: int
+    patterns: tuple[str, ...]
 
     def to_map(self) -> dict[str, Any]:
         """Return it as a plain dict, as it stands in the file and travels to a worker."""
@@ -47,8 +47,8 @@ class Connection:
 class Exchange:
     """The [exchange] table: the practice exchange that the supervisor runs too. Port 0 is any free one."""
 
-    port: int = 0
-    faults: str = ""
+    port: int
+    faults: str
 
 
 @dataclass(frozen=True, slots=True)
