@@ -257,14 +257,20 @@ def test_a_killed_supervisor_leaves_no_orphan() -> None:
             assert next_one.wait_exit() == 0
 
 
+def leave_orphan(run: Collected) -> psutil.Process:
+    """Kill the supervisor; its worker, which is stopped before, would be gone at once else."""
+    orphan = psutil.Process(run.wait_state("a")["pid"])
+    run.find_processes()
+    orphan.suspend()
+    wait_until(lambda: orphan.status() == psutil.STATUS_STOPPED, "its stop")
+    run.program.process.kill()
+    run.program.process.wait()  # its output goes on: the orphan has it too
+    return orphan
+
+
 def test_an_endpoint_that_an_orphan_still_holds_is_waited_for() -> None:
     with collected({"a": {**QUICK, "publish": f"tcp://127.0.0.1:{find_port()}"}}) as run:
-        orphan = psutil.Process(run.wait_state("a")["pid"])
-        run.find_processes()
-        orphan.suspend()  # else it would be gone before the next one comes
-        wait_until(lambda: orphan.status() == psutil.STATUS_STOPPED, "its stop")
-        run.program.process.kill()
-        run.program.process.wait()  # its output goes on: the orphan has it too
+        orphan = leave_orphan(run)
         with running(*collector("run", str(run.config))) as next_one:
             next_one.wait_line(r"a: .*in use.*; tried for [\d.]+ s")
             orphan.resume()
@@ -277,12 +283,7 @@ def test_an_endpoint_that_an_orphan_still_holds_is_waited_for() -> None:
 
 def test_a_stopped_orphan_does_not_keep_the_next_collector_from_its_own_directory() -> None:
     with collected() as run:
-        orphan = psutil.Process(run.wait_state("a")["pid"])
-        run.find_processes()
-        orphan.suspend()
-        wait_until(lambda: orphan.status() == psutil.STATUS_STOPPED, "its stop")
-        run.program.process.kill()
-        run.program.process.wait()  # its output goes on: the orphan has it too
+        orphan = leave_orphan(run)
         with running(*collector("run", str(run.config))) as next_one:
             next_one.wait_line("a: live")
             assert "in use" not in next_one.text()
@@ -296,12 +297,7 @@ def test_a_stopped_orphan_does_not_keep_the_next_collector_from_its_own_director
 
 def test_a_worker_that_was_stopped_while_its_supervisor_died_ends_when_it_goes_on() -> None:
     with collected() as run:
-        worker = psutil.Process(run.wait_state("a")["pid"])
-        run.find_processes()
-        worker.suspend()
-        run.program.process.kill()
-        run.program.process.wait()  # its output goes on: the worker has it too
-        worker.resume()
+        leave_orphan(run).resume()
         run.wait_gone()
 
 
