@@ -4,6 +4,7 @@
 """
 
 import ast
+import json
 import os
 import re
 import subprocess
@@ -13,7 +14,7 @@ from importlib import import_module
 import click
 
 from collector.cli import COMMANDS
-from collector.config import describe_keys
+from collector.config.keys import KEYS, REQUIRED
 from collector.config.patterns import CONDITIONS
 from collector.lifecycle import Exit
 from collector.messages import CODES
@@ -60,8 +61,28 @@ def write_commands() -> str:
 
 def write_keys() -> str:
     """Every key of the configuration."""
-    rows = ((f"`{name}`", kind, f"`{default}`", meaning) for name, kind, default, meaning in describe_keys())
+    rows = (
+        (f"`{table}.{name}`", key.type, f"`{describe_default(table, name)}`", key.meaning)
+        for table, keys in KEYS.items() for name, key in keys.items()
+    )  # fmt: skip
     return write_table(("key", "type", "default", "meaning"), rows)
+
+
+DEFAULTS = {
+    ("collector", "runtime_dir"): "$XDG_RUNTIME_DIR/collector, else /tmp/collector-<uid>",
+    ("collector", "control"): "ipc://<runtime_dir>/control",
+    ("connection", "publish"): "ipc://<runtime_dir>/<name>.pub",
+    ("connection", "credentials"): "none",
+}
+"""What a default comes to that is no value of its own."""
+
+
+def describe_default(table: str, name: str) -> str:
+    """The default of a key, as TOML has it or in words."""
+    default = KEYS[table][name].default
+    if default is REQUIRED:
+        return "required"
+    return DEFAULTS.get((table, name)) or json.dumps(default)
 
 
 def write_conditions() -> str:

@@ -19,7 +19,6 @@ from collector.config import (
     Connection,
     build_config,
     check_together,
-    describe_keys,
     load_config,
     read_connection,
     take_secrets,
@@ -799,14 +798,6 @@ def test_what_a_connection_is_leaving_stands_in_the_way_of_others_and_of_itself_
     places.place("a", narrow)
     with pytest.raises(ValueError, match=r"^trades.BTC-PERPETUAL.100ms of a feeds the same topics$"):
         places.place("a", wide)
-
-
-def test_keys_are_described() -> None:
-    described = describe_keys()
-    assert ("connection.timeout", "seconds", "5.0", "bound of one connection attempt and of one request") in described
-    assert [name for name, *_ in described] == [f"{table}.{name}" for table, keys in KEYS.items() for name in keys]
-    assert {name for name, _, default, _ in described if default == "required"} == {"connection.name", "connection.url"}
-    assert all(part for row in described for part in row)
 
 
 VALUES = st.recursive(

@@ -18,11 +18,11 @@ import pytest
 
 from collector import OrderBook, Subscriber, __version__
 from collector.client.rules.everywhere import CHANNEL_STATES, CONNECTION_STATES
-from collector.config import describe_keys, load_config
+from collector.config import load_config
 from collector.config.keys import KEYS
 from collector.messages import CODES, OPS
 from collector.schema import ENVELOPE, KINDS, SCHEMA
-from tests.generated import BLOCKS, DOCUMENTS, regenerate
+from tests.generated import BLOCKS, DOCUMENTS, describe_default, regenerate
 from tests.pipeline import ask, find_port, short_directory
 from tests.support import REPOSITORY, Program, collector, running, wait_until
 from workers.deribit.publishing.ledger import RECORD, STEP, Ledger
@@ -121,8 +121,7 @@ def test_comparison_names_only_what_there_is() -> None:
     for _, ours, _ in read_table(page, "zen_websocket, default", "here, default", "remark"):
         if " = " in ours:
             name, default = ours.split(" = ")
-            found = next(row for row in describe_keys() if row[0] == f"connection.{name}")
-            assert default.removesuffix(" s").strip("`") == found[2]
+            assert default.removesuffix(" s").strip("`") == describe_default("connection", name)
         elif re.fullmatch(r"[a-z_]+", ours):
             assert ours in {*KEYS["connection"], "always", "none"}
     errors = read_table(page, "zen_websocket", "control code here", "in workers.deribit")

@@ -84,13 +84,6 @@ KEYS: dict[str, dict[str, Key]] = {
     },
 }
 
-_DEFAULT_WORDS = {
-    ("collector", "runtime_dir"): "$XDG_RUNTIME_DIR/collector, else /tmp/collector-<uid>",
-    ("collector", "control"): "ipc://<runtime_dir>/control",
-    ("connection", "publish"): "ipc://<runtime_dir>/<name>.pub",
-    ("connection", "credentials"): "none",
-}
-
 _SECRET = re.compile(
     r"secret|passw|passphrase|api[-_]?key|token|client[-_]?id|private[-_]?key|signature|cookie|authorization", re.I
 )
@@ -98,30 +91,6 @@ SECRET_ADVICE = (
     "secrets do not belong in the file; put them in the environment as DERIBIT_CLIENT_ID and DERIBIT_CLIENT_SECRET "
     'and write credentials = "DERIBIT" under [[connection]]'
 )
-
-
-def describe_keys() -> list[tuple[str, str, str, str]]:
-    """Return (name, type, default, meaning) of each key, as documentation shows them; the name is `table.key`."""
-    return [
-        (f"{table}.{name}", key.type, _describe_default(table, name, key), key.meaning)
-        for table, keys in KEYS.items()
-        for name, key in keys.items()
-    ]
-
-
-def _describe_default(table: str, name: str, key: Key) -> str:
-    if key.default is REQUIRED:
-        return "required"
-    return _DEFAULT_WORDS.get((table, name)) or write_literal(key.default)
-
-
-def write_literal(value: Any) -> str:
-    """Write a default as TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
-        return f'"{value}"'
-    return "[]" if value == () else str(value)
 
 
 def sounds_secret(name: str) -> bool:
