@@ -4,7 +4,7 @@ Each state machine is one table with one writer. A pair of state and event that 
 bug, and raises. No I/O and no clock here.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import IntEnum
 
 Table = Mapping[tuple[str, str], str]
@@ -55,19 +55,15 @@ PROCESS: Table = {
 
 
 class Machine:
-    """One state machine: a table, the state now, and the one writer `apply`, which reports each change."""
+    """One state machine: a table, the state now, and the one writer `apply`."""
 
-    def __init__(self, table: Table, state: str, report: Callable[[str, str, str], None] | None = None) -> None:
+    def __init__(self, table: Table, state: str) -> None:
         self._table = table
         self.state = state
-        self._report = report
 
     def apply(self, event: str) -> str:
-        """Go where the table says; call report(old, event, new) if the state changed. Raises KeyError on a bug."""
-        old = self.state
-        self.state = self._table[old, event]
-        if self.state != old and self._report is not None:
-            self._report(old, event, self.state)
+        """Go where the table says; return the new state. Raises KeyError on a bug."""
+        self.state = self._table[self.state, event]
         return self.state
 
     def allows(self, event: str) -> bool:

@@ -60,7 +60,7 @@ class Keeper:
     ) -> None:  # fmt: skip
         self.name = name
         self.kind = kind
-        self.machine = Machine(PROCESS, "waiting", self._log_change)
+        self.machine = Machine(PROCESS, "waiting")
         self.since = time.time_ns()
         self.epoch = 0
         self.restarts = 0
@@ -284,8 +284,9 @@ class Keeper:
         self._due = time.monotonic() + seconds
 
     def _apply(self, event: str) -> None:
-        state = self.state
-        self.machine.apply(event)
+        state, old = self.state, self.machine.state
+        new = self.machine.apply(event)
+        log.debug("%s: process %s, %s -> %s", self.name, event, old, new)
         self._note_state(state)
 
     def _note_state(self, before: str) -> None:
@@ -293,9 +294,6 @@ class Keeper:
             self.since = time.time_ns()
             self._changed.set()
             self._changed = asyncio.Event()
-
-    def _log_change(self, old: str, event: str, new: str) -> None:
-        log.debug("%s: process %s, %s -> %s", self.name, event, old, new)
 
     # what it says
 
