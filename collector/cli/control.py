@@ -10,14 +10,7 @@ import click
 
 from collector.cli import Command
 from collector.cli.facts import print_facts, print_table
-from collector.cli.options import (
-    asking_options,
-    control_option,
-    exit_on_error,
-    exit_unread,
-    read_name,
-    timeout_option,
-)
+from collector.cli.options import asking_options, control_option, exit_on_error, exit_unread, read_name, timeout_option
 from collector.client.control import Control
 from collector.words import printable
 

@@ -23,11 +23,7 @@ PACE = click.FloatRange(0, 100_000)
 @click.option("--list-faults", is_flag=True, help="Print what can go wrong on request, and end.")
 @click.option("--seed", default=1, show_default=True, help="The same seed gives the same market.")
 @click.option(
-    "--rate",
-    default=200.0,
-    type=PACE,
-    show_default=True,
-    help="Book events a second, all instruments together.",
+    "--rate", default=200.0, type=PACE, show_default=True, help="Book events a second, all instruments together."
 )
 @click.option("--options", default=240, type=click.IntRange(0), show_default=True, help="How many options are listed.")
 @click.option("--oracle", type=click.Path(dir_okay=False), help="Append to this file what really happens (JSON lines).")

@@ -10,14 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from collector.cli import Command, is_dumb
-from collector.cli.options import (
-    Ending,
-    control_option,
-    endpoint_option,
-    exit_on_error,
-    for_option,
-    json_option,
-)
+from collector.cli.options import Ending, control_option, endpoint_option, exit_on_error, for_option, json_option
 from collector.cli.render import format_line
 from collector.client.stream import Loss, Message
 from collector.client.subscriber import Subscriber

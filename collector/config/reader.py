@@ -13,16 +13,7 @@ from collector.channels import Channel, parse_channel
 from collector.config.clashes import check_together
 from collector.config.credentials import Credentials, take_secrets
 from collector.config.endpoints import Endpoint, parse_endpoint
-from collector.config.keys import (
-    KEYS,
-    SECRET_ADVICE,
-    ConfigError,
-    read_table,
-    show,
-    sounds_secret,
-    suggest,
-    within,
-)
+from collector.config.keys import KEYS, SECRET_ADVICE, ConfigError, read_table, show, sounds_secret, suggest, within
 from collector.config.patterns import is_pattern, parse_pattern
 from collector.config.urls import check_headers, check_url
 from collector.config.values import Config, Connection, Exchange

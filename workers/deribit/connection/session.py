@@ -8,14 +8,7 @@ from typing import Any
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_COST
-from workers.deribit.connection.bootstrap import (
-    PLAIN,
-    SIGNED,
-    Login,
-    build_auth,
-    build_first_requests,
-    build_refresh,
-)
+from workers.deribit.connection.bootstrap import PLAIN, SIGNED, Login, build_auth, build_first_requests, build_refresh
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.codec import MAX_MS
