@@ -151,7 +151,7 @@ def parse_pattern(text: str) -> Pattern:
         meant = f"; did you mean {close}?" if (close := suggest(family, PER_INSTRUMENT, 0.7)) else ""
         raise ValueError(f"{show(text)}: patterns go over instruments, in {', '.join(PER_INSTRUMENT)}{meant}")
     channel = _parse_example(head, tail, text)
-    if channel.instrument != "INSTRUMENT" or len(head + tail) > MAX_AROUND:
+    if channel is None or channel.instrument != "INSTRUMENT" or len(head + tail) > MAX_AROUND:
         raise ValueError(f"{show(text)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms")
     conditions = tuple(_parse_condition(part.strip(), text) for part in (braces or "").split(",") if part.strip())
     if not glob and not conditions:
@@ -162,16 +162,14 @@ def parse_pattern(text: str) -> Pattern:
     return Pattern(head, glob or "*", tail, conditions)
 
 
-def _parse_example(head: str, tail: str, pattern: str) -> Channel:
-    """The channel of one instrument, or a refusal that speaks of the pattern as it was written."""
+def _parse_example(head: str, tail: str, pattern: str) -> Channel | None:
+    """The channel of one instrument, None where none may stand; a refusal speaks of the pattern as it was written."""
     name = f"{head}INSTRUMENT{tail}"
     try:
         return parse_channel(name)
     except ValueError as error:
         if "'INSTRUMENT'" in str(error):
-            raise ValueError(
-                f"{show(pattern)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms"
-            ) from None
+            return None
         raise ValueError(str(error).replace(repr(name), show(pattern))) from None
 
 
