@@ -22,7 +22,7 @@ import zmq
 from rich.console import Console
 
 from collector import Control
-from collector.cli.live import Board, Row
+from collector.cli.live import GONE, Board, Row
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
 from collector.messages import encode, parse_topic
@@ -567,6 +567,21 @@ def test_a_topic_that_is_not_live_or_not_in_sync_says_so_before_its_value() -> N
     show(board, "deribit.book.X.raw", seq=2, **snapshot)
     (row,) = (line for line in draw(board) if line.startswith("book"))
     assert re.split("  +", row)[3:6] == ["bid 2 @ 9.5", "ask -", "(1 + 0 levels)"]
+
+
+def test_a_topic_that_was_left_goes_once_nothing_is_said_of_it_any_more() -> None:
+    """Options come and go every day: a view that is open for weeks would hold, and sort, all that there ever were."""
+    board = Board([])
+    for name, state in (("GONE", "expired"), ("ENDED", "expired"), ("REFUSED", "refused"), ("BACK", "closed")):
+        show(board, f"deribit.index.{name}.raw", price=5.0)
+        show(board, f"deribit.index.{name}.raw", type="status", state=state, reason="")
+    assert "on 4 topics" in draw(board)[0]
+    for row in board.rows.values():
+        row.said -= GONE
+    show(board, "deribit.index.ENDED.raw", type="status", state="expired", reason="")  # the configuration names it
+    show(board, "deribit.index.BACK.raw", type="status", state="live", reason="")
+    wait_until(lambda: "on 3 topics" in draw(board)[0], "one to go")
+    assert [topic.instrument for topic in board.rows] == ["ENDED", "REFUSED", "BACK"]
 
 
 def test_the_rate_of_a_topic_follows_smoothly_and_repeats_do_not_count() -> None:

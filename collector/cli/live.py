@@ -20,6 +20,14 @@ ORDER = ("index", "ticker", "quote", "book", "trade", "funding", "candle", "vola
 NEEDED = {"TYPE": 0, "INSTRUMENT": 0, "INTERVAL": 96, "LAST": 0, "MSG/S": 60, "AGE": 0}
 """The columns of the table, and how wide a terminal must be for each: LAST has to have some of the room."""
 
+LEFT = frozenset({"closed", "expired"})
+"""States of a topic on which no data come any more, unless it is taken up again."""
+
+GONE = 180.0
+"""Seconds without a word after which a topic that was left is not shown any more. Where nobody asks for it, its last
+word is said for two minutes more: options come and go every day.
+"""
+
 STYLES = {"live": "green", "recovering": "yellow", "stale": "yellow", "buy": "green", "sell": "red"}
 
 
@@ -34,10 +42,12 @@ class Row:
         self.count = 0
         self.rate = 0.0
         self.came = 0.0
+        self.said = 0.0
         self._counted = 0
 
     def take(self, message: Message, now: float) -> None:
         """Take the next message of this topic."""
+        self.said = now
         if self.book is not None:
             self.book.apply(message)
         if message.type == "status":
@@ -46,6 +56,10 @@ class Row:
             self.message = message
             self.count += 0 if message.is_join else 1
             self.came = now
+
+    def is_gone(self, now: float) -> bool:
+        """Whether nothing will be heard of it any more, as it seems."""
+        return self.state in LEFT and now - self.said > GONE
 
     def measure(self, elapsed: float) -> None:
         """Bring the rate up to date, smoothly, after `elapsed` seconds."""
@@ -117,12 +131,13 @@ class Board:
         self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {what}", style=style))
 
     def measure(self) -> None:
-        """Bring all rates up to date, at most once a second."""
+        """Bring all rates up to date, and leave out what has gone, at most once a second."""
         elapsed = time.monotonic() - self._measured
         if elapsed < 1.0:
             return
         self._measured += elapsed
         self.rate, self._counted = (self.count - self._counted) / elapsed, self.count
+        self.rows = {topic: row for topic, row in self.rows.items() if not row.is_gone(self._measured)}
         for row in self.rows.values():
             row.measure(elapsed)
 
