@@ -135,6 +135,29 @@ async def test_a_topic_whose_instrument_has_long_ended_is_forgotten_by_its_chann
         patrol.cancel()
 
 
+@in_loop
+async def test_a_topic_is_not_forgotten_before_what_was_lost_of_it_is_fetched_and_its_end_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The exchange was away for a day. Else the last word of the topic would be `recovering`."""
+    monkeypatch.setattr("workers.deribit.watching.patrol.HOUR", 1)
+    channel, name = "trades.option.any.100ms", "BTC-6NOV20-1-C"
+    with living(tmp_path, channel, fresh=True) as worker:
+        feed, other = find_trades(worker), worker.topics.find("quote", name, "raw")
+        feed.confirm(START)
+        worker.take_frames([encode_data(channel, [make_trade(5, instrument_name=name)])], START)
+        worker.change_state("backoff", "for a day")
+        other.seq = 1
+        patrol = asyncio.create_task(worker.patrol.run())
+        await wait_for(lambda: other not in worker.topics.match(b""), "another topic to be forgotten")
+        assert list(feed.streams) == [name]
+        feed.losses.begin_healing(time.time_ns())
+        feed.losses.end()
+        worker.statuses.tell_first(feed)
+        await wait_for(lambda: not feed.streams, "this one, too")
+        patrol.cancel()
+
+
 def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(topics: Topics) -> None:
     """The exchange tells that an instrument is archivized days after its end."""
     old = topics.find("instrument", "BTC-6NOV26", "raw")

@@ -113,6 +113,11 @@ class Stream(Route):
         """Whether it was said last that its instrument has ended: nothing follows that."""
         return self.status is not None and self.status.state == "expired"
 
+    @property
+    def awaits_end(self) -> bool:
+        """Whether its end, once that has come, will be said: of trades alone, and once what was lost is fetched."""
+        return self.type == "trade" and self.status is not None and not self.is_over
+
     def has_expired(self, now: int) -> bool:
         """Whether the life of its instrument is over at `now` (ns), by its name alone."""
         return self.expiry is not None and self.expiry < now
@@ -225,11 +230,13 @@ class Topics:
             stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
     def forget_expired(self, now: int, kept: Collection[Stream]) -> list[Stream]:
-        """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept."""
+        """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept, and
+        trades of which that is still to be said: what was lost of them may not be fetched yet.
+        """
         expired = [
             (key, stream)
             for key, stream in self._streams.items()
-            if stream.has_expired(now - DAY) and stream not in kept
+            if stream.has_expired(now - DAY) and stream not in kept and not stream.awaits_end
         ]
         for key, stream in expired:
             del self._streams[key]
