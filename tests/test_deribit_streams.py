@@ -229,6 +229,13 @@ def test_a_topic_that_was_left_between_two_lives_continues_nothing(tmp_path: Pat
         assert (worker.topics.gaps, worker.publisher.published) == (1, 4)
 
 
+def test_what_an_earlier_life_had_said_is_held_no_longer_than_it_is_needed(tmp_path: Path) -> None:
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        worker.take_frames([encode_data(TRADES, [make_trade(5)])], 5)
+    with living(tmp_path, TRADES) as worker:
+        assert (worker.topics.gaps, worker.ledger.earlier) == (1, [])
+
+
 @pytest.mark.parametrize(("instrument", "state"), [("BTC-PERPETUAL", "closed"), ("BTC-6NOV20", "expired")])
 def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_closed(instrument: str, state: str) -> None:
     """Else its last word would be `live` for ever. Where its instrument has ended meanwhile, it is said to be over."""
