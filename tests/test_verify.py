@@ -696,6 +696,11 @@ def test_an_expired_channel_is_repeated_and_may_have_come_back_unseen(wire: Wire
     wire.status(TICKER, "recovering", "disconnect")
     wire.restart()
     assert wire.ticker() == []
+    wire.status(TICKER, "expired")
+    wire.restart()
+    assert wire.ticker() == [], "asked for again by a worker that knows nothing of the one before"
+    wire.status(TICKER, "expired")
+    assert wire.ticker() == ["status"]
 
 
 def test_what_an_earlier_life_says_late_changes_nothing(wire: Wire) -> None:

@@ -135,15 +135,18 @@ class Gaps(Check):
 
 
 class States(Check):
-    """Words for states, and what may follow them."""
+    """Words for states, and what may follow them; in a later epoch somebody has taken the topic up anew."""
 
     rules = ("status",)
 
     def __init__(self) -> None:
         super().__init__()
+        self._epoch = 0
         self._expired = False
 
     def check(self, message: Message, now: Now) -> Iterator[Fault]:
+        if message.epoch != self._epoch:
+            self._epoch, self._expired = message.epoch, False
         if message.type not in ("status", "heartbeat"):
             if self._expired and not message.is_join and message.type not in ON_DATA_TOPICS:
                 yield "status", "data after the channel has expired"
