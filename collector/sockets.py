@@ -9,6 +9,7 @@ _CURES: dict[int | None, str] = {
     errno.EADDRINUSE: "stop what listens there",
     errno.EEXIST: "remove what is no socket",
     errno.EACCES: "open the place to this user",
+    errno.ENOSPC: "make room",
 }
 
 

@@ -728,6 +728,33 @@ def test_a_lock_is_to_be_removed_only_where_that_helps(make: str, options: str, 
     assert (done.returncode, f"{place}/lock cannot be opened {said}" in done.stderr) == (2, True), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("options", "name", "said"),
+    [
+        ("nr_inodes=1", "run/deeper", "/run/deeper cannot be made .*; make room, or set another runtime_dir"),
+        ("nr_inodes=1", "run", "/run/lock cannot be made .*; make room, or set another runtime_dir"),
+        ("size=4k", "run", "/run/lock cannot be written .*; make room, or set another runtime_dir"),
+        ("nr_inodes=2", "run", "control ipc:.* cannot be bound: .*; write another endpoint, or make room"),
+    ],
+)
+def test_a_disk_without_room_for_the_runtime_directory_is_no_wrong_configuration(
+    options: str, name: str, said: str
+) -> None:
+    """Its exit code is not the one after which nobody tries again."""
+    with short_directory() as directory:
+        (directory / "run").mkdir(mode=0o700)
+        config = write_config(directory, {"a": DEAD})
+        config.write_text(config.read_text().replace(f'{directory}/run"', f'{directory}/{name}"'))
+        script = f'mount -t tmpfs -o mode=700,{options} tmpfs "$0" && {{ [ size=4k != {options} ] || echo > "$0/x"; }}'
+        mounting = ["unshare", "-rm", "sh", "-c"]
+        if subprocess.run([*mounting, script, str(directory / "run")], capture_output=True).returncode:
+            pytest.skip("this system lets nobody mount a disk")
+        command = [*mounting, f'{script} && exec "$@"', str(directory / "run"), *collector("run", str(config))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1, done.stderr
+    assert re.search(f"^collector: .*{said}\n$", done.stderr)
+
+
 def test_a_runtime_directory_whose_name_is_too_long_is_a_wrong_configuration(tmp_path: Path) -> None:
     """Where no socket of it is too long first."""
     control, publish = (f"tcp://127.0.0.1:{find_port()}" for _ in range(2))

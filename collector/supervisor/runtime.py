@@ -109,6 +109,7 @@ def _lock(path: Path, where: str) -> int:
     try:
         lock = os.open("lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=directory)
     except OSError as error:
+        _refuse_full(f"{path}/lock cannot be made", error)
         cure = "remove it, or " if os.path.lexists(path / "lock") and error.errno != errno.EROFS else ""
         raise ConfigError(
             f"{where}: runtime_dir {path}: {path}/lock cannot be opened ({error.strerror}); {cure}{_name_another(path)}"
@@ -124,8 +125,15 @@ def _lock(path: Path, where: str) -> int:
         raise Unavailable(f"a collector runs on {path} already (pid {holder}); stop it, or set runtime_dir") from None
     except OSError as error:
         os.close(lock)
+        _refuse_full(f"{path}/lock cannot be written", error)
         raise Unavailable(f"{path}/lock cannot be written ({error.strerror}); set another runtime_dir") from None
     return lock
+
+
+def _refuse_full(what: str, error: OSError) -> None:
+    """Raise Unavailable if the disk has no room for data or files: it may have again, nothing is misconfigured."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise Unavailable(f"{what} ({error.strerror}); make room, or set another runtime_dir") from None
 
 
 def _read_epoch(lock: int) -> int:
@@ -146,6 +154,7 @@ def _open_private(path: Path, where: str) -> int:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         directory = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
+        _refuse_full(f"{path} cannot be made", error)
         cause = "it is a symbolic link" if os.path.islink(path) else error.strerror
         raise ConfigError(f"{where} cannot be used ({cause}); {another}") from None
     facts = os.fstat(directory)
