@@ -317,6 +317,17 @@ def test_workers_outlive_the_forkserver_and_the_next_is_started_from_a_new_one(f
         run.program.wait_line(r"a: ended for an unknown reason \(the forkserver was gone\)", stream="err")
 
 
+def test_signals_that_were_blocked_at_its_start_stop_it_and_hide_no_exit_code() -> None:
+    first = "import signal; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())"
+    with collected(first=first) as run:
+        run.wait_state("a")
+        run.find_process("a").terminate()
+        run.program.wait_line("supervisor: a: stopped in order; started again in", stream="err")
+        run.wait_state("a", restarts=1)
+        assert run.stop(signal.SIGTERM) == 0
+        run.wait_gone()
+
+
 def test_it_runs_also_where_stdin_stdout_and_stderr_are_closed() -> None:
     """What is opened next is not taken for one of them, as the forkserver took it."""
     with short_directory() as directory:

@@ -71,8 +71,10 @@ class Spawner:
         # A directory that happens to hold a `workers` package must not stand before ours.
         os.environ["PYTHONSAFEPATH"] = "1"
         _leave_long_tmpdir()
-        # Who started us may have had it ignored: then a dead forkserver cannot be waited for, nor replaced.
+        # Who started us may have had it ignored: then a dead forkserver cannot be waited for, nor replaced. Or blocked,
+        # and others with it: then the forkserver knows no exit codes, and SIGTERM stops nothing.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOAD))
         self.turn = asyncio.Lock()
