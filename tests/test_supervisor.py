@@ -172,6 +172,20 @@ def test_who_was_never_live_is_not_bound_to_the_free_port_of_before() -> None:
         assert run.get_state("a")["restarts"] == 1
 
 
+def test_a_worker_that_is_killed_while_a_beat_of_it_waits_is_replaced_at_once() -> None:
+    first = "from collector.supervisor import keeper, process; keeper.BEAT_READ = keeper.BEATS_MISSED = 600.0; "
+    with collected(first=first + "process._CODE_WAIT = 600.0") as run:
+        before = run.wait_state("a")
+        with subscribed(before["publish"]) as subscriber:
+
+            def count_heartbeats() -> int:
+                return sum(message["type"] == "heartbeat" for _, message in subscriber.messages)
+
+            subscriber.listen_until(lambda: count_heartbeats() > 4, "beats, of which the supervisor has read one")
+        psutil.Process(before["pid"]).kill()
+        run.program.wait_line("a: killed by SIGKILL; started again")  # to ask it would have the rest read
+
+
 def test_state_says_that_the_worker_was_killed_until_it_lives_again() -> None:
     with collected({"a": {**QUICK, "retry_delay": 4}}) as run:
         before = run.wait_state("a")

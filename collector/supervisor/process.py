@@ -145,6 +145,7 @@ class Child:
         self._pidfd = pidfd
         self._receive = receive
         self._link: Link
+        self._is_gone = False
         self._unlinked = asyncio.Event()
 
     async def connect(self, end: socket.socket) -> None:
@@ -156,8 +157,9 @@ class Child:
         return self._link.send(message)
 
     def pause(self) -> None:
-        """Leave what it says unread until `resume`."""
-        self._link.pause()
+        """Leave what it says unread until `resume`; what one that is gone has said is read to its end."""
+        if not self._is_gone:
+            self._link.pause()
 
     def resume(self) -> None:
         """Receive what it has said, and what it will."""
@@ -180,6 +182,7 @@ class Child:
         The forkserver's word is not enough: if it dies, it says 255 of children that are alive and well.
         """
         await _readable(self._pidfd)
+        self._is_gone = True
         self._link.resume()
         with suppress(TimeoutError):
             async with asyncio.timeout(_CODE_WAIT):
