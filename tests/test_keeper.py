@@ -1,6 +1,7 @@
 """What a keeper makes of what its worker says, message by message."""
 
 import asyncio
+import re
 import socket
 import subprocess
 import sys
@@ -179,7 +180,9 @@ def test_that_a_worker_is_ready_just_as_it_is_stopped_is_no_fault(caplog: pytest
     assert keeper.state == "closing"
 
 
-def test_a_worker_that_no_thread_can_start_is_started_again_later() -> None:
+def test_a_worker_that_no_thread_can_start_is_started_again_later_and_its_state_says_why(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     async def check() -> None:
         spawner = Spawner()
         keeper = Keeper("a", "deribit", 60.0, spawner, time.time_ns, lambda _: {})
@@ -191,11 +194,13 @@ def test_a_worker_that_no_thread_can_start_is_started_again_later() -> None:
             with pytest.raises(OSError, match="can't start new thread"):
                 await spawner.spawn("deribit", theirs)
             assert ours.recv(1) == b""  # that child will not come when there is a thread again
+        assert re.match(r"the worker process cannot be started: .+; started again \d", keeper.last_error["message"])
         keeper.stop()
         await keeping
         assert keeper.state == "closed"
 
     asyncio.run(check())
+    assert "a: was not started; started again in" in caplog.text
 
 
 STARTED = """

@@ -21,7 +21,15 @@ from collector.lifecycle import (
     backoff_delay,
 )
 from collector.messages import ControlError
-from collector.supervisor.process import UNKNOWN_EXIT, Child, Spawner, describe_exit, kill_forkserver, start_child
+from collector.supervisor.process import (
+    NOT_STARTED,
+    UNKNOWN_EXIT,
+    Child,
+    Spawner,
+    describe_exit,
+    kill_forkserver,
+    start_child,
+)
 
 Result = TypeVar("Result")
 
@@ -83,7 +91,7 @@ class Keeper:
         self._limit = self._due = 0.0
         self._heard_at = 0.0
         self._live_since: float | None = None
-        self._overdue = ""  # what it owed us when it was killed for that
+        self._overdue = ""  # what it owed us when it was killed for that, or why it was not started
 
     # what is known of it
 
@@ -177,8 +185,10 @@ class Keeper:
             self._child = await self._start()
         except (OSError, EOFError) as error:
             level = logging.INFO if self.is_stopping else logging.ERROR
-            log.log(level, "%s: cannot be started: %s", self.name, error or type(error).__name__)
-            return self._end_life(UNKNOWN_EXIT)
+            reason = f"cannot be started: {error or type(error).__name__}"
+            log.log(level, "%s: %s", self.name, reason)
+            self._overdue = self._overdue or reason
+            return self._end_life(NOT_STARTED)
         if self._child is None:
             return self._end_life(Exit.STOPPED)
         if self.is_stopping:

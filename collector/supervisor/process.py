@@ -37,6 +37,9 @@ PRELOAD = (
 UNKNOWN_EXIT = 255
 """The exit code of a child whose forkserver died before it: nobody could ask for the real one."""
 
+NOT_STARTED = 256
+"""What stands for the exit code of a child that could not be started."""
+
 _MAX_TMPDIR = 75
 """Bytes of TMPDIR, as a whole path, that leave room for a socket of the forkserver there: 107 less two names of
 multiprocessing."""
@@ -229,6 +232,7 @@ _REASONS = {
     Exit.GAVE_UP: "gave up after retry_count attempts",
     Exit.ORPHANED: "lost its link to the supervisor",
     UNKNOWN_EXIT: "ended for an unknown reason (the forkserver was gone)",
+    NOT_STARTED: "was not started",
 }
 
 
