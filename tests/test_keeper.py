@@ -133,6 +133,16 @@ def test_who_has_been_live_once_is_tried_for_ever() -> None:
     assert keeper._is_hopeless(Exit.CREDENTIALS, 1)
 
 
+def test_what_went_wrong_is_told_until_it_is_live_again() -> None:
+    keeper, error = make_running(), {"message": "public/set_heartbeat was not answered in time"}
+    keeper._receive({"kind": "beat", "report": {"state": "backoff", "last_error": error}})
+    keeper._receive({"kind": "beat", "report": {"state": "bootstrapping", "last_error": None}})
+    keeper.add_report({"state": "bootstrapping", "last_error": None})
+    assert keeper.last_error == error
+    keeper._receive({"kind": "beat", "report": {"state": "live", "last_error": None}})
+    assert keeper.last_error is None
+
+
 def test_since_when_it_is_in_its_state_is_told() -> None:
     keeper = make_running()
     keeper._receive({"kind": "beat", "report": {"state": "live"}})

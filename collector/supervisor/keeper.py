@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Collection, Coroutine
 from typing import Any, TypeVar
 
 from collector.lifecycle import (
@@ -329,7 +329,7 @@ class Keeper:
 
     def _take_report(self, report: dict[str, Any]) -> None:
         before = self.state
-        self.report |= report
+        self._note_facts(report)
         if self.machine.state != "running":
             return
         self._heard_at = time.monotonic()
@@ -344,7 +344,13 @@ class Keeper:
 
     def add_report(self, facts: dict[str, Any]) -> None:
         """Keep what it told in answer to a question. Its state only beats tell: who waits for one is woken by those."""
-        self.report |= {key: value for key, value in facts.items() if key != "state"}
+        self._note_facts(facts, {"state"})
+
+    def _note_facts(self, facts: dict[str, Any], but: Collection[str] = ()) -> None:
+        """What went wrong last is told until it is live again: a later life, or attempt, of the worker forgets it."""
+        if facts.get("state", "live") != "live" and facts.get("last_error") is None:
+            but = {*but, "last_error"}
+        self.report |= {key: value for key, value in facts.items() if key not in but}
 
     async def ask(self, op: str, arguments: dict[str, Any], deadline: int) -> Any:
         """Have the worker carry out a request; return its result. Raises ControlError, at once if it is not running."""
