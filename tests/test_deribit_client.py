@@ -141,7 +141,8 @@ async def test_a_wrong_clock_of_this_host_is_told_once_and_so_is_its_end(
 
 
 @pytest.mark.parametrize(
-    "fault", ["error:METHOD=-32601", "error:METHOD=11094", "error:METHOD=13028", "no_reply:METHOD"]
+    "fault",
+    ["error:METHOD=-32601", "error:METHOD=11094", "error:METHOD=13004", "error:METHOD=13028", "no_reply:METHOD"],
 )
 @in_loop
 async def test_data_come_without_a_greeting_and_without_the_time(practice: str, fault: str) -> None:
@@ -720,6 +721,12 @@ async def test_a_login_that_is_not_known_at_a_later_step_is_no_wrong_one(practic
     async with connected(practice, f"error:{STEPS[2]}=13009,first:1", **settings) as (client, ear):
         assert [reason.split(":")[0] for reason in ear.find("backoff")] == STEPS[2:]
         assert client.get_state()["authenticated"]
+
+
+@in_loop
+async def test_what_is_said_of_credentials_to_a_request_that_needs_none_is_no_end_for_good(practice: str) -> None:
+    async with connected(practice, "error:public/set_heartbeat=13004,first:1", channels=[QUOTE]) as (_, ear):
+        assert ear.find("backoff") == ["public/set_heartbeat: 13004 invalid_credentials"]
 
 
 @pytest.mark.parametrize("code", [10049, 13042])

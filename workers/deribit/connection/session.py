@@ -34,6 +34,12 @@ INVALID_CREDENTIALS = 13004
 DISPENSABLE = frozenset({"public/hello", "public/get_time"})
 """What data come without: whatever is answered to these, or not, costs no connection."""
 
+REFUSALS = {
+    "public/auth": (Reaction.REFUSED, Reaction.REFRESH),
+    "private/enable_cancel_on_disconnect": (Reaction.REFUSED,),
+}
+"""What says of the credentials that they are no good, and is it for good; to a request that needs none it may pass."""
+
 NO_CANCEL = frozenset({10049, 13042})
 """Cancel on disconnect cannot be had: another connection would hear the same, and its data do not depend on it."""
 
@@ -167,7 +173,7 @@ class Session:
 
     def _react(self, method: str, error: ExchangeError) -> None:
         reaction = find_reaction(error.code)
-        if reaction is Reaction.REFUSED or (reaction is Reaction.REFRESH and method == "public/auth"):
+        if reaction in REFUSALS.get(method, ()):
             raise Refused(f"{method}: {error}", Exit.CREDENTIALS)
         if reaction is Reaction.BANNED:
             raise Refused(f"{method}: {error}", Exit.BANNED)
