@@ -791,6 +791,20 @@ async def test_the_last_error_is_what_ended_the_connection(practice: str) -> Non
 
 
 @in_loop
+async def test_a_pause_is_told_with_the_error_that_wants_it_not_with_a_later_one(practice: str) -> None:
+    async with connected(practice, "error:public/status=11051@1", retry_delay=60) as (client, ear):
+        for method in ("public/status", "public/nothing"):
+            with pytest.raises(ExchangeError):
+                await client.send(method)
+        client.cut("the test wants it so")
+        await wait_for(lambda: ear.find("backoff"), "the loss")
+        assert re.fullmatch(
+            r"the test wants it so, after 11051 \S+; no other attempt for [1-3] s", ear.find("backoff")[0]
+        )
+        assert client.last_error["code"] == 11051
+
+
+@in_loop
 async def test_a_pause_that_is_over_delays_nothing(practice: str) -> None:
     async with connected(practice, "error:public/status=11051@1") as (client, ear):
         with pytest.raises(ExchangeError):

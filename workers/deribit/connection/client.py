@@ -60,6 +60,7 @@ class Client:
     reconnects = 0
     last_error: Any = None
     _not_before = 0.0  # monotonic: the exchange wants no other connection until then
+    _wanted_by: ExchangeError | None = None  # the answer that says so
     _life: asyncio.Task[None] | None = None
     _verdict: asyncio.Future[None] | None = None
     _is_closing = False
@@ -250,9 +251,8 @@ class Client:
 
     async def _back_off(self, loss: Lost) -> None:
         reason, raw, pause = str(loss), loss.raw, self._not_before - time.monotonic()
-        if pause > 0 and raw is None and self.last_error:  # the exchange ends what it wants a pause of
-            raw = self.last_error
-            reason = f"{reason}, after {ExchangeError(raw)}"
+        if pause > 0 and raw is None and self._wanted_by:  # the exchange ends what it wants a pause of
+            raw, reason = self._wanted_by.told, f"{reason}, after {self._wanted_by}"
         self.last_error = raw or {"message": reason}
         pause = max(pause, loss.pause)
         self.reconnects += self.machine.state == "live"
@@ -366,8 +366,9 @@ class Client:
     def _heed_error(self, error: ExchangeError, method: str) -> None:
         """What an error asks of us, whoever sent the request: at once, since the exchange may cut right behind it."""
         self.last_error = error.told
-        pause = PAUSES.get(find_reaction(error.code), 0.0)
-        self._not_before = max(self._not_before, time.monotonic() + pause)
+        not_before = time.monotonic() + PAUSES.get(find_reaction(error.code), 0.0)
+        if not_before > self._not_before:
+            self._not_before, self._wanted_by = not_before, error
         if error.code == TOO_MANY_REQUESTS:
             pool = self.reconciler.credits if method.endswith("/subscribe") else self.session.credits
             pool.shrink(time.monotonic())
