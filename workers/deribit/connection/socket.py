@@ -4,9 +4,11 @@ Text goes out; frames come in by all that was read from the system together, in 
 """
 
 import asyncio
+import os
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from errno import ECONNRESET
 from typing import Any, Self
 from urllib.parse import parse_qsl, urlsplit
 
@@ -27,6 +29,9 @@ LONGEST_PAUSE = 300
 
 CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 """What aiohttp raises for a send on a socket that has just gone."""
+
+ENDED = (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError)
+"""What it raises where the server hangs up before its answer is whole."""
 
 DATA = (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
 """Kinds of message that are a frame."""
@@ -249,11 +254,16 @@ def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseExce
     if isinstance(error, aiohttp.ClientConnectorCertificateError):
         cause = error.certificate_error
         return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
-    if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError)):
+    if isinstance(error, aiohttp.ClientConnectorError):
+        # asyncio says the first words for each number; there are none where the server hangs up amid the handshake.
+        said, number = error.os_error.strerror or "the server ended the connection", error.os_error.errno or 0
+        words = said.replace("Connect call failed", os.strerror(number))
+        return Lost(f"Cannot connect to host {error.host}:{error.port} [{words}]")
+    if isinstance(error, ENDED) or (isinstance(error, OSError) and error.errno == ECONNRESET):
         # The text of the first would show what had come of the answer, that of the second tells of a closing transport.
         return Lost("the server ended the connection before it answered")
     if isinstance(error, TimeoutError):
         return Lost(f"no connection to {urlsplit(url).netloc.rpartition('@')[2]} within {timeout:g} s")
     if isinstance(error, (aiohttp.ClientError, OSError, ValueError)):
-        return Lost(str(error).replace(" ssl:default", "") or type(error).__name__)
+        return Lost(str(error) or type(error).__name__)
     return error
