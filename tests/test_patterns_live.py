@@ -423,8 +423,7 @@ def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(h
             for name in tables:
                 run.wait_state(name)
             run.ask("subscribe", connection="b", channels=[f"quote.{name}" for name in coming])  # but what a has by now
-            words = r"a: (quote\.\S+) is not asked for now: quote\.\S+ of b feeds the same topics"
-            left = run.program.wait_line(words)[1]
+            left = run.program.wait_line(r"a: 1 channel not asked for now: b feeds the same topics: (quote\.\S+)$")[1]
             assert left not in find_asked(run)
             if how == "close":
                 run.ask("close", connection="b")
@@ -437,7 +436,7 @@ def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(h
             else:
                 run.ask("unsubscribe", connection="b", channels=[left])
             wait_until(lambda: left in run.get_state("a")["channels"]["confirmed"], f"{left} on a")
-            assert len([line for line in run.program.err if f" {left} is not asked for now" in line]) == 1
+            assert len([line for line in run.program.err if line.endswith(f": b feeds the same topics: {left}")]) == 1
 
     with_exchange(act, "--faults", "listing:2")
 
@@ -657,12 +656,12 @@ def test_who_follows_one_that_was_closed_ends_with_it() -> None:
 @pytest.mark.parametrize(("op", "arguments"), [("close", {}), ("unsubscribe", {"channels": ["quote.BTC-PERPETUAL"]})])
 def test_what_another_connection_names_is_left_to_it_from_the_start(op: str, arguments: dict[str, Any]) -> None:
     """As it is where its instrument is listed later."""
-    named = "quote.BTC-PERPETUAL"
-    channels = {"a": ["quote.BTC-*"], "b": [named, "ticker.*PERPETUAL.100ms"]}
+    named, other = "quote.BTC-PERPETUAL", "trades.BTC-PERPETUAL.100ms"
+    channels = {"a": ["quote.BTC-*", "trades.BTC-*.100ms"], "b": [named, other, "ticker.*PERPETUAL.100ms"]}
     with collected({name: {**QUICK, "channels": each} for name, each in channels.items()}) as run:
         for name in "ab":
             run.wait_state(name)
-        run.program.wait_line(rf"a: {named} is not asked for now: {named} of b feeds the same topics")
+        run.program.wait_line(rf"a: 2 channels not asked for now: b feeds the same topics: {named} {other}$")
         assert len(find_asked(run)) > 50
         assert named not in find_asked(run)
         run.ask(op, connection="b", **arguments)

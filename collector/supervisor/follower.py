@@ -279,8 +279,13 @@ class Follower:
         return placed
 
     def _note_held_elsewhere(self, left: dict[str, Clash]) -> None:
-        for name in left.keys() - self._held_elsewhere.keys():
-            log.warning("%s: %s is not asked for now: %s", self._name, name, left[name])
+        news: dict[str, list[str]] = defaultdict(list)
+        for name, clash in left.items():
+            if name not in self._held_elsewhere:
+                news[clash.other[0]].append(name)
+        for other, names in news.items():
+            count, some = say_count(len(names), "channel"), " ".join(names[:5])
+            log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self._name, count, other, some)
         self._held_elsewhere = left
 
     def _let_go(self, names: list[str], reason: str) -> None:
