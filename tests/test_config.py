@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[str, str]] = {
         f'[collector]\nruntime_dir = "/{"d" * 99}"\n' + HEAD,
         "desk.toml: [collector]: control ipc:"
         f"///{'d' * 99}/control has a path of 108 bytes, the system takes 107; write a shorter path "
-        "(it is the default: shorten runtime_dir under [collector])",
+        "(it is the default: write another runtime_dir under [collector])",
     ),
     "default publish too long": (
         f'[collector]\nruntime_dir = "/{"d" * 98}"\n' + HEAD.replace('"a"', '"futures"'),
@@ -506,6 +506,12 @@ REFUSED: dict[str, tuple[str, str]] = {
         "33 connections, Deribit takes 32",
     ),
 }
+
+
+def test_a_default_directory_that_cannot_be_shown_is_refused_with_a_way_out(tmp_path: Path) -> None:
+    line = refuse(tmp_path, HEAD, {"XDG_RUNTIME_DIR": "/run/a\x01b"})
+    assert line.startswith(r"desk.toml: [collector]: control 'ipc:///run/a\x01b/collector/control' has characters")
+    assert line.endswith("(it is the default: write another runtime_dir under [collector])")
 
 
 @pytest.mark.parametrize("case", REFUSED)

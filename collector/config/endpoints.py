@@ -44,7 +44,9 @@ def parse_endpoint(text: str) -> Endpoint:
 
 
 def _check_path(path: str) -> str:
-    if not path.startswith("/") or not path.isprintable():
+    if not path.isprintable():
+        raise ValueError("has characters in its path that cannot be shown; write another path")
+    if not path.startswith("/"):
         raise ValueError("needs an absolute path; write for example ipc:///run/collector/NAME.pub")
     if path.endswith("/"):
         raise ValueError("names a directory; write for example ipc:///run/collector/NAME.pub")

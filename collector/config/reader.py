@@ -154,7 +154,7 @@ def _read_endpoint(text: str, default: str, name: str, runtime_dir: Path) -> str
     try:
         endpoint = parse_endpoint(text or default)
     except ValueError as error:
-        cure = "" if text else " (it is the default: shorten runtime_dir under [collector])"
+        cure = "" if text else " (it is the default: write another runtime_dir under [collector])"
         raise ConfigError(f"{name} {show_endpoint(text or default)} {error}{cure}") from None
     files = _FILES if name == "publish" else (*_FILES, "*.pub")
     if fault := _find_fault(endpoint, files, runtime_dir):
