@@ -613,6 +613,14 @@ def test_subscriber_keeps_the_exchanges_book(control: str) -> None:
         wait_until(compare, "a change that both sides name")
 
 
+def test_a_misspelt_command_is_hinted_at() -> None:
+    ended = subprocess.run(collector("stat"), capture_output=True, text=True, cwd=REPOSITORY)
+    assert (ended.returncode, ended.stderr.splitlines()[-1]) == (
+        2,
+        "Error: No such command 'stat'. Did you mean 'state'?",
+    )
+
+
 def test_commands_start_without_what_they_do_not_need() -> None:
     program = (
         "import sys, collector.cli.control as c; "
