@@ -60,7 +60,7 @@ def test_an_answer_is_read_with_its_number_and_result(frame: dict[str, Any], wan
     [
         (NO_METHOD, -32601, "-32601 Method not found"),
         ({"code": 11050, "data": "invalid json", "message": "bad_request"}, 11050, "11050 bad_request (invalid json)"),
-        ({"code": 13009, "data": {"reason": "x"}, "message": "unauthorized"}, 13009, "unauthorized ({'reason': 'x'})"),
+        ({"code": 13009, "data": {"reason": "x"}, "message": "unauthorized"}, 13009, "unauthorized (reason: x)"),
         ({"message": "no code"}, 0, "0 no code"),
         ({"code": "10028"}, 0, "0 "),
         ({}, 0, "0 "),
@@ -110,7 +110,7 @@ def test_of_a_long_error_no_more_is_told_than_one_can_read(error: dict[str, Any]
 @pytest.mark.parametrize(
     ("text", "code", "words"),
     [
-        (b'{"code":5,"message":"big","data":{"n":18446744073709551616}}', 5, "5 big ({'n': 18446744073709551616})"),
+        (b'{"code":5,"message":"big","data":{"n":18446744073709551616}}', 5, "5 big (n: 18446744073709551616)"),
         (b'{"code":5,"message":-9223372036854775809}', 5, "5 -9223372036854775809"),
         (b'{"code":18446744073709551616,"message":"m"}', 0, "0 m"),
     ],

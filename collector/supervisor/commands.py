@@ -18,6 +18,7 @@ from collector.limits import MAX_FRAME
 from collector.messages import ControlError, Request
 from collector.supervisor.process import describe_exit
 from collector.supervisor.supervisor import Entry, Supervisor
+from collector.words import say_error
 
 LOOK = 500_000_000
 """Ns that a worker has to say its state; what is known of it is answered after that."""
@@ -301,5 +302,5 @@ def _blame(code: str, message: str, error: Any) -> ControlError:
     """A refusal with what went wrong last, in words; the exchange's own error is its `data` too."""
     if not isinstance(error, dict):
         return ControlError(code, message, error)
-    words = " ".join(str(error[key]) for key in ("code", "message", "data") if key in error)
+    words = f"{error['code']} {say_error(error)}" if "code" in error else say_error(error)
     return ControlError(code, f"{message}: {words}", error if "code" in error else None)

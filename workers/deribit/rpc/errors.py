@@ -9,6 +9,7 @@ import msgspec
 
 from collector.lifecycle import Exit
 from collector.messages import encode
+from collector.words import say_error
 
 MAX_WORDS = 500
 """Letters of an error that are told in logs, reasons and messages: the exchange may send as many as a frame holds."""
@@ -56,10 +57,9 @@ class ExchangeError(Exception):
 
     def __init__(self, raw: dict[str, Any]) -> None:
         super().__init__(raw)
-        code, data = raw.get("code"), raw.get("data")
+        code = raw.get("code")
         self.code = code if isinstance(code, int) and abs(code) < MAX_INT else 0
-        detail = f" ({data})" if data is not None else ""
-        self._words = f"{self.code} {raw.get('message', '')}{detail}"[:MAX_WORDS]
+        self._words = f"{self.code} {say_error(raw)}"[:MAX_WORDS]
         size, brief = _measure(raw), {"code": self.code, "message": self._words}
         self.raw = raw if size else brief
         self.told = raw if 0 < size <= MAX_TOLD else brief
