@@ -611,6 +611,26 @@ def test_who_has_ended_is_not_silent_and_goes_once_no_endpoint_of_it_is_named() 
     assert shown[3:] == [["down", "failed", "publishes"], ["stuck", "live", "silent"]]
 
 
+def test_a_connection_that_is_not_live_says_why_in_its_line() -> None:
+    board, lines = Board([]), []
+    board.endpoints, board.lifeless = {"a": "tcp://127.0.0.1:5601", "dead": "tcp://127.0.0.1:5602"}, {"dead"}
+    for state, reason in (
+        ("backoff", "HTTP 503 instead of a WebSocket"),
+        ("connecting", "attempt 2 of 3"),
+        ("live", ""),
+    ):
+        show(board, "deribit.heartbeat.a.1s", state=state, lag=None, receive_ts=time.time_ns())
+        show(board, "deribit.status.a.connection", type="status", state=state, reason=reason)
+        lines += [line.split() for line in draw(board)[1:3]]
+    for words in lines[0], lines[2]:
+        assert words[2:] == ["lag", "0", "ms", "HTTP", "503", "instead", "of", "a", "WebSocket"]
+    assert lines[4] == ["a", "live", "lag", "0", "ms", "publishes", "at", "tcp://127.0.0.1:5601"]
+    assert " ".join(lines[5]) == "dead no worker runs: `collector state dead` says why"
+    show(board, "deribit.heartbeat.a.1s", state="live", lag=None, receive_ts=1)
+    show(board, "deribit.status.a.connection", type="status", state="failed", reason="public/auth: 13004", receive_ts=2)
+    assert draw(board)[1].split() == ["a", "failed", "public/auth:", "13004"]
+
+
 @pytest.mark.parametrize(
     ("width", "columns"),
     [

@@ -87,7 +87,10 @@ class Board:
         self.rows: dict[Topic, Row] = {}
         self.connections: dict[str, Message] = {}
         self._states: dict[Topic, str] = {}
+        self._statuses: dict[str, Message] = {}  # the newest of each connection, by its name
+        self._reasons: dict[str, str] = {}  # why it is not live
         self.endpoints: dict[str, str] = {}
+        self.lifeless: set[str] = set()
         self.count = 0
         self.rate = 0.0
         self._trades: deque[Message] = deque(maxlen=60)
@@ -110,6 +113,7 @@ class Board:
         if item.topic.type == "status":
             if item.type == "status":
                 self._states[item.topic] = item["state"]
+                self._note_status(item)
             return
         if item.topic not in self.rows:
             if len(self.rows) >= MAX_TOPICS:
@@ -129,6 +133,13 @@ class Board:
         where = message.instrument if topic.type == "status" else f"{topic.type} {message.instrument}"
         what = describe(message).removeprefix("status ")  # half of 80 columns must hold it
         self._events.append(Text(f"{show_clock(message.receive_ts)[:8]} {where}: {what}", style=style))
+
+    def _note_status(self, status: Message) -> None:
+        self._statuses[status.instrument] = status
+        if status["state"] in ("backoff", "failed"):
+            self._reasons[status.instrument] = status.get("reason", "")
+        elif status["state"] == "live":
+            self._reasons.pop(status.instrument, None)
 
     def measure(self) -> None:
         """Bring all rates up to date, and leave out what has gone, at most once a second."""
@@ -164,13 +175,19 @@ class Board:
 
     def _draw_connection(self, name: str, width: int) -> Text:
         heartbeat = self.connections.get(name)
-        state = printable(heartbeat["state"]) if heartbeat is not None else "no heartbeat yet"
+        heard = [each for each in (heartbeat, self._statuses.get(name)) if each is not None]
+        last = max(heard, key=lambda each: each.receive_ts, default=None)
+        state = printable(last["state"]) if last is not None else ""
         line = Text.assemble(f"  {printable(name).ljust(width)}  ", (state, STYLES.get(state, "yellow")))
-        if heartbeat is not None and state not in LAST:
-            if (silent := time.time_ns() - heartbeat.receive_ts) > SILENCE:
-                line.append(f"  silent for {silent / SECOND:.0f} s", "red")
-            else:
-                line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
+        silent = 0 if last is None or state in LAST else time.time_ns() - last.receive_ts
+        if silent > SILENCE:
+            line.append(f"  silent for {silent / SECOND:.0f} s", "red")
+        elif heartbeat is not None and state not in LAST:
+            line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
+        elif last is None and name in self.lifeless:
+            return line.append(f"no worker runs: `collector state {printable(name)}` says why", "yellow")
+        if state != "live" and (reason := self._reasons.get(name)):
+            return line.append(printable(f"  {reason}"))
         return line.append(printable(f"  publishes at {self.endpoints[name]}") if name in self.endpoints else "")
 
     def _draw_topics(self, room: int, width: int) -> Table:

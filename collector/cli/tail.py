@@ -173,7 +173,7 @@ def _draw_items(items: Items, board: "Board", redraw: Callable[[], None], subscr
         if item is not None:
             board.take(item)
         if time.monotonic() >= due:
-            board.endpoints = subscriber.found
+            board.endpoints, board.lifeless = subscriber.found, subscriber.lifeless
             redraw()
             due = time.monotonic() + REDRAW
 
