@@ -258,8 +258,8 @@ def read_platform(channel: str, rest: list[str], data: dict[str, Any]) -> Iterat
 def read_other(channel: str, rest: list[str], data: Any) -> Iterator[Expected]:
     rows = data if isinstance(data, list) else [data]
     stamps = [row["timestamp"] for row in rows if isinstance(row, dict) and "timestamp" in row]
-    keys: Keys = {"channel": exact(channel), "data": exact(data), "exchange_ts": (0, max(stamps, default=0) * MS)}
-    yield message("other", channel.replace(".", ":"), "raw", None, keys)
+    keys: Keys = {"channel": exact(channel), "data": exact(data)}
+    yield message("other", channel.replace(".", ":"), "raw", max(stamps, default=None), keys)
 
 
 def compare_all(expected: Iterable[Expected], received: Iterable[tuple[str, dict[str, Any]]]) -> list[str]:

@@ -96,6 +96,23 @@ def test_no_seconds_are_left_when_a_price_is_final(topics: Topics) -> None:
     assert (message["price"], message["seconds"], message["is_estimated"]) == (1.5, 0, False)
 
 
+@pytest.mark.parametrize(
+    ("data", "newest"),
+    [
+        ({"timestamp": 3}, 3),
+        ([{"timestamp": 3}, {"timestamp": 5}, {"timestamp": 4}], 5),
+        ([{"price": 1}, {"timestamp": "4"}, {"timestamp": 1 << 62}, {"timestamp": True}, 4, None, {"timestamp": 2}], 2),
+        ([], 0),
+        ("4", 0),
+    ],
+)
+def test_what_is_passed_on_as_it_is_bears_its_newest_time(topics: Topics, data: Any, newest: int) -> None:
+    feed = create_feed(parse_channel("user.trades.any.any.raw"), topics)
+    ((_, message),) = feed.take(encode_data(feed.channel.name, data), 7)
+    assert isinstance(message, dict)
+    assert (message["exchange_ts"], message["data"]) == (newest * 1_000_000, data)
+
+
 @pytest.mark.parametrize("channel", [f"ticker.{NAME}.100ms", f"incremental_ticker.{NAME}"])
 def test_a_ticker_that_could_not_be_read_or_was_lost_is_a_gap_and_an_incremental_one_awaits_a_full_one(
     topics: Topics, channel: str

@@ -137,7 +137,7 @@ def test_unknown_channels_are_passed_on_whole() -> None:
     data = [{"timestamp": 3, "price": "market_price", "id": 2**60, "none": None}]
     frames = [notify("user.orders.any.any.raw", data)]
     topic = "deribit.other.user:orders:any:any:raw.raw"
-    body = {**ENVELOPE, "type": "other", "instrument": "user:orders:any:any:raw", "seq": 1, "exchange_ts": 0}
+    body = {**ENVELOPE, "type": "other", "instrument": "user:orders:any:any:raw", "seq": 1, "exchange_ts": 3_000_000}
     assert find_faults(frames, [(topic, {**body, "channel": "user.orders.any.any.raw", "data": data})]) == []
     changed = [{**data[0], "id": float(2**60)}]
     assert find_faults(frames, [(topic, {**body, "channel": "user.orders.any.any.raw", "data": changed})])

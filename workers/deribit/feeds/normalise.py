@@ -250,16 +250,21 @@ class OtherFeed(Feed):
     """Every other channel: its data as decoded."""
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
-        """One message."""
+        """One message; its time is the newest one's, where the data are a list."""
         data = read_any(frame)
         check_encodable(data)
-        timestamp = data.get("timestamp") if isinstance(data, dict) else None
-        exchange_ts = timestamp * MS if type(timestamp) is int and 0 <= timestamp <= MAX_MS else 0
-        message = self.stream.build_envelope(receive_ts, exchange_ts)
+        newest = max(map(_find_timestamp, data if isinstance(data, list) else [data]), default=0)
+        message = self.stream.build_envelope(receive_ts, newest)
         message["channel"] = self.channel.name
         message["data"] = data
         self.stream.current = message
         return [(self.stream, message)]
+
+
+def _find_timestamp(data: Any) -> int:
+    """What the `timestamp` (ms) of a map says, in ns; 0 for what has none, or another thing of that name."""
+    value = data.get("timestamp") if isinstance(data, dict) else None
+    return value * MS if type(value) is int and 0 <= value <= MAX_MS else 0
 
 
 def check_encodable(data: Any) -> None:
