@@ -588,6 +588,27 @@ async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() 
 
 
 @in_loop
+async def test_an_instrument_of_which_nothing_is_answered_holds_up_the_others_of_its_channel_but_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("workers.deribit.healing.heal.PATIENCE", (0.1,))
+    channel, silent, other = "trades.future.any.100ms", "BTC-PERPETUAL", "ETH-PERPETUAL"
+
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        trades = [make_trade(seq, instrument_name=other) for seq in (5, 6, 7, 8)]
+        return {"id": 0} if params["instrument_name"] == silent else {"result": {"trades": trades, "has_more": False}}
+
+    async with scripted("public/get_last_trades", script) as url, collecting(url, "", channel, timeout=0.5) as run:
+        (feed,) = run.worker.feeds.values()
+        await wait_for(lambda: run.worker.client.is_live and is_confirmed(feed), "the confirmation")
+        trades = [make_trade(seq, instrument_name=name) for name in (silent, other) for seq in (5, 8)]
+        run.worker.take_frames([encode_data(channel, trades)], time.time_ns())
+        (repair,) = await run.hearer.hear_of(f"deribit.trade.{other}.", type="repair")
+        assert (repair["repaired"], repair["missing"]) == (2, [])
+        assert not run.hearer.find(f"deribit.trade.{silent}.", type="repair")
+
+
+@in_loop
 async def test_of_many_channels_only_so_many_are_healed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one; the exchange asks for patience with its first request."""
     monkeypatch.setattr("workers.deribit.healing.heal.AT_ONCE", 1)

@@ -138,6 +138,9 @@ class Healer:
         except (ExchangeError, ValueError) as error:
             log.warning("trades of %s could not be fetched: %s", feed.channel.name, error)
             return None
+        except TimeoutError:
+            feed.put_last(ask.params.get("instrument_name", ""))
+            raise
         if not feed.is_ended:
             now = self._client.read_clock()
             self._publisher.publish(feed.backfill(page.trades, now), now, is_fetched=True)

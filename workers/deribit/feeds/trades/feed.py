@@ -173,6 +173,11 @@ class TradeFeed(Feed):
         losses.end(is_whole=False)
         return [(tape.stream, message) for tape in self.tapes.values() for message in tape.end(is_unfinished, now)]
 
+    def put_last(self, instrument: str) -> None:
+        """Have all others healed before this one: while nothing is answered of it, they would wait for ever."""
+        if (tape := self.tapes.pop(instrument, None)) is not None:
+            self.tapes[instrument] = tape
+
     def count_healing(self) -> int:
         """How many gaps have their repair still to come."""
         return sum(hole.gap is not None for tape in self.tapes.values() for hole in tape.holes)
