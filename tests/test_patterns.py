@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from collector.channels import parse_channel
 from collector.config import Connection, read_connection
+from collector.config.clashes import Places
 from collector.config.endpoints import parse_endpoint
 from collector.config.keys import ConfigError
 from collector.config.patterns import (
@@ -275,29 +276,32 @@ def make_connection(*patterns: str, **more: Any) -> Connection:
 
 def test_what_one_connection_carries_stays_one() -> None:
     connection = make_connection("book.*.100ms", "quote.BTC-PERPETUAL", "quote.*PERPETUAL")
-    found, _, _ = spread(connection, make_options(499) | LISTED, NOW)
+    found, _, _ = spread(connection, make_options(499) | LISTED, NOW, Places())
     assert found == {"book.*.100ms": 507, "quote.*PERPETUAL": 2}
-    found, (only,), left = spread(connection, make_options(400) | LISTED, NOW)
+    found, (only,), left = spread(connection, make_options(400) | LISTED, NOW, Places())
     assert (only.name, only.publish) == ("options", "tcp://127.0.0.1:5601")
     assert len(only.channels) == len(set(only.channels)) == 410
     assert only.patterns == ()
     assert not left
 
 
-def test_what_others_name_is_left_to_them() -> None:
+def test_what_others_have_is_left_to_them() -> None:
     connection = make_connection("quote.*", "quote.BTC-*", "ticker.*PERPETUAL.100ms")
     named = {"quote.BTC-PERPETUAL", "ticker.BTC_USDC-PERPETUAL.100ms", "quote.NEW"}
-    found, (only,), left = spread(connection, LISTED, NOW, named)
+    taken = Places()
+    for name in named:
+        taken.add(("other", parse_channel(name)))
+    found, (only,), left = spread(connection, LISTED, NOW, taken)
     assert left == named - {"quote.NEW"}
     assert found["quote.*"] == len(LISTED) - 1
-    everything = spread(connection, LISTED, NOW).shards[0].channels
+    everything = spread(connection, LISTED, NOW, Places()).shards[0].channels
     assert [name for name in everything if name not in named] == list(only.channels)
 
 
 def test_more_is_spread_evenly_over_the_following_ports() -> None:
     connection = make_connection("book.*.100ms", "ticker.*.100ms", "trades.option.any.100ms")
     listed = make_options(1_200) | LISTED
-    found, shards, _ = spread(connection, listed, NOW)
+    found, shards, _ = spread(connection, listed, NOW, Places())
     assert sum(found.values()) == 2 * len(listed)
     assert [(shard.name, shard.publish) for shard in shards] == [
         (f"options-{number}", f"tcp://127.0.0.1:{5600 + number}") for number in range(1, 7)
@@ -309,14 +313,14 @@ def test_more_is_spread_evenly_over_the_following_ports() -> None:
     for shard in shards:  # an instrument's channels stay together
         books = {name.split(".")[1] for name in shard.channels if name.startswith("book")}
         assert books == {name.split(".")[1] for name in shard.channels if name.startswith("ticker")}
-    assert spread(connection, dict(reversed(listed.items())), NOW) == (found, shards, set())
+    assert spread(connection, dict(reversed(listed.items())), NOW, Places()) == (found, shards, set())
 
 
 def test_an_impossible_number_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"options: channels: 16500 channels need 33 connections.*narrow the pattern"):
-        spread(make_connection("quote.*"), make_options(16_500), NOW)
+        spread(make_connection("quote.*"), make_options(16_500), NOW, Places())
     with pytest.raises(ConfigError, match="has no such port"):
-        spread(make_connection("quote.*", publish="tcp://127.0.0.1:65535"), make_options(1_500), NOW)
+        spread(make_connection("quote.*", publish="tcp://127.0.0.1:65535"), make_options(1_500), NOW, Places())
 
 
 def test_shards_publish_beside_each_other() -> None:

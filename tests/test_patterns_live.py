@@ -621,12 +621,23 @@ def test_what_leaves_a_pattern_by_the_time_is_let_go_also_where_the_list_cannot_
         asyncio.run(check(load_config(write_config(directory, {"a": table}), {}), stack.close))
 
 
-def test_patterns_that_meet_are_found_and_the_first_goes_on() -> None:
-    other = {**QUICK, "channels": ["quote.BTC-*"]}
-    with collected({"a": OPTIONS, "b": other}) as run:
-        words = run.wait_state("b", "failed")["last_error"]["message"]
-        assert "stands in connection a too; write it once" in words
-        run.wait_state("a")
+def test_of_patterns_that_meet_the_first_has_what_both_stand_for_and_the_other_the_rest() -> None:
+    """As with what is listed later; and where one ends, the other takes it up."""
+    tables = {"a": OPTIONS, "b": {**QUICK, "channels": ["quote.BTC-*", "trades.BTC-*.100ms"]},
+              "c": {**QUICK, "channels": ["trades.option.BTC.100ms"]}}  # fmt: skip
+    with collected(tables) as run:
+        for name in tables:
+            run.wait_state(name)
+        both = find_asked(run)
+        assert len(both) > 50
+        rest = find_asked(run, "b")
+        assert {"quote.BTC-PERPETUAL", "trades.BTC-PERPETUAL.100ms"} <= rest
+        assert not [name for name in rest if name.endswith(("-C", "-P", "-C.100ms", "-P.100ms"))]
+        run.program.wait_line(
+            r"b: \S+ is not asked for now: \S+ of [ac] feeds the same topics \(and \d+ channels more\)"
+        )
+        run.ask("close", connection="a")
+        wait_until(lambda: both < set(run.get_state("b")["channels"]["confirmed"]), "what the first had")
 
 
 def test_who_follows_one_that_was_closed_ends_with_it() -> None:

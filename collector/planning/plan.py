@@ -8,6 +8,7 @@ from msgspec import Struct
 
 from collector.channels import LISTINGS, parse_channel
 from collector.config import Config, Connection, Credentials, check_together
+from collector.config.clashes import Places
 from collector.config.keys import within
 from collector.config.patterns import Instrument
 from collector.config.urls import name_host
@@ -96,7 +97,7 @@ class Plan(Struct, frozen=True):
 def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
     """Work out what a checked configuration would do. Raises ConfigError for what only shows in expanded patterns."""
     with within(str(config.path)):
-        expanded = [(connection, _expand(connection, listing, config)) for connection in config.connections]
+        expanded = _expand(config, listing)
         shards = [shard for _, found in expanded for shard in found.shards]
         check_together(shards, config.control, config.exchange.port if config.exchange else None)
     patterns = tuple(
@@ -122,13 +123,28 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
     )
 
 
-def _expand(connection: Connection, listing: Listing, config: Config) -> Spread:
-    """What runs in the place of a connection: itself, where it has no patterns or the exchange's list is not known."""
-    listed = listing.listed.get(connection.url)
-    if not connection.patterns or listed is None:
-        return Spread({}, [connection], frozenset())
-    elsewhere = {name for other in config.connections if other is not connection for name in other.channels}
-    return spread(connection, listed, listing.now, elsewhere)
+def _expand(config: Config, listing: Listing) -> list[tuple[Connection, Spread]]:
+    """What runs in the place of each connection: itself, where it has no patterns or the exchange's list is not known.
+
+    What is named comes first, then the patterns in the order of the file.
+    """
+    taken = Places()
+    for connection in config.connections:
+        _take(taken, connection)
+    expanded = []
+    for connection in config.connections:
+        found = Spread({}, [connection], set())
+        if connection.patterns and (listed := listing.listed.get(connection.url)) is not None:
+            found = spread(connection, listed, listing.now, taken)
+            for shard in found.shards:
+                _take(taken, shard)
+        expanded.append((connection, found))
+    return expanded
+
+
+def _take(taken: Places, connection: Connection) -> None:
+    for name in connection.channels:
+        taken.add((connection.name, parse_channel(name)))
 
 
 def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
@@ -142,7 +158,7 @@ def _find_left(expanded: Iterable[tuple[Connection, Spread]]) -> Iterator[str]:
     for connection, found in expanded:
         if found.left:
             some = " ".join(sorted(found.left)[:5])
-            yield f"{connection.name} leaves to others what they name, {say_count(len(found.left), 'channel')}: {some}"
+            yield f"{connection.name} leaves to others what they have, {say_count(len(found.left), 'channel')}: {some}"
 
 
 def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> PlannedConnection:

@@ -4,7 +4,7 @@ An instrument's channels stay together, and the instrument keeps its place when 
 order of preference by a hash of its name, and takes the first place that still has room.
 """
 
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import replace
 from hashlib import blake2b
 from itertools import chain
@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from collector.channels import guess_kind, parse_channel
 from collector.config import Connection
+from collector.config.clashes import Places
 from collector.config.endpoints import parse_endpoint
 from collector.config.keys import ConfigError
 from collector.config.patterns import Instrument, expand
@@ -66,19 +67,20 @@ class Spread(NamedTuple):
 
     found: dict[str, int]
     shards: list[Connection]
-    left: Set[str]
+    left: set[str]
 
 
-def spread(
-    connection: Connection, listed: Mapping[str, Instrument], now: int, elsewhere: Set[str] = frozenset()
-) -> Spread:
+def spread(connection: Connection, listed: Mapping[str, Instrument], now: int, taken: Places) -> Spread:
     """Expand a connection's patterns over the instruments listed at `now` (ms), over one or more connections.
 
-    What is named `elsewhere` is left to those who name it. Raises ConfigError if more connections are needed than the
-    exchange allows, or an endpoint cannot be had.
+    What would feed a topic of what other connections have `taken` is left to these. Raises ConfigError if more
+    connections are needed than the exchange allows, or an endpoint cannot be had.
     """
     expanded = expand(connection.patterns, listed, now)
-    left = elsewhere & set(chain(*expanded.values()))
+    left = {
+        name for name in set(chain(*expanded.values())) - set(connection.channels)
+        if any(owner != connection.name for owner, _ in taken.find(parse_channel(name)))
+    }  # fmt: skip
     found = {pattern: len(channels.keys() - left) for pattern, channels in expanded.items()}
     channels = [name for name in dict.fromkeys(chain(connection.channels, *expanded.values())) if name not in left]
     weights = weigh(channels)

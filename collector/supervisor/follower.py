@@ -108,9 +108,9 @@ class Follower:
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
         self._named.update(self._entry.channels)
-        now, elsewhere = self._catalogue.read_ms(), self._supervisor.list_named(self._entry)
+        now, taken = self._catalogue.read_ms(), self._supervisor.list_places()
         try:
-            found, shards, _ = spread(self._connection, self._instruments.known, now, elsewhere)
+            found, shards, _ = spread(self._connection, self._instruments.known, now, taken)
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
@@ -151,10 +151,6 @@ class Follower:
     def release(self, names: Iterable[str]) -> None:
         """Note channels that are given up by name: what becomes of them is the patterns' matter again."""
         self._named.difference_update(names)
-
-    def has_found(self, name: str) -> bool:
-        """Whether a channel is asked for since a pattern stands for it."""
-        return name in self._ours and name not in self._named
 
     # what workers tell
 

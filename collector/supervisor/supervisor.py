@@ -199,15 +199,6 @@ class Supervisor:
             return False
         return channel.name in entry.channels or channel.name in entry.list_leaving()
 
-    def list_named(self, but: Entry) -> set[str]:
-        """The channels that other connections are asked for by name, or leave just now: no pattern takes these."""
-        return {
-            name
-            for entry in self._list_lasting(but)
-            for name in (*entry.channels, *entry.list_leaving())
-            if entry.follower is None or not entry.follower.has_found(name)
-        }
-
     def _list_lasting(self, but: Entry | None = None) -> list[Entry]:
         """The connections without those that have ended for good, and are only still shown."""
         return [entry for entry in self.entries.values() if entry is not but and not entry.keeper.is_over]
