@@ -679,6 +679,39 @@ def test_what_another_connection_names_is_left_to_it_from_the_start(op: str, arg
         wait_until(lambda: named in run.get_state("a")["channels"]["confirmed"], f"{named} on a")
 
 
+@pytest.mark.parametrize("is_held", [False, True])
+def test_what_is_named_goes_back_from_a_pattern_when_its_connection_is_connected_again(is_held: bool) -> None:
+    """And no topic is fed by both: it starts when the worker that lets go has heard it."""
+    named = ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]
+    tables = {"a": {**QUICK, "channels": ["quote.*-PERPETUAL"]}, "b": {**QUICK, "channels": named}}
+    with collected(tables, first=PATIENT) as run:
+        states = {name: run.wait_state(name) for name in tables}
+        assert run.ask("close", connection="b")["state"] == "closed"
+        wait_until(lambda: set(named) <= set(run.get_state("a")["channels"]["confirmed"]), "what the pattern takes up")
+        with subscribed(*(state["publish"] for state in states.values())) as subscriber:
+            subscriber.wait_for("deribit.quote.BTC-PERPETUAL.", type="quote")
+            worker, table = psutil.Process(states["a"]["pid"]), {**tables["b"], "name": "b"}
+            if is_held:
+                worker.suspend()
+                soon = time.time_ns() + 1_000_000_000
+                assert run.refuse("connect", connection=table, deadline=soon).code == "timeout"
+                assert run.get_state("b")["pid"] is None
+                worker.resume()
+                run.wait_state("b")
+            else:
+                assert run.ask("connect", connection=table)["state"] == "live"
+            assert find_asked(run, "b") == set(named)
+            assert not find_asked(run) & set(named)
+            run.program.wait_line("a: 2 channels left to who names them")
+            run.program.wait_line(r"a: \S+ is not asked for now: \S+ of b feeds the same topics \(and 1 channel more\)")
+            epoch, topic = run.get_state("b")["epoch"], "deribit.quote.BTC-PERPETUAL."
+            last = subscriber.wait_for(topic, state="closed", connection="a")
+            first = subscriber.wait_for(topic, epoch=epoch)
+            assert last["receive_ts"] < first["receive_ts"]
+            assert not [each for each in subscriber.find(topic, type="quote", epoch=last["epoch"])
+                        if each["receive_ts"] > last["receive_ts"]]  # fmt: skip
+
+
 def test_no_pattern_matches_yet_and_the_connection_waits_for_a_listing() -> None:
     table = {**QUICK, "channels": ["quote.{kind=option,expiry>9999d}"]}
     with collected({"a": table}, log_level="info") as run:

@@ -86,6 +86,7 @@ class Commands:
         known = self._entries.get(connection.name)  # it has failed
         in_file = any(connection.name == each.name for each in self._supervisor.config.connections)
         entry = self._supervisor.start_connection(connection, from_file=in_file)
+        self._supervisor.take_from_patterns(entry)
         keeper = entry.keeper
         log.info("%s: connected by a control request", connection.name)
         try:

@@ -152,6 +152,15 @@ class Follower:
         """Note channels that are given up by name: what becomes of them is the patterns' matter again."""
         self._named.difference_update(names)
 
+    def has_found(self, name: str) -> bool:
+        """Whether a channel is asked for only since a pattern stands for it."""
+        return name in self._ours and name not in self._named
+
+    def leave(self, names: Iterable[str]) -> None:
+        """Let go of those that only a pattern has brought: another connection names them."""
+        self._let_go([name for name in names if self.has_found(name)], "left to who names them")
+        self._woken.set()
+
     # what workers tell
 
     def take_event(self, event: dict[str, Any]) -> None:
@@ -243,8 +252,8 @@ class Follower:
             and name in self._shards[place].channels
         }  # fmt: skip
         listed = {name for name, each in self._instruments.known.items() if each.is_listed(now)}
-        self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired")
-        self._let_go([name for name in gone if parse_channel(name).instrument in listed], "")
+        self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired", "expired")
+        self._let_go([name for name in gone if parse_channel(name).instrument in listed], "of no pattern any more")
         if placed := self._place(new):
             log.info("%s: %s new: %s ...", self._name, say_count(len(placed), "channel"), next(iter(placed)))
         self._ask("subscribe", repeated | placed)
@@ -284,14 +293,13 @@ class Follower:
             log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self._name, count, other, some)
         self._held_elsewhere = left
 
-    def _let_go(self, names: list[str], reason: str) -> None:
+    def _let_go(self, names: list[str], why: str, reason: str = "") -> None:
         """Want these no more; what was given up by name already is only forgotten."""
         places = {name: self._ours.pop(name) for name in names}
         asked = {name: place for name, place in places.items() if name in self._shards[place].channels}
         if not asked:
             return
-        count, why = say_count(len(asked), "channel"), reason or "of no pattern any more"
-        log.info("%s: %s %s: %s ...", self._name, count, why, next(iter(asked)))
+        log.info("%s: %s %s: %s ...", self._name, say_count(len(asked), "channel"), why, next(iter(asked)))
         for name, place in asked.items():
             del self._shards[place].channels[name]
         self._ask("unsubscribe", asked, reason)

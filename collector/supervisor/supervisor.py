@@ -53,6 +53,10 @@ class Entry:
         leaving = self.wishes.list_leaving() if self.keeper.pid is not None else []
         return [name for name in leaving if name not in self.channels]
 
+    def has_found(self, name: str) -> bool:
+        """Whether a channel is asked for only since a pattern stands for it."""
+        return self.follower is not None and self.follower.has_found(name)
+
     @property
     def bound(self) -> str:
         """Where it publishes: as bound once it is, else as configured."""
@@ -164,6 +168,8 @@ class Supervisor:
         """Wait for what a connection needs before its first start; return why, if it cannot be had."""
         if entry.connection.is_practice and self.exchange is not None:
             await self.exchange.wait_settled()
+        while any(entry.channels.keys() & other.list_leaving() for other in self._list_lasting(entry)):
+            await asyncio.sleep(TICK)  # see take_from_patterns
         return await entry.follower.expand() if entry.connection.patterns and entry.follower else None
 
     def find_catalogue(self, connection: Connection) -> Catalogue:
@@ -173,14 +179,27 @@ class Supervisor:
         return self._catalogues.setdefault(way, Catalogue(url, connection.headers, connection.timeout))
 
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
-        """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError."""
-        others = [
-            replace(entry.connection, channels=(*entry.channels, *entry.list_leaving()), publish=entry.bound)
-            for entry in self._list_lasting(known)
-        ]
+        """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError.
+
+        What they name and a pattern of another has found is not in their way (see take_from_patterns).
+        """
+        named = {name for connection in connections for name in connection.channels}
+        others = []
+        for entry in self._list_lasting(known):
+            kept = [name for name in entry.channels if not (name in named and entry.has_found(name))]
+            others.append(replace(entry.connection, channels=(*kept, *entry.list_leaving()), publish=entry.bound))
         port = None if self.config.exchange is None else self.exchange_port
         names = [other.name for other in others]
         check_together([*others, *connections], self.config.control, port, names)
+
+    def take_from_patterns(self, entry: Entry) -> None:
+        """Have others give up what a new connection names and their patterns alone have brought: names come first.
+
+        It starts once their workers have heard that.
+        """
+        for other in self._list_lasting(entry):
+            if other.follower is not None:
+                other.follower.leave(other.channels.keys() & entry.channels.keys())
 
     def list_places(self) -> Places:
         """Where all channels stand."""
