@@ -168,6 +168,20 @@ def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
         assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
 
 
+def test_to_give_up_what_another_connection_has_makes_it_not_free() -> None:
+    """Where the worker that is to give it up, and never had it, does not hear that yet."""
+    channel = "quote.BTC-PERPETUAL"
+    with collected({"b": QUICK, "a": QUICK | {"channels": []}}, first=PATIENT) as run:
+        worker = psutil.Process(run.wait_state("a")["pid"])
+        run.wait_state("b")
+        worker.suspend()
+        soon = time.time_ns() + 300_000_000
+        assert run.refuse("unsubscribe", connection="a", channels=[channel], deadline=soon).code == "timeout"
+        (told,) = run.ask("subscribe", connection="a", channels=[channel])["channels"].values()
+        assert "of b feeds the same topics" in told["message"]
+        assert run.ask("connect", connection=QUICK | {"name": "c", "channels": []})["state"] == "live"
+
+
 def test_the_channels_of_a_connection_that_has_failed_for_good_are_free() -> None:
     """It is still shown with them."""
     channel = "quote.BTC-PERPETUAL"

@@ -40,7 +40,7 @@ def check_together(
         if connection.is_practice and exchange_port is None:
             raise ConfigError(f"[[connection]] {name}: url practice needs the practice exchange; write [exchange]")
     _check_endpoints(connections, control, exchange_port)
-    _check_repeats(connections)
+    _check_repeats(connections, running)
     _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], running)
 
 
@@ -65,12 +65,12 @@ def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None
     owners[endpoint] = who
 
 
-def _check_repeats(connections: Sequence[Connection]) -> None:
+def _check_repeats(connections: Sequence[Connection], running: Container[str]) -> None:
     """What is written twice; patterns that meet in some instrument are found once they are expanded."""
     owners: dict[str, str] = {}
     for connection in connections:
         for name in (*connection.channels, *connection.patterns):
-            if name in owners:
+            if name in owners and connection.name not in running:
                 place = "twice" if owners[name] == connection.name else f"in connection {owners[name]} too"
                 raise ConfigError(f"[[connection]] {connection.name}: channels: {name} stands {place}; write it once")
             owners[name] = connection.name
@@ -99,7 +99,7 @@ class Places:
     """
 
     def __init__(self) -> None:
-        self._topics: dict[str, Placed] = {}
+        self._topics: dict[str, list[Placed]] = defaultdict(list)  # of two, all but one are leaving
         self._narrow: dict[_Key, list[Placed]] = defaultdict(list)
         self._wide: dict[_Key, list[Placed]] = defaultdict(list)
         self._leaving: set[Placed] = set()
@@ -112,7 +112,7 @@ class Places:
         else:
             self._leaving.discard(placed)
         if channel.topic is not None:
-            self._topics[channel.topic] = placed
+            self._topics[channel.topic].append(placed)
         index = self._wide if channel.topic is None else self._narrow
         for currency in (*_list_currencies(channel), _EACH):
             index[channel.type, channel.interval, currency].append(placed)
@@ -135,7 +135,7 @@ class Places:
         """Those that feed a topic of the channel too."""
         near: list[Placed] = []
         if channel.topic is not None:
-            near += filter(None, [self._topics.get(channel.topic)])
+            near += self._topics.get(channel.topic, ())
         is_any = channel.currency == "any"
         for currency in [_EACH] if is_any else [*_list_currencies(channel), "any"]:
             key = channel.type, channel.interval, currency
