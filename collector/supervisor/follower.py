@@ -67,11 +67,11 @@ class Follower:
         self._supervisor = supervisor
         self._entry = entry
         self._connection = entry.connection
-        self._name = entry.connection.name
+        self.name = entry.connection.name
         self._catalogue: Catalogue
         self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
-        self._named: set[str] = set()  # the channels that are asked for whatever the patterns are
+        self.named: set[str] = set()  # the channels that are asked for whatever the patterns are
         self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
         self._held_elsewhere: dict[str, Clash] = {}  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
@@ -96,7 +96,7 @@ class Follower:
                 if attempt == attempts:
                     return self._give_up(Exit.GAVE_UP, f"the exchange's list of instruments could not be had: {error}")
                 delay = backoff_delay(attempt, connection.retry_delay, random.random())
-                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self._name, error, delay)
+                log.warning("%s: patterns cannot be expanded: %s; asked again in %.1f s", self.name, error, delay)
                 self._entry.keeper.report["last_error"] = {"message": str(error)}
                 await asyncio.sleep(delay)
         self._instruments = Instruments(listed)
@@ -107,18 +107,18 @@ class Follower:
             return None
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
-        self._named.update(self._entry.channels)
+        self.named.update(self._entry.channels)
         now, taken = self._catalogue.read_ms(), self._supervisor.list_places()
         try:
             found, shards, _ = spread(self._connection, self._instruments.known, now, taken)
             if len(shards) > 1 and not self._entry.from_file:
-                raise ConfigError(f"{self._name}: patterns that need {len(shards)} connections must stand in the file")
+                raise ConfigError(f"{self.name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
         except ConfigError as error:
             return self._give_up(Exit.BAD_SPEC, str(error))
         for pattern, number in found.items():
             level = logging.INFO if number else logging.WARNING
-            log.log(level, "%s: %s: %s", self._name, pattern, say_count(number, "channel"))
+            log.log(level, "%s: %s: %s", self.name, pattern, say_count(number, "channel"))
         self._start(shards)
         return None
 
@@ -130,13 +130,13 @@ class Follower:
             self._entry.channels.update(dict.fromkeys(shards[0].channels))
             self._shards = [self._entry]
         else:
-            log.info("%s: spread over %s", self._name, ", ".join(shard.name for shard in shards))
+            log.info("%s: spread over %s", self.name, ", ".join(shard.name for shard in shards))
             self._shards = [self._supervisor.start_connection(s, from_file=True, follower=self) for s in shards]
             self._entry.keeper.stop()  # they run in its place
         self._supervisor.guard(self._follow())
 
     def _give_up(self, code: Exit, reason: str) -> Exit:
-        log.error("%s: %s: not started", self._name, reason)
+        log.error("%s: %s: not started", self.name, reason)
         self._entry.keeper.report["last_error"] = {"message": reason}
         return code
 
@@ -146,15 +146,15 @@ class Follower:
 
     def keep(self, names: Iterable[str]) -> None:
         """Note channels that are asked for by name: they stay, whatever becomes of the patterns."""
-        self._named.update(names)
+        self.named.update(names)
 
     def release(self, names: Iterable[str]) -> None:
         """Note channels that are given up by name: what becomes of them is the patterns' matter again."""
-        self._named.difference_update(names)
+        self.named.difference_update(names)
 
     def has_found(self, name: str) -> bool:
         """Whether a channel is asked for only since a pattern stands for it."""
-        return name in self._ours and name not in self._named
+        return name in self._ours and name not in self.named
 
     def leave(self, names: Iterable[str]) -> None:
         """Let go of those that only a pattern has brought: another connection names them."""
@@ -186,7 +186,7 @@ class Follower:
             count = say_count(len(ended.channels), "channel")
             log.warning(
                 "%s: %s has ended for good (%s), and its %s with it; new instruments go to %s",
-                self._name, ended.keeper.name, ended.keeper.state, count, ", ".join(names),
+                self.name, ended.keeper.name, ended.keeper.state, count, ", ".join(names),
             )  # fmt: skip
 
     # from then on
@@ -227,7 +227,7 @@ class Follower:
         try:
             listed = await self._catalogue.fetch()
         except Unreachable as error:
-            log.warning("%s: the list of instruments is not checked: %s", self._name, error)
+            log.warning("%s: the list of instruments is not checked: %s", self.name, error)
             return False
         finally:
             self._woken.set()  # also where it has failed: time goes on, and some leave their patterns by it
@@ -244,7 +244,7 @@ class Follower:
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._instruments.known, now).values():
             wanted |= channels
-        gone = [name for name in self._ours if name not in wanted and name not in self._named]
+        gone = [name for name in self._ours if name not in wanted and name not in self.named]
         new = [name for name in wanted if name not in self._ours]
         repeated = {
             name: place for name, instrument in wanted.items()
@@ -255,7 +255,7 @@ class Follower:
         self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired", "expired")
         self._let_go([name for name in gone if parse_channel(name).instrument in listed], "of no pattern any more")
         if placed := self._place(new):
-            log.info("%s: %s new: %s ...", self._name, say_count(len(placed), "channel"), next(iter(placed)))
+            log.info("%s: %s new: %s ...", self.name, say_count(len(placed), "channel"), next(iter(placed)))
         self._ask("subscribe", repeated | placed)
 
     def _place(self, new: list[str]) -> dict[str, int]:
@@ -290,7 +290,7 @@ class Follower:
                 news[clash.other[0]].append(name)
         for other, names in news.items():
             count, some = say_count(len(names), "channel"), " ".join(names[:5])
-            log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self._name, count, other, some)
+            log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self.name, count, other, some)
         self._held_elsewhere = left
 
     def _let_go(self, names: list[str], why: str, reason: str = "") -> None:
@@ -299,7 +299,7 @@ class Follower:
         asked = {name: place for name, place in places.items() if name in self._shards[place].channels}
         if not asked:
             return
-        log.info("%s: %s %s: %s ...", self._name, say_count(len(asked), "channel"), why, next(iter(asked)))
+        log.info("%s: %s %s: %s ...", self.name, say_count(len(asked), "channel"), why, next(iter(asked)))
         for name, place in asked.items():
             del self._shards[place].channels[name]
         self._ask("unsubscribe", asked, reason)

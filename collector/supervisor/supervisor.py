@@ -218,6 +218,11 @@ class Supervisor:
             return False
         return channel.name in entry.channels or channel.name in entry.list_leaving()
 
+    def list_shards(self, name: str) -> list[str]:
+        """The connections over which one of that name is spread, without those that have ended."""
+        lasting = self._list_lasting()
+        return [entry.keeper.name for entry in lasting if entry.follower is not None and entry.follower.name == name]
+
     def _list_lasting(self, but: Entry | None = None) -> list[Entry]:
         """The connections without those that have ended for good, and are only still shown."""
         return [entry for entry in self.entries.values() if entry is not but and not entry.keeper.is_over]
