@@ -215,6 +215,15 @@ def test_exchange_that_counts_anew_says_so_with_a_gap(wire: Wire) -> None:
     assert wire.trade(14) == ["duplicate"]
 
 
+def test_a_new_count_may_be_ahead_of_the_old_one(wire: Wire) -> None:
+    wire.trade(10)
+    wire.gap(TRADE, 1, "disconnect", healing=False)
+    wire.trade(13)
+    wire.trade(10, backfilled=True)
+    assert wire.trade(14) == []
+    assert wire.found == []
+
+
 def test_a_new_count_may_go_on_with_a_number_that_stayed_missing_before(wire: Wire) -> None:
     """One higher than the last live one, but fetched ones were higher: so it is another trade."""
     wire.trade(1)
@@ -440,6 +449,22 @@ def test_who_comes_amid_a_healing_may_have_missed_what_was_fetched_before(wire: 
     assert wire.say(TRADE, "repair", gap=1, repaired=1, missing=[[3, 3]]) == []
 
 
+def test_who_joins_amid_two_healings_knows_of_both(wire: Wire) -> None:
+    """The last gap is repeated, so the one before it has been announced too."""
+    wire.seq[TRADE] = 7
+    wire.gap(TRADE, 3, missing_from=12, missing_to=15, healing=True, from_ts=1, join=True)
+    wire.status(TRADE, "live", join=True)
+    assert wire.say(TRADE, "repair", gap=2, repaired=3, missing=[]) == []
+    assert wire.say(TRADE, "repair", gap=4, repaired=3, missing=[]) == ["repair"]
+
+
+def test_a_fetched_trade_that_comes_before_the_repeated_gap_says_nothing_of_those_behind_it(wire: Wire) -> None:
+    wire.seq[TRADE] = 7
+    wire.trade(3, backfilled=True)
+    wire.gap(TRADE, 1, missing_from=2, missing_to=5, healing=True, from_ts=1, join=True)
+    assert wire.trade(100) == []
+
+
 def test_who_hears_that_there_was_no_gap_knows_it(wire: Wire) -> None:
     wire.seq[TRADE] = 7
     wire.status(TRADE, "live", join=True)
@@ -487,6 +512,7 @@ def test_gaps_that_are_never_healed_are_kept_up_to_a_number(wire: Wire) -> None:
         wire.gap(TRADE, number, missing_from=10 * number, missing_to=10 * number + 8, healing=True, from_ts=1)
         wire.trade(10 * number + 9)
     assert 100 < wire.verifier.count_missing()[0] < 250
+    assert wire.found == []
 
 
 def test_fetched_trades_and_repairs_may_come_before_a_gap_and_between_two(wire: Wire) -> None:
@@ -614,6 +640,11 @@ def break_trades_more(wire: Wire) -> dict[str, list[str]]:
 def break_rest_more(wire: Wire) -> dict[str, list[str]]:
     wire.ticker()
     broken = {"join: other values": wire.ticker(join=True, mark_price=2.0)}
+    read = {"receive_ts": wire.now}
+    wire.ticker(open_interest=5.0, **read)
+    broken["join: less than was said"] = wire.ticker(join=True, **read)
+    broken["join: another time"] = wire.ticker(join=True, open_interest=5.0, receive_ts=wire.now)
+    wire.ticker()
     wire.gap(TICKER, 1)
     broken["join: another gap"] = wire.gap(TICKER, 2, join=True)
     wire.ticker()
@@ -786,6 +817,21 @@ def test_who_reads_late_misses_no_heartbeats_at_the_end(wire: Wire) -> None:
     assert find_at_end(wire) == []
 
 
+def test_a_restarted_worker_may_have_had_more_than_we_have_heard(wire: Wire) -> None:
+    wire.ticker()
+    wire.now += SECOND
+    wire.restart()
+    assert wire.gap(TICKER, 1, "restart", from_ts=wire.now) == []
+
+
+def test_each_crossing_of_a_book_is_counted_once(wire: Wire) -> None:
+    wire.snapshot(10)
+    assert wire.delta(11, 10, bids=[[101.0, 1.0]]) == ["crossed"]
+    assert wire.delta(12, 11, bids=[[98.0, 1.0]]) == []
+    assert wire.delta(13, 12, bids=[[101.0, 0.0]]) == []
+    assert wire.delta(14, 13, bids=[[101.0, 1.0]]) == ["crossed"]
+
+
 def test_topics_that_somebody_invents_are_kept_up_to_a_number(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("collector.client.verify.MAX_TOPICS", 2)
     wire.trade(1)
@@ -844,6 +890,10 @@ def test_loss_on_the_way_does_not_accuse_book_trades_or_heartbeats(wire: Wire) -
     wire.seq[TRADE] += 2
     assert wire.say(TRADE, "repair", gap=1, repaired=2, missing=[]) == ["sequence"]
     assert wire.say(TRADE, "repair", gap=2, repaired=0, missing=[]) == []  # its gap may have been among them
+    wire.ticker()
+    wire.gap(TICKER, 1)
+    wire.seq[TICKER] += 1  # the data between the two
+    assert wire.gap(TICKER, 2) == ["sequence"]
 
 
 @given(st.binary(max_size=200), st.binary(max_size=400))
@@ -893,6 +943,7 @@ def test_ranges_are_a_set(parts: list[tuple[int, int]], first: int, length: int)
         ranges.add(start, start + count)
         plain.update(range(start, start + count + 1))
     assert {number for number in range(-2, 80) if number in ranges} == plain
+    assert len(vars(ranges)["_starts"]) == len(plain - {number + 1 for number in plain})  # as few as can be
     wanted = set(range(first, first + length + 1))
     missing = ranges.find_missing(first, first + length)
     assert {n for low, high in missing for n in range(low, high + 1)} == wanted - plain

@@ -42,7 +42,7 @@ class Ranges:
                 break
             if first < self._starts[at]:
                 missing.append((first, self._starts[at] - 1))
-            first = max(first, self._ends[at] + 1)
+            first = self._ends[at] + 1
         if first <= last:
             missing.append((first, last))
         return missing
