@@ -249,6 +249,21 @@ async def test_the_other_channels_have_their_shapes(practice: str) -> None:
         assert all(price % 100 == 0 for price, _ in grouped["bids"] + grouped["asks"])
 
 
+@in_loop
+async def test_a_bar_holds_all_trades_since_its_start_whoever_subscribes_when() -> None:
+    with exchange("--rate", "1500") as (url, _):
+        async with connect(url) as client:
+            trades, bars = "trades.BTC-PERPETUAL.100ms", "chart.trades.BTC-PERPETUAL.1D"
+            await client.subscribe(trades)
+            await client.wait_data(trades, 3)
+            await client.subscribe(bars)
+            bar = (await client.wait_data(bars))[0]
+        asked = {"instrument_name": "BTC-PERPETUAL", "start_timestamp": bar["tick"], "count": 1000, "sorting": "asc"}
+        kept = get(url, "public/get_last_trades_by_instrument", **asked)[1]["result"]["trades"]
+    assert bar["open"] == kept[0]["price"]
+    assert bar["cost"] in itertools.accumulate(trade["amount"] for trade in kept)
+
+
 SILENT = ["user.access_log", "user.lock", "user.mmp_trigger.btc_usd", "user.combo_trades.any.any.raw"]
 SILENT += ["block_rfq.maker.any", "block_rfq.maker.quotes.BTC", "block_rfq.taker.ETH", "block_trade_confirmations"]
 

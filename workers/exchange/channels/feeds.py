@@ -251,9 +251,15 @@ class ChartFeed(InstrumentFeed):
         super().__init__(channel, market, instrument)
         self._length = 60_000 * (1440 if resolution == "1D" else int(resolution))
         self._bar: dict[str, Any] = {}
+        begun = market.now // self._length * self._length  # a bar does not begin with who subscribes amid it
+        self._add([trade for trade in market.trades[instrument.name] if trade["timestamp"] >= begun])
 
     def take(self, event: Event) -> bool:
-        for trade in event.trades:
+        self._add(event.trades)
+        return bool(event.trades)
+
+    def _add(self, trades: list[dict[str, Any]]) -> None:
+        for trade in trades:
             tick, price = trade["timestamp"] // self._length * self._length, trade["price"]
             if self._bar.get("tick") != tick:
                 self._bar = {"tick": tick, "open": price, "high": price, "low": price}
@@ -265,7 +271,6 @@ class ChartFeed(InstrumentFeed):
             self._bar["close"] = price
             self._bar["volume"] = round(self._bar["volume"] + (cost / coin if dollars else trade["amount"]), 8)
             self._bar["cost"] = round(self._bar["cost"] + cost, 8)
-        return bool(event.trades)
 
     def flush(self) -> list[Data]:
         return [dict(self._bar)]
