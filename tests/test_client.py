@@ -323,6 +323,21 @@ def test_thousands_of_prefixes_all_arrive(publisher: Any) -> None:
         wait_subscribed(publisher, len(prefixes))
 
 
+def test_as_many_messages_wait_for_a_slow_reader_as_its_queue_holds(context: Any) -> None:
+    publisher = context.socket(zmq.XPUB)
+    publisher.setsockopt(zmq.XPUB_NODROP, 1)
+    publisher.setsockopt(zmq.SNDTIMEO, 10_000)
+    publisher.bind("tcp://127.0.0.1:*")
+    with Subscriber([endpoint_of(publisher)], queue=50_000) as subscriber:
+        wait_subscribed(publisher)
+        for seq in range(1, 40_001):  # of libzmq's own 1,000, and what the kernel takes, there is room for a third
+            publisher.send_multipart(index_message(seq, more="x" * 500))
+        for seq in range(1, 40_001):
+            item = subscriber.receive(10)
+            assert isinstance(item, Message)
+            assert item.seq == seq
+
+
 @pytest.mark.parametrize("prefixes", [TOPIC, parse_topic(TOPIC), [parse_topic(TOPIC)]], ids=["text", "topic", "list"])
 def test_a_topic_is_a_prefix_as_its_text_is(publisher: Any, prefixes: Any) -> None:
     with Subscriber(endpoint_of(publisher), prefixes):
@@ -506,11 +521,13 @@ def test_what_was_lost_is_asked_for_until_its_answer_has_come_and_then_no_more(c
 def test_what_is_not_read_any_more_does_not_come_from_what_waited(publisher: Any) -> None:
     with Subscriber([endpoint_of(publisher)], on_loss="report", prefixes=["deribit.index."]) as subscriber:
         wait_subscribed(publisher)
-        for seq in (1, 3):
+        for seq in (1, 3, 5):
             publisher.send_multipart(index_message(seq))
-        assert [isinstance(subscriber.receive(10), Loss) for _ in range(2)] == [False, True]
+        losses = [isinstance(subscriber.receive(10), Loss) for _ in range(4)]
+        assert (losses, len(subscriber._questions.put_off)) == ([False, True, False, True], 1)
         subscriber.unsubscribe("deribit.index.")  # the message behind the loss waits still
         assert subscriber.receive(0.1) is None
+        assert (subscriber._questions.unanswered, subscriber._questions.put_off) == (set(), {})
 
 
 def test_who_loses_on_and_on_asks_ever_more_rarely_and_soon_again_once_that_is_over() -> None:
