@@ -433,6 +433,7 @@ def test_reported_losses_stand_in_the_stream(publisher: Any) -> None:
         got = [subscriber.receive(10) for _ in expected]
     shown = [(item.reason, item.first, item.last) if isinstance(item, Loss) else item and item.seq for item in got]
     assert shown == expected
+    assert str(got[9]) == f"{TOPIC}: epoch: {START} after {later}: two have published this topic"
 
 
 def test_what_is_lost_of_heartbeats_is_not_asked_for(context: Any) -> None:

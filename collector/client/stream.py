@@ -180,7 +180,7 @@ class SequenceCheck:
         self._last.move_to_end(topic)
         last_epoch, last, told = self._last[topic]
         if epoch < last_epoch:
-            return Loss(topic, "epoch", epoch, detail=f"epoch {epoch} after {last_epoch}")
+            return Loss(topic, "epoch", epoch, detail=f"{epoch} after {last_epoch}: two have published this topic")
         if epoch > last_epoch:
             last = 0
         if not message.is_join and seq <= last:
