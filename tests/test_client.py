@@ -748,6 +748,26 @@ def test_endpoints_are_found_by_the_control_channel_also_later_ones(context: Any
         assert subscriber.endpoints == {endpoint_of(publisher), endpoint_of(second)}
 
 
+def test_who_knows_no_connection_asks_again_at_once_and_a_refusal_is_no_end(peer: Any) -> None:
+    def answer(**reply: Any) -> None:
+        envelope, _ = take_request(peer)
+        peer.send_multipart([*envelope, encode(reply)])
+
+    started = in_thread(lambda: Subscriber(control=endpoint_of(peer)))
+    answer(ok=True, result={})
+    with started() as subscriber:
+        wait_until(lambda: subscriber._find_more() or peer.poll(0), "the next question")
+        later = subscriber._ask_at
+        answer(ok=True, result={})
+        wait_until(lambda: subscriber._find_more() or subscriber._ask_at < later, "the wish to ask at once")
+        wait_until(lambda: subscriber._find_more() or peer.poll(0), "the question after it")
+        answer(ok=False, error={"code": "internal", "message": "a fault"})
+        assert subscriber._finder is not None
+        assert subscriber._finder.socket.poll(10_000)
+        subscriber._look_at = 0.0
+        assert subscriber.receive(0) is None
+
+
 def test_between_two_questions_it_keeps_no_connection_to_the_supervisor(context: Any, publisher: Any) -> None:
     peer = context.socket(zmq.ROUTER)
     peer.bind("tcp://127.0.0.1:*")  # on ipc one more hangs up: it looks first whether anybody listens
