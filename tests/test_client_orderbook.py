@@ -70,6 +70,14 @@ def test_it_answers_from_the_first_snapshot_on(feed: Feed) -> None:
     assert (feed.book.change_id, feed.book.exchange_ts, feed.book.receive_ts) == (14, 5, 6)
 
 
+def test_its_topic_may_be_text_and_no_prefix(feed: Feed) -> None:
+    feed.book = OrderBook(str(TOPIC))
+    assert feed.snapshot(10)
+    assert feed.book.topic == TOPIC
+    with pytest.raises(ValueError, match="not a topic"):
+        OrderBook("deribit.book.BTC-PERPETUAL.")
+
+
 def break_by_gap(feed: Feed) -> None:
     assert not feed.give("gap", id=1, reason="disconnect")
 

@@ -4,7 +4,7 @@ from bisect import bisect_left, insort
 from collections.abc import Iterable
 
 from collector.client.stream import Loss, Message
-from collector.messages import Topic
+from collector.messages import Topic, parse_topic
 
 Level = tuple[float, float]
 """Price and amount."""
@@ -60,6 +60,8 @@ class Side:
 class OrderBook:
     """A book, from the messages of one topic (the first book message decides which, if none is given).
 
+    Raises ValueError for a text that is no topic, such as a prefix.
+
     Give it everything that a Subscriber yields; it takes what belongs to its topic:
 
         books = collections.defaultdict(OrderBook)
@@ -75,8 +77,8 @@ class OrderBook:
     all of them, has to wait for a snapshot that may never come: Subscriber.ask_again(topic) has it said.
     """
 
-    def __init__(self, topic: Topic | None = None) -> None:
-        self.topic = topic
+    def __init__(self, topic: Topic | str | None = None) -> None:
+        self.topic = parse_topic(topic) if isinstance(topic, str) else topic
         self.change_id = 0
         self.exchange_ts = 0
         self.receive_ts = 0
