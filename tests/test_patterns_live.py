@@ -640,9 +640,7 @@ def test_of_patterns_that_meet_the_first_has_what_both_stand_for_and_the_other_t
         rest = find_asked(run, "b")
         assert {"quote.BTC-PERPETUAL", "trades.BTC-PERPETUAL.100ms"} <= rest
         assert not [name for name in rest if name.endswith(("-C", "-P", "-C.100ms", "-P.100ms"))]
-        run.program.wait_line(
-            r"b: \d+ channels not asked for now: [ac] feeds the same topics: "
-        )
+        run.program.wait_line(r"b: \d+ channels not asked for now: [ac] feeds the same topics: ")
         run.ask("close", connection="a")
         wait_until(lambda: both < set(run.get_state("b")["channels"]["confirmed"]), "what the first had")
 

@@ -200,26 +200,7 @@ def test_what_another_connection_names_is_left_to_it(tmp_path: Path) -> None:
     plan = make_plan(config, Listing(0, {config.connections[0].url: listed}))
     assert [connection.channels for connection in plan.connections] == [("quote.A-2",), ("quote.A-1", "quote.B")]
     assert plan.patterns == (PlannedPattern("a", "quote.A-*", 1),)
-    assert "a leaves to others what they have, 1 channel: quote.A-1" in plan.notes
-
-
-def test_what_an_earlier_pattern_or_a_wide_channel_has_is_left_to_it(tmp_path: Path) -> None:
-    text = write_connection("a", ["quote.A-*", "trades.*.100ms"]) + write_connection("b", ["quote.*-1", "quote.B-*"])
-    text += write_connection("c", ["trades.option.any.100ms"])
-    config = load_config(write_file(tmp_path, text), {})
-    listed = {name: Instrument(name, kind) for name, kind in
-              (("A-1", "future"), ("A-25DEC26-1-C", "option"), ("B-1", "future"), ("B-2", "future"))}  # fmt: skip
-    plan = make_plan(config, Listing(0, {config.connections[0].url: listed}))
-    planned = {connection.name: set(connection.channels) for connection in plan.connections}
-    assert planned["a"] == {
-        "quote.A-1",
-        "quote.A-25DEC26-1-C",
-        "trades.A-1.100ms",
-        "trades.B-1.100ms",
-        "trades.B-2.100ms",
-    }
-    assert planned["b"] == {"quote.B-1", "quote.B-2"}
-    assert "b leaves to others what they have, 1 channel: quote.A-1" in plan.notes
+    assert "a leaves to others what they name, 1 channel: quote.A-1" in plan.notes
 
 
 CLASHES = {
@@ -231,6 +212,14 @@ CLASHES = {
     "a shard's name": (
         write_connection("a", ["quote.A-*"]) + write_connection("a-2", []),
         r"desk.toml: \[\[connection\]\] a-2: name is used twice",
+    ),
+    "patterns that meet": (
+        write_connection("a", ["quote.A-*"]) + write_connection("b", ["quote.*-7"]),
+        r"desk.toml: \[\[connection\]\] b: channels: quote.A-7 stands in connection a-[12] too; write it once",
+    ),
+    "a wide channel": (
+        write_connection("a", ["trades.option.any.100ms"]) + write_connection("b", ["trades.*.100ms"]),
+        r"b-[12]: channels: trades.A-.*-C.100ms would feed the same topics as trades.option.any.100ms of connection a;",
     ),
     "a wide channel of its own": (
         write_connection("b", ["trades.option.any.100ms", "trades.*.100ms"]),

@@ -126,25 +126,22 @@ def make_plan(config: Config, listing: Listing = Listing()) -> Plan:
 def _expand(config: Config, listing: Listing) -> list[tuple[Connection, Spread]]:
     """What runs in the place of each connection: itself, where it has no patterns or the exchange's list is not known.
 
-    What is named comes first, then the patterns in the order of the file.
+    What another connection names is left to it. Patterns that meet, or meet a channel of many instruments, stay as they
+    are, and so are refused: a running collector leaves that to who had it first, but the file can say what is meant.
     """
-    taken = Places()
+    named = Places()
     for connection in config.connections:
-        _take(taken, connection)
-    expanded = []
-    for connection in config.connections:
-        found = Spread({}, [connection], set())
-        if connection.patterns and (listed := listing.listed.get(connection.url)) is not None:
-            found = spread(connection, listed, listing.now, taken)
-            for shard in found.shards:
-                _take(taken, shard)
-        expanded.append((connection, found))
-    return expanded
+        for channel in map(parse_channel, connection.channels):
+            if channel.topic is not None:
+                named.add((connection.name, channel))
+    return [(connection, _spread(connection, listing, named)) for connection in config.connections]
 
 
-def _take(taken: Places, connection: Connection) -> None:
-    for name in connection.channels:
-        taken.add((connection.name, parse_channel(name)))
+def _spread(connection: Connection, listing: Listing, named: Places) -> Spread:
+    listed = listing.listed.get(connection.url)
+    if not connection.patterns or listed is None:
+        return Spread({}, [connection], set())
+    return spread(connection, listed, listing.now, named)
 
 
 def _find_unexpanded(config: Config, listing: Listing) -> Iterator[str]:
@@ -158,7 +155,7 @@ def _find_left(expanded: Iterable[tuple[Connection, Spread]]) -> Iterator[str]:
     for connection, found in expanded:
         if found.left:
             some = " ".join(sorted(found.left)[:5])
-            yield f"{connection.name} leaves to others what they have, {say_count(len(found.left), 'channel')}: {some}"
+            yield f"{connection.name} leaves to others what they name, {say_count(len(found.left), 'channel')}: {some}"
 
 
 def _plan_connection(connection: Connection, besides: tuple[str, ...]) -> PlannedConnection:

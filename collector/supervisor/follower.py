@@ -71,7 +71,7 @@ class Follower:
         self._catalogue: Catalogue
         self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
-        self.named: set[str] = set()  # the channels that are asked for whatever the patterns are
+        self._named: set[str] = set()  # the channels that are asked for whatever the patterns are
         self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
         self._held_elsewhere: dict[str, Clash] = {}  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
@@ -107,7 +107,7 @@ class Follower:
             return None
         # What was wished while the list was waited for, somebody was told to be kept.
         self._connection = replace(self._connection, channels=tuple(self._entry.channels))
-        self.named.update(self._entry.channels)
+        self._named.update(self._entry.channels)
         now, taken = self._catalogue.read_ms(), self._supervisor.list_places()
         try:
             found, shards, _ = spread(self._connection, self._instruments.known, now, taken)
@@ -146,15 +146,15 @@ class Follower:
 
     def keep(self, names: Iterable[str]) -> None:
         """Note channels that are asked for by name: they stay, whatever becomes of the patterns."""
-        self.named.update(names)
+        self._named.update(names)
 
     def release(self, names: Iterable[str]) -> None:
         """Note channels that are given up by name: what becomes of them is the patterns' matter again."""
-        self.named.difference_update(names)
+        self._named.difference_update(names)
 
     def has_found(self, name: str) -> bool:
         """Whether a channel is asked for only since a pattern stands for it."""
-        return name in self._ours and name not in self.named
+        return name in self._ours and name not in self._named
 
     def leave(self, names: Iterable[str]) -> None:
         """Let go of those that only a pattern has brought: another connection names them."""
@@ -244,7 +244,7 @@ class Follower:
         wanted: dict[str, str] = {}
         for channels in expand(self._connection.patterns, self._instruments.known, now).values():
             wanted |= channels
-        gone = [name for name in self._ours if name not in wanted and name not in self.named]
+        gone = [name for name in self._ours if name not in wanted and name not in self._named]
         new = [name for name in wanted if name not in self._ours]
         repeated = {
             name: place for name, instrument in wanted.items()
