@@ -387,6 +387,35 @@ def test_a_loss_after_a_gap_that_nothing_has_followed_is_told_by_that_gap(life: 
     assert said[:3] == [-105, -106, []]
 
 
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_each_loss_that_one_gap_tells_of_may_hide_a_new_count(life: Life, tmp_path: Path, is_killed: bool) -> None:
+    """After the first it was seen that the exchange still counted on; in the second one it was reset."""
+    assert life.take((107, 60)) == [("sequence", 104, 106), 107]
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((103, 20), (105, 40), (107, 60)) == [("disconnect", 108), -105]
+    life.tape.note_out()
+    life.feed.lose("disconnect", 9)
+    assert life.take((111, 6000)) == [111]
+    if is_killed:
+        later = Life(tmp_path, is_first=False)
+        assert later.fetch((107, 5500)) == [("restart",), -107]
+        later.ledger.close()
+    else:
+        assert life.fetch((107, 5500)) == [[(104, 104), (106, 106)], ("sequence",), -107]
+
+
+def test_a_loss_after_a_new_count_was_told_has_a_gap_of_its_own(life: Life) -> None:
+    """The one that was said before tells of numbers of the old count."""
+    assert life.take((107, 60)) == [("sequence", 104, 106), 107]
+    life.feed.lose("disconnect", 8)
+    assert life.take((108, 5000)) == [("disconnect",), 108]
+    life.feed.lose("disconnect", 9)
+    assert life.fetch((105, 40)) == [("disconnect", 109), -105]
+    assert life.fetch((106, 4500)) == [[(104, 104), (106, 106)], ("sequence",), -106]
+    life.feed.lose("disconnect", 10)
+    assert life.take((111, 9000)) == [("disconnect", 109, 110), 111]
+
+
 def test_repeated_swapped_and_fetched_trades_of_the_same_count_are_none(life: Life) -> None:
     assert life.take((102, 10), (103, 20)) == []
     assert life.take((106, 30), (105, 29), (107, 31)) == [("sequence", 104, 105), 106, -105, 107]

@@ -44,15 +44,13 @@ class Tape:
 
     def lose(self, reason: str, now: int) -> None:
         """The connection is gone: from the last thing that we know to have come, all must be fetched."""
-        if self._has_new_gap():
-            return  # nothing has come since it was said: it tells of this loss as well
-        self._end_tail(self.stream.last_id)  # what comes from now on belongs to the new gap
-        self.stream.lose(reason, self.topics, now)
-
-    def _has_new_gap(self) -> bool:
-        """Whether the last gap was said before older trades, and all that it lacks is still to come."""
         tail = self.tail
-        return tail is not None and tail.gap is not None and tail.gap is self.stream.gap and not tail.came
+        if tail is None or tail.gap is not self.stream.gap or tail.came:
+            self._end_tail(self.stream.last_id)  # what comes from now on belongs to the new gap
+            self.stream.lose(reason, self.topics, now)
+        else:  # its gap was said last, and nothing has come since: it tells of this loss as well
+            tail.known = self.tell_known()  # that nothing was counted anew before tells nothing of this one
+            self.note_doubt()
 
     def find_loss(self, seq: int, now: int, published: Published) -> None:
         """Trade `seq` follows a loss, or shows one: say in the gap that is due, or in a new one, what is missing."""
