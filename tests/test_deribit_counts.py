@@ -509,6 +509,24 @@ def test_a_later_life_fetches_again_what_a_healing_brought_unless_that_is_out(
     later.ledger.close()
 
 
+def test_what_an_earlier_life_said_is_marked_also_where_the_exchange_itself_sends_it(
+    life: Life, tmp_path: Path
+) -> None:
+    """It had been fetched before the frame came that holds it: on some channels that takes a second or two."""
+    later = Life(tmp_path, is_first=False)
+    assert later.take((102, 10), (103, 20)) == [("restart", 101), -102, -103]
+    assert later.heal((101, 0), (102, 10), (103, 20)) == [-101, []]
+    assert later.take((104, 30)) == [104]
+    later.ledger.close()
+
+
+def test_but_not_once_it_has_been_told_that_no_more_of_it_is_to_be_had(life: Life, tmp_path: Path) -> None:
+    later = Life(tmp_path, is_first=False)
+    assert later.heal((101, 0)) == [("restart", 101), -101, []]
+    assert later.take((103, 20)) == [("sequence", 102, 102), 103]
+    later.ledger.close()
+
+
 def test_what_could_not_be_said_again_is_left_to_the_life_after_the_next(life: Life, tmp_path: Path) -> None:
     """The exchange does not have it now; and all else is out for long enough."""
     later = Life(tmp_path, is_first=False)

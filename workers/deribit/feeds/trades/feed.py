@@ -69,7 +69,7 @@ class TradeFeed(Feed):
                 if (known := find_contradiction(tape, data)) is not None:
                     begin_count(tape, known, seq, receive_ts, published)
                     tape.open_hole(None, 1, seq - 1)
-                elif seq <= last:
+                elif seq <= last or tape.is_to_repeat(seq):
                     self._take_late(tape, data, receive_ts, published)
                     continue
                 else:
@@ -96,6 +96,9 @@ class TradeFeed(Feed):
     def _take_late(self, tape: Tape, data: TradeData, receive_ts: int, published: Published) -> None:
         """A trade out of its order fills a hole, or comes before all others; any other has been published already."""
         is_anew = find_count(tape, data, receive_ts, published)
+        if data.trade_seq > tape.stream.last_id:  # of an earlier life: it comes as if it had been fetched
+            tape.await_tail()
+            tape.stream.last_id = data.trade_seq
         if (hole := tape.find_hole(data.trade_seq) or tape.open_before(data.trade_seq)) is None:
             self.duplicates += 1
             return

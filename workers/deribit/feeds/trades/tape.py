@@ -40,6 +40,10 @@ class Tape:
         stream = self.stream
         return max(stream.last_id, stream.reached), self.topics.ledger.cells[stream.slot + NEWEST]
 
+    def is_to_repeat(self, seq: int) -> bool:
+        """Whether an earlier life has said this trade, and what it said last is still being fetched again."""
+        return seq <= self.stream.reached and (self.stream.lost or self.tail is not None)
+
     # -- what is lost -------------------------------------------------------------------------------------------------
 
     def lose(self, reason: str, now: int) -> None:
