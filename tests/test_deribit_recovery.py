@@ -567,6 +567,40 @@ def test_while_an_answer_by_time_is_awaited_only_what_is_known_to_be_missing_is_
     assert len(feed.tapes[other].holes) == is_bounded, "what could not be had yet is given up by no other healing"
 
 
+def test_while_an_answer_by_time_is_awaited_only_that_is_closed_of_which_all_has_come(topics: Topics) -> None:
+    name = "BTC-27MAR27-90000-C"
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    line = Line(feed.channel.name, (name,))
+    feed.losses.confirm(START)
+    feed.lose("disconnect", START + SECOND)
+
+    def heal_by_number(*seqs: int) -> list[tuple[int, int | None]]:
+        healing = heal_known(feed)
+        assert isinstance(next(healing), Ask)
+        trades = [make_option_trade(name, seq) for seq in seqs]
+        feed.backfill(trades, START)
+        with suppress(StopIteration):
+            step = healing.send(Page(trades, False))
+            assert not isinstance(step, Ask)
+            return [(hole.first, hole.last) for hole in step.holes]
+        return []
+
+    for seq in (6, 9):  # what came before the first is known by time alone
+        feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, seq))]), START + 2 * SECOND)
+    assert heal_by_number(6, 7) == []
+    assert heal_by_number(6, 7, 8) == [(7, 8)]
+
+
+def test_many_that_lack_trades_wait_once_for_a_history_that_is_behind(topics: Topics) -> None:
+    names = [f"BTC-27MAR27-{strike}-C" for strike in (90000, 95000, 99000)]
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    for name in names:
+        rows = [msgspec.to_builtins(make_option_trade(name, seq)) for seq in (6, 9)]
+        feed.take(Line(feed.channel.name, (name,)).encode(rows), START)
+    asked = run_healing(heal_feed(feed, START + SECOND, 0), answer_nothing)
+    assert [ask.pause for ask in asked] == [pause for first in PAUSES for pause in (first, 0.0, 0.0)]
+
+
 @in_loop
 async def test_a_request_that_is_not_answered_does_not_begin_the_healing_anew() -> None:
     """The third is not: what the two before it brought need not be fetched again."""
@@ -873,6 +907,31 @@ def test_where_the_history_by_time_is_refused_for_good_each_instrument_is_asked_
     ended = feed.end(False, START + 9 * SECOND)
     open_from = [(stream.instrument, gap.missing_from) for stream, gap in ended if isinstance(gap, Gap)]
     assert open_from == [("BTC_EURR", 6), ("ETH_EURR", 6)]
+
+
+def test_what_only_the_last_look_may_find_is_unsure_where_that_is_refused(topics: Topics) -> None:
+    feed, _ = lose_after_trade(topics, "BTC-27MAR27-90000-C")
+    pauses: list[float] = []
+
+    def answer_at_first(ask: Ask) -> Page | None:
+        pauses.append(ask.pause)
+        return Page([], False) if max(pauses) <= PAUSES[-1] else None
+
+    run_healing(heal_feed(feed, START + 5 * SECOND, 0), answer_at_first)
+    assert max(pauses) == sum(PAUSES)
+    assert (feed.losses.lost_from, feed.losses.unanswered_from) == (None, START)
+
+
+def test_all_is_asked_for_from_the_newest_trade_of_any_on(topics: Topics) -> None:
+    """Else each loss would fetch from the last trade of the quietest on."""
+    feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
+    feed.losses.confirm(START)
+    for name, at in (("BTC-27MAR27-90000-C", START + 60 * SECOND), ("BTC-27MAR27-95000-C", START + SECOND)):
+        trade = replace(make_option_trade(name, 5), timestamp=at // MS)
+        ((stream, _),) = feed.take(Line(feed.channel.name, (name,)).encode([msgspec.to_builtins(trade)]), at)
+        stream.last_ts = at
+    feed.lose("disconnect", START + 90 * SECOND)
+    assert feed.losses.lost_from == START + 60 * SECOND
 
 
 def test_a_currency_that_the_exchange_refuses_does_not_cost_the_others(topics: Topics) -> None:
