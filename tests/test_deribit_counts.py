@@ -264,6 +264,11 @@ def test_also_if_what_seems_to_be_missing_comes_by_itself(life: Life) -> None:
     assert life.heal((103, 4800), (104, 4900), (105, 4950), (106, 5000))[:2] == [("sequence",), -103]
 
 
+def test_also_by_a_trade_that_comes_late(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.take((106, 5000), (103, 4800)) == [("disconnect", 104, 105), 106, ("sequence",), -103]
+
+
 def test_also_if_no_trade_comes_and_the_new_numbers_are_not_above_the_old(life: Life) -> None:
     life.feed.losses.confirmed_at = 8
     life.feed.lose("disconnect", 8)
@@ -289,9 +294,14 @@ def test_a_doubt_is_ended_by_one_request_while_the_exchange_has_the_trade_before
     assert life.asked == 1
 
 
-@pytest.mark.parametrize("name", ["null", "-1", "[]", f'"{NAME}"'])
-def test_what_an_unreadable_frame_held_is_fetched_also_where_it_names_no_instrument(life: Life, name: str) -> None:
-    life.feed.skip(LINE.encode([trade_at(104, 30) | {"price": None}]).replace(f'"{NAME}"'.encode(), name.encode()), 8)
+@pytest.mark.parametrize("name", ["null", "-1", "[]", f'"{NAME}"', '"ETH-PERPETUAL"', None])
+def test_what_an_unreadable_frame_held_is_fetched_also_where_it_names_no_instrument(
+    life: Life, name: str | None
+) -> None:
+    frame = LINE.encode([trade_at(104, 30) | {"price": None}])
+    key = f'"instrument_name":"{NAME}"'
+    life.feed.skip(frame.replace(key.encode(), (f'"instrument_name":{name}' if name else '"is":1').encode()), 8)
+    assert life.feed.changed, "it is healed though nothing comes after it"
     assert life.heal((103, 20), (104, 30)) == [("sequence", 104), -104, []]
 
 
