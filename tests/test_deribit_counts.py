@@ -369,6 +369,13 @@ def test_what_was_lost_last_is_told_after_what_an_earlier_loss_had_left_open(lif
     assert life.end() == [("disconnect", 104, 105), [(104, 105)], ("sequence", 107)]
 
 
+@pytest.mark.parametrize("is_healing", [True, False])
+def test_a_loss_is_told_at_the_end_unless_all_of_it_has_been_asked_for(life: Life, is_healing: bool) -> None:
+    life.feed.lose("disconnect", 8)
+    assert life.fetch((103, 20)) == []
+    assert [describe(said) for _, said in life.feed.end(is_healing, 7)] == [("disconnect", 104)] * is_healing
+
+
 def test_what_may_have_come_after_all_that_was_fetched_is_told_for_what_was_lost(life: Life) -> None:
     life.feed.lose("restart", 8)
     assert life.fetch((104, 30)) == [("restart", 104), -104]

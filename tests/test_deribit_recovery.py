@@ -922,6 +922,41 @@ def test_what_only_the_last_look_may_find_is_unsure_where_that_is_refused(topics
     assert (feed.losses.lost_from, feed.losses.unanswered_from) == (None, START)
 
 
+def test_an_instrument_that_ends_waits_for_its_healing_and_has_a_gap_for_what_was_not_asked_for(topics: Topics) -> None:
+    feed, line = lose_after_trade(topics, "BTC-27MAR27-90000-C")
+    (stream,) = feed.streams.values()
+    assert feed.awaits_healing(stream)
+    run_healing(heal_feed(feed, START + 5 * SECOND, 0), answer_nothing)
+    assert not feed.awaits_healing(stream)
+    assert feed.take_last(stream, START + 9 * SECOND) is None
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(stream.instrument, 9))]), START + 9 * SECOND)
+    assert feed.awaits_healing(stream)
+    feed.lose("disconnect", START + 10 * SECOND)
+    gap = feed.take_last(stream, START + 10 * SECOND)
+    assert gap is not None
+    assert (gap.missing_from, gap.healing) == (10, False)
+
+
+def test_the_repair_of_what_has_come_does_not_wait_for_the_last_look_by_time(topics: Topics) -> None:
+    name = "BTC-27MAR27-90000-C"
+    feed, line = lose_after_trade(topics, name)
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 9))]), START + 2 * SECOND)
+    healing, page = heal_feed(feed, START + 5 * SECOND, 0), None
+    done: list[Any] = []
+    with suppress(StopIteration):
+        while True:
+            step = healing.send(page)
+            if isinstance(step, Ask):
+                trades = [make_option_trade(name, seq) for seq in range(5, 9) if "start_seq" in step.params]
+                feed.backfill(trades, START)
+                page = Page(trades, False)
+                done += ["last look"] * (step.pause == sum(PAUSES))
+            else:
+                page = None
+                done += [type(said) for said in step.tape.end_healing(step.holes, START)]
+    assert done == [Repair, "last look"]
+
+
 def test_all_is_asked_for_from_the_newest_trade_of_any_on(topics: Topics) -> None:
     """Else each loss would fetch from the last trade of the quietest on."""
     feed = TradeFeed(parse_channel("trades.option.BTC.raw"), topics)
