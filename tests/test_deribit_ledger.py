@@ -272,7 +272,8 @@ def count_open(path: Path) -> int:
     return sum(str(link).startswith(str(path)) for link in links)
 
 
-def test_what_was_removed_or_is_no_ledger_does_not_stay_open(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", [SIZE, SIZE - 8])
+def test_what_was_removed_or_is_no_ledger_does_not_stay_open(tmp_path: Path, size: int) -> None:
     path = tmp_path / "a.ledger"
     ledger = Ledger(path, fresh=True)
     held = count_open(path)
@@ -281,7 +282,7 @@ def test_what_was_removed_or_is_no_ledger_does_not_stay_open(tmp_path: Path) -> 
     assert count_open(path) == held
     ledger.close()
     assert count_open(path) == 0
-    path.write_bytes(b"\x7b" * SIZE)
+    path.write_bytes(b"\x7b" * size)
     later = Ledger(path, fresh=False)
     assert count_open(path) == held
     later.close()
