@@ -643,6 +643,23 @@ async def test_an_instrument_of_which_nothing_is_answered_holds_up_the_others_of
 
 
 @in_loop
+async def test_an_answer_that_holds_no_trades_at_all_is_a_refusal(caplog: pytest.LogCaptureFixture) -> None:
+    """What is missing is asked for once more."""
+
+    def script(params: dict[str, Any], count: int) -> dict[str, Any]:
+        page = {"trades": [make_trade(6), make_trade(7)], "has_more": False}
+        return {"result": "maintenance" if count == 1 else page}
+
+    async with scripted("public/get_last_trades", script) as url, collecting(url, "", TRADES) as run:
+        (feed,) = run.worker.feeds.values()
+        await wait_for(lambda: run.worker.client.is_live and is_confirmed(feed), "the confirmation")
+        run.worker.take_frames([encode_data(TRADES, [make_trade(5), make_trade(8)])], time.time_ns())
+        (repair,) = await run.hearer.hear_of(TRADED, type="repair")
+    assert (repair["repaired"], repair["missing"]) == (2, [])
+    assert f"trades of {TRADES} could not be fetched: the answer holds no trades" in caplog.text
+
+
+@in_loop
 async def test_of_many_channels_only_so_many_are_healed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here one; the exchange asks for patience with its first request."""
     monkeypatch.setattr("workers.deribit.healing.heal.AT_ONCE", 1)
