@@ -166,6 +166,29 @@ def test_a_place_that_was_freed_in_an_earlier_life_serves_another(tmp_path: Path
     again.close()
 
 
+def test_who_is_spoken_of_again_has_not_the_place_that_was_freed_for_another(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "a.ledger", fresh=True)
+    slots = fill(ledger, range(1, 3))
+    ledger.free_slot(name_topic(1))
+    ledger.free_slot("that never had one")
+    assert ledger.find_slot(name_topic(3)) == slots[0]
+    assert ledger.find_slot(name_topic(1)) not in (0, *slots)
+    ledger.close()
+
+
+def test_a_name_that_a_killed_life_had_half_written_costs_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "a.ledger"
+    ledger = Ledger(path, fresh=True)
+    fill(ledger, range(1, 3))
+    ledger.close()
+    with path.open("r+b") as file:
+        file.seek(RECORD + NAME_AT)
+        file.write(b"\xff")
+    later = Ledger(path, fresh=False)
+    assert [entry.topic for entry in later.earlier] == ["\ufffd" + name_topic(1)[1:], name_topic(2)]
+    later.close()
+
+
 def test_the_least_value_of_a_word_is_kept_where_there_is_a_place(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "a.ledger", fresh=True)
     slot = ledger.find_slot(name_topic(1))
