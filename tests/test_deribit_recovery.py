@@ -653,8 +653,9 @@ async def test_an_answer_that_holds_no_trades_at_all_is_a_refusal(caplog: pytest
     async with scripted("public/get_last_trades", script) as url, collecting(url, "", TRADES) as run:
         (feed,) = run.worker.feeds.values()
         await wait_for(lambda: run.worker.client.is_live and is_confirmed(feed), "the confirmation")
-        run.worker.take_frames([encode_data(TRADES, [make_trade(5), make_trade(8)])], time.time_ns())
+        run.worker.take_frames([encode_data(TRADES, [make_trade(5), make_trade(8)])], now := time.time_ns())
         (repair,) = await run.hearer.hear_of(TRADED, type="repair")
+    assert feed.stream.last_ts == now, "the next loss begins where the stream itself last spoke"
     assert (repair["repaired"], repair["missing"]) == (2, [])
     assert f"trades of {TRADES} could not be fetched: the answer holds no trades" in caplog.text
 
@@ -1035,6 +1036,14 @@ def test_a_loss_amid_a_healing_leaves_in_doubt_whether_the_exchange_counts_anew(
     assert run_healing(heal_feed(feed, START + 3 * SECOND, 0), lose_once_more)
     feed.take(line.encode([msgspec.to_builtins(make_option_trade(name, 6))]), START + 20 * SECOND)
     assert [hole.is_doubt for hole in feed.tapes[name].holes] == [True]
+
+
+def test_that_one_instrument_counts_on_tells_nothing_of_the_others(topics: Topics) -> None:
+    """Its trade may have been fetched before the exchange was reset."""
+    name = "BTC-27MAR27-90000-C"
+    feed, _ = lose_after_trade(topics, name)
+    assert feed.backfill([make_option_trade(name, 5)], START + 2 * SECOND) == []
+    assert not feed.losses.is_checked
 
 
 def test_a_day_of_losses_that_are_all_healed_in_time_leaves_nothing_in_doubt(topics: Topics) -> None:
