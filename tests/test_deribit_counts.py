@@ -313,6 +313,14 @@ def test_an_unreadable_frame_has_a_gap_of_its_own_while_a_quiet_topic_is_healed(
     assert life.heal((103, 20), (104, 30), (105, 40)) == [-105, [], []]
 
 
+def test_a_fetched_trade_of_another_instrument_is_dropped_and_counted(life: Life) -> None:
+    life.feed.lose("disconnect", 8)
+    rows = [trade_at(104, 30) | {"instrument_name": "ETH-PERPETUAL"}, trade_at(104, 30)]
+    published = life.feed.backfill(msgspec.convert(rows, list[TradeData]), 7)
+    assert [describe(said) for _, said in published] == [("disconnect", 104), -104]
+    assert life.feed.dropped == 1
+
+
 def test_what_no_page_holds_is_fetched_page_by_page_by_number(life: Life) -> None:
     life.page = 10
     history = [(seq, seq - 83) for seq in range(103, 150)]
