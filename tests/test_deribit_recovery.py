@@ -927,17 +927,28 @@ def test_where_the_history_by_time_is_refused_for_good_each_instrument_is_asked_
     assert open_from == [("BTC_EURR", 6), ("ETH_EURR", 6)]
 
 
-def test_what_only_the_last_look_may_find_is_unsure_where_that_is_refused(topics: Topics) -> None:
+@pytest.mark.parametrize("refused", ["first", "last"])
+def test_what_only_a_look_may_find_that_is_refused_is_unsure(topics: Topics, refused: str) -> None:
     feed, _ = lose_after_trade(topics, "BTC-27MAR27-90000-C")
-    pauses: list[float] = []
+    asked: list[Ask] = []
 
-    def answer_at_first(ask: Ask) -> Page | None:
-        pauses.append(ask.pause)
-        return Page([], False) if max(pauses) <= PAUSES[-1] else None
+    def answer_others(ask: Ask) -> Page | None:
+        asked.append(ask)
+        is_first = ask.params.get("start_timestamp") == asked[0].params["start_timestamp"]
+        is_last = max(each.pause for each in asked) > PAUSES[-1]
+        return None if (is_first if refused == "first" else is_last) else Page([], False)
 
-    run_healing(heal_feed(feed, START + 5 * SECOND, 0), answer_at_first)
-    assert max(pauses) == sum(PAUSES)
+    run_healing(heal_feed(feed, START + 5 * SECOND, 0), answer_others)
+    assert max(ask.pause for ask in asked) == sum(PAUSES)
     assert (feed.losses.lost_from, feed.losses.unanswered_from) == (None, START)
+
+
+def test_a_page_that_is_empty_though_there_is_more_is_the_last(topics: Topics) -> None:
+    feed, line = lose_after_trade(topics, "BTC-27MAR27-90000-C")
+    feed.take(line.encode([msgspec.to_builtins(make_option_trade("BTC-27MAR27-90000-C", 9))]), START + 2 * SECOND)
+    asked = run_healing(heal_feed(feed, START + 5 * SECOND, 0), lambda _: Page([], True))
+    assert {"start_seq", "start_timestamp"} <= {key for ask in asked for key in ask.params}
+    assert feed.losses.lost_from is None
 
 
 def test_an_instrument_that_ends_waits_for_its_healing_and_has_a_gap_for_what_was_not_asked_for(topics: Topics) -> None:
