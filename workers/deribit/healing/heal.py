@@ -11,8 +11,6 @@ from contextlib import suppress
 from itertools import count
 from typing import Any
 
-import msgspec
-
 from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
@@ -175,11 +173,11 @@ def read_page(answer: Any) -> Page:
     """The trades of an answer, without those that are none. Raises ValueError if it holds none at all."""
     try:
         rows, has_more = list(answer["trades"]), bool(answer.get("has_more"))
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(f"the answer holds no trades: {error}") from None
     try:
         return Page(convert_trades(rows), has_more)
-    except (msgspec.ValidationError, ValueError) as error:
+    except ValueError as error:
         trades = list(read_rows(rows))
         if not trades:
             raise ValueError(f"the answer holds no trades: {error}") from None
@@ -190,5 +188,5 @@ def read_page(answer: Any) -> Page:
 def read_rows(rows: list[Any]) -> Iterator[TradeData]:
     """The trades among these: one that cannot be read must not cost all that came with it."""
     for row in rows:
-        with suppress(msgspec.ValidationError, ValueError):
+        with suppress(ValueError):
             yield from convert_trades([row])
