@@ -135,6 +135,8 @@ def test_who_has_been_live_once_is_tried_for_ever() -> None:
 
 def test_what_went_wrong_is_told_until_it_is_live_again() -> None:
     keeper, error = make_running(), {"message": "public/set_heartbeat was not answered in time"}
+    keeper._receive({"kind": "beat", "report": {"state": "connecting", "last_error": None}})
+    assert keeper.report["last_error"] is None  # told also while nothing has gone wrong yet
     keeper._receive({"kind": "beat", "report": {"state": "backoff", "last_error": error}})
     keeper._receive({"kind": "beat", "report": {"state": "bootstrapping", "last_error": None}})
     keeper.add_report({"state": "bootstrapping", "last_error": None})

@@ -348,7 +348,7 @@ class Keeper:
 
     def _note_facts(self, facts: dict[str, Any], but: Collection[str] = ()) -> None:
         """What went wrong last is told until it is live again: a later life, or attempt, of the worker forgets it."""
-        if facts.get("state", "live") != "live" and facts.get("last_error") is None:
+        if self.last_error and facts.get("state", "live") != "live" and facts.get("last_error") is None:
             but = {*but, "last_error"}
         self.report |= {key: value for key, value in facts.items() if key not in but}
 
