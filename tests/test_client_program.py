@@ -621,6 +621,13 @@ def test_a_misspelt_command_is_hinted_at() -> None:
     )
 
 
+def test_a_shell_that_completes_the_words_behind_a_misspelt_command_hears_of_no_error() -> None:
+    words = {"_COLLECTOR_COMPLETE": "bash_complete", "COMP_WORDS": "collector stat ", "COMP_CWORD": "2"}
+    program = "from collector.cli import main; main(prog_name='collector')"
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=os.environ | words)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
 def test_commands_start_without_what_they_do_not_need() -> None:
     program = (
         "import sys, collector.cli.control as c; "

@@ -60,7 +60,7 @@ class _Lazy(Command, click.Group):
     def resolve_command(
         self, ctx: click.Context, args: list[str]
     ) -> tuple[str | None, click.Command | None, list[str]]:
-        if args[0] not in COMMANDS:
+        if args[0] not in COMMANDS and not ctx.resilient_parsing:  # a shell that completes wants no errors
             from difflib import get_close_matches
 
             for meant in get_close_matches(args[0], COMMANDS, 1):
