@@ -163,8 +163,13 @@ def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
         assert run.refuse("unsubscribe", connection="a", channels=[channel], deadline=soon).code == "timeout"
         (told,) = run.ask("subscribe", connection="b", channels=[channel])["channels"].values()
         assert "of a feeds the same topics" in told["message"]
+        soon = time.time_ns() + 300_000_000
+        assert run.refuse("connect", connection=QUICK | {"name": "c"}, deadline=soon).code == "timeout"
+        assert run.get_state("c")["pid"] is None
         worker.resume()
-        wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == [], "the end of it")
+        run.wait_state("c")
+        assert run.get_state("a")["channels"]["confirmed"] == []
+        run.ask("close", connection="c")
         assert run.ask("subscribe", connection="b", channels=[channel])["channels"] == {channel: True}
 
 
@@ -202,9 +207,9 @@ def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_sa
         soon = time.time_ns() + 300_000_000
         assert run.refuse("unsubscribe", connection="a", channels=[narrow], deadline=soon).code == "timeout"
         assert run.refuse("subscribe", connection="a", channels=[wide], deadline=soon + 300_000_000).code == "timeout"
-        # Others are held to both meanwhile, and only to what they want themselves.
+        # Others are held to it meanwhile, and only to what they want themselves.
         b = QUICK | {"name": "b", "channels": [narrow]}
-        assert "stands in connection a too" in run.refuse("connect", connection=b).message
+        assert f"would feed the same topics as {wide} of connection a" in run.refuse("connect", connection=b).message
         b["channels"] = ["quote.ETH-PERPETUAL"]
         assert run.ask("connect", connection=b)["state"] == "live"
         worker.resume()

@@ -701,6 +701,8 @@ def test_what_is_named_goes_back_from_a_pattern_when_its_connection_is_connected
                 soon = time.time_ns() + 1_000_000_000
                 assert run.refuse("connect", connection=table, deadline=soon).code == "timeout"
                 assert run.get_state("b")["pid"] is None
+                assert run.ask("close", connection="b")["state"] == "closed"
+                assert run.refuse("connect", connection=table, deadline=time.time_ns() + 300_000_000).code == "timeout"
                 worker.resume()
                 run.wait_state("b")
             else:

@@ -181,13 +181,15 @@ class Supervisor:
     def check_beside(self, connections: list[Connection], known: Entry | None) -> None:
         """Check that these can stand beside those that run, without the one that they replace. Raises ConfigError.
 
-        What they name and a pattern of another has found is not in their way (see take_from_patterns).
+        What they name is not in their way where another has it by a pattern alone (see take_from_patterns), or leaves
+        it just now: they start once that is done.
         """
         named = {name for connection in connections for name in connection.channels}
         others = []
         for entry in self._list_lasting(known):
             kept = [name for name in entry.channels if not (name in named and entry.has_found(name))]
-            others.append(replace(entry.connection, channels=(*kept, *entry.list_leaving()), publish=entry.bound))
+            kept += [name for name in entry.list_leaving() if name not in named]
+            others.append(replace(entry.connection, channels=tuple(kept), publish=entry.bound))
         port = None if self.config.exchange is None else self.exchange_port
         names = [other.name for other in others]
         check_together([*others, *connections], self.config.control, port, names)
