@@ -631,6 +631,15 @@ def test_a_connection_that_is_not_live_says_why_in_its_line() -> None:
     assert draw(board)[1].split() == ["a", "failed", "public/auth:", "13004"]
 
 
+def test_a_connection_of_which_no_heartbeat_has_come_yet_is_not_silent() -> None:
+    """Its status is said once a minute, and as old as that to who joins."""
+    board = Board([])
+    board.endpoints = {"a": "tcp://127.0.0.1:5601"}
+    assert draw(board)[1].split()[:5] == ["a", "no", "heartbeat", "yet", "publishes"]
+    show(board, "deribit.status.a.connection", type="status", state="live", reason="", receive_ts=1, join=True)
+    assert draw(board)[1].split()[:3] == ["a", "live", "publishes"]
+
+
 @pytest.mark.parametrize(
     ("width", "columns"),
     [

@@ -176,16 +176,17 @@ class Board:
     def _draw_connection(self, name: str, width: int) -> Text:
         heartbeat = self.connections.get(name)
         heard = [each for each in (heartbeat, self._statuses.get(name)) if each is not None]
-        last = max(heard, key=lambda each: each.receive_ts, default=None)
-        state = printable(last["state"]) if last is not None else ""
-        line = Text.assemble(f"  {printable(name).ljust(width)}  ", (state, STYLES.get(state, "yellow")))
-        silent = 0 if last is None or state in LAST else time.time_ns() - last.receive_ts
-        if silent > SILENCE:
-            line.append(f"  silent for {silent / SECOND:.0f} s", "red")
-        elif heartbeat is not None and state not in LAST:
-            line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
-        elif last is None and name in self.lifeless:
+        line = Text(f"  {printable(name).ljust(width)}  ")
+        if not heard and name in self.lifeless:
             return line.append(f"no worker runs: `collector state {printable(name)}` says why", "yellow")
+        last = max(heard, key=lambda each: each.receive_ts, default=None)
+        state = printable(last["state"]) if last is not None else "no heartbeat yet"
+        line.append(state, STYLES.get(state, "yellow"))
+        if heartbeat is not None and last is not None and state not in LAST:  # a status alone comes once a minute
+            if (silent := time.time_ns() - last.receive_ts) > SILENCE:
+                line.append(f"  silent for {silent / SECOND:.0f} s", "red")
+            else:
+                line.append(f"  lag {(heartbeat['lag'] or 0.0) * 1e3:,.0f} ms")
         if state != "live" and (reason := self._reasons.get(name)):
             return line.append(printable(f"  {reason}"))
         return line.append(printable(f"  publishes at {self.endpoints[name]}") if name in self.endpoints else "")
