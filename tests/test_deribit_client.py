@@ -652,10 +652,11 @@ def test_a_server_that_hangs_up_is_asked_once_an_attempt(new_loop: Callable[[], 
 
 @in_loop
 async def test_why_nobody_takes_the_connection_is_told() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        port = closed.getsockname()[1]
-    with pytest.raises(Lost) as lost:
-        await Socket.open(f"wss://127.0.0.1:{port}/", {}, 10.0)
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))  # and nobody else has the port
+        port = deaf.getsockname()[1]
+        with pytest.raises(Lost) as lost:
+            await Socket.open(f"wss://127.0.0.1:{port}/", {}, 10.0)
     cause = f"Connection refused ('127.0.0.1', {port})"
     assert str(lost.value) == f"Cannot connect to host 127.0.0.1:{port} [{cause}]"
 
@@ -815,16 +816,15 @@ async def test_the_last_error_is_what_ended_the_connection(practice: str) -> Non
 
 @in_loop
 async def test_a_pause_is_told_with_the_error_that_wants_it_not_with_a_later_one(practice: str) -> None:
-    async with connected(practice, "error:public/status=11051@1", retry_delay=60) as (client, ear):
+    async with connected(practice, "error:public/status=12998@1") as (client, ear):
         for method in ("public/status", "public/nothing"):
             with pytest.raises(ExchangeError):
                 await client.send(method)
         client.cut("the test wants it so")
         await wait_for(lambda: ear.find("backoff"), "the loss")
-        assert re.fullmatch(
-            r"the test wants it so, after 11051 \S+; no other attempt for [1-3] s", ear.find("backoff")[0]
-        )
-        assert client.last_error["code"] == 11051
+        told = r"the test wants it so, after 12998 \S+; no other attempt for \d+ s"
+        assert re.fullmatch(told, ear.find("backoff")[0])
+        assert client.last_error["code"] == 12998
 
 
 @in_loop
