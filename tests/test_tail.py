@@ -26,6 +26,7 @@ from collector.cli.live import GONE, Board, Row
 from collector.cli.render import describe, format_line
 from collector.client.stream import Loss, Message
 from collector.messages import encode, parse_topic
+from tests.collected import QUICK, collected
 from tests.pipeline import find_port
 from tests.support import REPOSITORY, collector, running, wait_until
 
@@ -443,6 +444,14 @@ def test_watching_gives_the_terminal_back_at_once_though_a_worker_is_long_in_end
         wait_until(lambda: (terminal.read(), terminal.process.poll() is not None)[1], "its end")
         assert terminal.process.returncode == 0
         assert "did not stop" not in terminal.written
+
+
+def test_of_a_connection_that_no_worker_has_the_view_says_where_to_look() -> None:
+    clashing = {**QUICK, "channels": ["trades.option.any.agg2", "trades.BTC-*.agg2"]}
+    with collected({"a": QUICK, "clashing": clashing}) as run:
+        run.wait_state("clashing", "failed")
+        with on_terminal(*collector("tail", "--control", run.control)) as terminal:
+            terminal.wait("clashing .*no worker runs: `collector state clashing` says why")
 
 
 def test_watching_waits_for_the_collector_and_prints_lines_into_a_pipe(tmp_path: Path) -> None:
