@@ -661,6 +661,27 @@ async def test_why_nobody_takes_the_connection_is_told() -> None:
     assert str(lost.value) == f"Cannot connect to host 127.0.0.1:{port} [{cause}]"
 
 
+class TwoAddresses(asyncio.SelectorEventLoop):
+    """Every host has one that leads nowhere (this machine itself knows that), and 127.0.0.1."""
+
+    async def getaddrinfo(self, host: Any, port: Any, **_: Any) -> Any:
+        stream = (socket.SOCK_STREAM, socket.IPPROTO_TCP, "")
+        return [
+            (socket.AF_INET6, *stream, ("fe80::1", port, 0, 0)),  # of which link is not said
+            (socket.AF_INET, *stream, ("127.0.0.1", port)),
+        ]
+
+
+def test_why_none_of_several_addresses_takes_the_connection_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    with asyncio.Runner(loop_factory=TwoAddresses) as runner, pytest.raises(Lost) as lost:
+        runner.run(Socket.open(f"ws://two.example:{port}/", {}, 10.0))
+    said = str(lost.value)
+    assert said.startswith(f"Cannot connect to host two.example:{port} [Multiple exceptions: ")
+    assert said.endswith(f", Connection refused ('127.0.0.1', {port})]")
+
+
 @in_loop
 async def test_a_server_that_hangs_up_amid_the_handshake_is_told_as_such() -> None:
     async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

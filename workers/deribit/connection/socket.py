@@ -33,6 +33,9 @@ CUT = (ConnectionError, aiohttp.ClientError, RuntimeError)
 ENDED = (aiohttp.ServerDisconnectedError, aiohttp.ClientConnectionResetError)
 """What it raises where the server hangs up before its answer is whole."""
 
+CONNECT_FAILED = r"(?:\[Errno (\d+)\] )?Connect call failed"
+"""What asyncio says for every number, which it names where it tells of several addresses."""
+
 DATA = (aiohttp.WSMsgType.TEXT, aiohttp.WSMsgType.BINARY)
 """Kinds of message that are a frame."""
 
@@ -255,9 +258,10 @@ def _explain_failure(error: BaseException, url: str, timeout: float) -> BaseExce
         cause = error.certificate_error
         return Lost(f"the certificate of {error.host} is not trusted: {getattr(cause, 'verify_message', cause)}")
     if isinstance(error, aiohttp.ClientConnectorError):
-        # asyncio says the first words for each number; there are none where the server hangs up amid the handshake.
-        said, number = error.os_error.strerror or "the server ended the connection", error.os_error.errno or 0
-        words = said.replace("Connect call failed", os.strerror(number))
+        cause = error.os_error
+        # None where the server hangs up amid the handshake; of several addresses each has failed by a cause of its own.
+        said = cause.strerror or str(cause) or "the server ended the connection"
+        words = re.sub(CONNECT_FAILED, lambda found: os.strerror(int(found[1] or cause.errno or 0)), said)
         return Lost(f"Cannot connect to host {error.host}:{error.port} [{words}]")
     if isinstance(error, ENDED) or (isinstance(error, OSError) and error.errno == ECONNRESET):
         # The text of the first would show what had come of the answer, that of the second tells of a closing transport.
