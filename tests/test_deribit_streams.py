@@ -785,6 +785,16 @@ def test_the_lag_does_not_count_the_age_of_a_book(tmp_path: Path) -> None:
         assert worker.patrol.lag.describe() != Samples().describe()
 
 
+def test_the_lag_does_not_count_times_that_are_not_the_exchanges(tmp_path: Path) -> None:
+    """Those of a ranking are when the sources of an index had their last prices: of some nobody trades for hours."""
+    ranking = "deribit_price_ranking.paxg_usd"
+    with living(tmp_path, ranking) as worker:
+        now = time.time_ns()
+        sources = [{"identifier": name, "timestamp": now // 1_000_000 - 3_600_000} for name in ("kraken", "gemini")]
+        worker.take_frames([encode_data(ranking, sources)], now)
+        assert (worker.publisher.published, worker.patrol.lag.describe()) == (1, {})
+
+
 def test_the_lag_does_not_count_what_a_channel_says_first(tmp_path: Path) -> None:
     """The first quote of a quiet market bears the time of its last change."""
     with living(tmp_path, QUOTE) as worker:

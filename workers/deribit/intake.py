@@ -152,6 +152,8 @@ class Intake:
             # What was asked for bears the time of its last change, which may be any.
             is_old = lag > FIRST_VALUES * 1e9 and time.monotonic() < self.first_until
             is_old |= isinstance(message, Book) and message.reason in ("subscribe", "resync")
+            # On `other` it may mean anything: so do prices of an index's sources, some of which are quiet for hours.
+            is_old |= isinstance(message, dict) and message["type"] == "other"
             if exchange_ts and not is_old:
                 self._patrol.take_lag(lag)
             self._newest = []
