@@ -774,6 +774,15 @@ async def test_what_is_said_of_credentials_to_a_request_that_needs_none_is_no_en
         assert ear.find("backoff") == ["public/set_heartbeat: 13004 invalid_credentials"]
 
 
+@in_loop
+async def test_credentials_that_are_refused_at_a_later_step_are_no_good_either(practice: str) -> None:
+    settings: dict[str, Any] = {"login": LOGIN, "cancel_on_disconnect": True}
+    async with connected(practice, f"error:{STEPS[2]}=13004", live=False, **settings) as (client, _):
+        with pytest.raises(Refused, match=f"{STEPS[2]}: 13004"):
+            await client.connect()
+        assert (client.exit, client.attempts) == (Exit.CREDENTIALS, 1)
+
+
 @pytest.mark.parametrize("code", [10049, 13042])
 @in_loop
 async def test_data_come_without_cancel_on_disconnect_too(
