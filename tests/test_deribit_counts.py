@@ -545,6 +545,19 @@ def test_what_an_earlier_life_said_is_marked_also_where_the_exchange_itself_send
     later.ledger.close()
 
 
+def test_of_more_than_is_kept_track_of_what_comes_too_is_not_taken_for_the_last_that_came(
+    life: Life, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else nothing would tell of what lies between."""
+    monkeypatch.setattr("workers.deribit.feeds.trades.holes.MAX_HELD", 1)
+    later = Life(tmp_path, is_first=False)
+    assert later.fetch((101, 0)) == [("restart", 101), -101]
+    assert later.take((103, 20)) == []
+    assert later.heal() == [[]]
+    assert later.take((104, 30)) == [("sequence", 102, 103), 104]
+    later.ledger.close()
+
+
 def test_but_not_once_it_has_been_told_that_no_more_of_it_is_to_be_had(life: Life, tmp_path: Path) -> None:
     later = Life(tmp_path, is_first=False)
     assert later.heal((101, 0)) == [("restart", 101), -101, []]

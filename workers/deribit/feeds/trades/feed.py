@@ -98,11 +98,11 @@ class TradeFeed(Feed):
         is_anew = find_count(tape, data, receive_ts, published)
         if data.trade_seq > tape.stream.last_id:  # of an earlier life: it comes as if it had been fetched
             tape.await_tail()
-            tape.stream.last_id = data.trade_seq
         if (hole := tape.find_hole(data.trade_seq) or tape.open_before(data.trade_seq)) is None:
             self.duplicates += 1
             return
         hole.came.add(data.trade_seq)
+        tape.stream.last_id = max(tape.stream.last_id, data.trade_seq)
         tape.await_tail()
         self._say_late(tape, data, is_anew, receive_ts, published)
 
