@@ -14,7 +14,7 @@ def say_error(error: Mapping[str, Any]) -> str:
     data = error.get("data")
     if isinstance(data, Mapping):
         data = ", ".join(f"{key}: {value}" for key, value in data.items())
-    return f"{error.get('message', '')}{'' if data is None else f' ({data})'}"
+    return f"{error.get('message', '')}{'' if data in (None, '') else f' ({data})'}"
 
 
 def printable(text: str) -> str:

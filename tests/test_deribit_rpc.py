@@ -61,6 +61,7 @@ def test_an_answer_is_read_with_its_number_and_result(frame: dict[str, Any], wan
         (NO_METHOD, -32601, "-32601 Method not found"),
         ({"code": 11050, "data": "invalid json", "message": "bad_request"}, 11050, "11050 bad_request (invalid json)"),
         ({"code": 13009, "data": {"reason": "x"}, "message": "unauthorized"}, 13009, "unauthorized (reason: x)"),
+        ({"code": 1, "data": {}, "message": "empty"}, 1, "1 empty"),
         ({"message": "no code"}, 0, "0 no code"),
         ({"code": "10028"}, 0, "0 "),
         ({}, 0, "0 "),
