@@ -112,16 +112,20 @@ class Reconciler:
 
     async def _see_through(self, call: Call) -> None:
         awaited_login = self._session.awaits_login  # it may be judged before the login, though answered after it
+        is_banned = False
         try:
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
+            is_banned = find_reaction(error.code) is Reaction.BANNED
             await self._take_error(call, error, awaited_login)
         except TimeoutError:
             raise Lost(f"{call.method} was not answered in time") from None
         else:
             self._take_answer(call, answered)
         finally:
-            self._end_call(call)  # not before: others would ask for the same, and use up the tries
+            # Not before: others would ask for the same, and use up the tries. Who is banned asks no more at all.
+            if not is_banned:
+                self._end_call(call)
 
     def _end_call(self, call: Call) -> None:
         self.subscriptions.end_call(call)
