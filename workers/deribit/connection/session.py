@@ -38,7 +38,7 @@ REFUSALS = {
     "public/auth": (Reaction.REFUSED, Reaction.REFRESH),
     "private/enable_cancel_on_disconnect": (Reaction.REFUSED,),
 }
-"""What says of the credentials that they are no good, and is it for good; to a request that needs none it may pass."""
+"""What means, in answer to these, that the credentials are no good. To requests that show none it may pass."""
 
 NO_CANCEL = frozenset({10049, 13042})
 """Cancel on disconnect cannot be had: another connection would hear the same, and its data do not depend on it."""
