@@ -1,6 +1,7 @@
 """One running collector as a process, with the practice exchange behind it, and what tests ask and see of it."""
 
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -152,6 +153,15 @@ def hold_next(run: Collected, name: str) -> psutil.Process:
     worker = psutil.Process(pid)
     worker.suspend()
     wait_until(lambda: worker.status() == psutil.STATUS_STOPPED, "its stop")
+    return worker
+
+
+def give_up_unheard(run: Collected, name: str, channel: str) -> psutil.Process:
+    """Stop a worker, and give up a channel there, which it does not hear until it goes on."""
+    worker = psutil.Process(run.wait_state(name)["pid"])
+    worker.suspend()
+    soon = time.time_ns() + 300_000_000
+    assert run.refuse("unsubscribe", connection=name, channels=[channel], deadline=soon).code == "timeout"
     return worker
 
 

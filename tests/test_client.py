@@ -659,16 +659,10 @@ REPAIR: dict[str, Any] = {"type": "repair", "gap": 1, "repaired": 0, "missing": 
         ({}, [{"seq": 1, **REPAIR}, {"seq": 2}], [1, "anew", 2]),
     ],
     ids=[
-        "no gap",
-        "gap",
-        "no data before",
-        "dropped as well",
-        "gap after a drop",
-        "joined gap",
-        "joined data",
+        "no gap", "gap", "no data before", "dropped as well", "gap after a drop", "joined gap", "joined data",
         "a repair",
     ],
-)
+)  # fmt: skip
 def test_data_of_a_new_epoch_without_a_gap_are_a_loss_once(
     publisher: Any, before: dict[str, Any], after: list[dict[str, Any]], expected: list[int | str]
 ) -> None:

@@ -19,7 +19,7 @@ import zmq
 from collector.messages import ControlError, decode_reply, encode
 from collector.supervisor.commands import explain_forbidden, is_sendable
 from collector.supervisor.control import MAX_PENDING
-from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
+from tests.collected import MANY, PATIENT, QUICK, Collected, collected, give_up_unheard, held_at_start
 from tests.support import wait_until
 
 SLOW = {**QUICK, "url": "practice?faults=slow:public/get_currencies=3", "channels": []}
@@ -156,11 +156,8 @@ def test_a_channel_is_free_only_once_the_worker_that_had_it_knows() -> None:
     """Else two workers would feed one topic."""
     channel = "quote.BTC-PERPETUAL"
     with collected({"a": QUICK, "b": QUICK | {"channels": []}}, first=PATIENT) as run:
-        worker = psutil.Process(run.wait_state("a")["pid"])
         run.wait_state("b")
-        worker.suspend()
-        soon = time.time_ns() + 300_000_000
-        assert run.refuse("unsubscribe", connection="a", channels=[channel], deadline=soon).code == "timeout"
+        worker = give_up_unheard(run, "a", channel)
         (told,) = run.ask("subscribe", connection="b", channels=[channel])["channels"].values()
         assert "of a feeds the same topics" in told["message"]
         soon = time.time_ns() + 300_000_000
@@ -177,11 +174,8 @@ def test_to_give_up_what_another_connection_has_makes_it_not_free() -> None:
     """Where the worker that is to give it up, and never had it, does not hear that yet."""
     channel = "quote.BTC-PERPETUAL"
     with collected({"b": QUICK, "a": QUICK | {"channels": []}}, first=PATIENT) as run:
-        worker = psutil.Process(run.wait_state("a")["pid"])
         run.wait_state("b")
-        worker.suspend()
-        soon = time.time_ns() + 300_000_000
-        assert run.refuse("unsubscribe", connection="a", channels=[channel], deadline=soon).code == "timeout"
+        give_up_unheard(run, "a", channel)
         (told,) = run.ask("subscribe", connection="a", channels=[channel])["channels"].values()
         assert "of b feeds the same topics" in told["message"]
         assert run.ask("connect", connection=QUICK | {"name": "c", "channels": []})["state"] == "live"
@@ -202,11 +196,9 @@ def test_a_channel_that_overlaps_one_which_is_being_left_may_follow_it_on_the_sa
     """The worker is told both in order."""
     narrow, wide = "trades.BTC-PERPETUAL.100ms", "trades.future.BTC.100ms"
     with collected({"a": QUICK | {"channels": [narrow]}}, first=PATIENT) as run:
-        worker = psutil.Process(run.wait_state("a")["pid"])
-        worker.suspend()
+        worker = give_up_unheard(run, "a", narrow)
         soon = time.time_ns() + 300_000_000
-        assert run.refuse("unsubscribe", connection="a", channels=[narrow], deadline=soon).code == "timeout"
-        assert run.refuse("subscribe", connection="a", channels=[wide], deadline=soon + 300_000_000).code == "timeout"
+        assert run.refuse("subscribe", connection="a", channels=[wide], deadline=soon).code == "timeout"
         # Others are held to it meanwhile, and only to what they want themselves.
         b = QUICK | {"name": "b", "channels": [narrow]}
         assert f"would feed the same topics as {wide} of connection a" in run.refuse("connect", connection=b).message

@@ -21,7 +21,7 @@ from collector.config import Config, load_config
 from collector.planning.catalogue import Catalogue
 from collector.supervisor.follower import CHECK, MARKS, MAX_ROWS, find_next_check
 from collector.supervisor.supervisor import Supervisor
-from tests.collected import MANY, PATIENT, QUICK, Collected, collected, held_at_start
+from tests.collected import MANY, PATIENT, QUICK, Collected, collected, give_up_unheard, held_at_start
 from tests.pipeline import Subscriber, exchange, find_port, short_directory, subscribed, write_config
 from tests.support import PATIENCE, collector, wait_until
 
@@ -428,11 +428,7 @@ def test_what_was_left_to_another_connection_is_taken_up_when_that_gives_it_up(h
             if how == "close":
                 run.ask("close", connection="b")
             elif how == "unsubscribe unheard":
-                worker = psutil.Process(run.get_state("b")["pid"])
-                worker.suspend()
-                soon = time.time_ns() + 300_000_000
-                assert run.refuse("unsubscribe", connection="b", channels=[left], deadline=soon).code == "timeout"
-                worker.resume()
+                give_up_unheard(run, "b", left).resume()
             else:
                 run.ask("unsubscribe", connection="b", channels=[left])
             wait_until(lambda: left in run.get_state("a")["channels"]["confirmed"], f"{left} on a")

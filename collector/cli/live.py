@@ -86,7 +86,6 @@ class Board:
         self.notes = notes
         self.rows: dict[Topic, Row] = {}
         self.connections: dict[str, Message] = {}
-        self._states: dict[Topic, str] = {}
         self._statuses: dict[str, Message] = {}  # the newest of each connection, by its name
         self._reasons: dict[str, str] = {}  # why it is not live
         self.endpoints: dict[str, str] = {}
@@ -112,7 +111,6 @@ class Board:
             self.note_event(item)
         if item.topic.type == "status":
             if item.type == "status":
-                self._states[item.topic] = item["state"]
                 self._note_status(item)
             return
         if item.topic not in self.rows:
@@ -126,7 +124,9 @@ class Board:
     def note_event(self, message: Message) -> None:
         """Remember a gap, a repair or a change of state; a status that says nothing new is left out."""
         topic = message.topic
-        known = self.rows[topic].state if topic in self.rows else self._states.get(topic, "")
+        known = self.rows[topic].state if topic in self.rows else ""
+        if topic.type == "status" and message.instrument in self._statuses:
+            known = self._statuses[message.instrument]["state"]
         if message.type == "status" and message["state"] in (known, known or "live"):
             return
         style = "red" if message.type == "gap" else STYLES.get(message.get("state", ""), "")

@@ -91,7 +91,7 @@ class Keeper:
         self._limit = self._due = 0.0
         self._heard_at = 0.0
         self._live_since: float | None = None
-        self._overdue = ""  # what it owed us when it was killed for that, or why it was not started
+        self._cause = ""  # of its end, where more is known than its exit code
 
     # what is known of it
 
@@ -180,14 +180,14 @@ class Keeper:
         self.epoch = self.begin_epoch()
         self._live_since = None
         self._heard_at = 0.0
-        self._overdue = ""
+        self._cause = ""
         try:
             self._child = await self._start()
         except (OSError, EOFError) as error:
             level = logging.INFO if self.is_stopping else logging.ERROR
             reason = f"cannot be started: {error or type(error).__name__}"
             log.log(level, "%s: %s", self.name, reason)
-            self._overdue = self._overdue or reason
+            self._cause = self._cause or reason
             return self._end_life(NOT_STARTED)
         if self._child is None:
             return self._end_life(Exit.STOPPED)
@@ -245,8 +245,8 @@ class Keeper:
 
     def _note_death(self, code: int, outcome: str) -> None:
         """Say in its place what a process that was struck down could not say itself: its next life forgets it."""
-        if self._overdue or code < 0 or code == UNKNOWN_EXIT:
-            cause = self._overdue or f"{'was ' if code < 0 else ''}{describe_exit(code)}"
+        if self._cause or code < 0 or code == UNKNOWN_EXIT:
+            cause = self._cause or f"{'was ' if code < 0 else ''}{describe_exit(code)}"
             self.report["last_error"] = {"message": f"the worker process {cause}; {outcome}"}
 
     def stop(self, grace: float = STOP_GRACE) -> None:
@@ -277,16 +277,16 @@ class Keeper:
             self._child.resume()
         if now < self._due:
             return
-        self._overdue = f"{_OVERDUE[self.machine.state]} in {self._limit:g} s: killed"
-        log.error("%s: pid %s %s", self.name, self.pid, self._overdue)
+        self._cause = f"{_OVERDUE[self.machine.state]} in {self._limit:g} s: killed"
+        log.error("%s: pid %s %s", self.name, self.pid, self._cause)
         self._child.kill()
         self._allow(self._limit)
 
     def _end_spawn(self) -> None:
         if kill_forkserver():
-            self._overdue = f"was not started in {self._limit:g} s"
+            self._cause = f"was not started in {self._limit:g} s"
             level = logging.INFO if self.is_stopping else logging.ERROR  # it may just not be loaded yet
-            log.log(level, "%s: %s: the forkserver does not answer, and is killed", self.name, self._overdue)
+            log.log(level, "%s: %s: the forkserver does not answer, and is killed", self.name, self._cause)
 
     def _allow(self, seconds: float) -> None:
         """Give it so many seconds from now for what it owes us next; else `watch` kills it."""
