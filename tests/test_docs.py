@@ -277,13 +277,18 @@ def test_state_map_is_as_told(demo: tuple[str, dict[str, Any]]) -> None:
     assert set(told) == set(demo[1]["futures"])
 
 
+BOOK = "deribit.book.BTC-PERPETUAL."
+
+
 def record(control: str, path: Path) -> int:
-    """Keep some messages of a book, as the documents do it; return a time amid them."""
-    command = collector("tail", "--control", control, "--count", "30", "deribit.book.BTC-PERPETUAL.")
+    """Keep some messages as the documents do it; return a time amid those of the book."""
+    shown = re.search(r"^collector tail --for 1h (.*) > messages\.jsonl", TEXTS["docs/subscribing.md"], re.MULTILINE)
+    assert shown is not None
+    command = collector("tail", "--control", control, "--count", "300", *shown[1].split())
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True, timeout=60)
     path.write_text(done.stdout)
-    time: int = json.loads(done.stdout.splitlines()[20])["receive_ts"]
-    return time
+    times: list[int] = [row["receive_ts"] for row in map(json.loads, done.stdout.splitlines()) if BOOK in row["topic"]]
+    return times[-2]
 
 
 @pytest.mark.parametrize("code", [*find_code("python"), *find_examples(Subscriber, OrderBook)])
@@ -303,6 +308,27 @@ def test_python_examples_run(code: str, demo: tuple[str, dict[str, Any]], tmp_pa
             assert program.wait_exit() == 0, program.text()
         assert program.out[:1] not in ([], ["None"]), program.text()
         assert "Traceback" not in program.text(), program.text()
+
+
+def test_check_of_a_kept_file_sees_what_is_not_in_it(demo: tuple[str, dict[str, Any]], tmp_path: Path) -> None:
+    file = tmp_path / "messages.jsonl"
+    record(demo[0], file)
+    (code,) = (shown.values[0] for shown in find_code("python") if "Verifier" in shown.values[0])
+
+    def check() -> list[str]:
+        command = [sys.executable, "-c", code]
+        return subprocess.run(
+            command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(REPOSITORY)}, capture_output=True, text=True,
+            check=True, timeout=30,
+        ).stdout.splitlines()  # fmt: skip
+
+    assert check() == ["300 messages, 0 findings"]
+    lines = file.read_text().splitlines(keepends=True)
+    dropped = [number for number, line in enumerate(lines) if BOOK in line][-2]
+    file.write_text("".join(lines[:dropped] + lines[dropped + 1 :]))
+    findings = check()
+    assert findings[0].startswith(f"BROKEN sequence {BOOK}100ms message "), findings
+    assert findings[-1] == "299 messages, 1 findings"
 
 
 def run_until_end(arguments: tuple[str, ...], **variables: str) -> int:
