@@ -28,7 +28,7 @@ from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.holes import Hole
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import PAUSES, Ask, Healed, Page, heal_feed
-from workers.deribit.publishing.ledger import FIRST, LAST_ID, LAST_TS, OUT, Ledger
+from workers.deribit.publishing.ledger import BEGUN, FIRST, KNOWN, LAST_ID, LAST_TS, OUT, Ledger
 from workers.deribit.publishing.payloads import Book, Gap, Repair, Trade
 from workers.deribit.publishing.streams import Published, Topics
 
@@ -588,14 +588,32 @@ def test_a_later_life_goes_on_with_the_latest_doubt_and_not_with_one_that_is_ove
     last.ledger.close()
 
 
-def test_a_later_life_goes_on_with_the_first_doubt_of_several(life: Life, tmp_path: Path) -> None:
-    """The exchange counted anew in the first loss; what came before the second one is of the new count already."""
-    for number, at in ((104, 5000), (105, 6000)):
+@pytest.mark.parametrize("loss", [0, 1, 2, 3])
+def test_a_later_life_goes_on_with_each_doubt_of_several(life: Life, tmp_path: Path, loss: int) -> None:
+    """The exchange counted anew in one of the losses, from the last number before it on; what came after that is of the
+    new count.
+    """
+    came = [(104, 5000), (105, 6000), (106, 7000), (107, 8000)]
+    for number, at in came:
         life.feed.lose("disconnect", 8)
         assert life.take((number, at)) == [("disconnect",), number]
     later = Life(tmp_path, is_first=False)
-    assert later.fetch((103, 4000), (104, 5000), (105, 6000)) == [("restart",), -103, -104, -105]
+    began = 103 + loss
+    said = later.fetch((began, 4500 + 1000 * loss), *came[loss:])
+    assert said == [("restart",), *range(-began, -108, -1)]
     later.ledger.close()
+
+
+def test_of_more_doubts_than_there_is_room_for_a_later_life_has_the_oldest(life: Life) -> None:
+    for number in range(104, 109):
+        life.feed.lose("disconnect", 8)
+        assert life.take((number, 1000 * number)) == [("disconnect",), number]
+    words = [life.ledger.cells[life.tape.stream.slot + cell] for cell in (*KNOWN, BEGUN)]
+    assert words[::2] == [103, 104, 105, 106, 0]
+    assert [hole.known[1] for hole in life.tape.holes[:4]] == words[1::2]
+    life.tape.end_healing(life.tape.holes[1:], 7)
+    life.tape.note_doubt()
+    assert [life.ledger.cells[life.tape.stream.slot + cell] for cell in KNOWN] == [*words[:2], 0, 0, 0, 0, 0, 0]
 
 
 def test_a_later_life_goes_on_with_a_doubt_also_where_an_earlier_one_is_over(life: Life, tmp_path: Path) -> None:

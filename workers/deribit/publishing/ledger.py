@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 RECORD = 512
 WORDS = RECORD // 8
-NAME_AT = 88
+NAME_AT = 136
 """Where a record's name begins, in bytes."""
 
 MAX_NAMES = 131_071
@@ -39,18 +39,18 @@ UNHEALED = 3  # topic: first trade_seq that is being healed; channel: since when
 FIRST = 4  # topic: first trade_seq that ever came or was said to be missing; channel: since when (ns) it came
 NEWEST = 5  # topic: the exchange's time (ms) of the newest trade
 AWAY = 5  # channel: when (ns) the connection stood last before it lost what the channel may lack
-KNOWN_ID, KNOWN_TIME = 6, 7  # LAST_ID and NEWEST before a loss, while the exchange may have begun to count anew in it
-BEGUN, BEFORE = 8, 9  # the trade_seq at which a gap told that it had, and NEWEST before that
-EPOCH = 10  # the topic's
+KNOWN = range(6, 14)  # pairs: LAST_ID and NEWEST before losses in which the exchange may have begun to count anew
+BEGUN, BEFORE = 14, 15  # the trade_seq at which a gap told that it had, and NEWEST before that
+EPOCH = 16  # the topic's
 
 # Further words of the header.
-SUBSCRIPTIONS = 11  # of the latest life
-ROOM = 12  # records for which there is room
-HEARD = 13  # when (ns) the latest life's connection stood last
-LAYOUT = 14  # THIS_LAYOUT
-OUT = 15  # when (ns) all that the latest life had said was last seen to have left it
+SUBSCRIPTIONS = 17  # of the latest life
+ROOM = 18  # records for which there is room
+HEARD = 19  # when (ns) the latest life's connection stood last
+LAYOUT = 20  # THIS_LAYOUT
+OUT = 21  # when (ns) all that the latest life had said was last seen to have left it
 
-THIS_LAYOUT = int.from_bytes(b"ledger 1", sys.byteorder)
+THIS_LAYOUT = int.from_bytes(b"ledger 2", sys.byteorder)
 """What says that a file is a ledger of the layout above: another layout bears another number."""
 
 HAS_ENDED = -1
@@ -188,7 +188,7 @@ class Ledger:
 
     def clear(self, slot: int) -> None:
         """Forget what was said on a topic; its place stays its own."""
-        for cell in (*_WORDS, NEWEST, KNOWN_ID, KNOWN_TIME):
+        for cell in (*_WORDS, NEWEST, *KNOWN):
             self.cells[slot + cell] = 0
 
     def free_slot(self, name: str) -> None:

@@ -10,7 +10,7 @@ from msgspec import UNSET
 from workers.deribit.feeds.frames import MS, TradeData
 from workers.deribit.feeds.trades.holes import Hole, Known, contradicts
 from workers.deribit.feeds.trades.tape import Tape
-from workers.deribit.publishing.ledger import BEFORE, BEGUN, FIRST, KNOWN_ID, KNOWN_TIME
+from workers.deribit.publishing.ledger import BEFORE, BEGUN, FIRST, KNOWN
 from workers.deribit.publishing.streams import ANY_ID, Published
 
 
@@ -65,9 +65,9 @@ def take_doubt_over(tape: Tape) -> None:
     trade that it saw.
     """
     cells, slot, last = tape.topics.ledger.cells, tape.stream.slot, tape.stream.last_id
-    known = cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME]
-    if slot and known[0]:
-        number = last if known[0] == ANY_ID else known[0]  # no trade bears that one, so none is asked for
-        tape.holes = [Hole(None, number + 1, number, known)]
+    for cell in KNOWN[::2] if slot else ():
+        if (known := (cells[slot + cell], cells[slot + cell + 1]))[0]:
+            number = last if known[0] == ANY_ID else known[0]  # no trade bears that one, so none is asked for
+            tape.holes.append(Hole(None, number + 1, number, known))
     if slot and last and not cells[slot + FIRST]:
         tape.holes.append(Hole(None, 1, last, (0, 0)))

@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.trades.holes import Hole, Known
 from workers.deribit.feeds.trades.losses import Losses
-from workers.deribit.publishing.ledger import FIRST, KNOWN_ID, KNOWN_TIME, NEWEST, UNHEALED
+from workers.deribit.publishing.ledger import FIRST, KNOWN, NEWEST, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair
 from workers.deribit.publishing.streams import Published, Stream, Topics
 
@@ -161,10 +161,11 @@ class Tape:
         return hole
 
     def note_doubt(self) -> None:
-        """A later life goes on with the oldest doubt whether the exchange counts anew."""
-        doubts = [hole.known for hole in self.holes if hole.known[0]]
-        cells, slot = self.topics.ledger.cells, self.stream.slot
-        cells[slot + KNOWN_ID], cells[slot + KNOWN_TIME] = min(doubts, default=(0, 0))
+        """A later life goes on with the doubts whether the exchange counts anew: the oldest, where there are many."""
+        doubts = sorted({hole.known for hole in self.holes if hole.known[0]})
+        words = [word for known in doubts for word in known] + [0] * len(KNOWN)
+        for cell, word in zip(KNOWN, words, strict=False):
+            self.topics.ledger.cells[self.stream.slot + cell] = word
 
     def await_tail(self) -> None:
         """A gap that is due comes to be published before an older trade: what it lacks has no end yet."""
