@@ -30,6 +30,11 @@ def test_a_hole_that_late_trades_filled_is_not_closed_before_it_is_seen_whether_
     assert not run_case(77923)
 
 
+def test_a_new_count_that_is_told_twice_has_trades_that_the_reader_knows_by_their_ids() -> None:
+    """They came fetched before the worker was killed, and by themselves after that."""
+    assert not run_case(6130314)
+
+
 NO_OPENSSL = pytest.mark.skipif(not HAS_OPENSSL, reason="no openssl here to make a certificate with")
 
 

@@ -121,6 +121,7 @@ class Account:
         self.truth = truth
         self.epoch = 0
         self.reborn = False
+        self.retold = False
         self.count = 0
         self.came: dict[int, int] = {}
         self.named: set[int] = set()
@@ -131,7 +132,7 @@ class Account:
     def take(self, message: Message) -> Iterator[str]:
         """Take the next message; say what is wrong with it."""
         if message.epoch != self.epoch:
-            self.epoch, self.reborn = message.epoch, False
+            self.epoch, self.reborn, self.retold = message.epoch, False, False
         if message.type == "gap" and not message.is_join:
             self._take_gap(message)
         elif message.type == "repair":
@@ -144,6 +145,7 @@ class Account:
         self.reborn = self.reborn or message["reason"] == "restart"
         if "missing_from" not in message:
             self.under.clear()  # the exchange may count anew from here
+            self.retold = self.retold or message["reason"] == "restart"
         elif not message["healing"]:
             start, first = self.count * COUNT, message["missing_from"]
             if (last := message.get("missing_to")) is not None:
@@ -173,7 +175,8 @@ class Account:
         if self.under.setdefault(seq, number) != number:
             yield f"trade: {self.topic}: {seq} is said of another trade than before, and no gap tells of a new count"
         backfilled = message.get("backfilled")
-        if number in self.came and not (backfilled and self.reborn and self.came[number] < message.epoch):
+        may_repeat = backfilled or (self.retold and number >= COUNT)  # of a new count that is told twice: wire.md
+        if number in self.came and not (may_repeat and self.reborn and self.came[number] < message.epoch):
             yield f"trade: {self.topic}: {show_runs([number])} comes twice"
         if number in self.named and not backfilled:
             yield f"trade: {self.topic}: {show_runs([number])} comes after a repair named it as missing"
