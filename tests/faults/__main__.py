@@ -16,7 +16,9 @@ def main() -> int:
     """Run what is asked for; 1 if a case failed."""
     options = read_options()
     if options.only is not None:
-        return report(1, {f"--only {options.only}": found} if (found := run_case(options.only, verbose=True)) else {})
+        found = run_case(options.only, verbose=True)
+        print("".join(f"{text}\n" for text in found), end="")
+        return report(1, {f"--only {options.only}": found} if found else {})
     began, done, failed = time.monotonic(), 0, {}
     total = options.cases + options.programs
     for name, complaints in run_all(options.seed, options.cases, options.programs):
@@ -33,7 +35,7 @@ def read_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
     parser.add_argument("--cases", type=int, default=2000, help="seeded cases of frames, connections and lives")
     parser.add_argument("--seed", type=int, default=0, help="the first seed")
-    parser.add_argument("--only", type=int, help="run the case of this seed alone, and print what was received")
+    parser.add_argument("--only", type=int, help="run this case alone; print what was received, and what is wrong")
     parser.add_argument("--programs", type=int, default=48, help="cases with the real programs, a round at a time")
     return parser.parse_args()
 
