@@ -95,6 +95,20 @@ def test_lag_that_lasts_is_logged_and_its_end_too(tmp_path: Path, caplog: pytest
     assert [record.getMessage() for record in caplog.records] == ["lag 6.0 s", "lag is over, 1.0 s"]
 
 
+def test_all_until_now_has_surely_come_only_where_something_comes_and_is_not_late(tmp_path: Path) -> None:
+    moved = []
+    with living(tmp_path, fresh=True) as worker:
+        for frames, lag in ((0, 1), (1, 1), (1, 1), (2, 6), (3, 1)):
+            worker.client.traffic.frames = frames
+            for _ in range(LASTING):
+                worker.patrol.take_lag(lag * SECOND)
+                worker.patrol._judge_lag(SECOND)
+            before = worker.statuses.heard_until
+            worker.patrol._note_heard()
+            moved.append(worker.statuses.heard_until > before)
+    assert moved == [False, True, False, False, True]
+
+
 def test_neither_silence_nor_lag_of_a_connection_is_held_against_the_next(tmp_path: Path) -> None:
     with living(tmp_path, fresh=True) as worker:
         patrol, now = worker.patrol, time.monotonic_ns()

@@ -31,8 +31,10 @@ from tests.exchange_client import exchange, get
 from tests.pipeline import short_directory
 from tests.support import in_loop
 from workers.deribit.connection.subscriptions import EXPIRED
+from workers.deribit.feeds.rhythm import SECOND
 from workers.deribit.intake import FIRST_PART, Intake, cut_burst
 from workers.deribit.rpc.codec import DATA_PREFIX
+from workers.deribit.watching.statuses import LAST_DATA, REPEAT
 from workers.deribit.worker import Worker
 
 CHANNELS = {
@@ -229,6 +231,27 @@ async def test_what_was_said_to_have_ended_says_nothing_of_a_later_loss(practice
         await run.hearer.hear_of("deribit.status.", reason="behind whatever was said before")
         said = [body.get("state", body["type"]) for body in run.hearer.find("deribit.trade.BTC-6NOV20-")]
         assert {*said[1:]} == {"expired"}
+
+
+@in_loop
+async def test_of_many_instruments_none_has_ended_before_all_that_was_sent_until_then_has_come() -> None:
+    """The connection has died in silence; the day of the instrument is given by this test."""
+    channel, topic = "trades.future.BTC.100ms", "deribit.trade.BTC-PERPETUAL."
+    with exchange("--rate", "600") as (url, _):
+        async with collecting(url, "half_open:3,first:1", channel, heartbeat_interval=60.0) as run:
+            await run.hearer.hear_of(topic, type="trade")
+            (feed,), traffic, statuses = run.worker.feeds.values(), run.worker.client.traffic, run.worker.statuses
+            stream = feed.streams["BTC-PERPETUAL"]
+            await wait_for(lambda: time.time_ns() - run.worker.patrol.last_ts > 5 * SECOND, "silence")
+            frames, stream.expiry = traffic.frames, time.time_ns() - LAST_DATA - SECOND
+            for part in range(REPEAT):
+                statuses.repeat([feed], part)
+            assert traffic.frames == frames
+            run.worker.client.cut("the test wants it so")
+            (repair, *_) = await run.hearer.hear_of(topic, type="repair")
+            assert repair["repaired"]
+            said = run.hearer.find(topic, type="status", state="expired")
+            assert all(status["seq"] > repair["seq"] for status in said)
 
 
 @in_loop

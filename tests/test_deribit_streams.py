@@ -56,13 +56,14 @@ START = EXPIRY - 10 * DAY
 
 @contextmanager
 def heard(channel: str) -> Iterator[tuple[Worker, Subscriber]]:
-    """A life of a worker that has one channel, and who hears it."""
+    """A life of a worker that has one channel, and who hears it. All that was sent to it until now has come."""
     with (
         short_directory() as directory,
         living(directory, channel, fresh=True) as worker,
         subscribed(worker.publisher.bind()) as subscriber,
     ):
         wait_until(lambda: worker.publisher.take_subscriptions(), "the subscription")
+        worker.statuses.heard_until = time.time_ns()
         yield worker, subscriber
 
 
@@ -153,6 +154,7 @@ async def test_a_topic_is_not_forgotten_before_what_was_lost_of_it_is_fetched_an
         assert list(feed.streams) == [name]
         feed.losses.begin_healing(time.time_ns())
         feed.losses.end()
+        worker.statuses.heard_until = time.time_ns()
         worker.statuses.tell_first(feed)
         await wait_for(lambda: not feed.streams, "this one, too")
         patrol.cancel()

@@ -68,6 +68,7 @@ class Patrol:
         self._take_up = take_up
         self._heartbeat = topics.find("heartbeat", name, "1s")
         self._counted = 0
+        self._frames = 0
         self._whole = Rhythm()
         self._late = LagWatch()
         self._broken: dict[Feed, None] = {}
@@ -102,6 +103,7 @@ class Patrol:
             if self._client.is_live:
                 self._topics.ledger.cells[HEARD] = time.time_ns()
                 self._judge_lag(time.monotonic_ns())
+                self._note_heard()
                 self._judge_whole(time.monotonic_ns())
             self._statuses.repeat_others(second % REPEAT)
             await self._look_at_all(second % REPEAT)
@@ -186,6 +188,13 @@ class Patrol:
         if now - self._reconnected > RECONNECT_ONCE_IN:
             self._reconnected = now
             self._client.cut(reason)
+
+    def _note_heard(self) -> None:
+        """Whatever comes, be it a heartbeat, comes after all that was sent before it; unless data are late."""
+        frames, before = self._client.traffic.frames, self._frames
+        self._frames = frames
+        if frames != before and not self._late.is_lagging:
+            self._statuses.heard_until = self._client.session.read_exchange_clock()
 
     # -- silence ------------------------------------------------------------------------------------------------------
 

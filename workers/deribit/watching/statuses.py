@@ -29,7 +29,12 @@ OVER = ("expired", EXPIRED)
 
 
 class Statuses:
-    """Says each change of state once, and all of them again from time to time."""
+    """Says each change of state once, and all of them again from time to time.
+
+    `heard_until` is the exchange's time (ns) up to which all that it has sent has come, as far as is known.
+    """
+
+    heard_until = 0
 
     def __init__(
         self, publisher: Publisher, topics: Topics, name: str,
@@ -115,11 +120,11 @@ class Statuses:
         self._say(stream, *condition)
 
     def _is_over(self, feed: TradeFeed, stream: Stream) -> bool:
-        """Whether nothing comes any more of an instrument: it has ended, and what was lost of it is fetched no more.
+        """Whether nothing comes any more of an instrument: it has ended, nothing is on its way, nothing to be fetched.
 
         It stays so whatever the channel loses later.
         """
-        if not stream.has_expired(self._read_exchange_clock() - LAST_DATA):
+        if not stream.has_expired(self.heard_until - LAST_DATA):
             return False
         return stream.is_over or not feed.awaits_healing(stream)
 
