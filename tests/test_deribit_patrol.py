@@ -215,7 +215,6 @@ def test_a_clock_that_is_set_neither_makes_silence_nor_hides_it(tmp_path: Path, 
         seen += [look(comes=second > 0) for second in range(5)]
         assert {*seen, *(look(comes=False) for _ in range(20))} == {(False, False)}
         assert look(comes=False) == (True, True)
-        feed.mute_since = feed.last_ts
         worker.statuses.tell(feed, "stale", "mute")
         by_ours -= step * SECOND
         look(comes=True)

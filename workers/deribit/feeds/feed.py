@@ -15,7 +15,7 @@ class Feed(ABC):
     - `is_complete` is false while the channel waits for its first full state; `changed` is set when that changes.
     - `is_ended` is set when nobody asks for the channel any more.
     - `condition` is the (state, reason) last said on its topics.
-    - `last_ts` is when data came last (ns), `mute_since` what that was when its silence was last told.
+    - `last_ts` is when data came last (ns).
     - `waiting_since` is when a wait for its snapshot began last (s, monotonic): the exchange gave the channel, or was
       asked for it anew; `allowance` is how often it still may be (None: it never was), `is_rationed` is set once that
       has been used up.
@@ -37,7 +37,6 @@ class Feed(ABC):
         self.last_ts = 0
         self.waiting_since = 0.0
         self.allowance: Credits | None = None
-        self.mute_since = 0
         self.streams: dict[str, Stream] = {}
         if channel.instrument:
             self.stream = self.find_stream(channel.instrument)

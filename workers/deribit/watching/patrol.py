@@ -22,7 +22,7 @@ from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 from workers.deribit.watching.samples import Samples
-from workers.deribit.watching.statuses import LAST_DATA, REPEAT, Statuses
+from workers.deribit.watching.statuses import LAST_DATA, MUTE, REPEAT, Statuses
 from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
 
 log = logging.getLogger("deribit")
@@ -226,7 +226,7 @@ class Patrol:
             feed.rhythm.look(feed.last_ts, now)
             if not feed.is_complete:
                 self._judge_waiting(feed)
-            elif feed.condition == ("stale", "mute") and feed.last_ts != feed.mute_since:
+            elif feed.condition == MUTE and not feed.rhythm.is_broken(now):
                 self._statuses.tell(feed, "live", "")
             elif feed.condition[0] == "live" and feed.channel.type in RHYTHMIC and feed.rhythm.is_broken(now):
                 mute.append(feed)
@@ -269,9 +269,8 @@ class Patrol:
             if self._is_over(feed, now) or (is_mute and feed.channel.instrument and feed.stream.has_expired(clock)):
                 self._client.reconciler.expire([feed.channel.name], by_clock=True)
             elif is_mute:
-                feed.mute_since = feed.last_ts
                 log.warning("%s is silent for %.0f s", feed.channel.name, feed.rhythm.measure_silence(now))
-                self._statuses.tell(feed, "stale", "mute")
+                self._statuses.tell(feed, *MUTE)
 
     def _may_ask_for_life(self) -> bool:
         return time.monotonic() >= self._ask_at

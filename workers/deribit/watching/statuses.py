@@ -24,6 +24,9 @@ UNSUBSCRIBED, STOPPED, FAILED = ("closed", "unsubscribed"), ("closed", "stopped"
 """State and reason of a channel that was given up, of all when the worker is asked to stop, and of all when the
 exchange has refused the connection for good."""
 
+MUTE = ("stale", "mute")
+"""State and reason of one that is silent against its own rhythm."""
+
 OVER = ("expired", EXPIRED)
 """Those of one whose instrument has ended."""
 
@@ -56,8 +59,7 @@ class Statuses:
         """A channel is in this state now; said if it is a change."""
         if (state, reason) != feed.condition:
             feed.condition = (state, reason)
-            for stream in feed.streams.values():
-                self._tell_topic(feed, stream)
+            self.tell_first(feed)
 
     def tell_first(self, feed: Feed) -> None:
         """A channel is asked for now: its state is said on each of its topics that may have been said to be closed."""
