@@ -84,7 +84,8 @@ def test_state_is_a_table_for_people_and_a_map_for_programs(control: str) -> Non
     assert facts.startswith("name ")
     assert "    book.BTC-PERPETUAL.100ms\n" in facts
     below = facts.partition("\nchannels\n")[2].splitlines()
-    assert [line for line in below if not line.startswith("    ")] == ["  refused  -", "  asked (4)", "  confirmed (4)"]
+    short = ["  refused  -", "  mute     -", "  asked (4)", "  confirmed (4)"]
+    assert [line for line in below if not line.startswith("    ")] == short
 
 
 def test_last_error_stands_near_the_top_of_a_state(capsys: pytest.CaptureFixture[str]) -> None:
@@ -99,7 +100,7 @@ def test_a_table_of_connections_tells_what_is_wrong_with_each_and_that_there_are
 ) -> None:
     print_table({})
     assert capsys.readouterr().out == "no connections (`collector connect` adds one)\n"
-    channels = {"asked": ["x", "y"], "confirmed": ["x"], "refused": {"y": "no such", "z": "nor such"}}
+    channels = {"asked": ["x", "y"], "confirmed": ["x"], "refused": {"y": "no such", "z": "nor such"}, "mute": ["x"]}
     away = {
         "name": "a",
         "state": "backoff",
@@ -112,7 +113,7 @@ def test_a_table_of_connections_tells_what_is_wrong_with_each_and_that_there_are
     assert re.split("  +", head)[:7] == ["NAME", "STATE", "SINCE", "CHANNELS", "MSG/S", "LAG P50 / P99", "GAPS"]
     assert re.split("  +", rows[0])[:7] == ["a", "backoff", "-", "1/2", "1,234", "-", "-"]
     assert re.split("  +", rows[1])[:7] == ["b", "live", "-", "0/0", "0", "12.3 ms / 12.0 s", "2"]
-    assert rows[2:] == ["a: last error: no route", "a: 2 channels refused: y: no such"]
+    assert rows[2:] == ["a: last error: no route", "a: 2 channels refused: y: no such", "a: 1 channel mute: x"]
 
 
 @pytest.mark.parametrize(

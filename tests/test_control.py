@@ -401,7 +401,7 @@ def test_a_wish_while_there_is_no_worker_is_kept() -> None:
         answer = run.ask("subscribe", connection="a", channels=["quote.ETH-PERPETUAL"])
         assert answer["channels"]["quote.ETH-PERPETUAL"]["code"] == "not_connected"
         wanted = ["quote.BTC-PERPETUAL", "quote.ETH-PERPETUAL"]
-        assert run.get_state("a")["channels"] == {"asked": wanted, "confirmed": [], "refused": {}}
+        assert run.get_state("a")["channels"] == {"asked": wanted, "confirmed": [], "refused": {}, "mute": []}
         run.wait_state("a", restarts=1)
         wait_until(lambda: run.get_state("a")["channels"]["confirmed"] == wanted, "both channels")
 

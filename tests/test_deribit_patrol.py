@@ -160,7 +160,7 @@ async def test_an_exchange_that_proves_no_life_is_asked_once_in_a_while_and_nobo
             assert (len(asked), feed.condition) == (number, ("live", ""))
             run.worker.patrol._ask_at = 0.0  # a while has passed
         await hearer.hear_of("deribit.quote.", type="status", state="stale", reason="mute")
-        assert asked == [1, 2, 3]
+        assert (asked, (await run.get_state())["channels"]["mute"]) == ([1, 2, 3], [QUOTE])
 
 
 def has_lost(run: Collecting, losses: int) -> bool:

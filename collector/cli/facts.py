@@ -24,9 +24,12 @@ def print_table(states: dict[str, Any]) -> None:
     for name, found in sorted(states.items()):
         if found.get("last_error"):
             click.echo(printable(f"{name}: last error: {show_error(found['last_error'])}"))
-        if refused := (found.get("channels") or {}).get("refused"):
+        channels = found.get("channels") or {}
+        if refused := channels.get("refused"):
             channel, reason = next(iter(refused.items()))
             click.echo(printable(f"{name}: {say_count(len(refused), 'channel')} refused: {channel}: {reason}"))
+        if mute := channels.get("mute"):
+            click.echo(printable(f"{name}: {say_count(len(mute), 'channel')} mute: {mute[0]}"))
 
 
 def print_facts(facts: Mapping[str, Any], indent: str = "") -> None:

@@ -160,7 +160,7 @@ class Commands:
             "publish": entry.bound,
         }
         if keeper.machine.state != "running":
-            channels = {"asked": list(entry.channels), "confirmed": [], "refused": {}}
+            channels = {"asked": list(entry.channels), "confirmed": [], "refused": {}, "mute": []}
             now = {"authenticated": False, "channels": channels, "rate": 0.0, "cpu": 0.0, "memory": 0}
         else:
             now = {key: theirs[key] for key in ("state", "since") if key in theirs}

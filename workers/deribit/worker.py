@@ -30,7 +30,7 @@ from workers.deribit.publishing.ledger import Ledger
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.watching.patrol import Patrol
-from workers.deribit.watching.statuses import FAILED, OVER, STOPPED, Statuses
+from workers.deribit.watching.statuses import FAILED, MUTE, OVER, STOPPED, Statuses
 
 log = logging.getLogger("deribit")
 
@@ -154,9 +154,10 @@ class Worker(Listener):
 
     def get_state(self) -> dict[str, Any]:
         """All there is to know of this connection."""
-        feeds = self.feeds.values()
+        feeds, state = self.feeds.values(), self.client.get_state()
+        state["channels"]["mute"] = [feed.channel.name for feed in feeds if feed.condition == MUTE]
         return (
-            self.client.get_state()
+            state
             | self.report()
             | {
                 "epoch": self.epoch,
