@@ -363,6 +363,14 @@ def test_what_waits_is_never_moved_as_a_whole() -> None:
         assert not peer.blocks
 
 
+def test_one_that_says_nothing_after_all_is_not_gone() -> None:
+    with one_peer(queue=0) as (peer, theirs):
+        assert peer.hear(1) == []
+        theirs.close()
+        with pytest.raises(ConnectionResetError):
+            peer.hear(1)
+
+
 def test_each_time_that_a_subscriber_is_too_slow_is_told_by_itself(caplog: pytest.LogCaptureFixture) -> None:
     with one_peer(queue=1) as (peer, theirs), caplog.at_level(logging.WARNING):
         for missed in (2, 3):

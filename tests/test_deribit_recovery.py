@@ -16,6 +16,7 @@ from msgspec.structs import replace
 
 from collector.channels import parse_channel
 from collector.lifecycle import Exit
+from collector.limits import Credits
 from tests.collected import collected
 from tests.deribit_support import (
     BOOK,
@@ -48,7 +49,7 @@ from workers.deribit.healing.heal import PATIENCE, read_page
 from workers.deribit.publishing.ledger import HEARD, LAST_TS, OUT, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair, Trade
 from workers.deribit.publishing.streams import SURE, Topics
-from workers.deribit.watching.patrol import RESYNCS
+from workers.deribit.watching.patrol import REFILL, RESYNCS
 from workers.deribit.watching.statuses import UNSUBSCRIBED
 
 TOPICS = {
@@ -220,9 +221,7 @@ async def test_deltas_that_wait_for_a_snapshot_are_dropped_and_counted(practice:
 async def test_a_book_that_breaks_again_and_again_does_not_cost_the_others_their_connection(practice: str) -> None:
     async with collecting(practice, "gap:2", BOOK, QUOTE) as run:
         feed = run.worker.feeds[BOOK.encode()]
-        await wait_for(
-            lambda: feed.allowance and feed.allowance.level < 1 and feed.waiting_since, "a book that waits", 60
-        )
+        await wait_for(lambda: feed.is_rationed, "a book that has to wait")
         await hear_more(run, ["deribit.quote.BTC-PERPETUAL.raw"], 30)
         state = await run.get_state()
         assert state["reconnects"] == 0
@@ -251,6 +250,28 @@ async def test_two_books_that_break_again_and_again_do_not_cost_the_third_its_co
         await hear_more(run, ["deribit.book.SOL_USDC-PERPETUAL.100ms"], 30)
         assert (run.worker.client.reconnects, patrol.resyncs - resyncs < 3) == (0, True)
         assert run.hearer.find("deribit.book.SOL_USDC-PERPETUAL.100ms", type="gap") == []
+
+
+@in_loop
+async def test_a_new_connection_is_made_for_books_that_are_all_sick_once_one_may_be_asked_for_no_more(
+    practice: str,
+) -> None:
+    async with collecting(practice, "", BOOK, OTHER) as run:
+        feeds = [run.worker.feeds[name.encode()] for name in (BOOK, OTHER)]
+
+        async def break_one(left: float) -> None:
+            await wait_for(lambda: all(feed.is_complete for feed in feeds), "all books")
+            for feed in feeds:
+                feed.allowance = Credits(RESYNCS, REFILL, time.monotonic())
+                feed.allowance.level = left
+            run.worker.take_frames([encode_data(BOOK, BROKEN)], time.time_ns())
+
+        await break_one(RESYNCS / 2 - 1)
+        await run.hearer.hear_of(BOOKS, type="book", reason="resync")
+        assert run.worker.client.reconnects == 0
+        await break_one(0.0)
+        (lost,) = await run.hearer.hear_of("deribit.status.w.connection", state="backoff")
+        assert (lost["reason"], run.worker.patrol.resyncs) == ("all books out of step", 1)
 
 
 @in_loop
@@ -366,6 +387,15 @@ async def test_a_snapshot_that_does_not_come_is_asked_for_again(practice: str) -
 
     unanswered = [f"gap:5@1,{what}" for what in ("no_reply:public/unsubscribe@1", "error:public/unsubscribe=10001@1")]
     await asyncio.gather(*map(recover, ["no_snapshot:1", *unanswered]))
+
+
+@in_loop
+async def test_of_a_book_that_the_exchange_does_not_give_no_snapshot_is_missing(practice: str) -> None:
+    async with collecting(practice, f"drop_subscribe:{BOOK}@9", BOOK) as run:
+        (feed,) = run.worker.feeds.values()
+        await wait_for(lambda: feed.condition[0] == "refused", "the refusal")
+        run.worker.patrol._judge_feeds([feed], time.monotonic_ns())
+        assert (feed.allowance, run.worker.patrol._broken) == (None, {})
 
 
 @in_loop
