@@ -13,7 +13,7 @@ from tests.faults.exchange import Line
 from workers.deribit.feeds.book import BookFeed, WindowFeed
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.listings import ListingFeed
-from workers.deribit.feeds.normalise import MAX_DEPTH, TickerFeed, create_feed
+from workers.deribit.feeds.normalise import MAX_DEPTH, TICKER_KEYS, TickerFeed, create_feed
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.healing.heal import read_page
 from workers.deribit.publishing.payloads import Book
@@ -111,6 +111,19 @@ def test_what_is_passed_on_as_it_is_bears_its_newest_time(topics: Topics, data: 
     ((_, message),) = feed.take(encode_data(feed.channel.name, data), 7)
     assert isinstance(message, dict)
     assert (message["exchange_ts"], message["data"]) == (newest * 1_000_000, data)
+
+
+def test_a_ticker_with_a_member_that_nobody_knows_has_all_that_every_ticker_has_and_nothing_of_ours(
+    topics: Topics,
+) -> None:
+    feed = TickerFeed(parse_channel(f"ticker.{NAME}.100ms"), topics)
+    data = {"state": "open", "mark_price": 1.5, "last_price": None, "min_price": "2", "join": True, "of_tomorrow": "x"}
+    ((_, message),) = feed.take(encode(feed, data), 7)
+    assert isinstance(message, dict)
+    assert not find_faults(message, {**ENVELOPE, **SCHEMA["ticker"]})
+    assert (message["mark_price"], message["min_price"], message["of_tomorrow"]) == (1.5, 2.0, "x")
+    assert {key for key in TICKER_KEYS if message[key] is None} == TICKER_KEYS - {"mark_price"}
+    assert not {"join", "instrument_name"} & message.keys()
 
 
 @pytest.mark.parametrize("channel", [f"ticker.{NAME}.100ms", f"incremental_ticker.{NAME}"])

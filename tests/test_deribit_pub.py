@@ -94,6 +94,12 @@ def test_nobody_subscribes_before_it_has_said_what_it_is() -> None:
     assert Conversation().hear(GREETING + said + SUB_READY + said)[0] == [Wish(b"a", True)]
 
 
+def test_who_can_speak_a_later_zmtp_is_answered_in_ours() -> None:
+    """By the RFC it is the newer one that gives in."""
+    later = GREETING[:10] + b"\x04" + GREETING[11:]
+    assert Conversation().hear(later + SUB_READY) == ([], READY)
+
+
 def test_a_heartbeat_is_answered_with_what_it_brings() -> None:
     conversation = Conversation()
     conversation.hear(GREETING + SUB_READY)
