@@ -414,14 +414,23 @@ async def test_with_login_all_are_given(practice: str) -> None:
 @pytest.mark.parametrize("code", [-32602, -32600, 10001, 11045, 11052])
 @in_loop
 async def test_a_call_that_fails_as_a_whole_is_cut_until_the_bad_channels_are_found(practice: str, code: int) -> None:
-    """The first five calls fail: 8 channels, 4, 2, and each of two; the others are given."""
+    """The first five calls fail: 8 channels, 4, 2, and each of two; the others are given, and with 11052 later all."""
     names = [BOOK, QUOTE, TICKER, TRADES, "quote.ETH-PERPETUAL", "book.ETH-PERPETUAL.agg2", "trades.BTC_USDC.100ms"]
     names.append("deribit_price_index.btc_usd")
     times = 5 if code != 10001 else 1
     async with connected(practice, f"error:public/subscribe={code}@{times}", channels=names) as (client, _):
-        check_equal(client, *(names[:2] if code != 10001 else ()))
+        check_equal(client, *(names[:2] if code not in (10001, 11052) else ()))
         assert all(str(code) in reason for reason in client.get_state()["channels"]["refused"].values())
         assert (client.attempts, client.reconnects) == (1, 0)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@in_loop
+async def test_a_channel_that_failed_without_a_reason_is_asked_for_once_more(practice: str, times: int) -> None:
+    async with connected(practice, f"error:public/subscribe=11052@{times}") as (client, ear):
+        told = await client.subscribe([QUOTE])
+        assert told == {QUOTE: True} if times == 1 else "11052" in told[QUOTE]["message"]
+        assert list(ear.refused) == ([] if times == 1 else [QUOTE])
 
 
 @in_loop

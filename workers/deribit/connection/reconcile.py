@@ -10,12 +10,15 @@ from collector.lifecycle import Exit
 from collector.limits import CALL_COST, SUBSCRIBE_COST, chunk_channels
 from workers.deribit.connection.credits import Pool, pay
 from workers.deribit.connection.session import NEVER, Send, Session
-from workers.deribit.connection.subscriptions import EXPIRED, Call, Subscriptions
+from workers.deribit.connection.subscriptions import EXPIRED, TRIES, Call, Subscriptions
 from workers.deribit.connection.together import do_together
 from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
 
 RETRY_PAUSE, RETRIES = 1.0, 10
 """Seconds before a call that the exchange asks us to retry is sent again, and how often it may ask."""
+
+SUBSCRIBE_FAILED = 11052
+"""Some channel of a call failed, which one and why is not said: as if it had been left out of the answer."""
 
 SECOND_CHANCE, SOON = 600.0, 60.0
 """Seconds after which all that was refused is asked for again; and where some was only to be asked for later."""
@@ -190,7 +193,7 @@ class Reconciler:
             self.subscriptions.note_left(bad)
         else:
             self._denied.update(bad if reaction in (Reaction.LOG_IN, Reaction.REFRESH) else ())
-            self._count_refusal(bad, error)
+            self._count_refusal(bad, error, TRIES if error.code == SUBSCRIBE_FAILED else 1)
 
     def _has_login_died(self, call: Call) -> bool:
         """Whether "login needed" means that; of a channel that the login never gave, it says nothing new."""
