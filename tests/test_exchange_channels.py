@@ -9,7 +9,7 @@ from tests.support import in_loop
 
 TRADE = {
     "timestamp", "price", "amount", "direction", "index_price", "instrument_name", "trade_seq", "mark_price",
-    "tick_direction", "contracts", "trade_id",
+    "tick_direction", "contracts", "trade_id", "starbase_match_id", "starbase_timestamp",
 }  # fmt: skip
 TICKER = {
     "timestamp", "state", "stats", "index_price", "instrument_name", "last_price", "min_price", "max_price",
@@ -113,6 +113,8 @@ async def test_trades_of_one_instrument_and_of_a_kind_are_the_same_and_without_h
         assert all(re.fullmatch(r"ETH-\d+", identity) for identity in ids)
         assert len(set(ids)) == len(ids)
         assert {trade["direction"] for trade in trades} == {"buy", "sell"}
+        assert all(trade["starbase_timestamp"] // 1_000_000 == trade["timestamp"] for trade in trades)
+        assert 1 << 53 < trades[0]["starbase_match_id"] < trades[-1]["starbase_match_id"] < 1 << 63
         await client.wait(lambda: len(client.data(wide)) > 3, "wide trades")
         same = [t for data in client.data(wide) for t in data if t["instrument_name"] == "ETH-PERPETUAL"]
         assert same[:5] == trades[:5]

@@ -605,7 +605,8 @@ async def test_a_clock_that_is_off_is_so_in_all_that_is_asked_for(url: str) -> N
     off, page = 3_600_000, {"instrument_name": "BTC-PERPETUAL", "count": 1000}
     trades = wait_until(lambda: get(url, "public/get_last_trades_by_instrument", **page)[1]["result"]["trades"], "some")
     page |= {"start_seq": trades[-1]["trade_seq"], "end_seq": trades[0]["trade_seq"], "sorting": "desc"}
-    wanted = [{**trade, "timestamp": trade["timestamp"] + off} for trade in trades]
+    moved = (("timestamp", off), ("starbase_timestamp", off * 1_000_000))
+    wanted = [{**trade, **{key: trade[key] + by for key, by in moved}} for trade in trades]
     span = {"start_timestamp": wanted[-1]["timestamp"], "end_timestamp": wanted[0]["timestamp"]}
     ways = {"public/get_last_trades_by_instrument": {}, "public/get_last_trades_by_instrument_and_time": span}
     async with connect(url, f"clock:{off}") as client:

@@ -150,12 +150,14 @@ def shift_times(data: Any, by: int) -> Any:
     if isinstance(data, list):
         return [shift_times(item, by) for item in data]
     if isinstance(data, dict):
-        return {key: value + by if _is_time(key, value) else shift_times(value, by) for key, value in data.items()}
+        return {key: _shift_member(key, value, by) for key, value in data.items()}
     return data
 
 
-def _is_time(key: str, value: Any) -> bool:
-    return key.endswith("timestamp") and key != "expiration_timestamp" and isinstance(value, int | float)
+def _shift_member(key: str, value: Any, by: int) -> Any:
+    if not key.endswith("timestamp") or key == "expiration_timestamp" or not isinstance(value, int | float):
+        return shift_times(value, by)
+    return value + by * (1_000_000 if key == "starbase_timestamp" else 1)  # which is in ns
 
 
 def _spell_exponent(match: re.Match[bytes]) -> bytes:
