@@ -923,6 +923,48 @@ def test_after_a_loss_of_more_than_a_day_what_the_exchange_still_keeps_comes_and
     assert feed.losses.lost_from is None
 
 
+@pytest.mark.parametrize("size", [4, 7, 1000])
+@pytest.mark.parametrize("is_quiet", [True, False])
+@pytest.mark.parametrize("channel", ["trades.BTC-27MAR27-1-C.100ms", "trades.option.BTC.100ms"])
+def test_fetched_trades_of_one_ms_come_in_any_order_and_a_page_may_end_between_them(
+    topics: Topics, channel: str, is_quiet: bool, size: int
+) -> None:
+    """Measured, 2026: the answer goes by time, of 10,000 trades 1,885 did not stand in the order of their numbers; one
+    from before the number that was asked for came as well, and one that was asked for did not, though there was room.
+    """
+    name = "BTC-27MAR27-1-C"
+    feed = TradeFeed(parse_channel(channel), topics)
+    line = Line(channel, (name,))
+    traded = [replace(make_option_trade(name, seq), timestamp=START // MS + 2000 + seq // 3) for seq in range(1, 41)]
+    now, said = START + 9 * SECOND, list[Any]()
+
+    def take(seq: int, at: int) -> None:
+        published = feed.take(line.encode([msgspec.to_builtins(traded[seq - 1])]), at)
+        said.extend(message for _, message in published)
+        for stream, _ in published:
+            stream.last_ts = at
+
+    def answer(ask: Ask) -> Page:
+        wider = ask.params | {"start_seq": ask.params.get("start_seq", 1) - 1}
+        last = ask.params.get("end_seq", 40)
+        found = [trade for trade in traded if fits(trade, wider) and trade.trade_seq <= last]
+        found = [] if ask.params.get("currency", "BTC") != "BTC" else found
+        found.sort(key=lambda trade: (trade.timestamp, -trade.trade_seq))
+        said.extend(message for _, message in feed.backfill(found[:size], now))
+        return Page(found[:size], len(found) > size)
+
+    feed.losses.confirm(START)
+    take(5, START)
+    feed.lose("disconnect", START + SECOND)
+    feed.losses.confirm(now)
+    if not is_quiet:
+        take(40, now)
+    run_healing(heal_feed(feed, now, 0), answer)
+    late = [message.trade_seq for message in said if isinstance(message, Trade) and message.backfilled is True]
+    assert sorted(late) == list(range(6, 41 if is_quiet else 40))
+    assert feed.tapes[name].find_missing(tails=False) is None
+
+
 def test_where_the_history_by_time_is_refused_for_good_each_instrument_is_asked_for_by_number_and_the_rest_told(
     topics: Topics,
 ) -> None:

@@ -222,7 +222,20 @@ def _fetch_run(stream: Stream, first: int, last: int | None, pause: float) -> Fe
         page = yield Ask(pause, "public/get_last_trades_by_instrument", params)
         if page is None:
             return False
-        if not (page.trades and page.has_more) or page.trades[-1].trade_seq < first:
+        following = _find_following(page.trades, first)
+        if not page.has_more or following <= first:
             return True
-        first, pause = page.trades[-1].trade_seq + 1, 0.0
+        first, pause = following, 0.0
     return True
+
+
+def _find_following(trades: list[TradeData], first: int) -> int:
+    """From which number on to ask for more than these, which were asked for from `first` on.
+
+    They go by time: a page may end between the trades of one ms, which stand in any order (measured, 2026). All of that
+    ms are asked for once more, unless they fill the page.
+    """
+    numbers = [each.trade_seq for each in trades]
+    older = [each.trade_seq for each in trades if each.timestamp < trades[-1].timestamp]
+    following = max(older, default=0) + 1
+    return following if following > first else max(numbers, default=0) + 1
