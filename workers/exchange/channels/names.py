@@ -42,8 +42,8 @@ def is_private(channel: str) -> bool:
 
 
 def is_raw(channel: str) -> bool:
-    """Whether it needs a login although it is public (13778 without)."""
-    return channel.endswith(".raw") and not is_private(channel)
+    """Whether it needs a login even where it is public (13778 without)."""
+    return channel.endswith(".raw")
 
 
 def open_feed(channel: str, market: Market, account: Account) -> Feed | None:
