@@ -181,6 +181,9 @@ def test_credits_and_heartbeats_outlive_a_clock_that_is_set() -> None:
         assert next(filter(None, due))[0] == "test_request"
         assert len([kinds for kinds in due if kinds and kinds != ["close"]]) <= 3
         assert ["close"] in due
+        heartbeat = Heartbeat(10.0, 100_000.0)
+        assert heartbeat.find_due(100_012.0, 100_012.0) == ["test_request"]
+        assert heartbeat.find_due(now, now) == ["test_request"]  # who could not answer meanwhile gets the time for it
 
 
 def test_the_ticker_of_a_combo_of_options_has_the_sums_of_its_legs() -> None:
