@@ -178,6 +178,8 @@ def test_grouped_books_round_away_from_the_middle_and_lose_nothing(told: Told) -
             edge, sign = window[side][-1][0], 1 if side == "bids" else -1
             inside = sum(amount for price, amount in full[side] if (price - edge) * sign >= 0)
             assert sum(amount for _, amount in window[side]) == pytest.approx(inside)
+    first, second = (price for price, _ in open_channel(told, "book.ETH-PERPETUAL.100.20.100ms")["bids"][:2])
+    assert first - second == 1.0  # of ETH the hundredth
     assert not told.hub.offers("book.BTC-PERPETUAL.none.10.raw")
 
 
