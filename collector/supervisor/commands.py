@@ -114,7 +114,7 @@ class Commands:
             if known is not None and not known.keeper.is_over:
                 words = "is being closed; try again" if known.keeper.is_stopping else "runs already; close it first"
                 raise ControlError("exists", f"{connection.name} {words}, or choose another name")
-            if shards := self._supervisor.list_shards(connection.name):
+            if shards := self._supervisor.list_lasting_shards(connection.name):
                 raise ControlError("exists", f"{connection.name} runs as {', '.join(shards)}; close these first")
             self._supervisor.check_beside([connection], known)
         except ConfigError as error:

@@ -72,7 +72,7 @@ class Follower:
         self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
         self._named: set[str] = set()  # the channels that are asked for whatever the patterns are
-        self._ours: dict[str, int] = {}  # the channels, and the place of each one's shard
+        self._ours: dict[str, Entry] = {}  # the channels, and the shard of each
         self._held_elsewhere: dict[str, Clash] = {}  # channels that another connection's stand in the way of
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
         self._woken = asyncio.Event()  # there is something to take, or what is wanted may have changed
@@ -123,16 +123,16 @@ class Follower:
         return None
 
     def _start(self, shards: list[Connection]) -> None:
-        self._ours = {name: place for place, shard in enumerate(shards) for name in shard.channels}
         unwanted = set(self._entry.wishes.list_leaving())
-        shards = [replace(s, channels=tuple(name for name in s.channels if name not in unwanted)) for s in shards]
+        asked = [replace(s, channels=tuple(name for name in s.channels if name not in unwanted)) for s in shards]
         if len(shards) == 1:
-            self._entry.channels.update(dict.fromkeys(shards[0].channels))
+            self._entry.channels.update(dict.fromkeys(asked[0].channels))
             self._shards = [self._entry]
         else:
             log.info("%s: spread over %s", self.name, ", ".join(shard.name for shard in shards))
-            self._shards = [self._supervisor.start_connection(s, from_file=True, follower=self) for s in shards]
+            self._shards = [self._supervisor.start_connection(s, from_file=True, follower=self) for s in asked]
             self._entry.keeper.stop()  # they run in its place
+        self._ours = {name: e for e, shard in zip(self._shards, shards, strict=True) for name in shard.channels}
         self._supervisor.guard(self._follow())
 
     def _give_up(self, code: Exit, reason: str) -> Exit:
@@ -181,8 +181,7 @@ class Follower:
         """Say what becomes of the channels of a connection that has ended for good."""
         self._woken.set()  # it may have been the last
         names = [shard.keeper.name for shard in self._shards if not shard.keeper.is_over]
-        is_ours = any(shard is ended for shard in self._shards)  # not the one in whose place they run
-        if is_ours and names and not self._supervisor.is_stopping:
+        if ended in self._shards and names and not self._supervisor.is_stopping:
             count = say_count(len(ended.channels), "channel")
             log.warning(
                 "%s: %s has ended for good (%s), and its %s with it; new instruments go to %s",
@@ -247,9 +246,8 @@ class Follower:
         gone = [name for name in self._ours if name not in wanted and name not in self._named]
         new = [name for name in wanted if name not in self._ours]
         repeated = {
-            name: place for name, instrument in wanted.items()
-            if instrument in again and (place := self._ours.get(name)) is not None
-            and name in self._shards[place].channels
+            name: shard for name, instrument in wanted.items()
+            if instrument in again and (shard := self._ours.get(name)) is not None and name in shard.channels
         }  # fmt: skip
         listed = {name for name, each in self._instruments.known.items() if each.is_listed(now)}
         self._let_go([name for name in gone if parse_channel(name).instrument not in listed], "expired", "expired")
@@ -258,28 +256,26 @@ class Follower:
             log.info("%s: %s new: %s ...", self.name, say_count(len(placed), "channel"), next(iter(placed)))
         self._ask("subscribe", repeated | placed)
 
-    def _place(self, new: list[str]) -> dict[str, int]:
+    def _place(self, new: list[str]) -> dict[str, "Entry"]:
         """Give new channels their shards; those that would feed another connection's topics get none for now."""
-        living = [place for place, shard in enumerate(self._shards) if not shard.keeper.is_over]
+        living = [shard for shard in self._shards if not shard.keeper.is_over]
         if not new or not living:
             self._held_elsewhere.clear()
             return {}
-        ours = [name for name, place in self._ours.items() if place in living]
-        held = {find_unit(name): living.index(self._ours[name]) for name in ours}
-        places = assign(weigh([*ours, *new]), len(living), held)
+        held = {name: living.index(shard) for name, shard in self._ours.items() if shard in living}
+        numbers = assign(weigh([*held, *new]), len(living), {find_unit(name): held[name] for name in held})
         taken = self._supervisor.list_places()
-        placed: dict[str, int] = {}
+        placed: dict[str, Entry] = {}
         left: dict[str, Clash] = {}
         for name in new:
-            place = living[places[find_unit(name)]]
-            shard = self._shards[place]
+            shard = living[numbers[find_unit(name)]]
             try:
                 taken.place(shard.connection.name, parse_channel(name))
             except Clash as clash:
                 left[name] = clash
                 continue
             shard.channels[name] = None
-            placed[name] = self._ours[name] = place
+            placed[name] = self._ours[name] = shard
         self._note_held_elsewhere(left)
         return placed
 
@@ -295,22 +291,22 @@ class Follower:
 
     def _let_go(self, names: list[str], why: str, reason: str = "") -> None:
         """Want these no more; what was given up by name already is only forgotten."""
-        places = {name: self._ours.pop(name) for name in names}
-        asked = {name: place for name, place in places.items() if name in self._shards[place].channels}
+        shards = {name: self._ours.pop(name) for name in names}
+        asked = {name: shard for name, shard in shards.items() if name in shard.channels}
         if not asked:
             return
         log.info("%s: %s %s: %s ...", self.name, say_count(len(asked), "channel"), why, next(iter(asked)))
-        for name, place in asked.items():
-            del self._shards[place].channels[name]
+        for name, shard in asked.items():
+            del shard.channels[name]
         self._ask("unsubscribe", asked, reason)
 
-    def _ask(self, op: str, places: Mapping[str, int], reason: str = "") -> None:
+    def _ask(self, op: str, shards: Mapping[str, "Entry"], reason: str = "") -> None:
         """Have each worker carry out its part; one that does not hear it now is told later (see wishes).
 
         The wishes stand at once: no channel may seem free before its worker has heard that it is given up.
         """
-        groups: dict[int, list[str]] = defaultdict(list)
-        for name, place in places.items():
-            groups[place].append(name)
-        for place, group in groups.items():
-            self._shards[place].wishes.tell(op, group, reason)
+        groups: dict[Entry, list[str]] = defaultdict(list)
+        for name, shard in shards.items():
+            groups[shard].append(name)
+        for shard, group in groups.items():
+            shard.wishes.tell(op, group, reason)

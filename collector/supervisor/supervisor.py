@@ -32,7 +32,7 @@ EXCHANGE_GRACE = 1.5
 log = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(eq=False)
 class Entry:
     """One connection: how it is configured, the channels asked for now, its keeper, and who follows its patterns."""
 
@@ -220,8 +220,8 @@ class Supervisor:
             return False
         return channel.name in entry.channels or channel.name in entry.list_leaving()
 
-    def list_shards(self, name: str) -> list[str]:
-        """The connections over which one of that name is spread, without those that have ended."""
+    def list_lasting_shards(self, name: str) -> list[str]:
+        """The connections over which one of that name is spread, without those that have ended for good."""
         lasting = self._list_lasting()
         return [entry.keeper.name for entry in lasting if entry.follower is not None and entry.follower.name == name]
 
