@@ -529,6 +529,8 @@ def test_one_of_the_file_that_was_given_up_is_connected_again_also_if_it_needs_s
             assert "options is spread over options-1, options-2" in answer.message
             assert run.ask("get_state").keys() == {"a", "options-1", "options-2"}
             run.wait_state("options-2")
+            refused = run.refuse("connect", connection={**QUICK, "name": "other", "channels": ["quote.*"]})
+            assert "channels: quote.* stands in connection options-2 too; write it once" in refused.message
             # The same where it is to be connected anew: once all of them are closed.
             run.ask("close", connection="options-1")
             refused = run.refuse("connect", connection=table)
@@ -637,6 +639,12 @@ def test_of_patterns_that_meet_the_first_has_what_both_stand_for_and_the_other_t
         assert {"quote.BTC-PERPETUAL", "trades.BTC-PERPETUAL.100ms"} <= rest
         assert not [name for name in rest if name.endswith(("-C", "-P", "-C.100ms", "-P.100ms"))]
         run.program.wait_line(r"b: \d+ channels not asked for now: [ac] feeds the same topics: ")
+        left = run.get_state("b")["left_to"]
+        assert (left.keys(), left["a"], run.get_state("a")["left_to"]) == ({"a", "c"}, len(both), {})
+        assert run.get_state("c")["left_to"] == {}
+        state = run.ask("connect", connection={**QUICK, "name": "d", "channels": ["quote.BTC-*{kind=option}"]})
+        assert (state["state"], state["left_to"], find_asked(run, "d")) == ("live", {"a": len(both)}, set())
+        assert run.ask("close", connection="d")["left_to"] == {"a": len(both)}
         run.ask("close", connection="a")
         wait_until(lambda: both < set(run.get_state("b")["channels"]["confirmed"]), "what the first had")
 

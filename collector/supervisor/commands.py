@@ -158,6 +158,7 @@ class Commands:
         ours = keeper.describe() | {
             "url": hide_secrets(self._supervisor.resolve_url(entry.connection)),
             "publish": entry.bound,
+            "left_to": entry.follower.count_left() if entry.follower is not None else {},
         }
         if keeper.machine.state != "running":
             channels = {"asked": list(entry.channels), "confirmed": [], "refused": {}, "mute": []}

@@ -7,7 +7,7 @@ when instruments expire and new ones are listed, finds what was missed.
 import asyncio
 import logging
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
@@ -68,6 +68,7 @@ class Follower:
         self._entry = entry
         self._connection = entry.connection
         self.name = entry.connection.name
+        self.patterns = entry.connection.patterns
         self._catalogue: Catalogue
         self._instruments: Instruments
         self._shards: list[Entry] = []  # the connections that carry the channels
@@ -156,6 +157,10 @@ class Follower:
         """Whether a channel is asked for only since a pattern stands for it."""
         return name in self._ours and name not in self._named
 
+    def count_left(self) -> dict[str, int]:
+        """How many channels that its patterns stand for are left to which other connection."""
+        return dict(Counter(clash.other[0] for clash in self._held_elsewhere.values()))
+
     def leave(self, names: Iterable[str]) -> None:
         """Let go of those that only a pattern has brought: another connection names them."""
         self._let_go([name for name in names if self.has_found(name)], "left to who names them")
@@ -241,7 +246,7 @@ class Follower:
         """
         now = self._catalogue.read_ms()
         wanted: dict[str, str] = {}
-        for channels in expand(self._connection.patterns, self._instruments.known, now).values():
+        for channels in expand(self.patterns, self._instruments.known, now).values():
             wanted |= channels
         gone = [name for name in self._ours if name not in wanted and name not in self._named]
         new = [name for name in wanted if name not in self._ours]

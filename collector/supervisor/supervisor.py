@@ -189,7 +189,8 @@ class Supervisor:
         for entry in self._list_lasting(known):
             kept = [name for name in entry.channels if not (name in named and entry.has_found(name))]
             kept += [name for name in entry.list_leaving() if name not in named]
-            others.append(replace(entry.connection, channels=tuple(kept), publish=entry.bound))
+            patterns = entry.follower.patterns if entry.follower is not None else ()
+            others.append(replace(entry.connection, channels=tuple(kept), patterns=patterns, publish=entry.bound))
         port = None if self.config.exchange is None else self.exchange_port
         names = [other.name for other in others]
         check_together([*others, *connections], self.config.control, port, names)
