@@ -649,6 +649,26 @@ def test_of_patterns_that_meet_the_first_has_what_both_stand_for_and_the_other_t
         wait_until(lambda: both < set(run.get_state("b")["channels"]["confirmed"]), "what the first had")
 
 
+def test_that_a_connection_takes_up_more_than_it_should_carry_is_told() -> None:
+    def act(catalogue: Catalogue, table: dict[str, Any]) -> None:
+        tables = {"a": {**table, "channels": ["quote.{kind=option}"]},
+                  "b": {**table, "channels": ["quote.*", "ticker.*.agg2"]}}  # fmt: skip
+        with collected(tables, exchange=None) as run:
+            for name in tables:
+                run.wait_state(name)
+            count = len(find_asked(run) | find_asked(run, "b"))
+            assert len(find_asked(run, "b")) < 500 < count
+            assert "should carry" not in run.program.text()
+            run.ask("close", connection="a")
+            run.program.wait_line(
+                f"WARNING .* b: {count} channels on 1 connection, more than these should carry: "
+                "the next start spreads them over 2$"
+            )
+            wait_until(lambda: len(run.get_state("b")["channels"]["confirmed"]) >= count, "what the first had")
+
+    with_exchange(act, "--options", "300")
+
+
 def test_who_follows_one_that_was_closed_ends_with_it() -> None:
     """Else it asks for the list once more, some minutes later."""
 

@@ -21,7 +21,7 @@ from collector.config.patterns import expand, is_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
 from collector.planning.instruments import Instruments
-from collector.planning.shards import assign, find_unit, spread, weigh
+from collector.planning.shards import assign, count_shards, find_unit, spread, weigh
 from collector.words import say_count
 
 if TYPE_CHECKING:
@@ -282,7 +282,17 @@ class Follower:
             shard.channels[name] = None
             placed[name] = self._ours[name] = shard
         self._note_held_elsewhere(left)
+        self._note_crowd(list(held), list(placed), len(living))
         return placed
+
+    def _note_crowd(self, before: list[str], new: list[str], count: int) -> None:
+        """Say when the channels become more than so many connections should carry: no further one is started."""
+        channels = [*before, *new]
+        if count_shards(weigh(before)) <= count < (needed := count_shards(weigh(channels))):
+            log.warning(
+                "%s: %s on %s, more than these should carry: the next start spreads them over %d",
+                self.name, say_count(len(channels), "channel"), say_count(count, "connection"), needed,
+            )  # fmt: skip
 
     def _note_held_elsewhere(self, left: dict[str, Clash]) -> None:
         news: dict[str, list[str]] = defaultdict(list)
