@@ -14,6 +14,7 @@ import pytest
 
 from collector.lifecycle import MAX_RESTARTS, Exit
 from collector.link import Link, open_link
+from collector.messages import ControlError
 from collector.supervisor.keeper import Keeper
 from collector.supervisor.process import UNKNOWN_EXIT, Spawner
 from collector.supervisor.wishes import Wishes
@@ -23,7 +24,7 @@ from tests.support import REPOSITORY, in_loop, no_more_threads
 def make_running() -> Keeper:
     """A keeper whose worker has said that it is ready."""
     keeper = Keeper("a", "deribit", 1.0, Spawner(), time.time_ns, lambda _: {})
-    keeper.machine.apply("start")
+    keeper._begin_life()
     keeper._receive({"kind": "ready", "endpoints": {}})
     return keeper
 
@@ -131,6 +132,65 @@ def test_who_has_been_live_once_is_tried_for_ever() -> None:
     assert not keeper._is_hopeless(Exit.GAVE_UP, 1_000_000)
     assert not keeper._is_hopeless(Exit.BAD_SPEC, 1)
     assert keeper._is_hopeless(Exit.CREDENTIALS, 1)
+
+
+def test_a_later_life_is_not_live_since_an_earlier_one_was() -> None:
+    keeper = make_running()
+    keeper._receive({"kind": "beat", "report": {"state": "live"}})
+    assert keeper.is_live
+    keeper._end_life(Exit.CRASHED)
+    keeper._begin_life()
+    keeper._receive({"kind": "ready", "endpoints": {}})
+    assert keeper.state == "starting"
+    assert keeper._live_since is None
+
+
+def ask(keeper: Keeper) -> asyncio.Task[Any]:
+    return asyncio.create_task(keeper.ask("send", {}, time.time_ns() + 20_000_000_000))
+
+
+@in_loop
+async def test_an_answer_is_heard_at_once_though_beats_wait_to_be_read() -> None:
+    keeper = make_running()
+    async with linked(keeper) as (worker, asked):
+        keeper._receive({"kind": "beat", "report": {"state": "live"}})  # what it says now is read with the next beat
+        asking = ask(keeper)
+        number = (await asked.get())["id"]
+        for gaps in (1, 2):
+            worker.send({"kind": "beat", "report": {"state": "live", "gaps": gaps}})
+            async with asyncio.timeout(10):
+                while keeper.report.get("gaps") != gaps:
+                    await asyncio.sleep(0.001)
+        worker.send({"kind": "reply", "id": number, "ok": True, "result": 7})
+        assert await asking == 7
+
+
+@pytest.mark.parametrize("how", ["answered", "ended"])
+@in_loop
+async def test_what_comes_for_one_who_has_just_given_up_harms_nobody(how: str) -> None:
+    keeper = make_running()
+    async with linked(keeper) as (_, asked):
+        asking = ask(keeper)
+        number = (await asked.get())["id"]
+        asking.cancel()  # it has not run yet
+        if how == "answered":
+            keeper._receive({"kind": "reply", "id": number, "ok": True, "result": 7})
+        else:
+            keeper._end_life(Exit.CRASHED)
+        await asyncio.wait((asking,))
+        assert asking.cancelled()
+        assert not keeper._asked
+
+
+@in_loop
+async def test_an_answer_that_is_none_is_a_fault_of_ours() -> None:
+    keeper = make_running()
+    async with linked(keeper) as (worker, asked):
+        asking = ask(keeper)
+        worker.send({"kind": "reply", "id": (await asked.get())["id"], "ok": False, "error": "nonsense"})
+        with pytest.raises(ControlError, match="answered with garbage") as raised:
+            await asking
+        assert raised.value.code == "internal"
 
 
 def test_what_went_wrong_is_told_until_it_is_live_again() -> None:

@@ -109,8 +109,8 @@ class Keeper:
 
     @property
     def is_live(self) -> bool:
-        """Whether a running worker does what it is for."""
-        return self.machine.state == "running" and self.state == "live"
+        """Whether a running worker does what it is for: nobody but itself says so."""
+        return self.state == "live"
 
     @property
     def is_stopping(self) -> bool:
@@ -175,12 +175,15 @@ class Keeper:
             return None
         return working.result()
 
-    async def _live(self) -> int:
+    def _begin_life(self) -> None:
         self._apply("start")
         self.epoch = self.begin_epoch()
         self._live_since = None
         self._heard_at = 0.0
         self._cause = ""
+
+    async def _live(self) -> int:
+        self._begin_life()
         try:
             self._child = await self._start()
         except (OSError, EOFError) as error:
@@ -194,7 +197,7 @@ class Keeper:
         if self.is_stopping:
             self._child.kill()
         else:
-            self._allow(READY_TIMEOUT)
+            self._expect(READY_TIMEOUT)
         self._child.send({"kind": "spec", "spec": self._build_spec(self)})
         return self._end_life(await self._child.wait())
 
@@ -205,7 +208,7 @@ class Keeper:
         self._is_spawning = True
         try:
             if not self.is_stopping:
-                self._allow(SPAWN_TIMEOUT)
+                self._expect(SPAWN_TIMEOUT)
             return await start_child(self._spawner, self.kind, self._receive)
         finally:
             self._is_spawning = False
@@ -256,7 +259,7 @@ class Keeper:
         self._stopping.set()
         if self.machine.allows("stop"):
             self._apply("stop")
-            self._allow(grace)
+            self._expect(grace)
         if self._child is not None:
             self._child.resume()
             self._child.send({"kind": "stop"})
@@ -280,7 +283,7 @@ class Keeper:
         self._cause = f"{_OVERDUE[self.machine.state]} in {self._limit:g} s: killed"
         log.error("%s: pid %s %s", self.name, self.pid, self._cause)
         self._child.kill()
-        self._allow(self._limit)
+        self._expect(self._limit)
 
     def _end_spawn(self) -> None:
         if kill_forkserver():
@@ -288,8 +291,8 @@ class Keeper:
             level = logging.INFO if self.is_stopping else logging.ERROR  # it may just not be loaded yet
             log.log(level, "%s: %s: the forkserver does not answer, and is killed", self.name, self._cause)
 
-    def _allow(self, seconds: float) -> None:
-        """Give it so many seconds from now for what it owes us next; else `watch` kills it."""
+    def _expect(self, seconds: float) -> None:
+        """Expect what it owes us next within so many seconds from now; else `watch` kills it."""
         self._limit = seconds
         self._due = time.monotonic() + seconds
 
@@ -318,7 +321,7 @@ class Keeper:
             case {"kind": "ready", "endpoints": dict(endpoints)} if self.machine.state == "starting":
                 self.endpoints = endpoints
                 log.info("%s: ready, pid %s, %s", self.name, self.pid, _write_endpoints(endpoints))
-                self._allow(BEATS_MISSED)
+                self._expect(BEATS_MISSED)
                 self._apply("ready")
             case {"kind": "ready"} if self.machine.state == "stopping":
                 pass
@@ -333,7 +336,7 @@ class Keeper:
         if self.machine.state != "running":
             return
         self._heard_at = time.monotonic()
-        self._allow(BEATS_MISSED)
+        self._expect(BEATS_MISSED)
         if self.is_live:
             self.was_live = True
             self._live_since = self._live_since or time.monotonic()
