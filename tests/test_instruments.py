@@ -72,6 +72,18 @@ def test_only_for_an_instrument_whose_listing_nobody_told_a_look_is_needed() -> 
     assert list(known.known) == [A.name]
 
 
+def test_an_end_that_is_told_after_a_new_listing_is_that_of_before() -> None:
+    known = Instruments(list_all(A, B))
+    assert not known.take_rows([tell(A, state="open", timestamp=7)])
+    assert not known.take_rows([tell(A, state="closed", timestamp=5), tell(B, state="closed", timestamp=5)])
+    assert known.known == list_all(A, replace(B, state="closed"))
+    again = tell(B, state="open", timestamp=7, kind="option")
+    assert not known.take_rows([tell(B, state="closed", timestamp=5), again])
+    assert known.known == list_all(A, B)
+    assert not known.take_rows([tell(A, state="closed", timestamp=8), tell(B, state="closed")])
+    assert known.known == list_all(replace(A, state="closed"), replace(B, state="closed"))
+
+
 def test_a_state_that_is_no_word_changes_nothing() -> None:
     known = Instruments(list_all(A))
     assert known.take_rows([tell(A, state=1), tell(A)])

@@ -202,7 +202,8 @@ class Follower:
             rows, self._rows = self._rows, []
             if self._instruments.take_rows(rows):
                 self._outdated.set()
-            self._adjust({row["instrument_name"] for row in rows if row.get("state") == "open"})
+            told = {row["instrument_name"] for row in rows} & self._instruments.known.keys()
+            self._adjust({name for name in told if self._instruments.known[name].state == "open"})
             await asyncio.sleep(BREATH)
             await self._wait()
             self._woken.clear()

@@ -12,7 +12,7 @@ MAX_EVENTS = 20_000
 
 _MEMBERS = (
     "instrument_name", "state", "kind", "base_currency", "quote_currency", "settlement_currency", "option_type",
-    "strike", "expiration_timestamp", "is_csr",
+    "strike", "expiration_timestamp", "is_csr", "timestamp",
 )  # fmt: skip
 
 
