@@ -254,8 +254,6 @@ class Keeper:
 
     def stop(self, grace: float = STOP_GRACE) -> None:
         """Ask it to end in order within `grace` seconds, and not to come back. `keep` returns when it is gone."""
-        if self.is_stopping:
-            return
         self._stopping.set()
         if self.machine.allows("stop"):
             self._apply("stop")

@@ -91,7 +91,7 @@ class Wishes:
         """A new life is told now what the channels are. Of some it must still say that they expired."""
         self._unheard = {name: wish for name, wish in self._unheard.items() if wish.reason}
 
-    def _start(self, wish: Wish, names: list[str]) -> None:
+    def _begin_telling(self, wish: Wish, names: list[str]) -> None:
         wish.is_under_way = True  # before the task is: this may be asked for again at once
         task = asyncio.create_task(self._tell(wish, names))
         self._telling[task] = wish
@@ -132,4 +132,4 @@ class Wishes:
         # Backwards: first it gives up what may stand in the way.
         for (op, reason), names in sorted(groups.items(), reverse=True):
             log.debug("%s: told now: %s of %s", self._keeper.name, op, say_count(len(names), "channel"))
-            self._start(self._note(op, names, reason), names)
+            self._begin_telling(self._note(op, names, reason), names)
