@@ -741,6 +741,8 @@ def test_what_is_named_goes_back_from_a_pattern_when_its_connection_is_connected
             assert last["receive_ts"] < first["receive_ts"]
             assert not [each for each in subscriber.find(topic, type="quote", epoch=last["epoch"])
                         if each["receive_ts"] > last["receive_ts"]]  # fmt: skip
+        run.ask("close", connection="b")
+        wait_until(lambda: set(named) <= set(run.get_state("a")["channels"]["confirmed"]), "what it gives up once more")
 
 
 def test_no_pattern_matches_yet_and_the_connection_waits_for_a_listing() -> None:
