@@ -124,6 +124,20 @@ async def test_the_answer_to_an_earlier_wish_does_not_pass_for_that_to_a_later_o
             assert wishes.list_leaving() == ["a"]
 
 
+@in_loop
+async def test_a_wish_that_is_taken_back_at_once_is_not_told() -> None:
+    keeper = make_running()
+    wishes = Wishes(keeper)
+    async with linked(keeper) as (_, asked), asyncio.timeout(20):
+        wishes.tell("subscribe", ["a", "b"])
+        wishes.tell("unsubscribe", ["a"])
+        heard = [await asked.get() for _ in range(2)]
+    told = [(each["op"], each["arguments"]["channels"]) for each in heard]
+    assert told == [("subscribe", ["b"]), ("unsubscribe", ["a"])]
+    for task in [*wishes._telling]:
+        task.cancel()
+
+
 def test_who_has_been_live_once_is_tried_for_ever() -> None:
     keeper = make_running()
     assert keeper._is_hopeless(Exit.GAVE_UP, MAX_RESTARTS + 1)
