@@ -90,6 +90,26 @@ def test_what_is_left_out_twice_is_refused_until_the_next_bootstrap_or_wish() ->
     assert not are_equal(subscriptions)
 
 
+def test_what_was_refused_is_looked_through_once_however_many_instruments_are_listed_together() -> None:
+    """Hundreds are, when as many end: of those thousands of channels are refused just then."""
+    subscriptions, looks = subscribe(QUOTE, BOOK, *RAW), []
+    subscriptions.expire([QUOTE, *RAW])
+    assert subscriptions.refuse([BOOK], "no") == [BOOK]
+
+    class Refused(dict[str, str]):
+        def items(self) -> Any:
+            looks.append(1)
+            return super().items()
+
+    subscriptions.refused = Refused(subscriptions.refused)
+    for number in range(1000):
+        subscriptions.note_listed(f"BTC-{number}")
+    assert subscriptions.plan_calls(False) == []
+    subscriptions.note_listed("BTC-PERPETUAL")
+    assert subscriptions.plan_calls(False) == [Call("public/subscribe", (BOOK,))]
+    assert len(looks) == 2
+
+
 def test_what_is_left_out_is_asked_for_once_more_whatever_was_before_a_loss_or_a_wish() -> None:
     subscriptions = subscribe(BOOK)
     for begin_anew in (subscriptions.forget, lambda: subscriptions.ask([BOOK]), subscriptions.forget):

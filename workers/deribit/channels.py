@@ -53,7 +53,7 @@ class Channels:
                 continue
             channel = parse_channel(name)
             if channel.type == "instrument":
-                again = self._subscriptions.give_another_chance
+                again = self._subscriptions.note_listed
                 added[key] = ListingFeed(channel, self._topics, self.events, again, is_asked)
             else:
                 added[key] = create_feed(channel, self._topics)

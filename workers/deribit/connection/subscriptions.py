@@ -71,6 +71,7 @@ class Subscriptions:
         self._in_flight: set[str] = set()
         self._dropped: set[str] = set()
         self._tries: dict[str, int] = {}
+        self._listed: set[str] = set()
 
     def ask(self, names: list[str]) -> None:
         """Want these channels (again, if they were refused). Raises ValueError for text that is no channel."""
@@ -93,6 +94,7 @@ class Subscriptions:
         self._in_flight.clear()
         self._dropped.clear()
         self._tries.clear()
+        self._listed.clear()
         self.refused = {name: reason for name, reason in self.refused.items() if reason == EXPIRED}
 
     def expire(self, names: list[str], by_clock: bool = False) -> list[str]:
@@ -115,8 +117,9 @@ class Subscriptions:
 
         With `awaits_login` those are left out that need a login which is still to come.
         """
-        missing = [c for c in self.asked.values() if self._is_missing(c.name) and not (awaits_login and c.needs_login)]
-        unwanted = [parse_channel(name) for name in self.confirmed if self._is_unwanted(name)]
+        self._ask_for_listed()
+        missing = [c for c in self._find_missing() if not (awaits_login and c.needs_login)]
+        unwanted = [parse_channel(name) for name in self._find_unwanted()]
         needed = {
             "public/subscribe": [c.name for c in missing if not (c.is_private and logged_in)],
             "private/subscribe": [c.name for c in missing if c.is_private and logged_in],
@@ -126,12 +129,19 @@ class Subscriptions:
         self._in_flight.update(*needed.values())
         return [Call(method, tuple(each)) for method, names in needed.items() for each in chunk_channels(names, method)]
 
-    def _is_missing(self, name: str) -> bool:
-        return name not in self.confirmed and name not in self.refused and name not in self._in_flight
+    def _find_missing(self) -> list[Channel]:
+        """In the order in which they were asked for. Each second all are looked at, and mostly none is missing."""
+        confirmed, refused, in_flight = self.confirmed, self.refused, self._in_flight
+        return [
+            channel
+            for name, channel in self.asked.items()
+            if name not in confirmed and name not in refused and name not in in_flight
+        ]
 
-    def _is_unwanted(self, name: str) -> bool:
-        is_wanted = name in self.asked and name not in self.refused and name not in self._dropped
-        return not is_wanted and name not in self._in_flight
+    def _find_unwanted(self) -> set[str]:
+        unwanted = self.confirmed.difference(self.asked)
+        unwanted.update(self.confirmed.intersection(self.refused), self.confirmed & self._dropped)
+        return unwanted - self._in_flight
 
     def take_answer(self, call: Call, answered: list[str]) -> tuple[list[str], list[str]]:
         """Take the answer to a call that subscribes. Returns (newly confirmed, newly refused).
@@ -171,12 +181,25 @@ class Subscriptions:
             self._tries[name] = self._tries.get(name, 0) + 1
         self.note_left([name for name in call.channels if self._tries[name] >= tries])
 
-    def give_another_chance(self, instrument: str | None = None) -> None:
-        """Ask again for all that was refused, or for what was of one instrument; but not for what has expired."""
-        refused = [name for name, reason in self.refused.items() if reason != EXPIRED]
-        for name in refused:
-            if instrument in (None, self.asked[name].instrument):
-                self._forgive(name)
+    def give_another_chance(self) -> None:
+        """Ask again for all that was refused; but not for what has expired."""
+        for name in [name for name, reason in self.refused.items() if reason != EXPIRED]:
+            self._forgive(name)
+
+    def note_listed(self, instrument: str) -> None:
+        """What was refused of an instrument may be had now: it is asked for again with the next calls.
+
+        Not found here: hundreds are listed together, while thousands that have just ended are refused.
+        """
+        if self.refused:
+            self._listed.add(instrument)
+
+    def _ask_for_listed(self) -> None:
+        if listed := self._listed:
+            self._listed = set()
+            for name in [name for name, reason in self.refused.items() if reason != EXPIRED]:
+                if self.asked[name].instrument in listed:
+                    self._forgive(name)
 
     def end_call(self, call: Call) -> None:
         """A call has ended: its channels are missing again, but for what its answer said."""
