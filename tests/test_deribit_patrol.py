@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
+from collector.limits import Credits
 from tests.deribit_support import QUOTE, Collecting, collecting, living, scripted, wait_for
 from tests.support import in_loop
 from workers.deribit.connection.session import NEVER
 from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
-from workers.deribit.watching.patrol import PATIENCE, SLICE
+from workers.deribit.watching.patrol import PATIENCE, REFILL, RESYNCS, SLICE
 from workers.deribit.watching.statuses import REPEAT, UNSUBSCRIBED
 from workers.deribit.watching.watch import LASTING, RECONNECT_ONCE_IN
 from workers.deribit.worker import Worker
@@ -121,6 +122,30 @@ def test_neither_silence_nor_lag_of_a_connection_is_held_against_the_next(tmp_pa
         worker.change_state("backoff", "reset")
         worker.change_state("live", "")
         assert (patrol._late.is_lagging, patrol._whole.is_broken(now)) == (False, False)
+
+
+def test_whether_all_books_are_out_of_step_is_looked_at_once_a_second_however_many_break(tmp_path: Path) -> None:
+    looks: list[int] = []
+
+    class Feeds(dict[bytes, Any]):
+        def values(self) -> Any:
+            looks.append(1)
+            return super().values()
+
+    with living(tmp_path, *(f"book.BTC-{number}.100ms" for number in range(20)), fresh=True) as worker:
+        patrol, now = worker.patrol, time.monotonic_ns()
+        patrol._feeds = Feeds(worker.feeds)
+        for feed in worker.feeds.values():
+            feed.allowance = Credits(RESYNCS, REFILL, time.monotonic())
+            feed.allowance.level = 0.0
+        patrol._judge_books(now)
+        assert patrol._reconnected != now, "none has broken yet"
+        for feed in worker.feeds.values():
+            patrol.resync(feed)
+        assert looks == []
+        patrol._judge_books(now)
+        patrol._judge_books(now + 1)
+        assert (looks, patrol._reconnected) == ([1], now)
 
 
 def test_that_files_cannot_be_made_again_is_logged_once_and_only_if_it_lasts(

@@ -75,6 +75,7 @@ class Patrol:
         self._reconnected = -RECONNECT_ONCE_IN  # monotonic, ns
         self._ask_at = 0.0
         self._unrestored = 0
+        self._has_rationed = False
         self.lag = Samples()
         self.last_ts = 0
         self.rate = 0.0
@@ -105,6 +106,7 @@ class Patrol:
                 self._judge_lag(time.monotonic_ns())
                 self._note_heard()
                 self._judge_whole(time.monotonic_ns())
+                self._judge_books(time.monotonic_ns())
             self._statuses.repeat_others(second % REPEAT)
             await self._look_at_all(second % REPEAT)
 
@@ -166,6 +168,7 @@ class Patrol:
         """The connection is gone, and what was thought of its lag."""
         self._late = LagWatch()
         self._broken.clear()
+        self._has_rationed = False
 
     # -- lag ----------------------------------------------------------------------------------------------------------
 
@@ -307,11 +310,17 @@ class Patrol:
 
     def resync(self, feed: Feed) -> None:
         """Ask for a new snapshot of one channel; later if it breaks again and again, all anew if all of them do."""
-        if self._ask_anew(feed):
+        if not self._ask_anew(feed):
+            self._has_rationed = True
+
+    def _judge_books(self, now: int) -> None:
+        """Once a second, not for each book that breaks: it is a look at all of them, and hundreds break together."""
+        if not self._has_rationed:
             return
+        self._has_rationed = False
         books = [each for each in self._feeds.values() if isinstance(each, BookFeed)]
         if len(books) > 1 and all(map(_is_sick, books)):
-            self._reconnect(time.monotonic_ns(), "all books out of step")
+            self._reconnect(now, "all books out of step")
 
     def _ask_anew(self, feed: Feed) -> bool:
         now = time.monotonic()
