@@ -25,7 +25,7 @@ from tests.deribit_support import (
 from tests.exchange_client import exchange, get
 from tests.pipeline import short_directory, subscribed
 from tests.support import in_loop, wait_until
-from workers.deribit.publishing.joins import MAX_WAITING, Joins
+from workers.deribit.publishing.joins import MAX_WAITING, TOGETHER, Joins
 from workers.deribit.publishing.ledger import SUBSCRIPTIONS, Ledger
 from workers.deribit.publishing.payloads import Status
 from workers.deribit.publishing.publisher import MAX_HELD, Publisher
@@ -321,6 +321,30 @@ async def test_a_prefix_with_its_dot_is_answered_for_that_instrument_alone(pract
 
 
 # -- bounds -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_slice_of_answers_ends_by_what_sending_takes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With each subscriber it takes longer."""
+    with short_directory() as directory:
+        ledger = Ledger(directory / "w.ledger", fresh=True)
+        publisher, topics = Publisher(f"ipc://{directory}/w.pub", 0, ledger), Topics(1, ledger)
+        joins = Joins(publisher, topics)
+        for number in range(3 * TOGETHER):
+            stream = topics.find("quote", f"BTC-{number}", "raw")
+            stream.current = {"receive_ts": number}
+            joins._waiting[stream] = None
+        monkeypatch.setattr("workers.deribit.publishing.joins.SLICE_TIME", 0.5)
+        flush = publisher.flush
+
+        def flush_slowly() -> None:
+            flush()
+            time.sleep(0.5)
+
+        monkeypatch.setattr(publisher, "flush", flush_slowly)
+        for left in (2 * TOGETHER, TOGETHER, 0):
+            joins._repeat_all()
+            assert len(joins._waiting) == left
+        ledger.close()
 
 
 @in_loop
