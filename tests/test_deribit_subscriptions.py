@@ -6,7 +6,8 @@ import json
 import re
 import time
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import groupby, pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +16,23 @@ from hypothesis import strategies as st
 
 from collector.lifecycle import Exit
 from collector.limits import CALL_BURST, CALL_COST, MAX_CHANNELS, MAX_FRAME, SUBSCRIBE_COST, Credits
-from tests.deribit_support import BOOK, LOGIN, QUOTE, TICKER, TRADES, connected, scripted, wait_for
+from collector.messages import ControlError
+from tests.deribit_support import (
+    BOOK,
+    LOGIN,
+    QUOTE,
+    TICKER,
+    TRADES,
+    connected,
+    encode_data,
+    living,
+    scripted,
+    wait_for,
+)
 from tests.exchange_client import exchange, get
 from tests.support import in_loop
 from workers.deribit import Client, ExchangeError
+from workers.deribit.commands import SLICE
 from workers.deribit.connection.reconcile import RETRIES, SECOND_CHANCE, SOON
 from workers.deribit.connection.subscriptions import EXPIRED, LEFT_OUT, NO_TRADES, TRIES, Call, Subscriptions
 from workers.deribit.rpc.codec import encode_request
@@ -817,3 +831,44 @@ async def test_calls_of_a_life_that_failed_are_not_sent_in_the_next(large: tuple
         ours = {"connect", "_live_on", "wait_live", "run_test"}
         others = asyncio.all_tasks() - {asyncio.current_task()}
         assert {getattr(task.get_coro(), "__name__", "") for task in others} <= ours
+
+
+@in_loop
+async def test_many_channels_are_taken_up_and_let_go_in_slices_between_which_data_go_out(
+    tmp_path: Path,
+) -> None:
+    many = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
+    with living(tmp_path, QUOTE, fresh=True) as worker:
+        stream, seen = worker.feeds[QUOTE.encode()].stream, list[tuple[int, int]]()
+        quote = encode_data(QUOTE, {"timestamp": 1_700_000_000_000})
+        for op in ("subscribe", "unsubscribe"):
+            doing = asyncio.create_task(worker.answer(op, {"channels": many, "epoch": time.time_ns()}))
+            while not doing.done():
+                await asyncio.sleep(0)
+                worker.take_frames([quote], time.time_ns())
+                seen.append((len(worker.feeds), stream.seq))
+            assert len((await doing)["channels"]) == len(many)
+        sizes = [size for size, _ in seen]
+        assert [size for size, _ in groupby(sizes)][-6:] == [1 + count * SLICE for count in (1, 2, 3, 2, 1, 0)]
+        assert [seq for _, seq in seen] == list(range(1, len(seen) + 1))
+
+
+@in_loop
+async def test_what_is_given_up_while_it_is_being_taken_up_is_given_up_whole(tmp_path: Path) -> None:
+    many = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
+    with living(tmp_path, fresh=True) as worker:
+        wanting = asyncio.create_task(worker.answer("subscribe", {"channels": many, "epoch": time.time_ns()}))
+        await asyncio.sleep(0)
+        assert 0 < len(worker.feeds) < len(many)
+        await worker.answer("unsubscribe", {"channels": many})
+        await wanting
+        assert (worker.feeds, worker.client.reconciler.subscriptions.asked) == ({}, {})
+
+
+@in_loop
+async def test_of_many_channels_none_is_taken_up_where_one_is_none(tmp_path: Path) -> None:
+    with living(tmp_path, fresh=True) as worker:
+        many = [*(f"quote.BTC-{number}" for number in range(SLICE)), "trades.BTC-PERPETUAL.never"]
+        with pytest.raises(ControlError, match="never"):
+            await worker.answer("subscribe", {"channels": many, "epoch": time.time_ns()})
+        assert worker.feeds == {}
