@@ -30,7 +30,7 @@ from tests.deribit_support import (
     wait_for,
 )
 from tests.exchange_client import exchange, get
-from tests.support import in_loop
+from tests.support import PATIENCE, in_loop
 from workers.deribit import Client, ExchangeError
 from workers.deribit.commands import SLICE
 from workers.deribit.connection.reconcile import RETRIES, SECOND_CHANCE, SOON
@@ -872,3 +872,22 @@ async def test_of_many_channels_none_is_taken_up_where_one_is_none(tmp_path: Pat
         with pytest.raises(ControlError, match="never"):
             await worker.answer("subscribe", {"channels": many, "epoch": time.time_ns()})
         assert worker.feeds == {}
+
+
+@in_loop
+async def test_instruments_that_end_together_are_let_go_in_slices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.deribit.worker.LAST_WORDS", 0.0)
+    many = [f"BTC-{number}" for number in range(3 * SLICE)]
+    with living(tmp_path, "instrument.state.any.any", *(f"quote.{name}" for name in many), fresh=True) as worker:
+        refused = worker.client.reconciler.subscriptions.refused
+        ended = [{"instrument_name": name, "state": "closed", "timestamp": 1_700_000_000_000} for name in many]
+        worker.take_frames([encode_data("instrument.state.any.any", row) for row in ended], time.time_ns())
+        assert not worker.channels.events, "it is told when their channels have been left"
+        sizes, end = list[int](), time.monotonic() + PATIENCE
+        while not worker.channels.events and time.monotonic() < end:
+            await asyncio.sleep(0)
+            sizes.append(len(refused))
+        assert [size for size, _ in groupby(sizes)][-3:] == [count * SLICE for count in (1, 2, 3)]
+        assert len(worker.channels.events) == len(many)

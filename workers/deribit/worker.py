@@ -13,7 +13,7 @@ from collector.channels import LISTINGS
 from collector.lifecycle import FINAL_EXITS, Exit
 from collector.words import say_count
 from workers.deribit.channels import Channels
-from workers.deribit.commands import Commands
+from workers.deribit.commands import SLICE, Commands
 from workers.deribit.connection.bootstrap import Login
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import share_pools
@@ -273,7 +273,9 @@ class Worker(Listener):
             events = listing.ended[:count]
             instruments = {event["row"]["instrument_name"] for event in events}
             names = [feed.channel.name for feed in self.feeds.values() if feed.channel.instrument in instruments]
-            self.client.reconciler.expire(names)
+            for start in range(0, len(names), SLICE):  # hundreds may end together, and what comes may not wait for it
+                self.client.reconciler.expire(names[start : start + SLICE])
+                await asyncio.sleep(0)
             self.channels.events += events
             del listing.ended[:count]
 
