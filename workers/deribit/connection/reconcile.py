@@ -115,19 +115,19 @@ class Reconciler:
 
     async def _see_through(self, call: Call) -> None:
         awaited_login = self._session.awaits_login  # it may be judged before the login, though answered after it
-        is_banned = False
+        reaction = None
         try:
             answered = await self._send(call.method, {"channels": list(call.channels)})
         except ExchangeError as error:
-            is_banned = find_reaction(error.code) is Reaction.BANNED
-            await self._take_error(call, error, awaited_login)
+            reaction = find_reaction(error.code)
+            await self._take_error(call, error, reaction, awaited_login)
         except TimeoutError:
             raise Lost(f"{call.method} was not answered in time") from None
         else:
             self._take_answer(call, answered)
         finally:
             # Not before: others would ask for the same, and use up the tries. Who is banned asks no more at all.
-            if not is_banned:
+            if reaction is not Reaction.BANNED:
                 self._end_call(call)
 
     def _end_call(self, call: Call) -> None:
@@ -153,9 +153,9 @@ class Reconciler:
             async with self._turn:  # calls keep their order
                 await pay(self.credits, SUBSCRIBE_COST)
 
-    async def _take_error(self, call: Call, error: ExchangeError, awaited_login: bool) -> None:
+    async def _take_error(self, call: Call, error: ExchangeError, reaction: Reaction, awaited_login: bool) -> None:
         said = f"{call.method}: {error}"
-        match find_reaction(error.code):
+        match reaction:
             case Reaction.BANNED:
                 raise Refused(said, Exit.BANNED)
             case Reaction.RETRY:
@@ -168,7 +168,7 @@ class Reconciler:
                 await self._put_off(call, error)
             case Reaction.LOG_IN | Reaction.REFRESH if self._has_login_died(call):
                 raise Lost(f"the login is not known any more: {said}", error.told)
-            case reaction:
+            case _:
                 await self._blame_channels(call, error, reaction)
 
     async def _put_off(self, call: Call, error: ExchangeError) -> None:
