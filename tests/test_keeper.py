@@ -231,7 +231,11 @@ def test_since_when_it_is_in_its_state_is_told() -> None:
 
 @pytest.mark.parametrize(
     ("code", "words"),
-    [(-9, "was killed by SIGKILL"), (UNKNOWN_EXIT, "ended for an unknown reason (the forkserver was gone)")],
+    [
+        (-9, "was killed by SIGKILL"),
+        (-6, "was killed by SIGABRT (too few processes or threads? see ulimit -u, TasksMax=)"),
+        (UNKNOWN_EXIT, "ended for an unknown reason (the forkserver was gone)"),
+    ],
 )
 def test_of_one_that_is_given_up_it_is_told_what_its_last_process_could_not_say(code: int, words: str) -> None:
     keeper = make_running()

@@ -186,7 +186,7 @@ class Keeper:
         self._begin_life()
         try:
             self._child = await self._start()
-        except (OSError, EOFError) as error:
+        except OSError as error:
             level = logging.INFO if self.is_stopping else logging.ERROR
             reason = f"cannot be started: {error or type(error).__name__}"
             log.log(level, "%s: %s", self.name, reason)
@@ -202,7 +202,7 @@ class Keeper:
         return self._end_life(await self._child.wait())
 
     async def _start(self) -> Child | None:
-        """Start a process once it is our turn; None if we are stopped before. Raises OSError or EOFError."""
+        """Start a process once it is our turn; None if we are stopped before. Raises OSError."""
         if not await self._until_stopped(self._spawner.turn.acquire()):
             return None
         self._is_spawning = True

@@ -47,6 +47,9 @@ multiprocessing."""
 _CODE_WAIT = 1.0
 """Seconds that the forkserver has to tell the exit code of a child that is gone, and the link to run dry."""
 
+_TOO_FEW = " (too few processes or threads? see ulimit -u, TasksMax=)"
+"""What to look at where a process ends without a word: libuv and libzmq abort it if they get no thread."""
+
 log = logging.getLogger(__name__)
 
 
@@ -83,12 +86,14 @@ class Spawner:
         self.turn = asyncio.Lock()
 
     async def spawn(self, kind: str, end: socket.socket) -> ForkServerProcess:
-        """Start a child of that kind at one end of a link. Raises OSError or EOFError if the forkserver fails."""
+        """Start a child of that kind at one end of a link. Raises OSError if the forkserver fails."""
         try:
             return await run_aside(lambda: self._start(kind, end), "spawner")
         except RuntimeError as error:  # no thread can be started
             end.close()
             raise OSError(str(error)) from None
+        except EOFError:
+            raise OSError(f"the forkserver has ended{_TOO_FEW}") from None
 
     def _start(self, kind: str, end: socket.socket) -> ForkServerProcess:
         # Ctrl-C reaches the whole group. Children inherit the mask of this thread, so not even one that is just
@@ -200,7 +205,7 @@ class Child:
 
 
 async def start_child(spawner: Spawner, kind: str, receive: Callable[[dict[str, Any]], None]) -> Child:
-    """Start a child of that kind; `receive` gets what it says. Raises OSError or EOFError if it cannot be started."""
+    """Start a child of that kind; `receive` gets what it says. Raises OSError if it cannot be started."""
     ours, theirs = socket.socketpair()
     try:
         process = await spawner.spawn(kind, theirs)
@@ -239,7 +244,7 @@ _REASONS = {
 def describe_exit(code: int) -> str:
     """Say in words why a child ended."""
     if code < 0:
-        return f"killed by {_SIGNALS.get(-code, f'signal {-code}')}"
+        return f"killed by {_SIGNALS.get(-code, f'signal {-code}')}{_TOO_FEW if code == -signal.SIGABRT else ''}"
     return _REASONS.get(code, f"ended with exit code {code}")
 
 
