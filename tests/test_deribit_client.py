@@ -1269,6 +1269,16 @@ async def test_who_gives_up_waiting_for_the_close_is_cancelled_and_it_closes_all
 
 
 @in_loop
+async def test_who_closes_what_is_being_closed_waits_for_the_same_end(practice: str) -> None:
+    async with connected(practice, "half_open:0.1") as (client, ear):
+        closings = [asyncio.create_task(client.close()) for _ in range(2)]
+        await asyncio.wait(closings)
+        assert [state for state, _ in ear.states[-2:]] == ["closing", "closed"]
+        await client.close()
+        assert client.machine.state == "closed"
+
+
+@in_loop
 async def test_who_asks_while_it_closes_is_not_told_that_the_wish_is_kept(practice: str) -> None:
     async with connected(practice) as (client, _):
         closing = asyncio.create_task(client.close())

@@ -23,7 +23,6 @@ from workers.deribit.connection.credits import Pool, create_pools
 from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.reconcile import Reconciler
 from workers.deribit.connection.session import Session
-from workers.deribit.connection.socket import Socket
 from workers.deribit.connection.together import do_together
 from workers.deribit.connection.traffic import Traffic
 from workers.deribit.rpc.errors import (
@@ -88,11 +87,9 @@ class Client:
         self.listener = listener or Listener()
         subscribing, calls = pools or create_pools()
         self.traffic = Traffic(self.listener, self._heed_error, timeout, read_pause)
-        told = self.listener
         self.session = Session(self.traffic.send, calls, login, heartbeat_interval, cancel_on_disconnect)
-        self.reconciler = Reconciler(
-            self.traffic.send, self.session, subscribing, told.confirm_channels, told.refuse_channels, self.spawn
-        )
+        confirm, refuse = self.listener.confirm_channels, self.listener.refuse_channels
+        self.reconciler = Reconciler(self.traffic.send, self.session, subscribing, confirm, refuse, self.spawn)
         self.machine = Machine(CONNECTION, "closed")
         self.since = time.time_ns()
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -191,10 +188,10 @@ class Client:
             if begins:
                 self._apply("close", "asked to")
         finally:
-            if self._life is not None and begins:
-                self._life.cancel()
             self._is_closing = True
-            if self._life is not None and not self._life.done():
+            if self._life is not None:
+                if begins:
+                    self._life.cancel()
                 await asyncio.wait({self._life})
         self._raise_breakdown()
 
@@ -243,7 +240,7 @@ class Client:
         self._apply("connect", "")
         while self.machine.state != "failed":
             try:
-                await self._run_session()
+                await self._run_connection()
             except Lost as error:
                 await self._back_off(error)
             except Refused as error:
@@ -272,7 +269,7 @@ class Client:
         self.exit, self.failure = code, failure
         self._apply(event, failure)
 
-    async def _run_session(self) -> None:
+    async def _run_connection(self) -> None:
         self.attempts += 1
         ends: list[asyncio.Future[None]] = []
         try:
@@ -284,32 +281,29 @@ class Client:
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)  # gather may miss that we are cancelled
             first = next(end for end in ends if end.done())
         finally:
-            failures = await self._end_session(ends)
+            failures = await self._end_connection(ends)
         for refusal in failures:
             if isinstance(refusal, Refused):  # the close that came with it was known sooner
                 raise refusal
         first.result()
 
-    async def _end_session(self, ends: list[asyncio.Future[None]]) -> list[Any]:
-        """End all that belongs to the connection; return what the tasks have raised."""
+    async def _end_connection(self, ends: list[asyncio.Future[None]]) -> list[Any]:
+        """End all that belongs to one connection, also where the owner closes amid this; return what tasks raised."""
         self._live.clear()
         socket = self.traffic.end()
         for task in (*ends, *self._tasks):
             task.cancel()
         try:
             return await asyncio.gather(*ends, *self._tasks, return_exceptions=True)
-        finally:  # also where the owner is closed amid this
-            await self._close_socket(socket)
-
-    async def _close_socket(self, socket: Socket | None) -> None:
-        try:
-            if socket is not None:
-                await socket.close()
         finally:
-            for task in self._tasks:  # begun amid this: nothing of one connection goes on in the next
-                task.cancel()
-            self.session.end()
-            self.reconciler.end()
+            try:
+                if socket is not None:
+                    await socket.close()
+            finally:
+                for task in self._tasks:  # begun amid this: nothing of one connection goes on in the next
+                    task.cancel()
+                self.session.end()
+                self.reconciler.end()
 
     async def _serve(self) -> None:
         await do_together(self._bootstrap(), self.reconciler.reconcile())
@@ -317,7 +311,7 @@ class Client:
         self._live.set()
         # Side by side, since each may have to wait: for an answer, or for credits.
         await do_together(
-            self._watch_life(),
+            self._watch_silence(),
             repeat(self.session.keep_up, UPKEEP),
             repeat(self.reconciler.keep_up, RECONCILING),
         )
@@ -327,7 +321,7 @@ class Client:
         await self.session.send_first_requests()
         await do_together(self.session.enable_cancel(), self.reconciler.reconcile())
 
-    async def _watch_life(self) -> None:
+    async def _watch_silence(self) -> None:
         live_since = heard = time.monotonic()
         frames = self.traffic.frames
         while True:
