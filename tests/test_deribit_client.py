@@ -1538,18 +1538,32 @@ async def test_a_refused_renewal_is_told_without_its_token() -> None:
         assert client.last_error == {"code": 11094, "message": "not now: ***"}
 
 
-@pytest.mark.parametrize("key", ["access_token", "refresh_token", "client_secret"])
+@pytest.mark.parametrize(
+    ("key", "value"), [("access_token", "a"), ("refresh_token", "r"), ("client_secret", "c"), ("echo", "hunter2")]
+)
 @in_loop
-async def test_an_answer_that_nobody_can_place_is_not_shown_where_it_may_hold_a_secret(key: str) -> None:
+async def test_an_answer_that_nobody_can_place_is_not_shown_where_it_may_hold_a_secret(key: str, value: str) -> None:
     def answer(params: dict[str, Any], number: int) -> dict[str, Any] | None:
-        return {"id": 0, "result": {key: "hush"}} if number == 2 else None
+        return {"id": 0, "result": {key: value}} if number == 2 else None
 
-    async with scripted("public/test", answer) as url, connected(url) as (client, ear):
+    login = Login("somebody", "hunter2", signed=False)
+    async with scripted("public/test", answer) as url, connected(url, login=login) as (client, ear):
         for _ in range(2):
             with suppress(TimeoutError):
                 await client.send("public/test", timeout=0.3)
         await wait_for(lambda: ear.malformed, "the answer")
         assert ear.malformed == [(b"(not shown)", "an answer to no request of ours")]
+
+
+@in_loop
+async def test_what_was_read_is_counted_on_while_there_is_no_connection_and_by_the_next(practice: str) -> None:
+    async with connected(practice) as (client, ear):
+        before = client.traffic.bytes_read, client.traffic.frames
+        client.cut("the test wants it so")
+        await wait_for(lambda: ear.find("backoff"), "the loss")
+        assert (client.traffic.bytes_read, client.traffic.frames) >= before
+        await wait_for(lambda: len(ear.find("live")) == 2, "the next connection")
+        assert client.traffic.bytes_read > before[0]
 
 
 # -- frames -----------------------------------------------------------------------------------------------------------
