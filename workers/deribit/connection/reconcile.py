@@ -58,7 +58,6 @@ class Reconciler:
 
     def end(self) -> None:
         """The connection is gone: everything must be asked for again."""
-        self._chance_at = NEVER
         self.subscriptions.forget()
 
     async def settle(self, names: list[str]) -> None:
