@@ -1494,12 +1494,14 @@ async def test_an_error_that_repeats_a_login_is_told_without_its_secret(
             assert "hush" not in text
 
 
+@pytest.mark.parametrize("signed", [False, True], ids=["sent", "never sent"])
 @in_loop
-async def test_a_close_that_repeats_a_login_is_told_without_its_secret() -> None:
+async def test_a_close_that_repeats_a_login_is_told_without_its_secret(signed: bool) -> None:
     def refuse(params: dict[str, Any], number: int) -> dict[str, Any]:
-        return {"close": f"who is {params['client_secret']}?".encode()}
+        assert ("client_secret" in params) is not signed
+        return {"close": b"who is hunter2?"}
 
-    settings: dict[str, Any] = {"login": Login("somebody", "hunter2", signed=False), "retry_count": 1}
+    settings: dict[str, Any] = {"login": Login("somebody", "hunter2", signed=signed), "retry_count": 1}
     async with scripted("public/auth", refuse) as url, connected(url, live=False, **settings) as (client, ear):
         await wait_for(lambda: ear.find("failed"), "the end")
         assert ear.find("backoff") == ["closed by the exchange: 1000 who is ***?"]

@@ -86,7 +86,8 @@ class Client:
         self.heartbeat_interval = heartbeat_interval
         self.listener = listener or Listener()
         subscribing, calls = pools or create_pools()
-        self.traffic = Traffic(self.listener, self._heed_error, timeout, read_pause)
+        secret = login.client_secret if login is not None else ""
+        self.traffic = Traffic(self.listener, self._heed_error, timeout, read_pause, secret)
         self.session = Session(self.traffic.send, calls, login, heartbeat_interval, cancel_on_disconnect)
         confirm, refuse = self.listener.confirm_channels, self.listener.refuse_channels
         self.reconciler = Reconciler(self.traffic.send, self.session, subscribing, confirm, refuse, self.spawn)

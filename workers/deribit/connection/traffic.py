@@ -23,6 +23,8 @@ class Traffic:
 
     `requests` is the number of the newest request, `waiting` holds those without an answer: no answer can be taken for
     another's. `timeout` bounds the opening of a socket, and each request that names none of its own.
+
+    Neither `client_secret` nor a token that was sent is told if the exchange repeats it. (A signature is soon stale.)
     """
 
     frames = 0
@@ -33,7 +35,12 @@ class Traffic:
     _socket: Socket | None = None
 
     def __init__(
-        self, listener: Listener, heed: Callable[[ExchangeError, str], None], timeout: float, read_pause: float
+        self,
+        listener: Listener,
+        heed: Callable[[ExchangeError, str], None],
+        timeout: float,
+        read_pause: float,
+        client_secret: str = "",
     ) -> None:
         self.waiting: dict[int | None, tuple[str, asyncio.Future[Any]]] = {}
         self._listener = listener
@@ -42,6 +49,7 @@ class Traffic:
         self._pace = Pace(read_pause)
         self._answering: set[asyncio.Task[None]] = set()
         self._secrets: dict[str, bytes] = {}
+        self._note_secrets({"client_secret": client_secret})  # whoever repeats it may know it from elsewhere
 
     async def open(self, url: str, headers: Mapping[str, str]) -> None:
         """Connect. Raises Lost, which says why not."""
@@ -135,7 +143,7 @@ class Traffic:
             answer.set_exception(error) if error else answer.set_result(reply.result)
 
     def _note_secrets(self, params: dict[str, Any]) -> None:
-        """Note what of a login may not be told, should the exchange repeat it (a signature is soon stale)."""
+        """Note what of a login may not be told."""
         for key in ("client_secret", "refresh_token"):
             if isinstance(secret := params.get(key), str) and secret:
                 self._secrets[key] = msgspec.json.encode(secret)[1:-1]
