@@ -214,8 +214,9 @@ def test_what_a_connection_hears_for_itself_is_published_once_somebody_asks_for_
 def test_the_supervisor_hears_of_a_listing_that_it_is_matched_at_coinbase(tmp_path: Path) -> None:
     """By that patterns know that it has no trades."""
     pair = {"instrument_name": "BTC_USDC", "kind": "spot", "state": "open", "base_currency": "BTC", "is_csr": True}
+    pair["timestamp"] = 1_793_952_000_000
     with living(tmp_path, QUOTE, follow=True) as worker:
-        worker.take_frames([encode_data(LISTINGS[0], pair | {"timestamp": 1_793_952_000_000})], 5)
+        worker.take_frames([encode_data(LISTINGS[0], pair | {"tick_size": 1})], 5)
         assert worker.take_events() == [{"event": "instrument", "row": pair}]
 
 
