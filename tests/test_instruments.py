@@ -84,6 +84,23 @@ def test_an_end_that_is_told_after_a_new_listing_is_that_of_before() -> None:
     assert known.known == list_all(replace(A, state="closed"), replace(B, state="closed"))
 
 
+def test_an_end_that_is_told_after_a_new_listing_and_a_look_is_that_of_before_too() -> None:
+    known = Instruments(list_all(A))
+    assert not known.take_rows([tell(A, state="open", timestamp=7)])
+    known.begin_look()
+    assert not known.take_rows([tell(A, state="closed", timestamp=5)])
+    assert not known.take_list(list_all(A), NOW)
+    assert not known.take_rows([tell(A, state="closed", timestamp=6)])
+    assert known.known == list_all(A)
+
+
+def test_what_came_without_a_time_does_not_make_an_old_end_new() -> None:
+    known = Instruments(list_all(A))
+    assert not known.take_rows([tell(A, state="open", timestamp=7), tell(A, state="open")])
+    assert not known.take_rows([tell(A, state="closed", timestamp=5)])
+    assert known.known == list_all(A)
+
+
 def test_a_state_that_is_no_word_changes_nothing() -> None:
     known = Instruments(list_all(A))
     assert known.take_rows([tell(A, state=1), tell(A)])

@@ -283,7 +283,8 @@ class Follower:
             shard.channels[name] = None
             placed[name] = self._ours[name] = shard
         self._note_held_elsewhere(left)
-        self._note_crowd(list(held), list(placed), len(living))
+        if placed:
+            self._note_crowd(list(held), list(placed), len(living))
         return placed
 
     def _note_crowd(self, before: list[str], new: list[str], count: int) -> None:
