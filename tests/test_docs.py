@@ -14,7 +14,9 @@ from inspect import getdoc
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import pytest
+import zmq
 
 from collector import OrderBook, Subscriber, __version__
 from collector.client.rules.everywhere import CHANNEL_STATES, CONNECTION_STATES
@@ -329,6 +331,52 @@ def test_check_of_a_kept_file_sees_what_is_not_in_it(demo: tuple[str, dict[str, 
     findings = check()
     assert findings[0].startswith(f"BROKEN sequence {BOOK}100ms message "), findings
     assert findings[-1] == "299 messages, 1 findings"
+
+
+def test_reader_in_bare_python_tells_what_was_lost_and_nothing_else() -> None:
+    (code,) = (shown.values[0] for shown in find_code("python") if "seen = {}" in shown.values[0])
+    topics = {kind: f"deribit.{kind}.A.raw" for kind in ("trade", "heartbeat")}
+    stream: list[tuple[str, str, int, int, dict[str, Any]]] = [
+        ("trade", "status", 1, 7, {"join": True, "state": "live"}),  # it comes late: nothing was lost
+        ("heartbeat", "heartbeat", 1, 90, {}),
+        ("trade", "status", 2, 1, {"state": "recovering"}),  # and had no data yet
+        ("heartbeat", "heartbeat", 2, 1, {}),
+        ("trade", "trade", 2, 2, {}),
+        ("trade", "gap", 3, 1, {"reason": "restart"}),
+        ("trade", "trade", 3, 2, {}),
+        ("trade", "repair", 3, 3, {"missing": []}),
+        ("trade", "status", 2, 9, {"state": "closed"}),  # late words of another one
+        ("trade", "trade", 3, 6, {}),
+        ("trade", "repair", 3, 7, {"missing": [[4, 5]]}),
+        ("trade", "status", 4, 3, {"join": True, "state": "live"}),
+        ("trade", "trade", 4, 4, {}),
+    ]
+    with zmq.Context() as context, context.socket(zmq.XPUB) as publisher:
+        publisher.linger = 0
+        code = code.replace(
+            "tcp://127.0.0.1:5601", f"tcp://127.0.0.1:{publisher.bind_to_random_port('tcp://127.0.0.1')}"
+        )
+        with running(sys.executable, "-u", "-c", code.replace('"deribit.trade."', '"deribit."')) as program:
+            assert publisher.poll(20_000)
+            for topic, kind, epoch, seq, more in stream:
+                payload = {"type": kind, "epoch": epoch, "seq": seq, "price": 1.0, "amount": 2.0, **more}
+                publisher.send_multipart([topics[topic].encode(), msgpack.packb(payload)])
+            wait_until(lambda: f"{topics['trade']} 4 1.0 2.0" in program.out, "the last trade")
+            told = [line.replace(topics["trade"], "T") for line in program.out]
+    assert told == [
+        "trade on it only while live: T live",
+        "trade on it only while live: T recovering",
+        "T 2 1.0 2.0",
+        "GAP T restart",
+        "T 2 1.0 2.0",
+        "LOST on the way to this program: T 4 to 5",
+        "T 6 1.0 2.0",
+        "these trades stay missing: T [[4, 5]]",
+        "LOST on the way to this program: T 1 to 3",
+        "trade on it only while live: T live",
+        "NEW EPOCH, no gap: anything may be missing before T 4",
+        "T 4 1.0 2.0",
+    ]
 
 
 def run_until_end(arguments: tuple[str, ...], **variables: str) -> int:
