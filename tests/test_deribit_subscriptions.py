@@ -866,6 +866,20 @@ async def test_what_is_given_up_while_it_is_being_taken_up_is_given_up_whole(tmp
 
 
 @in_loop
+async def test_what_has_ended_is_not_asked_for_while_others_are_being_taken_up(tmp_path: Path) -> None:
+    """That its end was said of an earlier life is no reason to ask the exchange for it."""
+    many = [f"quote.BTC-{number}" for number in range(3 * SLICE)]
+    with living(tmp_path, fresh=True) as worker:
+        wanting = asyncio.create_task(worker.answer("subscribe", {"channels": many, "epoch": time.time_ns()}))
+        await asyncio.sleep(0)
+        ending = asyncio.create_task(worker.answer("unsubscribe", {"channels": [QUOTE], "reason": "expired"}))
+        while not ending.done():
+            await asyncio.sleep(0)
+            assert QUOTE not in worker.client.reconciler.subscriptions.asked
+        assert (await ending, wanting.done()) == ({"channels": {QUOTE: True}}, True)
+
+
+@in_loop
 async def test_of_many_channels_none_is_taken_up_where_one_is_none(tmp_path: Path) -> None:
     with living(tmp_path, fresh=True) as worker:
         many = [*(f"quote.BTC-{number}" for number in range(SLICE)), "trades.BTC-PERPETUAL.never"]

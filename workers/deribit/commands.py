@@ -89,11 +89,10 @@ class Commands:
     async def _unsubscribe(self, arguments: dict[str, Any]) -> dict[str, Any]:
         names = arguments["channels"]
         condition = OVER if arguments.get("reason") == "expired" else UNSUBSCRIBED
-        if condition is OVER:
-            self._channels.add(names)  # an earlier life may have had them: then it is said all the same
+        async with self._turn:  # some may be about to be taken up
+            if condition is OVER and not self._has_ended:
+                self._channels.add(names)  # an earlier life may have had them: then it is said all the same
         try:
-            async with self._turn:
-                pass  # some may be about to be taken up
             left = await self._client.unsubscribe(names)
             if condition is OVER:
                 await self._heal_last(names)
