@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -96,18 +97,20 @@ def test_lag_that_lasts_is_logged_and_its_end_too(tmp_path: Path, caplog: pytest
     assert [record.getMessage() for record in caplog.records] == ["lag 6.0 s", "lag is over, 1.0 s"]
 
 
-def test_all_until_now_has_surely_come_only_where_something_comes_and_is_not_late(tmp_path: Path) -> None:
-    moved = []
+def test_all_has_surely_come_until_something_came_before_what_came_last_and_is_not_late(tmp_path: Path) -> None:
+    heard, clocks = [], [1]
     with living(tmp_path, fresh=True) as worker:
-        for frames, lag in ((0, 1), (1, 1), (1, 1), (2, 6), (3, 1)):
+        worker.client.session = SimpleNamespace(read_exchange_clock=lambda: clocks[-1])  # type: ignore[assignment]
+        worker.patrol.begin()
+        for clock, frames, lag in ((2, 0, 1), (3, 1, 1), (4, 1, 1), (70, 2, 1), (71, 3, 1), (72, 4, 6), (73, 5, 1)):
+            clocks.append(clock)
             worker.client.traffic.frames = frames
             for _ in range(LASTING):
                 worker.patrol.take_lag(lag * SECOND)
                 worker.patrol._judge_lag(SECOND)
-            before = worker.statuses.heard_until
             worker.patrol._note_heard()
-            moved.append(worker.statuses.heard_until > before)
-    assert moved == [False, True, False, False, True]
+            heard.append(worker.statuses.heard_until)
+    assert heard == [0, 1, 1, 3, 70, 70, 71]
 
 
 def test_neither_silence_nor_lag_of_a_connection_is_held_against_the_next(tmp_path: Path) -> None:

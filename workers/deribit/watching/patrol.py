@@ -68,7 +68,7 @@ class Patrol:
         self._take_up = take_up
         self._heartbeat = topics.find("heartbeat", name, "1s")
         self._counted = 0
-        self._frames = 0
+        self._frames = self._heard_at = 0
         self._whole = Rhythm()
         self._late = LagWatch()
         self._broken: dict[Feed, None] = {}
@@ -162,6 +162,7 @@ class Patrol:
 
     def begin(self) -> None:
         """The connection is live: its silence counts from now on, not that of the time when it was away."""
+        self._heard_at = self._client.session.read_exchange_clock()
         self._whole.restart(self.last_ts, time.monotonic_ns())
 
     def lose(self) -> None:
@@ -193,11 +194,15 @@ class Patrol:
             self._client.cut(reason)
 
     def _note_heard(self) -> None:
-        """Whatever comes, be it a heartbeat, comes after all that was sent before it; unless data are late."""
+        """Whatever comes, be it a heartbeat, comes after all that was sent before it; unless data are late.
+
+        After a standstill, the network's or our own, it may be the first of what has waited for long: sure is only what
+        was sent before the one before it had come.
+        """
         frames, before = self._client.traffic.frames, self._frames
         self._frames = frames
         if frames != before and not self._late.is_lagging:
-            self._statuses.heard_until = self._client.session.read_exchange_clock()
+            self._statuses.heard_until, self._heard_at = self._heard_at, self._client.session.read_exchange_clock()
 
     # -- silence ------------------------------------------------------------------------------------------------------
 
