@@ -35,13 +35,9 @@ class Traffic:
     _socket: Socket | None = None
 
     def __init__(
-        self,
-        listener: Listener,
-        heed: Callable[[ExchangeError, str], None],
-        timeout: float,
-        read_pause: float,
-        client_secret: str = "",
-    ) -> None:
+        self, listener: Listener, heed: Callable[[ExchangeError, str], None], timeout: float, read_pause: float,
+        client_secret: str,
+    ) -> None:  # fmt: skip
         self.waiting: dict[int | None, tuple[str, asyncio.Future[Any]]] = {}
         self._listener = listener
         self._heed = heed

@@ -235,7 +235,6 @@ def _find_following(trades: list[TradeData], first: int) -> int:
     They go by time: a page may end between the trades of one ms, which stand in any order (measured, 2026). All of that
     ms are asked for once more, unless they fill the page.
     """
-    numbers = [each.trade_seq for each in trades]
     older = [each.trade_seq for each in trades if each.timestamp < trades[-1].timestamp]
     following = max(older, default=0) + 1
-    return following if following > first else max(numbers, default=0) + 1
+    return following if following > first else max((each.trade_seq for each in trades), default=0) + 1
