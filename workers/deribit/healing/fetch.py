@@ -232,8 +232,8 @@ def _fetch_run(stream: Stream, first: int, last: int | None, pause: float) -> Fe
 def _find_following(trades: list[TradeData], first: int) -> int:
     """From which number on to ask for more than these, which were asked for from `first` on.
 
-    They go by time: a page may end between the trades of one ms, which stand in any order (measured, 2026). All of that
-    ms are asked for once more, unless they fill the page.
+    They go by time: a page may end between the trades of one ms, which stand in any order (seen at history.deribit.com,
+    2026). All of that ms are asked for once more, unless they fill the page.
     """
     older = [each.trade_seq for each in trades if each.timestamp < trades[-1].timestamp]
     following = max(older, default=0) + 1
