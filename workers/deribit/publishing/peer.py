@@ -154,12 +154,6 @@ class Peer:
             return not self.unsent
         return fcntl.ioctl(self.socket, termios.TIOCOUTQ, bytes(4)) == bytes(4)
 
-    def forget(self) -> None:
-        """It is gone: what waits for it is waste, and what it wants too."""
-        self.prefixes, self.lengths = set(), Counter()
-        self.blocks.clear()
-        self.marks.clear()
-
     def _send(self, data: bytes | memoryview) -> int:
         """How many of these bytes the system takes."""
         try:

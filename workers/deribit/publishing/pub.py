@@ -47,6 +47,7 @@ class Route:
     """One topic, and who wants it: found anew after each change (`round`) of what subscribers wish for.
 
     It is kept here, and not in a map of the socket: who sends has the topic's own state at hand, in the cache.
+    `peers` is the socket's list, one for all topics with the same subscribers.
     """
 
     __slots__ = ("head", "peers", "round", "topic")
@@ -54,7 +55,7 @@ class Route:
     def __init__(self, topic: bytes) -> None:
         self.topic = topic
         self.head = encode_topic(topic)
-        self.peers: tuple[Peer, ...] = ()
+        self.peers: list[Peer] = []
         self.round: object = None
 
 
@@ -69,7 +70,7 @@ class PubSocket:
         self._patience = patience
         self._peers: list[Peer] = []
         self._round = object()
-        self._groups: dict[tuple[Peer, ...], tuple[Peer, ...]] = {}
+        self._groups: dict[tuple[Peer, ...], list[Peer]] = {}
         self._selector = selectors.DefaultSelector()
         self._listener: socket.socket | None = None
         self._endpoint = ""
@@ -199,7 +200,6 @@ class PubSocket:
         self._peers.remove(peer)
         self._selector.unregister(peer.socket)
         peer.socket.close()
-        peer.forget()  # routes that are not looked for again hold it still
         self._begin_round()
         self._attend()
 
@@ -230,11 +230,13 @@ class PubSocket:
 
     def _find_peers(self, route: Route) -> None:
         peers = tuple(peer for peer in self._peers if peer.wants(route.topic))
-        route.peers = self._groups.setdefault(peers, peers)  # one for all topics with the same subscribers
+        route.peers = self._groups.setdefault(peers, list(peers))
         route.round = self._round
 
     def _begin_round(self) -> None:
         self._round = object()
+        for group in self._groups.values():
+            group.clear()  # a topic on which nothing more is said would hold those that are gone for ever
         self._groups.clear()
 
     def close(self, linger: float) -> None:
