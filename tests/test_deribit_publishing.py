@@ -213,7 +213,7 @@ async def test_of_many_instruments_on_one_channel_those_that_have_ended_say_so(
         (ended,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV20-", type="status")
         (other,) = await run.hearer.hear_of("deribit.trade.BTC-6NOV99-", type="status")
         assert (ended["state"], ended["reason"], other["state"]) == ("expired", EXPIRED, state)
-        run.worker.patrol._forget_expired()
+        run.worker.patrol._forget_old()
         is_known = "BTC-6NOV99-10000-C" in run.worker.feeds[b"trades.option.BTC.100ms"].streams
         assert is_known == (state == "live")
 

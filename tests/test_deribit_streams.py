@@ -40,9 +40,10 @@ from workers.deribit.publishing.ledger import (
     OUT,
     SUBSCRIPTIONS,
     UNHEALED,
+    WORDS,
     Ledger,
 )
-from workers.deribit.publishing.streams import ANY_ID, DAY, MAX_TOPICS, Malformed, Topics
+from workers.deribit.publishing.streams import ANY_ID, DAY, LONG_LEFT, MAX_TOPICS, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import LAST_DATA, OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
@@ -85,8 +86,8 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
     for stream in (old, kept, young):
         stream.seq, ledger.cells[stream.slot] = 1, 5
     place = old.slot
-    assert topics.forget_expired(EXPIRY + DAY - 1, ()) == []
-    assert topics.forget_expired(EXPIRY + DAY + 1, {kept}) == [old]
+    assert topics.forget_old(EXPIRY + DAY - 1, ()) == []
+    assert topics.forget_old(EXPIRY + DAY + 1, {kept}) == [old]
     assert list(topics.match(b"")) == [kept, young]
     assert topics.find("trade", "BTC-27NOV26", "100ms").slot == place
     assert old.slot == 0
@@ -163,11 +164,38 @@ async def test_a_topic_is_not_forgotten_before_what_was_lost_of_it_is_fetched_an
 def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(topics: Topics) -> None:
     """The exchange tells that an instrument is archivized days after its end."""
     old = topics.find("instrument", "BTC-6NOV26", "raw")
-    assert topics.forget_expired(EXPIRY + 2 * DAY, ()) == [old]
+    assert topics.forget_old(EXPIRY + 2 * DAY, ()) == [old]
     again = topics.find("instrument", "BTC-6NOV26", "raw")
     assert (again.seq, old.epoch, again.epoch) == (0, 1, 2)
-    assert topics.forget_expired(EXPIRY + 3 * DAY, ()) == [again]
+    assert topics.forget_old(EXPIRY + 3 * DAY, ()) == [again]
     assert topics.find("instrument", "BTC-6NOV26", "raw").epoch == 3
+
+
+def test_a_topic_that_was_left_long_ago_is_forgotten_though_its_instrument_never_ends(topics: Topics) -> None:
+    """Else who asks for others and others, for months, would be refused in the end."""
+    first, second = (topics.find("quote", f"{name}-PERPETUAL", "raw") for name in ("BTC", "ETH"))
+    place = first.slot
+    topics.leave(first, 100)
+    topics.leave(second, 200)
+    assert topics.forget_old(100 + LONG_LEFT, ()) == []
+    assert topics.forget_old(200 + LONG_LEFT, ()) == [first]
+    assert topics.find("quote", "SOL-PERPETUAL", "raw").slot == place
+    again = topics.find("quote", "BTC-PERPETUAL", "raw")
+    assert (again is first, again.epoch, again.slot) == (False, first.epoch + 1, second.slot + WORDS)
+    assert topics.forget_old(201 + LONG_LEFT, ()) == [second], "what is asked for stays"
+
+
+def test_what_is_forgotten_says_no_last_word(tmp_path: Path) -> None:
+    """It may be asked for anew meanwhile: by a clock that was set it may be forgotten at once."""
+    with living(tmp_path, QUOTE, TRADES, fresh=True) as worker:
+        forgotten, other = (feed.stream for feed in worker.feeds.values())
+        for channel in (QUOTE, TRADES):
+            ask(worker, "unsubscribe", channel)
+        forgotten.left_since -= 2 * LONG_LEFT
+        worker.patrol._forget_old()
+        for part in range(REPEAT):
+            worker.statuses.repeat_others(part)
+        assert (forgotten.seq, other.seq) == (1, 2)
 
 
 def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(topics: Topics) -> None:
@@ -678,7 +706,7 @@ def test_what_a_new_channel_shares_with_one_that_is_being_left_begins_anew(tmp_p
         worker.channels.leave([old], UNSUBSCRIBED)  # as it does after that
         (feed,) = worker.feeds.values()
         (stream,) = feed.streams.values()
-        assert (feed.channel.name, stream.is_left, stream.last_id) == (new, False, 6)
+        assert (feed.channel.name, stream.left_since, stream.last_id) == (new, 0, 6)
         assert stream.epoch > worker.epoch
 
 

@@ -35,6 +35,10 @@ DAY = 86_400 * 1_000_000_000
 SURE = 5.0
 """Seconds after which what was published is taken to have left this process, should it be killed."""
 
+LONG_LEFT = 3600 * 1_000_000_000
+"""Time (ns) after which nothing speaks of a topic that was left: no fetch goes so far back beyond the time at which
+somebody asked for it again."""
+
 REPEATS = 100
 """Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
 
@@ -51,12 +55,13 @@ class Stream(Route):
     that a late subscriber needs, where there is one; `last_ts` is the receive_ts of the last data (0: none yet) and
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
     before the topic was left, which no later fetch may say again; `expiry` is when its instrument ends by its name (ns,
-    None if it does not); `slot` is its place in the ledger; `is_left` is set when nobody asks for it any more.
+    None if it does not); `slot` is its place in the ledger; `left_since` is when the last one who asked for it gave it
+    up (ns, 0: it is asked for).
     """
 
     __slots__ = (
         "answered", "current", "describe", "due", "epoch", "expiry", "gap", "instrument",
-        "interval", "is_left", "last_id", "last_ts", "left_at", "lost", "reached", "seq", "slot", "status", "type",
+        "interval", "last_id", "last_ts", "left_at", "left_since", "lost", "reached", "seq", "slot", "status", "type",
     )  # fmt: skip
 
     def __init__(self, kind: str, instrument: str, interval: str, epoch: int) -> None:
@@ -73,7 +78,7 @@ class Stream(Route):
         self.last_id = 0
         self.reached = 0
         self.left_at = 0
-        self.is_left = False
+        self.left_since = 0
         self.lost = False
         self.slot = 0
         self.due: Gap | None = None
@@ -86,11 +91,11 @@ class Stream(Route):
     def _give_current(self) -> Message | None:
         return self.current
 
-    def reset(self) -> None:
+    def reset(self, now: int) -> None:
         """Nobody asks for this topic any more, and late subscribers are told nothing of it: another connection may feed
         it by now.
         """
-        self.is_left = True
+        self.left_since = now
         self.gap, self.status, self.describe = None, None, self._give_current
         self.lost, self.due, self.current = False, None, None
         self.left_at = max(self.left_at, self.last_id)
@@ -183,7 +188,7 @@ class Topics:
             stream = self._streams[key] = Stream(kind, instrument, interval, self._latest)
             stream.slot = self.ledger.find_slot(stream.topic.decode())
             self.ledger.cells[stream.slot + EPOCH] = stream.epoch
-        elif stream.is_left:
+        elif stream.left_since:
             stream = self._streams[key] = self._succeed(stream)
         return stream
 
@@ -194,7 +199,7 @@ class Topics:
         stream.slot, left.slot = left.slot, 0
         self.ledger.clear(stream.slot)
         self.ledger.cells[stream.slot + EPOCH] = stream.epoch
-        left.is_left = False
+        left.left_since = 0
         return stream
 
     def recall(self) -> dict[Stream, int]:
@@ -230,22 +235,25 @@ class Topics:
         if entry.begun >= max(1, repeat_from):  # that the exchange counts anew must be found, and told, again
             stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
-    def forget_expired(self, now: int, kept: Collection[Stream]) -> list[Stream]:
+    def forget_old(self, now: int, kept: Collection[Stream]) -> list[Stream]:
         """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept, and
-        trades of which that is still to be said: what was lost of them may not be fetched yet.
+        trades of which that is still to be said: what was lost of them may not be fetched yet. And those that nobody
+        has asked for since LONG_LEFT: who asks for others and others must not use up the places of all.
         """
-        expired = [
+        old = [
             (key, stream)
             for key, stream in self._streams.items()
-            if stream.has_expired(now - DAY) and stream not in kept and not stream.awaits_end
+            if 0 < stream.left_since < now - LONG_LEFT
+            or (stream.has_expired(now - DAY) and stream not in kept and not stream.awaits_end)
         ]
-        for key, stream in expired:
+        for key, stream in old:
             del self._streams[key]
             self.ledger.free_slot(stream.topic.decode())
-            stream.slot = 0  # whoever holds it still must not write into another's place
-        if expired:  # one that is spoken of once more counts anew
-            self.begin_epoch(max(stream.epoch for _, stream in expired) + 1)
-        return [stream for _, stream in expired]
+            # Whoever holds it still must not write into another's place, nor say a last word beside its successor.
+            stream.slot = stream.left_since = 0
+        if old:  # one that is spoken of once more counts anew
+            self.begin_epoch(max(stream.epoch for _, stream in old) + 1)
+        return [stream for _, stream in old]
 
     def leave(self, stream: Stream, now: int, is_over: bool = False) -> None:
         """Nobody asks for a topic any more (`now` in ns): this life does not go on from what was said.
@@ -253,7 +261,7 @@ class Topics:
         A later one is told of it, and whether its instrument has ended (`is_over`), for some seconds more: this one may
         be killed and take its last word along.
         """
-        stream.reset()
+        stream.reset(now)
         if is_over:
             self.ledger.cells[stream.slot + LAST_TS] = HAS_ENDED
         self._left[stream] = now

@@ -100,7 +100,7 @@ class Patrol:
             self._restore_files()
             self._topics.forget_left(time.time_ns())
             if second % HOUR == HOUR - 1:
-                self._forget_expired()
+                self._forget_old()
             if self._client.is_live:
                 self._topics.ledger.cells[HEARD] = time.time_ns()
                 self._judge_lag(time.monotonic_ns())
@@ -132,10 +132,10 @@ class Patrol:
         if part == 0 and self._client.is_live:
             self._take_up_early()
 
-    def _forget_expired(self) -> None:
+    def _forget_old(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
         kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
-        gone = set(self._topics.forget_expired(self._client.session.read_exchange_clock(), kept))
+        gone = set(self._topics.forget_old(self._client.session.read_exchange_clock(), kept))
         for feed in self._feeds.values():
             for stream in gone.intersection(feed.streams.values()):
                 feed.forget(stream)

@@ -106,7 +106,7 @@ class Statuses:
             self.tell_connection(self._connection.status.state, self._connection.status.reason)
         for stream in [stream for stream in self._left if _is_due(stream, part)]:
             status, times = self._left.pop(stream)
-            if stream.is_left:  # else it has been taken up again
+            if stream.left_since:  # else it has been taken up again, or forgotten
                 self._publisher.say(stream, self._build(stream, status.state, status.reason))
                 if times > 1:
                     self._left[stream] = status, times - 1
