@@ -105,12 +105,12 @@ class Channels:
 
     def _give_up_leaving(self, taken_up: list[Channel]) -> None:
         """What shares a topic with these, and whose unsubscribe is under way still, ends here."""
-        topics = {channel.topic for channel in taken_up} - {None}
-        wide = [channel for channel in taken_up if channel.topic is None]
-        leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in self._subscriptions.asked]
-        for one in leaving:
-            others = taken_up if one.topic is None else wide
-            if one.topic in topics or any(share_topic(one, other) for other in others):
+        single = {(one.type, one.instrument, one.interval) for one in taken_up if one.instrument}
+        wide, asked = [one for one in taken_up if not one.instrument], self._subscriptions.asked
+        leaving = [feed.channel for feed in self.feeds.values() if feed.channel.name not in asked]
+        for one in leaving:  # there may be thousands, and this is done for each slice of those that are taken up
+            others = wide if one.instrument else taken_up
+            if (one.type, one.instrument, one.interval) in single or any(share_topic(one, other) for other in others):
                 self._give_up(one.name, UNSUBSCRIBED)
 
     def _give_up(self, name: str, condition: tuple[str, str]) -> None:
