@@ -179,11 +179,17 @@ def guess_expiry(instrument: str) -> int | None:
 
     A combo ends with the first of its legs (recorded: BTC-FS-22MAY26_19MAY26 expires on the 19th).
     """
-    days = []
-    for day, month, year in _EXPIRY.findall(instrument):
-        with suppress(ValueError):  # a month or a day that there is not
-            days.append(datetime(2000 + int(year), _MONTHS.index(month) + 1, int(day), 8, tzinfo=UTC))
-    return int(min(days).timestamp()) * 1_000_000_000 if days else None
+    return min(filter(None, map(_find_expiry, _EXPIRY.findall(instrument))), default=None)
+
+
+@lru_cache(1024)
+def _find_expiry(date: tuple[str, str, str]) -> int | None:
+    """The time (ns) of a day, month and year as names have them; None if there is no such day. Thousands share one."""
+    day, month, year = date
+    with suppress(ValueError):
+        when = datetime(2000 + int(year), _MONTHS.index(month) + 1, int(day), 8, tzinfo=UTC)
+        return int(when.timestamp()) * 1_000_000_000
+    return None
 
 
 def has_expired(instrument: str, now: int) -> bool:

@@ -62,6 +62,9 @@ EMPTY = struct.pack(f"{LAYOUT + 1}q", *[0] * ROOM, STEP, 0, THIS_LAYOUT).ljust(S
 _WORDS = (LAST_TS, LAST_ID, UNHEALED, FIRST, BEGUN, BEFORE, EPOCH)
 """Those that make an Entry, in its order."""
 
+_ZEROS = memoryview(bytes(8 * (EPOCH + 1))).cast("q")
+"""What is known of a topic of which nothing is."""
+
 log = logging.getLogger("deribit")
 
 
@@ -188,8 +191,8 @@ class Ledger:
 
     def clear(self, slot: int) -> None:
         """Forget what was said on a topic; its place stays its own."""
-        for cell in (*_WORDS, NEWEST, *KNOWN):
-            self.cells[slot + cell] = 0
+        self.cells[slot : slot + LENGTH] = _ZEROS[:LENGTH]
+        self.cells[slot + LENGTH + 1 : slot + EPOCH + 1] = _ZEROS[LENGTH + 1 :]
 
     def free_slot(self, name: str) -> None:
         """Nothing will be said of this any more: another may have its place."""
