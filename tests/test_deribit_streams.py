@@ -900,6 +900,55 @@ def test_a_loss_began_when_the_stream_itself_last_spoke(tmp_path: Path) -> None:
         assert worker.ledger.cells[feed.stream.slot + LAST_ID] == 7
 
 
+def test_a_topic_is_known_to_a_later_life_also_where_all_that_came_was_fetched(tmp_path: Path) -> None:
+    """And where the first page of it shows already that the exchange counts anew."""
+    both = [make_trade(1000, timestamp=50_000), make_trade(3, timestamp=90_000)]
+    with living(tmp_path, WIDE, fresh=True) as worker:
+        fetched = msgspec.convert(both, list[TradeData])
+        worker.publisher.publish(find_trades(worker).backfill(fetched, 900), 900, is_fetched=True)
+    with living(tmp_path, WIDE) as worker:
+        (stream,) = find_trades(worker).streams.values()
+        assert stream.due is not None
+        assert (stream.due.reason, stream.due.from_ts) == ("restart", 900)
+
+
+@pytest.mark.parametrize(
+    ("channel", "data"),
+    [(QUOTE, {"timestamp": 1}), ("deribit_price_index.btc_usd", {"index_name": "btc_usd", "price": 1, "timestamp": 1})],
+)
+def test_a_later_life_knows_when_a_topic_spoke_last(tmp_path: Path, channel: str, data: dict[str, Any]) -> None:
+    with living(tmp_path, channel, fresh=True) as worker:
+        for now in (5, 9):
+            worker.take_frames([encode_data(channel, data)], now)
+    with living(tmp_path, channel) as worker:
+        (feed,) = worker.feeds.values()
+        assert feed.stream.due is not None
+        assert (feed.stream.due.reason, feed.stream.due.from_ts) == ("restart", 9)
+
+
+def test_what_a_late_subscriber_was_told_of_a_topic_without_data_is_no_loss_to_a_later_life(tmp_path: Path) -> None:
+    with living(tmp_path, QUOTE, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        worker.statuses.tell(feed, "live", "")
+        assert feed.stream.status is not None
+        worker.publisher.repeat(feed.stream, feed.stream.status)
+    with living(tmp_path, QUOTE) as worker:
+        assert worker.topics.gaps == 0
+
+
+def test_a_later_life_knows_the_last_trade_also_where_a_gap_was_said_after_it(tmp_path: Path) -> None:
+    """Else it would say all trades again that it finds, and not as late ones."""
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        feed = find_trades(worker)
+        worker.take_frames([encode_data(TRADES, [make_trade(1000)])], 100)
+        feed.lose("disconnect", 200)
+        gap = feed.take_last(feed.stream, 300)
+        assert gap is not None
+        worker.publisher.say(feed.stream, gap)
+    with living(tmp_path, TRADES) as worker:
+        assert find_trades(worker).stream.reached == 1000
+
+
 def test_a_later_life_knows_which_change_of_a_book_was_the_last_and_which_comes_next(tmp_path: Path) -> None:
     book = {"type": "snapshot", "bids": [], "asks": [], "timestamp": 1}
     with living(tmp_path, BOOK, fresh=True) as worker:
