@@ -912,6 +912,18 @@ def test_a_topic_is_known_to_a_later_life_also_where_all_that_came_was_fetched(t
         assert (stream.due.reason, stream.due.from_ts) == ("restart", 900)
 
 
+def test_a_topic_whose_first_trades_show_that_some_are_missing_is_noted_before_they_are_sent(tmp_path: Path) -> None:
+    """Like any other: its gap would be lost with a worker that is killed between the two."""
+    with living(tmp_path, WIDE, fresh=True) as worker, worker.publisher.gather():
+        worker.publisher.publish(find_trades(worker).take(encode_data(WIDE, [make_trade(3), make_trade(7)]), 900), 900)
+        assert worker.publisher.published == 0
+        later = Ledger(worker.ledger._path, fresh=False)
+        assert [(entry.last_ts, entry.last_id, entry.first_id) for entry in later.earlier if entry.last_id] == [
+            (900, 3, 3)
+        ]
+        later.close()
+
+
 @pytest.mark.parametrize(
     ("channel", "data"),
     [(QUOTE, {"timestamp": 1}), ("deribit_price_index.btc_usd", {"index_name": "btc_usd", "price": 1, "timestamp": 1})],

@@ -148,7 +148,7 @@ class Publisher:
                 if "join" not in message:
                     cells[slot] = message["receive_ts"]
             elif kind is Trade:
-                if message.backfilled is UNSET or not cells[slot]:  # what was lost may lie before one that came late
+                if message.backfilled is UNSET:  # what was lost may lie before one that came late
                     cells[slot] = message.receive_ts
                 if cells[slot + LAST_ID] < message.trade_seq:
                     cells[slot + LAST_ID] = message.trade_seq

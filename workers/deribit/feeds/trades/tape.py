@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from collector.messages import EXCHANGE
 from workers.deribit.feeds.trades.holes import Hole, Known
 from workers.deribit.feeds.trades.losses import Losses
-from workers.deribit.publishing.ledger import FIRST, KNOWN, NEWEST, UNHEALED
+from workers.deribit.publishing.ledger import FIRST, KNOWN, LAST_ID, LAST_TS, NEWEST, UNHEALED
 from workers.deribit.publishing.payloads import Gap, Repair
 from workers.deribit.publishing.streams import Published, Stream, Topics
 
@@ -95,8 +95,12 @@ class Tape:
 
     def announce(self, now: int) -> Gap:
         """The gap of a loss that nothing but the trades themselves has shown; it is due now."""
-        self.stream.last_ts = self.stream.last_ts or now  # its first trade may stand in this very frame
-        gap = self.stream.lose("sequence", self.topics, now)
+        stream = self.stream
+        if not stream.last_ts:  # its first trade stands in this very frame, and is noted before it goes out
+            stream.last_ts = now
+            self.topics.ledger.cells[stream.slot + LAST_TS] = now
+            self.topics.ledger.cells[stream.slot + LAST_ID] = stream.last_id
+        gap = stream.lose("sequence", self.topics, now)
         assert gap is not None  # nothing was lost before
         return gap
 
