@@ -114,6 +114,18 @@ async def test_raw_and_private_channels_come_after_the_login(practice: str) -> N
 
 
 @in_loop
+async def test_a_login_is_gone_with_its_connection_and_what_is_known_of_the_clock_is_kept(practice: str) -> None:
+    async with connected(practice, login=LOGIN, retry_delay=1.0) as (client, _):
+        assert client.get_state()["authenticated"]
+        client.cut("the test wants it so")
+        await wait_for(lambda: client.machine.state != "live", "the loss")
+        assert not client.get_state()["authenticated"]
+        assert client.session.earlier_offset == client.session.measured_offset
+        await wait_for(lambda: client.is_live, "the next connection")
+        assert client.get_state()["authenticated"]
+
+
+@in_loop
 async def test_the_clock_of_the_exchange_is_measured(practice: str) -> None:
     async with connected(practice, "clock:7000") as (client, _):
         state = client.get_state()
