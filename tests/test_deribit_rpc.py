@@ -224,6 +224,8 @@ def test_an_answer_under_a_number_that_no_request_had_is_a_bad_frame() -> None:
 def test_how_far_our_clock_was_off_is_known_until_what_was_lost_by_it_is_healed() -> None:
     async def lose_twice(*offsets: int) -> Session:
         session = Session(answer_nothing, Credits(), None, 30.0, False)
+        session.end()
+        assert session.earlier_offset is None  # lost before it was measured
         for offset in offsets:
             session.measured_offset, session._error = offset, 1
             session.end()
