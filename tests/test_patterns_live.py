@@ -91,7 +91,7 @@ MUTE = ",".join(f"mute:{channel}@0" for channel in LISTINGS)
     ("faults", "first"),
     [
         (MUTE, "from collector.supervisor import follower; follower.CHECK = 2.0"),  # else 5 minutes
-        (f"{MUTE},reset:6,first:1", ""),
+        (f"{MUTE},reset:6", ""),
         (f"mute:{LISTINGS[1]}@0", ""),
     ],
     ids=["the regular look", "a look after each reconnect", "a look for what is open and was never listed"],
@@ -104,7 +104,7 @@ def test_what_no_event_tells_of_is_found(faults: str, first: str) -> None:
         wait_until(lambda: find_asked(run) - at_start, "what was listed before anybody listened")
         before = find_asked(run)
         wait_until(lambda: find_asked(run) - before, "a listing")
-        assert run.get_state("a")["reconnects"] == faults.count("reset")
+        assert (run.get_state("a")["reconnects"] > 0) is ("reset" in faults)
 
 
 def test_a_look_that_has_failed_is_soon_followed_by_another() -> None:
