@@ -24,6 +24,7 @@ from tests.deribit_support import (
 )
 from tests.pipeline import Subscriber, short_directory, subscribed
 from tests.support import in_loop, wait_until
+from workers.deribit.connection.session import _read_steady
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.frames import TradeData
 from workers.deribit.feeds.listings import ListingFeed
@@ -86,8 +87,8 @@ def test_expired_topics_are_forgotten_and_their_places_reused(tmp_path: Path) ->
     for stream in (old, kept, young):
         stream.seq, ledger.cells[stream.slot] = 1, 5
     place = old.slot
-    assert topics.forget_old(EXPIRY + DAY - 1, ()) == []
-    assert topics.forget_old(EXPIRY + DAY + 1, {kept}) == [old]
+    assert topics.forget_old(0, EXPIRY + DAY - 1, ()) == []
+    assert topics.forget_old(0, EXPIRY + DAY + 1, {kept}) == [old]
     assert list(topics.match(b"")) == [kept, young]
     assert topics.find("trade", "BTC-27NOV26", "100ms").slot == place
     assert old.slot == 0
@@ -164,10 +165,10 @@ async def test_a_topic_is_not_forgotten_before_what_was_lost_of_it_is_fetched_an
 def test_a_forgotten_topic_that_is_spoken_of_once_more_has_a_later_epoch(topics: Topics) -> None:
     """The exchange tells that an instrument is archivized days after its end."""
     old = topics.find("instrument", "BTC-6NOV26", "raw")
-    assert topics.forget_old(EXPIRY + 2 * DAY, ()) == [old]
+    assert topics.forget_old(0, EXPIRY + 2 * DAY, ()) == [old]
     again = topics.find("instrument", "BTC-6NOV26", "raw")
     assert (again.seq, old.epoch, again.epoch) == (0, 1, 2)
-    assert topics.forget_old(EXPIRY + 3 * DAY, ()) == [again]
+    assert topics.forget_old(0, EXPIRY + 3 * DAY, ()) == [again]
     assert topics.find("instrument", "BTC-6NOV26", "raw").epoch == 3
 
 
@@ -177,25 +178,55 @@ def test_a_topic_that_was_left_long_ago_is_forgotten_though_its_instrument_never
     place = first.slot
     topics.leave(first, 100)
     topics.leave(second, 200)
-    assert topics.forget_old(100 + LONG_LEFT, ()) == []
-    assert topics.forget_old(200 + LONG_LEFT, ()) == [first]
+    assert topics.forget_old(100 + LONG_LEFT, START, ()) == []
+    assert topics.forget_old(200 + LONG_LEFT, START, ()) == [first]
     assert topics.find("quote", "SOL-PERPETUAL", "raw").slot == place
     again = topics.find("quote", "BTC-PERPETUAL", "raw")
     assert (again is first, again.epoch, again.slot) == (False, first.epoch + 1, second.slot + WORDS)
-    assert topics.forget_old(201 + LONG_LEFT, ()) == [second], "what is asked for stays"
+    assert topics.forget_old(201 + LONG_LEFT, START, ()) == [second], "what is asked for stays"
 
 
 def test_what_is_forgotten_says_no_last_word(tmp_path: Path) -> None:
-    """It may be asked for anew meanwhile: by a clock that was set it may be forgotten at once."""
+    """It may be asked for anew meanwhile."""
     with living(tmp_path, QUOTE, TRADES, fresh=True) as worker:
         forgotten, other = (feed.stream for feed in worker.feeds.values())
         for channel in (QUOTE, TRADES):
             ask(worker, "unsubscribe", channel)
-        forgotten.left_since -= 2 * LONG_LEFT
-        worker.patrol._forget_old()
+        assert worker.topics.forget_old(other.left_since + LONG_LEFT, START, ()) == [forgotten]
         for part in range(REPEAT):
             worker.statuses.repeat_others(part)
         assert (forgotten.seq, other.seq) == (1, 2)
+
+
+def test_what_was_left_just_now_is_not_forgotten_however_far_our_clock_is_behind(tmp_path: Path) -> None:
+    """Trades that it has said would be said again, and its last word not once more."""
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        (feed,) = worker.feeds.values()
+        ask(worker, "unsubscribe", TRADES)
+        worker.client.session._ahead = time.time_ns() + 3 * LONG_LEFT - _read_steady()
+        worker.patrol._forget_old()
+        for part in range(REPEAT):
+            worker.statuses.repeat_others(part)
+        assert (feed.stream.seq, worker.topics.forget_old(0, START, ())) == (2, [])
+        assert worker.topics.find("trade", "BTC-PERPETUAL", "100ms").slot
+
+
+@in_loop
+async def test_a_clock_that_is_set_back_leaves_nothing_of_what_was_left_to_a_later_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would say a loss and an end there, beside another connection that has the topic by now."""
+    monkeypatch.setattr("workers.deribit.publishing.streams.SURE", 0.0)
+    with living(tmp_path, QUOTE, fresh=True) as worker:
+        worker.take_frames([encode_data(QUOTE, {"instrument_name": "BTC-PERPETUAL", "timestamp": 1})], 5)
+        worker.client.reconciler.subscriptions.drop([QUOTE])
+        worker.channels.leave([QUOTE], UNSUBSCRIBED)
+        ours = time.time_ns() - 3600 * 1_000_000_000
+        monkeypatch.setattr(time, "time_ns", lambda: ours)
+        looking = asyncio.create_task(worker.patrol.run())
+        await wait_for(lambda: not worker.topics._left, "it to be out")
+        looking.cancel()
+        assert Ledger(worker.ledger._path, fresh=False).earlier == []
 
 
 def test_all_topics_of_a_connection_have_a_place_in_the_ledger_and_one_more_is_refused(topics: Topics) -> None:
@@ -287,7 +318,7 @@ def test_a_topic_that_was_given_up_while_no_worker_was_there_is_said_to_be_close
             worker.publisher.release()
             again = subscriber.wait_for("deribit.quote.")
             assert (again["seq"], again["state"], again["epoch"]) == (1, state, epoch + 2)
-            worker.topics.forget_left(time.time_ns() + LONG)
+            worker.topics.forget_left(time.monotonic_ns() + LONG)
         with living(directory) as worker:
             assert worker.publisher.published == 0
 
@@ -784,7 +815,7 @@ def test_a_topic_that_was_closed_and_taken_up_again_is_not_forgotten(tmp_path: P
         ask(worker, "unsubscribe", QUOTE)
         ask(worker, "subscribe", QUOTE)
         worker.take_frames([quote], 7)
-        worker.topics.forget_left(time.time_ns() + LONG)
+        worker.topics.forget_left(time.monotonic_ns() + LONG)
     with living(tmp_path, QUOTE) as worker:
         assert worker.topics.gaps == 1
 

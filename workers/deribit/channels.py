@@ -75,7 +75,7 @@ class Channels:
                 self._topics.go_back(stream, epoch)
                 self._statuses.end(stream)
                 self._statuses.note_left(stream)
-                self._topics.leave(stream, time.time_ns())
+                self._topics.leave(stream, time.monotonic_ns())
 
     def take_up(self, names: list[str], epoch: int) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.
@@ -120,7 +120,7 @@ class Channels:
         self.say_last(feed, condition)
         for stream in feed.streams.values():
             self._statuses.note_left(stream)
-            self._topics.leave(stream, time.time_ns(), is_over=condition == OVER)
+            self._topics.leave(stream, time.monotonic_ns(), is_over=condition == OVER)
         if isinstance(feed, TradeFeed):
             self._topics.ledger.free_slot(name)  # it has a place of its own
 

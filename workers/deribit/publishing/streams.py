@@ -56,7 +56,7 @@ class Stream(Route):
     `last_id` its change_id or trade_seq; `reached` the last trade_seq of an earlier life; `left_at` the last one said
     before the topic was left, which no later fetch may say again; `expiry` is when its instrument ends by its name (ns,
     None if it does not); `slot` is its place in the ledger; `left_since` is when the last one who asked for it gave it
-    up (ns, 0: it is asked for).
+    up (ns, monotonic: our clock may be set; 0: it is asked for).
     """
 
     __slots__ = (
@@ -235,16 +235,18 @@ class Topics:
         if entry.begun >= max(1, repeat_from):  # that the exchange counts anew must be found, and told, again
             stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
-    def forget_old(self, now: int, kept: Collection[Stream]) -> list[Stream]:
-        """Drop, and return, the streams of instruments that expired a day ago or more, but for those that are kept, and
-        trades of which that is still to be said: what was lost of them may not be fetched yet. And those that nobody
-        has asked for since LONG_LEFT: who asks for others and others must not use up the places of all.
+    def forget_old(self, now: int, clock: int, kept: Collection[Stream]) -> list[Stream]:
+        """Drop, and return, the streams of instruments that expired a day ago or more (`clock` is the exchange's), but
+        for those that are kept, and trades of which that is still to be said: what was lost of them may not be fetched
+        yet. And those that nobody has asked for since LONG_LEFT (`now` is monotonic): who asks for others and others
+        must not use up the places of all.
         """
+        expired = clock - DAY
         old = [
             (key, stream)
             for key, stream in self._streams.items()
             if 0 < stream.left_since < now - LONG_LEFT
-            or (stream.has_expired(now - DAY) and stream not in kept and not stream.awaits_end)
+            or (stream.has_expired(expired) and stream not in kept and not stream.awaits_end)
         ]
         for key, stream in old:
             del self._streams[key]
@@ -256,7 +258,7 @@ class Topics:
         return [stream for _, stream in old]
 
     def leave(self, stream: Stream, now: int, is_over: bool = False) -> None:
-        """Nobody asks for a topic any more (`now` in ns): this life does not go on from what was said.
+        """Nobody asks for a topic any more (`now` in ns, monotonic): this life does not go on from what was said.
 
         A later one is told of it, and whether its instrument has ended (`is_over`), for some seconds more: this one may
         be killed and take its last word along.
@@ -273,7 +275,7 @@ class Topics:
         stream.epoch = self.ledger.cells[stream.slot + EPOCH] = epoch + 1
 
     def forget_left(self, now: int) -> None:
-        """Let a later life know nothing of the topics whose last word is surely out."""
+        """Let a later life know nothing of the topics whose last word is surely out (`now` is monotonic)."""
         for stream in [stream for stream, since in self._left.items() if now - since > SURE * 1e9]:
             del self._left[stream]
             self.ledger.clear(stream.slot)

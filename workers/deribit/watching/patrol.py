@@ -98,7 +98,7 @@ class Patrol:
             self.rate, self._counted = float(published - self._counted), published
             self._say_heartbeat()
             self._restore_files()
-            self._topics.forget_left(time.time_ns())
+            self._topics.forget_left(time.monotonic_ns())
             if second % HOUR == HOUR - 1:
                 self._forget_old()
             if self._client.is_live:
@@ -135,7 +135,8 @@ class Patrol:
     def _forget_old(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
         kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
-        gone = set(self._topics.forget_old(self._client.session.read_exchange_clock(), kept))
+        clock = self._client.session.read_exchange_clock()
+        gone = set(self._topics.forget_old(time.monotonic_ns(), clock, kept))
         for feed in self._feeds.values():
             for stream in gone.intersection(feed.streams.values()):
                 feed.forget(stream)
