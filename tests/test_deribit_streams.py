@@ -211,6 +211,18 @@ def test_what_was_left_just_now_is_not_forgotten_however_far_our_clock_is_behind
         assert worker.topics.find("trade", "BTC-PERPETUAL", "100ms").slot
 
 
+def test_what_is_left_days_after_its_end_says_its_last_word_again_like_any_other(tmp_path: Path) -> None:
+    channel = "quote.BTC-6NOV20"
+    with living(tmp_path, channel, QUOTE, fresh=True) as worker:
+        streams = [feed.stream for feed in worker.feeds.values()]
+        for name in (channel, QUOTE):
+            ask(worker, "unsubscribe", name)
+        worker.patrol._forget_old()
+        for part in range(REPEAT):
+            worker.statuses.repeat_others(part)
+        assert [stream.seq for stream in streams] == [2, 2]
+
+
 @in_loop
 async def test_a_clock_that_is_set_back_leaves_nothing_of_what_was_left_to_a_later_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -236,17 +236,19 @@ class Topics:
             stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
     def forget_old(self, now: int, clock: int, kept: Collection[Stream]) -> list[Stream]:
-        """Drop, and return, the streams of instruments that expired a day ago or more (`clock` is the exchange's), but
-        for those that are kept, and trades of which that is still to be said: what was lost of them may not be fetched
-        yet. And those that nobody has asked for since LONG_LEFT (`now` is monotonic): who asks for others and others
-        must not use up the places of all.
+        """Drop, and return, the streams that nobody has asked for since LONG_LEFT (`now` is monotonic): who asks for
+        others and others must not use up the places of all. And those of instruments that expired a day ago or more
+        (`clock` is the exchange's), but for those that are kept, trades of which that is still to be said - what was
+        lost of them may not be fetched yet - and those whose last word may not be out.
         """
-        expired = clock - DAY
         old = [
             (key, stream)
             for key, stream in self._streams.items()
-            if 0 < stream.left_since < now - LONG_LEFT
-            or (stream.has_expired(expired) and stream not in kept and not stream.awaits_end)
+            if (
+                stream.left_since < now - LONG_LEFT
+                if stream.left_since
+                else stream.has_expired(clock - DAY) and stream not in kept and not stream.awaits_end
+            )
         ]
         for key, stream in old:
             del self._streams[key]
