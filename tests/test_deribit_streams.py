@@ -223,6 +223,31 @@ def test_what_is_left_days_after_its_end_says_its_last_word_again_like_any_other
         assert [stream.seq for stream in streams] == [2, 2]
 
 
+@pytest.mark.parametrize("hours", [3, -3])
+def test_trades_of_a_topic_that_was_left_hours_ago_are_not_said_again_where_clocks_differ(
+    tmp_path: Path, hours: int
+) -> None:
+    """What a wide channel lacks is asked for from so much earlier on."""
+    hour, now = 3600 * 1_000_000_000, time.time_ns()
+    theirs = now + hours * hour
+    before = [make_trade(5, timestamp=(theirs - 2 * hour) // 1_000_000)]
+    with living(tmp_path, TRADES, fresh=True) as worker:
+        worker.take_frames([encode_data(TRADES, before)], now - 2 * hour)
+        left = find_trades(worker).stream
+        ask(worker, "unsubscribe", TRADES)
+        worker.topics.forget_old(left.left_since + 2 * hour, theirs, ())
+        ask(worker, "subscribe", WIDE)
+        feed = find_trades(worker)
+        feed.confirm(now)
+        other = make_trade(7, instrument_name="BTC-27NOV99", timestamp=theirs // 1_000_000)
+        worker.take_frames([encode_data(WIDE, [other])], now)
+        feed.lose("disconnect", now)
+        step = next(heal_feed(feed, now, theirs - now))
+        assert isinstance(step, Ask)
+        assert step.params["start_timestamp"] < before[0]["timestamp"]
+        assert feed.backfill(msgspec.convert(before, list[TradeData]), now) == []
+
+
 @in_loop
 async def test_a_clock_that_is_set_back_leaves_nothing_of_what_was_left_to_a_later_life(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -35,9 +35,9 @@ DAY = 86_400 * 1_000_000_000
 SURE = 5.0
 """Seconds after which what was published is taken to have left this process, should it be killed."""
 
-LONG_LEFT = 3600 * 1_000_000_000
-"""Time (ns) after which nothing speaks of a topic that was left: no fetch goes so far back beyond the time at which
-somebody asked for it again."""
+LONG_LEFT = DAY
+"""Time (ns) after which nothing speaks of a topic that was left: no fetch by time goes so far back. How far it does
+depends on how far our clock is off."""
 
 REPEATS = 100
 """Trades of an earlier life that are said again after it was killed: it may have taken them along unsent."""
