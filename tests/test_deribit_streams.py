@@ -44,7 +44,7 @@ from workers.deribit.publishing.ledger import (
     WORDS,
     Ledger,
 )
-from workers.deribit.publishing.streams import ANY_ID, DAY, LONG_LEFT, MAX_TOPICS, Malformed, Topics
+from workers.deribit.publishing.streams import ANY_ID, DAY, LONG_LEFT, MAX_TOPICS, SLICE, Malformed, Topics
 from workers.deribit.watching.samples import Samples
 from workers.deribit.watching.statuses import LAST_DATA, OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
@@ -184,6 +184,23 @@ def test_a_topic_that_was_left_long_ago_is_forgotten_though_its_instrument_never
     again = topics.find("quote", "BTC-PERPETUAL", "raw")
     assert (again is first, again.epoch, again.slot) == (False, first.epoch + 1, second.slot + WORDS)
     assert topics.forget_old(201 + LONG_LEFT, START, ()) == [second], "what is asked for stays"
+
+
+@in_loop
+async def test_of_thousands_that_were_left_together_all_are_forgotten_and_what_comes_need_not_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.deribit.publishing.streams.LONG_LEFT", -1)
+    with living(tmp_path, fresh=True) as worker:
+        streams = [worker.topics.find("quote", f"BTC-{number}", "raw") for number in range(SLICE + 1)]
+        for stream in streams:
+            worker.topics.leave(stream, time.monotonic_ns())
+        forgetting = asyncio.create_task(worker.patrol._forget_all_old())
+        counts = []
+        while not forgetting.done():
+            await asyncio.sleep(0)
+            counts.append(sum(not stream.slot for stream in streams))
+        assert list(dict.fromkeys(counts)) == [SLICE, SLICE + 1]
 
 
 def test_what_is_forgotten_says_no_last_word(tmp_path: Path) -> None:

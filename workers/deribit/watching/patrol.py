@@ -100,7 +100,7 @@ class Patrol:
             self._restore_files()
             self._topics.forget_left(time.monotonic_ns())
             if second % HOUR == HOUR - 1:
-                self._forget_old()
+                await self._forget_all_old()
             if self._client.is_live:
                 self._topics.ledger.cells[HEARD] = time.time_ns()
                 self._judge_lag(time.monotonic_ns())
@@ -132,14 +132,20 @@ class Patrol:
         if part == 0 and self._client.is_live:
             self._take_up_early()
 
-    def _forget_old(self) -> None:
+    async def _forget_all_old(self) -> None:
         """Options come and go every day; a collector that runs for months must not keep them all."""
+        while self._forget_old():  # in slices: what comes may not wait
+            await asyncio.sleep(0)
+
+    def _forget_old(self) -> bool:
+        """Forget some topics; say whether there were any."""
         kept = {feed.stream for feed in self._feeds.values() if feed.channel.instrument}
         clock = self._client.session.read_exchange_clock()
         gone = set(self._topics.forget_old(time.monotonic_ns(), clock, kept))
         for feed in self._feeds.values():
             for stream in gone.intersection(feed.streams.values()):
                 feed.forget(stream)
+        return bool(gone)
 
     def _say_heartbeat(self) -> None:
         self._publisher.say(
