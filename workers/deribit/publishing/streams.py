@@ -131,6 +131,15 @@ class Stream(Route):
         """Whether the life of its instrument is over at `now` (ns), by its name alone."""
         return self.expiry is not None and self.expiry < now
 
+    def is_old(self, now: int, clock: int) -> bool:
+        """Whether nobody has asked for it since LONG_LEFT (`now` is monotonic, ns): who asks for others and others must
+        not use up the places of all. Or, while none has left it, whether its instrument expired a day ago (`clock` is
+        the exchange's, ns), unless that is still to be said: what was lost of its trades may not be fetched yet.
+        """
+        if self.left_since:
+            return self.left_since < now - LONG_LEFT
+        return self.has_expired(clock - DAY) and not self.awaits_end
+
     def lose(self, reason: str, topics: "Topics", now: int) -> Gap | None:
         """Note a loss. Returns its gap, or None where nothing was yet to lose or the last loss had no data after it."""
         if self.lost or not self.last_ts:
@@ -240,21 +249,10 @@ class Topics:
             stream.reached, self.ledger.cells[stream.slot + NEWEST] = ANY_ID, entry.before
 
     def forget_old(self, now: int, clock: int, kept: Collection[Stream]) -> list[Stream]:
-        """Drop, and return, the streams that nobody has asked for since LONG_LEFT (`now` is monotonic): who asks for
-        others and others must not use up the places of all. And those of instruments that expired a day ago or more
-        (`clock` is the exchange's), but for those that are kept, trades of which that is still to be said - what was
-        lost of them may not be fetched yet - and those whose last word may not be out. SLICE at most: thousands may
-        have been left together.
+        """Drop, and return, the streams that are old, but for those that are kept: SLICE at most, since thousands may
+        have been left together. `now` is monotonic, `clock` the exchange's (ns).
         """
-        found = (
-            (key, stream)
-            for key, stream in self._streams.items()
-            if (
-                stream.left_since < now - LONG_LEFT
-                if stream.left_since
-                else stream.has_expired(clock - DAY) and stream not in kept and not stream.awaits_end
-            )
-        )
+        found = (each for each in self._streams.items() if each[1].is_old(now, clock) and each[1] not in kept)
         old = list(islice(found, SLICE))
         for key, stream in old:
             del self._streams[key]
