@@ -3,7 +3,7 @@
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -119,9 +119,9 @@ class Run:
         self._stack.callback(process.end)
         return process
 
-    def follow(self, *endpoints: str, raw: bool = False, slices: float = 0.0) -> Process:
+    def follow(self, raw: bool = False, slices: float = 0.0) -> Process:
         """Start a subscriber; it reports each `slices` seconds, or only at the end."""
-        return self.start(subscriber.follow, list(endpoints or (self.endpoint,)), raw, slices, self.place.others)
+        return self.start(subscriber.follow, self.endpoint, raw, slices, self.place.others)
 
     def exchange(self, *options: str) -> "Practice":
         """Run the practice exchange. Any number of connections may come."""
@@ -145,8 +145,10 @@ class Run:
         connection = {"url": load.url, "publish": self.endpoint, "channels": channels or load.channels}
         return self.collect({"bench": connection}, log_level=log_level)
 
-    def settle(self, load: Load, channels: int, pid: int) -> Results:
-        """Wait until all is subscribed and the measured program has come to rest on its CPU."""
+    def settle(self, load: Load, channels: int, pid: int, followers: Iterable[Process]) -> Results:
+        """Wait until all is subscribed, on both sides, and the measured program has come to rest on its CPU."""
+        for follower in followers:
+            follower.wait_facts("connected")
         while load.server.wait_facts("subscribed")["count"] < channels:
             pass
         pin(self.place.measured, pid)

@@ -50,8 +50,8 @@ class Message(msgspec.Struct, gc=False):
 class Subscriber:
     """What one subscriber has seen: messages by type, how many its topics' sequences lack, latencies in ns."""
 
-    def __init__(self, endpoints: list[str], pipe: Connection) -> None:
-        self.socket = open_socket(endpoints, b"")
+    def __init__(self, socket: zmq.Socket[bytes], pipe: Connection) -> None:
+        self.socket = socket
         self.pipe = pipe
         self.counts: Counter[str] = Counter()
         self.missed = 0
@@ -145,10 +145,21 @@ def open_socket(endpoints: list[str], *prefixes: bytes) -> zmq.Socket[bytes]:
     return socket
 
 
-def follow(pipe: Connection, endpoints: list[str], raw: bool, slices: float, cpu: int | None) -> None:
+def connect(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Connect and wait until that is done: to a publisher that begins before, none of its messages would come."""
+    monitor = socket.get_monitor_socket(zmq.EVENT_HANDSHAKE_SUCCEEDED)
+    socket.connect(endpoint)
+    monitor.recv_multipart()
+    socket.disable_monitor()
+
+
+def follow(pipe: Connection, endpoint: str, raw: bool, slices: float, cpu: int | None) -> None:
     """Entry of the process: follow one load, then tell what came."""
     pin(cpu)
-    subscriber = Subscriber(endpoints, pipe)
+    socket = open_socket([], b"")
+    connect(socket, endpoint)
+    pipe.send(("connected", {}))
+    subscriber = Subscriber(socket, pipe)
     if raw:
         subscriber.follow_frames()
     else:
@@ -158,7 +169,7 @@ def follow(pipe: Connection, endpoints: list[str], raw: bool, slices: float, cpu
 
 def watch(pipe: Connection, endpoints: list[str], slices: float) -> None:
     """Entry of the process: follow many workers until it is ended."""
-    Subscriber(endpoints, pipe).follow_market(slices)
+    Subscriber(open_socket(endpoints, b""), pipe).follow_market(slices)
 
 
 def join(pipe: Connection, endpoint: str, cpu: int | None) -> None:

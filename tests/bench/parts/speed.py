@@ -96,7 +96,7 @@ def measure_case(lab: Lab, case: Case) -> Results:
         else:
             program = _start_yardstick(run, lab, case.program, load)
             pid, end = program.pid, program if case.program == "receive" else end
-        results = run.settle(load, len(load.channels), pid)
+        results = run.settle(load, len(load.channels), pid, followers)
         return results | _measure_load(lab, case, load, end, pid)
 
 

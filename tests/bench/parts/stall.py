@@ -64,7 +64,7 @@ def measure_stall(lab: Lab, cause: Cause, instruments: int = 250, rate: int = 50
         follower = run.follow(slices=SLICE)
         late = run.start(subscriber.join, run.endpoint, lab.place.others)
         collecting = run.collect_load(load)
-        run.settle(load, len(load.channels), collecting.find())
+        run.settle(load, len(load.channels), collecting.find(), [follower])
         late.wait_facts("connected")
         if cause is join_deep_book:
             take_deep_book(collecting, late, [])

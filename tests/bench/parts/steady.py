@@ -34,7 +34,7 @@ def measure_steady(lab: Lab, minutes: float, rate: int, every: float = SLICE) ->
     with lab.open_run() as run:
         follower = run.follow(slices=every)
         pid = run.collect_load(load).find()
-        run.settle(load, len(load.channels), pid)
+        run.settle(load, len(load.channels), pid, [follower])
         follower.drain()
         samples = list(take_samples(load, follower, pid, minutes, rate))
     samples = [sample for sample in samples if "p50_us" in sample]
