@@ -323,27 +323,26 @@ async def test_a_prefix_with_its_dot_is_answered_for_that_instrument_alone(pract
 # -- bounds -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_slice_of_answers_ends_by_what_sending_takes_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_answers_are_sent_some_at_a_time_so_that_a_slice_ends_by_what_sending_takes_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """With each subscriber it takes longer."""
+    monkeypatch.setattr("workers.deribit.publishing.joins.SLICE_TIME", 60.0)
     with short_directory() as directory:
         ledger = Ledger(directory / "w.ledger", fresh=True)
-        publisher, topics = Publisher(f"ipc://{directory}/w.pub", 0, ledger), Topics(1, ledger)
+        publisher, topics, unsent = Publisher(f"ipc://{directory}/w.pub", 0, ledger), Topics(1, ledger), list[int]()
         joins = Joins(publisher, topics)
+
+        def describe() -> dict[str, Any]:
+            unsent.append(len(publisher._waiting))
+            return {"receive_ts": 1}
+
         for number in range(3 * TOGETHER):
             stream = topics.find("quote", f"BTC-{number}", "raw")
-            stream.current = {"receive_ts": number}
+            stream.describe = describe
             joins._waiting[stream] = None
-        monkeypatch.setattr("workers.deribit.publishing.joins.SLICE_TIME", 0.5)
-        flush = publisher.flush
-
-        def flush_slowly() -> None:
-            flush()
-            time.sleep(0.5)
-
-        monkeypatch.setattr(publisher, "flush", flush_slowly)
-        for left in (2 * TOGETHER, TOGETHER, 0):
-            joins._repeat_all()
-            assert len(joins._waiting) == left
+        joins._repeat_all()
+        assert (unsent, publisher._waiting, joins._waiting) == ([*range(TOGETHER)] * 3, [], {})
         ledger.close()
 
 
