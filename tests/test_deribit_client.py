@@ -87,7 +87,7 @@ async def test_requests_that_need_no_earlier_answer_do_not_wait_for_one(practice
             await wait_for(lambda: client.session.clock_error, "the clock")
         assert client.machine.state == "bootstrapping"
         assert mute != "public/auth" or RAW not in ear.confirmed  # it waits for the login
-        with pytest.raises(NotConnected, match="the connection is bootstrapping"):
+        with pytest.raises(NotConnected, match="the connection is not live: bootstrapping"):
             await client.send("public/test")  # an order would be sent too early, too
 
 

@@ -117,8 +117,8 @@ class Client:
         """Send one request; return its result. Raises ExchangeError, TimeoutError, NotConnected or Lost."""
         self._raise_breakdown()
         if not self.is_live:  # before, the login may be still to come, and that orders die with the connection
-            is_lost = self.machine.state == "live"
-            raise NotConnected(f"the connection {'has just been lost' if is_lost else f'is {self.machine.state}'}")
+            state = self.machine.state
+            raise NotConnected(f"the connection {'has just been lost' if state == 'live' else f'is not live: {state}'}")
         return await self.traffic.send(method, params, timeout)
 
     async def subscribe(self, channels: str | Iterable[str]) -> dict[str, Any]:
