@@ -3,7 +3,6 @@
 `python -m tests.generated` writes them anew; tests/test_docs.py says where they are out of date.
 """
 
-import ast
 import json
 import os
 import re
@@ -106,16 +105,6 @@ def write_faults() -> str:
     return f"```\n{print_command('exchange', '--list-faults')}\n```\n"
 
 
-def write_tests() -> str:
-    """Every file of tests, with the first sentence of its docstring."""
-    rows = []
-    for path in sorted((REPOSITORY / "tests").glob("**/*.py")):
-        words = (ast.get_docstring(ast.parse(path.read_text())) or "").split("\n")[0]
-        if path.parent.name in ("tests", "faults") and path.name != "__main__.py" and words:
-            rows.append((f"`{path.relative_to(REPOSITORY)}`", words))
-    return write_table(("file", "what it holds the product to, or has for those that do"), rows)
-
-
 BLOCKS: Mapping[str, Callable[[], str]] = {
     "help": write_help,
     "commands": write_commands,
@@ -124,7 +113,6 @@ BLOCKS: Mapping[str, Callable[[], str]] = {
     "codes": write_codes,
     "exits": write_exits,
     "faults": write_faults,
-    "tests": write_tests,
 }
 """Each block and what writes it."""
 
