@@ -84,8 +84,16 @@ class Collected:
         return processes
 
     def find_process(self, title: str) -> psutil.Process:
-        """The worker process of that name."""
-        return next(each for each in self.find_processes() if each.cmdline()[:1] == [f"collector: {title}"])
+        """The worker process of that name, as soon as it is there."""
+
+        def look() -> psutil.Process | None:
+            return next((each for each in self.find_processes() if each.cmdline()[:1] == [f"collector: {title}"]), None)
+
+        try:
+            found: psutil.Process = wait_until(look, f"the worker {title}")
+        except AssertionError as error:
+            raise AssertionError(f"{error}; the collector printed:\n{self.program.text()[:3000]}") from None
+        return found
 
     def wait_gone(self) -> None:
         """Wait until every process that was ever seen is gone."""

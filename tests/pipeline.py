@@ -44,7 +44,8 @@ def find_port() -> int:
 
 def write_config(directory: Path, connections: dict[str, dict[str, Any]], **sections: dict[str, Any]) -> Path:
     """Write a configuration: connections by name, and other tables; return its path."""
-    tables = [("[collector]", {"runtime_dir": str(directory / "run")})]
+    own = {"runtime_dir": str(directory / "run"), **sections.pop("collector", {})}
+    tables = [("[collector]", own)]
     tables += [(f"[{name}]", table) for name, table in sections.items()]
     tables += [("[[connection]]", {"name": name, **table}) for name, table in connections.items()]
     # JSON's strings, numbers, booleans and lists are TOML's as well.

@@ -1,23 +1,21 @@
 """Where measurements are made: load servers that stay, and for each run a folder with all the processes in it."""
 
-import json
 import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
-
 from tests.bench.load import server, subscriber
 from tests.bench.load.process import Process
 from tests.bench.place import Place, pin, read_usage, read_uss
 from tests.certificate import make_certificate, trusted
+from tests.collected import Collected
 from tests.exchange_client import exchange
-from tests.pipeline import ask
-from tests.support import Program, collector, running, wait_until
+from tests.support import wait_until
 
 Results = dict[str, float]
 """What one measurement found, by name; `tables.COLUMNS` says how it is shown."""
@@ -60,7 +58,7 @@ class Lab:
 
     def __init__(self, place: Place, settings: list[str] | None = None, folder: Path | None = None) -> None:
         self.place = place
-        self.settings = settings or []
+        self.settings = tomllib.loads("\n".join(settings or []))
         self.folder = folder
         self._loads: dict[str, Load] = {}
         self._certificate = ""
@@ -106,7 +104,7 @@ class Lab:
 class Run:
     """The processes of one measurement. Those that are not measured run on the others' CPU."""
 
-    def __init__(self, place: Place, settings: list[str], folder: Path, stack: ExitStack) -> None:
+    def __init__(self, place: Place, settings: dict[str, Any], folder: Path, stack: ExitStack) -> None:
         self.place = place
         self.folder = folder
         self.endpoint = f"ipc://{folder}/publish"
@@ -132,15 +130,16 @@ class Run:
     def collect(
         self, connections: dict[str, dict[str, Any]], name: str = "run", *,
         env: dict[str, str] | None = None, log_level: str = "warning",
-    ) -> "Collecting":  # fmt: skip
-        """Run the collector on these connections, in a runtime directory of that name."""
-        config = write_config(self.folder / f"{name}.toml", self.folder / name, connections, self._settings)
-        command = collector("--log-level", log_level, "run", str(config))
-        program = self._stack.enter_context(running(*command, env=env))
-        pin(self.place.others, program.pid)
-        return Collecting(program, f"ipc://{self.folder}/{name}/control")
+    ) -> Collected:  # fmt: skip
+        """Run the collector on these connections, in a directory of that name."""
+        (self.folder / name).mkdir()
+        tables = {key: {"retry_delay": 0.1, **table} for key, table in connections.items()}
+        collecting = Collected(self.folder / name, tables, log_level=log_level, env=env, collector=self._settings)
+        self._stack.callback(collecting.program.end)
+        pin(self.place.others, collecting.program.pid)
+        return collecting
 
-    def collect_load(self, load: Load, *channels: str, log_level: str = "warning") -> "Collecting":
+    def collect_load(self, load: Load, *channels: str, log_level: str = "warning") -> Collected:
         """Run the collector on one connection, `bench`, that takes a load, or only these channels of it."""
         connection = {"url": load.url, "publish": self.endpoint, "channels": channels or load.channels}
         return self.collect({"bench": connection}, log_level=log_level)
@@ -156,46 +155,10 @@ class Run:
         return {"uss_idle_mb": read_uss(pid)}
 
 
-class Collecting:
-    """One `collector run`."""
-
-    def __init__(self, program: Program, control: str) -> None:
-        self.program = program
-        self.control = control
-
-    def find(self, name: str = "bench") -> int:
-        """The process id of a worker, as soon as it is there."""
-        try:
-            found: int = wait_until(lambda: _find_worker(self.program.pid, name), f"the worker {name}")
-        except AssertionError as error:
-            raise AssertionError(f"{error}; the collector printed:\n{self.program.text()[:3000]}") from None
-        return found
-
-    def ask(self, op: str, **arguments: Any) -> Any:
-        """Make a control request; return the result."""
-        return ask(self.control, op, **arguments)
-
-    def read_time(self, pattern: str) -> float:
-        """When it logged such a line, in ms since 1970; waits for it. The log's times are whole ms."""
-        line = self.program.wait_line(rf"(\d\S+Z) +\S+ +(?:supervisor: )?{pattern}", timeout=60)
-        return 1000 * datetime.fromisoformat(line[1]).timestamp()
-
-
-def write_config(path: Path, runtime_dir: Path, connections: dict[str, dict[str, Any]], settings: list[str]) -> Path:
-    """Write a collector's file; return its path. JSON's strings, numbers, booleans and lists are TOML's as well."""
-    lines = ["[collector]", f'runtime_dir = "{runtime_dir}"', *settings]
-    for name, table in connections.items():
-        keys = {"name": name, "retry_delay": 0.1, **table}
-        lines += ["", "[[connection]]", *(f"{key} = {json.dumps(value)}" for key, value in keys.items())]
-    path.write_text("\n".join(lines) + "\n")
-    return path
-
-
-def _find_worker(pid: int, name: str) -> int | None:
-    for child in psutil.Process(pid).children(recursive=True):
-        if child.cmdline()[:1] == [f"collector: {name}"]:
-            return child.pid
-    return None
+def read_time(collecting: Collected, pattern: str) -> float:
+    """When it logged such a line, in ms since 1970; waits for it. The log's times are whole ms."""
+    line = collecting.program.wait_line(rf"(\d\S+Z) +\S+ +(?:supervisor: )?{pattern}", timeout=60)
+    return 1000 * datetime.fromisoformat(line[1]).timestamp()
 
 
 def is_at_rest(pid: int) -> bool:

@@ -6,11 +6,12 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
-from tests.bench.lab import Collecting, Lab, Measure, Results, Run, Scale
+from tests.bench.lab import Lab, Measure, Results, Run, Scale
 from tests.bench.load import subscriber
 from tests.bench.load.process import Process
 from tests.bench.parts.speed import describe_latencies
 from tests.bench.place import read_usage, read_uss
+from tests.collected import Collected
 from tests.exchange_client import get
 from tests.support import wait_until
 
@@ -75,7 +76,7 @@ def name_workers(run: Run, url: str, prefix: str, shares: list[list[str]]) -> It
         yield name, {"url": url, "publish": f"ipc://{run.folder}/{name}.pub", "channels": channels}
 
 
-def wait_live(collecting: Collecting) -> list[int]:
+def wait_live(collecting: Collected) -> list[int]:
     """Wait until all connections are live and have their channels; return the pids of their workers."""
     collecting.program.wait_line("control on")
 

@@ -4,8 +4,9 @@ import json
 import subprocess
 from functools import partial
 
-from tests.bench.lab import Lab, Measure, Results, Scale, write_config
+from tests.bench.lab import Lab, Measure, Results, Scale, read_time
 from tests.bench.parts.many import KINDS, list_instruments
+from tests.pipeline import write_config
 from tests.support import collector, wait_until
 
 
@@ -26,11 +27,11 @@ def measure_plan(lab: Lab, count: int) -> Results:
         channels = [kind.format(name) for name in instruments for kind in KINDS][:count]
         assert len(channels) == count
         connection = {"url": url, "publish": run.endpoint, "channels": channels, "timeout": 30.0}
-        config = write_config(run.folder / "plan.toml", run.folder / "plan", {"bench": connection}, lab.settings)
+        config = write_config(run.folder, {"bench": connection}, collector=lab.settings)
         planned = subprocess.run(collector("plan", "--json", f"{config}"), check=True, capture_output=True)
         (pool,) = json.loads(planned.stdout)["pools"]
         collecting = run.collect({"bench": connection}, log_level="info")
-        real = collecting.read_time("bench: live") - collecting.read_time("bench: bootstrapping")
+        real = read_time(collecting, "bench: live") - read_time(collecting, "bench: bootstrapping")
         states = wait_until(lambda: collecting.ask("get_state", connection="bench"), "the state")
     found = {"calls": float(pool["calls"]), "plan_s": pool["seconds"], "real_s": real / 1000}
     found["confirmed"] = float(len(states["channels"]["confirmed"]))

@@ -92,7 +92,7 @@ def measure_case(lab: Lab, case: Case) -> Results:
         followers = [run.follow(raw=case.program == "relay") for _ in range(case.subscribers)]
         end = followers[0]
         if case.program == "worker":
-            pid = run.collect_load(load).find()
+            pid = run.collect_load(load).find_process("bench").pid
         else:
             program = _start_yardstick(run, lab, case.program, load)
             pid, end = program.pid, program if case.program == "receive" else end
@@ -102,7 +102,7 @@ def measure_case(lab: Lab, case: Case) -> Results:
 
 def _start_yardstick(run: Run, lab: Lab, program: str, load: Load) -> Process:
     # Without it ZeroMQ's thread interrupts the loop after each send; the worker avoids that in its own way.
-    batch = program == "relay" and 'scheduling = "normal"' not in lab.settings
+    batch = program == "relay" and lab.settings.get("scheduling") != "normal"
     return run.start(yardsticks.run, program, load.url, load.channels, run.endpoint, batch)
 
 

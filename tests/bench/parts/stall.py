@@ -5,11 +5,12 @@ from functools import partial
 from typing import Any
 
 from collector.channels import parse_channel
-from tests.bench.lab import Collecting, Lab, Measure, Results, Scale
+from tests.bench.lab import Lab, Measure, Results, Scale
 from tests.bench.load import subscriber
 from tests.bench.load.process import Process
 from tests.bench.load.tape import DEEP_CHANNEL, MIX
 from tests.bench.parts.speed import describe_latencies
+from tests.collected import Collected
 
 SLICE = 0.1
 """Seconds of latencies that are looked at together."""
@@ -17,28 +18,28 @@ SLICE = 0.1
 SPAN = 1.5
 """Seconds before the cause that are compared with as many after it."""
 
-Cause = Callable[[Collecting, Process, list[str]], Results]
+Cause = Callable[[Collected, Process, list[str]], Results]
 
 
-def do_nothing(collecting: Collecting, late: Process, channels: list[str]) -> Results:
+def do_nothing(collecting: Collected, late: Process, channels: list[str]) -> Results:
     """The noise."""
     return {}
 
 
-def join_all(collecting: Collecting, late: Process, channels: list[str]) -> Results:
+def join_all(collecting: Collected, late: Process, channels: list[str]) -> Results:
     """One late subscriber subscribes to each topic by name, as fast as it can."""
     late.order("join", topics=[f"{parse_channel(name).topic}".encode() for name in channels])
     facts: Results = late.wait_facts("answered")
     return {"joins": len(channels), "answered_ms": facts["answered_ms"], "asking_ms": facts["asking_ms"]}
 
 
-def take_deep_book(collecting: Collecting, late: Process, channels: list[str]) -> Results:
+def take_deep_book(collecting: Collected, late: Process, channels: list[str]) -> Results:
     """The snapshot of a deep book comes."""
     collecting.ask("subscribe", connection="bench", channels=[DEEP_CHANNEL])
     return {}
 
 
-def join_deep_book(collecting: Collecting, late: Process, channels: list[str]) -> Results:
+def join_deep_book(collecting: Collected, late: Process, channels: list[str]) -> Results:
     """One late subscriber asks for the deep book, which the worker has had for a while."""
     return join_all(collecting, late, [DEEP_CHANNEL])
 
@@ -64,7 +65,7 @@ def measure_stall(lab: Lab, cause: Cause, instruments: int = 250, rate: int = 50
         follower = run.follow(slices=SLICE)
         late = run.start(subscriber.join, run.endpoint, lab.place.others)
         collecting = run.collect_load(load)
-        run.settle(load, len(load.channels), collecting.find(), [follower])
+        run.settle(load, len(load.channels), collecting.find_process("bench").pid, [follower])
         late.wait_facts("connected")
         if cause is join_deep_book:
             take_deep_book(collecting, late, [])

@@ -6,10 +6,11 @@ import subprocess
 import time
 from functools import partial
 
-from tests.bench.lab import Collecting, Lab, Load, Measure, Results, Scale, is_at_rest
+from tests.bench.lab import Lab, Load, Measure, Results, Scale, is_at_rest, read_time
 from tests.bench.load.tape import MIX
 from tests.bench.parts.speed import Case, measure_case
 from tests.bench.place import read_uss
+from tests.collected import Collected
 from tests.support import collector, wait_until
 
 LATER = 8
@@ -36,7 +37,7 @@ def measure_starts(lab: Lab, later: int) -> Results:
         first = follower.wait_facts("first")["time"] - began
         names = [f"later-{number}" for number in range(1, later + 1)]
         lives = [start_later(collecting, name, load, load.channels[n]) for n, name in enumerate(names, 1)]
-        pids = [collecting.find(name) for name in names]
+        pids = [collecting.find_process(name).pid for name in names]
         wait_until(lambda: all(map(is_at_rest, pids)), "the workers to come to rest", timeout=60)
         return {
             "first_ms": first / 1e6,
@@ -47,13 +48,13 @@ def measure_starts(lab: Lab, later: int) -> Results:
         }
 
 
-def start_later(collecting: Collecting, name: str, load: Load, channel: str) -> Results:
+def start_later(collecting: Collected, name: str, load: Load, channel: str) -> Results:
     """Have one more worker started: ms from the decision to its `ready` and to live, and from the request to its
     answer."""
     asked = time.monotonic_ns()
     collecting.ask("connect", connection={"name": name, "url": load.url, "channels": [channel]})
     answer = (time.monotonic_ns() - asked) / 1e6
-    began, ready, live = (collecting.read_time(f"{name}: {word}") for word in ("process start", "ready", "live"))
+    began, ready, live = (read_time(collecting, f"{name}: {word}") for word in ("process start", "ready", "live"))
     return {"start_ms": ready - began, "live_ms": live - began, "answer_ms": answer}
 
 

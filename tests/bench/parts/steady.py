@@ -33,7 +33,7 @@ def measure_steady(lab: Lab, minutes: float, rate: int, every: float = SLICE) ->
     load = lab.find_load(10_000, 20, MIX)
     with lab.open_run() as run:
         follower = run.follow(slices=every)
-        pid = run.collect_load(load).find()
+        pid = run.collect_load(load).find_process("bench").pid
         run.settle(load, len(load.channels), pid, [follower])
         follower.drain()
         samples = list(take_samples(load, follower, pid, minutes, rate))
