@@ -107,21 +107,23 @@ class Market:
         price = self.coins[coin.upper()]
         return round(price * (1.0 if quote == "usd" else 0.9998), 2 if price > 50 else 4)
 
-    def forward(self, instrument: Instrument, expiry: int) -> float:
-        """The model price of a future of that base and expiry."""
-        years = 0.0 if expiry == FOREVER else max(0.0, (expiry - self.now) / YEAR_MS)
-        return self.index_price(instrument.index) * math.exp(0.06 * years) * (1.0002 if expiry == FOREVER else 1.0)
+    def count_years(self, instrument: Instrument) -> float:
+        """Until it expires; 0 of what is over, or never will be."""
+        return 0.0 if instrument.expiry == FOREVER else max(0.0, (instrument.expiry - self.now) / YEAR_MS)
+
+    def forward(self, instrument: Instrument) -> float:
+        """The model price of a future of its base and expiry."""
+        premium = 1.0002 if instrument.expiry == FOREVER else 1.0
+        return self.index_price(instrument.index) * math.exp(0.06 * self.count_years(instrument)) * premium
 
     def volatility(self, instrument: Instrument) -> float:
         """Implied volatility (a fraction) of an option."""
-        forward = self.forward(instrument, instrument.expiry)
-        years = (instrument.expiry - self.now) / YEAR_MS
+        forward, years = self.forward(instrument), self.count_years(instrument)
         return smile(self.coin_volatility[instrument.base], forward, instrument.strike, years)
 
     def value(self, option: Instrument) -> Valuation:
         """The model's view of an option, in its counter currency."""
-        years = (option.expiry - self.now) / YEAR_MS
-        forward = self.forward(option, option.expiry)
+        forward, years = self.forward(option), self.count_years(option)
         return value_option(option.call, forward, option.strike, years, self.volatility(option))
 
     def mark_price(self, instrument: Instrument) -> float:
@@ -130,10 +132,10 @@ class Market:
             return sum(amount * self.mark_price(leg) for amount, leg in instrument.legs)
         if instrument.kind == "option":
             price = self.value(instrument).price
-            return price / self.forward(instrument, instrument.expiry) if instrument.inverse else price
+            return price / self.forward(instrument) if instrument.inverse else price
         if instrument.kind == "spot":
             return self.index_price(instrument.index)
-        return self.forward(instrument, instrument.expiry)
+        return self.forward(instrument)
 
     # Movement
 

@@ -9,7 +9,7 @@ from typing import Any
 from workers.exchange.market.book import ASK, BID, sort_levels
 from workers.exchange.market.instruments import Instrument
 from workers.exchange.market.market import Market
-from workers.exchange.market.pricing import YEAR_MS, imply_volatility
+from workers.exchange.market.pricing import imply_volatility
 
 Data = Any
 """JSON data: what stands under `data` of a notification, or under `result` of an answer."""
@@ -86,8 +86,8 @@ def _draw_interest(market: Market, of: Instrument) -> float:
 
 
 def _describe_option(market: Market, of: Instrument) -> dict[str, Any]:
-    value, forward = market.value(of), market.forward(of, of.expiry)
-    book, years = market.books[of.name], (of.expiry - market.now) / YEAR_MS
+    value, forward = market.value(of), market.forward(of)
+    book, years = market.books[of.name], market.count_years(of)
     implied = {}
     for key, tick in (("bid_iv", book.best_bid), ("ask_iv", book.best_ask)):
         price = 0.0 if tick is None else market.to_price(of, tick) * (forward if of.inverse else 1.0)
