@@ -88,9 +88,9 @@ class BookFeed(InstrumentFeed):
         ]  # fmt: skip
 
     def _entry(self, action: str, tick: int, lots: int) -> list[Any]:
-        amount = self.market.to_amount(self.of, lots)
+        amount = self.of.to_amount(lots)
         whole = action == "new" and amount == int(amount)
-        return [action, self.market.to_price(self.of, tick), int(amount) if whole else amount]
+        return [action, self.of.to_price(tick), int(amount) if whole else amount]
 
     def take(self, event: Event) -> bool:
         for change in event.changes:
@@ -116,7 +116,7 @@ class BookFeed(InstrumentFeed):
 
     def _change(self, old: int, tick: int, new: int) -> list[Any]:
         action = ACTIONS[bool(old), bool(new)]
-        return [action, self.market.to_price(self.of, tick), self.market.to_amount(self.of, new)]
+        return [action, self.of.to_price(tick), self.of.to_amount(new)]
 
 
 class GroupedBookFeed(InstrumentFeed):

@@ -57,6 +57,14 @@ class Instrument:
     def perpetual(self) -> bool:
         return self.kind == "future" and self.expiry == FOREVER
 
+    def to_price(self, tick: int) -> float:
+        """A price in ticks as the exchange writes it."""
+        return round(tick * self.tick, 6)
+
+    def to_amount(self, lots: int) -> float:
+        """An amount in lots as the exchange writes it."""
+        return round(lots * self.lot, 6)
+
     def matches(self, kind: str, currency: str) -> bool:
         """Whether it belongs to a kind and a currency as channels and methods name them ("any" matches all)."""
         if kind not in ("any", self.kind) and not (kind == "combo" and self.kind.endswith("_combo")):

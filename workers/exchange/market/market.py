@@ -23,7 +23,7 @@ from workers.exchange.market.instruments import (
     Instrument,
     list_expiries,
 )
-from workers.exchange.market.participants import STYLES, act_once, fill_book
+from workers.exchange.market.participants import STYLES, Style, act_once, fill_book
 from workers.exchange.market.pricing import YEAR_MS, Valuation, smile, value_option
 
 QUANTUM = 20
@@ -137,6 +137,10 @@ class Market:
             return self.index_price(instrument.index)
         return self.forward(instrument)
 
+    def round_mark(self, instrument: Instrument) -> float:
+        """The mark price as the exchange writes it."""
+        return round(self.mark_price(instrument), 6 if instrument.tick < 0.001 else 4 if instrument.tick < 0.05 else 2)
+
     # Movement
 
     def step(self, now: int) -> bool:
@@ -177,13 +181,10 @@ class Market:
         if not changes:
             return []
         self._stamp(instrument, book)
-        event = Event(instrument, self.now, changes)
-        for side, tick, lots in fills:
-            price, amount = self.to_price(instrument, tick), self.to_amount(instrument, lots)
-            event.trades.append(self._trade(instrument, side, price, amount))
-        if instrument.legs and event.trades:
-            return [event, *self._trade_legs(instrument, event.trades[-1])]
-        return [event]
+        price, amount = instrument.to_price, instrument.to_amount
+        trades = [self._trade(instrument, side, price(tick), amount(lots)) for side, tick, lots in fills]
+        legs = self._trade_legs(instrument, trades[-1]) if instrument.legs and trades else []
+        return [Event(instrument, self.now, changes, trades), *legs]
 
     def _stamp(self, instrument: Instrument, book: Book) -> None:
         step = 1 if self.rng.random() < 0.3 else self.rng.randint(2, 40)
@@ -305,7 +306,7 @@ class Market:
             )
         if instrument.perpetual:
             day.open_interest *= 1000.0
-            day.last_price = day.high = day.low = day.first = self.to_price(instrument, round(mark / instrument.tick))
+            day.last_price = day.high = day.low = day.first = instrument.to_price(round(mark / instrument.tick))
 
     def _weigh(self) -> None:
         instruments = self.catalogue.by_name.values()
@@ -315,20 +316,6 @@ class Market:
         self._weights = list(accumulate(weights))
         self._next_expiry = min((i.expiry for i in instruments), default=FOREVER)
 
-    # Units
 
-    def to_price(self, instrument: Instrument, tick: int) -> float:
-        """A price in ticks as the exchange writes it."""
-        return round(tick * instrument.tick, 6)
-
-    def to_amount(self, instrument: Instrument, lots: int) -> float:
-        """An amount in lots as the exchange writes it."""
-        return round(lots * instrument.lot, 6)
-
-    def round_mark(self, instrument: Instrument) -> float:
-        """The mark price as the exchange writes it."""
-        return round(self.mark_price(instrument), 6 if instrument.tick < 0.001 else 4 if instrument.tick < 0.05 else 2)
-
-
-def _style(instrument: Instrument) -> Any:
+def _style(instrument: Instrument) -> Style:
     return STYLES["perpetual" if instrument.perpetual else instrument.kind]

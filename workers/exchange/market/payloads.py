@@ -20,10 +20,10 @@ def describe_top(market: Market, of: Instrument) -> dict[str, Any]:
     book = market.books[of.name]
     bid, ask = book.best_bid, book.best_ask
     return {
-        "best_ask_price": 0.0 if ask is None else market.to_price(of, ask),
-        "best_bid_price": 0.0 if bid is None else market.to_price(of, bid),
-        "best_ask_amount": 0.0 if ask is None else market.to_amount(of, book.sides[ASK][ask]),
-        "best_bid_amount": 0.0 if bid is None else market.to_amount(of, book.sides[BID][bid]),
+        "best_ask_price": 0.0 if ask is None else of.to_price(ask),
+        "best_bid_price": 0.0 if bid is None else of.to_price(bid),
+        "best_ask_amount": 0.0 if ask is None else of.to_amount(book.sides[ASK][ask]),
+        "best_bid_amount": 0.0 if bid is None else of.to_amount(book.sides[BID][bid]),
     }
 
 
@@ -90,7 +90,7 @@ def _describe_option(market: Market, of: Instrument) -> dict[str, Any]:
     book, years = market.books[of.name], market.count_years(of)
     implied = {}
     for key, tick in (("bid_iv", book.best_bid), ("ask_iv", book.best_ask)):
-        price = 0.0 if tick is None else market.to_price(of, tick) * (forward if of.inverse else 1.0)
+        price = 0.0 if tick is None else of.to_price(tick) * (forward if of.inverse else 1.0)
         implied[key] = round(imply_volatility(of.call, forward, of.strike, years, price) * 100.0, 2)
     greeks = {
         "delta": round(value.delta, 5), "gamma": round(value.gamma, 5), "vega": round(value.vega, 5),
@@ -127,7 +127,7 @@ def list_levels(market: Market, of: Instrument, side: int, depth: int, group: fl
         for tick, lots in levels.items():
             sums[tick // width if side == BID else -(-tick // width)] += lots
     places = sort_levels(side, list(sums))[:depth]
-    return [[market.to_price(of, place * width), market.to_amount(of, sums[place])] for place in places]
+    return [[of.to_price(place * width), of.to_amount(sums[place])] for place in places]
 
 
 def describe_order_book(market: Market, of: Instrument, depth: int) -> Data:
