@@ -214,11 +214,8 @@ async def _read_http(request: web.Request) -> Call:
     if body.strip():
         call = read_call(body)
         return call._replace(method=path or call.method)
-    params: dict[str, Any] = {}
-    for key, value in request.query.items():
-        if key != "faults":
-            params[key] = _read_query_value(value)
-    return Call(NO_ID, path, params)
+    query = request.query.items()
+    return Call(NO_ID, path, {key: _read_query_value(value) for key, value in query if key != "faults"})
 
 
 def _read_query_value(value: str) -> Any:
@@ -277,7 +274,6 @@ class _Socket:
         self.response = response
         self.connection = Connection(exchange, faults, self, time.time(), request.remote or "")
         self._request = request
-        self._delay = faults.number("delay") / 1000.0
         self._ready = asyncio.Event()
         self._closing = False
 
@@ -317,7 +313,7 @@ class _Socket:
             if message.type in (WSMsgType.TEXT, WSMsgType.BINARY):
                 await self._take(message.data)
             elif message.type is WSMsgType.PING and not self.connection.silent:
-                await asyncio.sleep(2 * self._delay)
+                await asyncio.sleep(2 * self.connection.delay)
                 with contextlib.suppress(ConnectionError):
                     await self.response.pong(message.data)
             elif message.type is WSMsgType.CLOSE:
@@ -355,9 +351,8 @@ class _Socket:
         pause = self.connection.find_pause(text)
         if pause:
             await asyncio.sleep(pause)
-        if self._delay:
-            loop = asyncio.get_running_loop()
-            loop.call_later(self._delay, lambda: self.connection.receive(text, time.time()))
+        if delay := self.connection.delay:
+            asyncio.get_running_loop().call_later(delay, lambda: self.connection.receive(text, time.time()))
         else:
             self.connection.receive(text, time.time())
 
@@ -370,7 +365,7 @@ class _Socket:
                 while outbox:
                     late = outbox[0].due - time.time()
                     if late > 0:
-                        await asyncio.sleep(min(late, self._delay))  # the clock may be set back
+                        await asyncio.sleep(min(late, self.connection.delay))  # the clock may be set back
                     frame = outbox.popleft()
                     if frame.opcode == CLOSE:
                         return await self._close(frame.code, frame.payload)

@@ -72,7 +72,7 @@ class Connection:
         self.address = address
         self._limit = faults.number("credits") if "credits" in faults else None
         self._own = Credits(now, self._limit) if exchange.settings.own_credits else None
-        self._delay = faults.number("delay") / 1000.0
+        self.delay = faults.number("delay") / 1000.0
         self._rng = Random(int(faults.number("seed", exchange.settings.seed * 1000 + self.session.number)))
         self._distortion = Distortion(faults, self._rng, self._report)
         self._lateness = Lateness(faults)
@@ -80,7 +80,7 @@ class Connection:
         self._done: set[str] = set()
         self._periodic = {name: faults.number(name) for name in _NONSENSE if name in faults}
         self._flooded = 0.0
-        exchange.oracle.note("opened", connection=self.session.number, faults=faults.text)
+        self._note("opened", faults=faults.text)
 
     # Out
 
@@ -119,7 +119,7 @@ class Connection:
         if self.silent or self.session.ended:
             return
         self.waiting += len(payload)
-        self.outbox.append(Outgoing(self._now + self._delay, opcode, payload, code))
+        self.outbox.append(Outgoing(self._now + self.delay, opcode, payload, code))
         self.session.last_sent = self._age
         self._transport.wake()
         self._bound_waiting()
@@ -144,19 +144,20 @@ class Connection:
         if not self.session.ended:
             self.session.ended = True
             end_session(self._exchange, self.session, self)
-            self._exchange.oracle.note("ended", connection=self.session.number, reason=reason)
+            self._note("ended", reason=reason)
+
+    def _note(self, event: str, **more: Any) -> None:
+        self._exchange.oracle.note(event, connection=self.session.number, **more)
 
     def _report(self, fault: str, frame: Frame) -> None:
         data: Any = frame.data
         ids = {k: data[k] for k in ("change_id", "prev_change_id") if k in data} if isinstance(data, dict) else {}
         if isinstance(data, list) and frame.channel.startswith("trades."):
             ids = {"trades": [[trade["instrument_name"], trade["trade_seq"]] for trade in data]}
-        number = self.session.number
-        self._exchange.oracle.note("fault", connection=number, fault=fault, channel=frame.channel, **ids)
+        self._note("fault", fault=fault, channel=frame.channel, **ids)
 
     def _report_request(self, fault: str, call: Call) -> None:
-        number, ms = self.session.number, int(self._now * 1000)
-        self._exchange.oracle.note("fault", connection=number, fault=fault, method=call.method, timestamp=ms)
+        self._note("fault", fault=fault, method=call.method, timestamp=int(self._now * 1000))
 
     # In
 
@@ -298,7 +299,7 @@ class Connection:
                 self.cut(name, reset)
         if self.has_begun("half_open") and self._once("half_open"):
             self.silent = True
-            self._exchange.oracle.note("silent", connection=self.session.number)
+            self._note("silent")
         if self.has_begun("maintenance"):
             self._maintain()
 
@@ -316,7 +317,7 @@ class Connection:
     def _send_nonsense(self, kind: str, number: float = 0.0) -> None:
         for is_text, payload in make_nonsense(kind, self._rng, number):
             self._send(payload, TEXT if is_text else BINARY)
-        self._exchange.oracle.note("fault", connection=self.session.number, fault=kind)
+        self._note("fault", fault=kind)
 
     def _flood(self) -> None:
         texts = [text for channel, text in self._distortion.repeatable.items() if not self._is_mute(channel)]
