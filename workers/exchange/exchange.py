@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-from collector.faults import Faults, Setting, parse_faults
+from collector.faults import FOREVER, Faults, Setting, parse_faults
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
 from workers.exchange.market.market import Market
@@ -69,11 +69,8 @@ class Exchange:
         _bound(self._named)
         place = self._named[faults.text]
         self._named[faults.text] += 1
-        if place < faults.number("skip") or (
-            "first" in faults and place >= faults.number("first") + faults.number("skip")
-        ):
-            return Faults()
-        return faults
+        skip, first = faults.number("skip"), faults.number("first", FOREVER)
+        return faults if skip <= place < skip + first else Faults()
 
     def find_credits(self, payer: str, limit: float | None, now: float) -> Credits:
         """The pools that all connections of an account or address draw on, full at first (`now` in seconds).
@@ -95,7 +92,7 @@ class Exchange:
         self.oracle.note_market(events)
         if self.replay is not None:
             for frame in self.replay.take_due(now / 1000.0):
-                self.hub.relay(Frame(frame.channel, None, None, frame.text))
+                self.hub.relay(Frame(frame.channel, None, text=frame.text))
 
     def _find_period(self, name: str) -> int:
         return max(100, int(self.faults.number(name) * 1000))

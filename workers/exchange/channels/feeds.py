@@ -57,11 +57,14 @@ class Feed:
 
 
 class InstrumentFeed(Feed):
-    """A feed of one instrument."""
+    """A feed of one instrument: of its book, unless it takes something else."""
 
     def __init__(self, channel: str, market: Market, instrument: Instrument) -> None:
         super().__init__(channel, market, instrument)
         self.of = instrument
+
+    def take(self, event: Event) -> bool:
+        return bool(event.changes)
 
 
 class BookFeed(InstrumentFeed):
@@ -79,7 +82,7 @@ class BookFeed(InstrumentFeed):
         for side in (BID, ASK):
             levels = dict(book.sides[side])
             levels |= {tick: lots for (pending, tick), lots in self._before.items() if pending == side}
-            sides.append([self._entry("new", t, levels[t]) for t in sort_levels(side, list(levels)) if levels[t]])
+            sides.append([self._entry("new", t, levels[t]) for t in sort_levels(side, levels) if levels[t]])
         return [
             {
                 "timestamp": self._timestamp, "type": "snapshot", "change_id": self._change_id,
@@ -101,7 +104,7 @@ class BookFeed(InstrumentFeed):
         book = self.market.books[self.of.name]
         sides: tuple[list[Any], list[Any]] = ([], [])
         for side in (BID, ASK):
-            for tick in sort_levels(side, [tick for pending, tick in self._before if pending == side]):
+            for tick in sort_levels(side, (tick for pending, tick in self._before if pending == side)):
                 old, new = self._before[side, tick], book.sides[side].get(tick, 0)
                 if old != new:
                     sides[side].append(self._change(old, tick, new))
@@ -125,9 +128,6 @@ class GroupedBookFeed(InstrumentFeed):
     def __init__(self, channel: str, market: Market, instrument: Instrument, group: float, depth: int) -> None:
         super().__init__(channel, market, instrument)
         self._group, self._depth = group, depth
-
-    def take(self, event: Event) -> bool:
-        return bool(event.changes)
 
     def flush(self) -> list[Data]:
         book = self.market.books[self.of.name]
@@ -221,9 +221,6 @@ class QuoteFeed(InstrumentFeed):
 
     def open(self) -> list[Data]:
         return [self._last]
-
-    def take(self, event: Event) -> bool:
-        return bool(event.changes)
 
     def flush(self) -> list[Data]:
         last, self._last = self._last, describe_quote(self.market, self.of)

@@ -65,16 +65,11 @@ def _open_paced(channel: str, parts: list[str], market: Market) -> Feed | None:
         case ["trades", kind, currency, _] if kind in KINDS and currency in CURRENCIES:
             return TradesFeed(channel, market, None, kind, currency)
         case ["book", _, group, depth, interval] if of and group in GROUPS and depth in DEPTHS and interval != "raw":
-            return GroupedBookFeed(channel, market, of, _to_width(of, group), int(depth))
+            width = 0.0 if group == "none" else float(group) / (1.0 if of.base == "BTC" else 100.0)
+            return GroupedBookFeed(channel, market, of, width, int(depth))
         case [family, _, _] if of and family in _PACED and (of.perpetual or family != "perpetual"):
             return _PACED[family](channel, market, of)
     return None
-
-
-def _to_width(of: Instrument, group: str) -> float:
-    if group == "none":
-        return 0.0
-    return float(group) / (1.0 if of.base == "BTC" else 100.0)
 
 
 def _open_unpaced(channel: str, parts: list[str], market: Market) -> Feed | None:

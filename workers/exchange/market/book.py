@@ -1,5 +1,6 @@
 """One order book: levels by price in ticks, amounts in lots (whole numbers, so that nothing is ever rounded twice)."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 BID, ASK = 0, 1
@@ -45,6 +46,6 @@ class Book:
         return Change(side, tick, old, lots)
 
 
-def sort_levels(side: int, ticks: list[int]) -> list[int]:
+def sort_levels(side: int, ticks: Iterable[int]) -> list[int]:
     """Ticks with the best first: bids descending, asks ascending."""
     return sorted(ticks, reverse=side == BID)

@@ -16,6 +16,7 @@ from typing import Any
 from workers.exchange.market.book import ASK, BID, Book, Change
 from workers.exchange.market.instruments import (
     COINS,
+    DAY,
     FOREVER,
     INVERSE,
     STRIKE_STEPS,
@@ -83,7 +84,7 @@ class Market:
         self.now = now
         self.rate = rate
         self.frozen = False
-        self.retention = 86_400_000
+        self.retention = DAY
         self.catalogue = Catalogue(now, options)
         self.coins = dict(COINS)
         self.coin_volatility = {coin: _VOLATILITY.get(coin, 0.9) for coin in COINS}

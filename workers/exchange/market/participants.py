@@ -67,15 +67,15 @@ def _draw_lots(style: Style, rng: Random) -> int:
 def _find_stale(book: Book, fair: float, style: Style) -> tuple[int, list[int]] | None:
     bid, ask = book.best_bid, book.best_ask
     if ask is not None and ask < fair - style.half_spread:
-        return ASK, sort_levels(ASK, [tick for tick in book.sides[ASK] if tick < fair])
+        return ASK, sort_levels(ASK, (tick for tick in book.sides[ASK] if tick < fair))
     if bid is not None and bid > fair + style.half_spread:
-        return BID, sort_levels(BID, [tick for tick in book.sides[BID] if tick > fair])
+        return BID, sort_levels(BID, (tick for tick in book.sides[BID] if tick > fair))
     return None
 
 
 def _take(book: Book, side: int, lots: int, keep: int = 0) -> tuple[list[Change], list[Fill]]:
     changes, fills = [], []
-    for tick in sort_levels(side, list(book.sides[side])):
+    for tick in sort_levels(side, book.sides[side]):
         if lots <= 0 or len(book.sides[side]) <= keep:
             break
         held = book.sides[side][tick]

@@ -7,7 +7,7 @@ from collections import Counter
 from typing import Any
 
 from workers.exchange.market.book import ASK, BID, sort_levels
-from workers.exchange.market.instruments import Instrument
+from workers.exchange.market.instruments import DAY, Instrument
 from workers.exchange.market.market import Market
 from workers.exchange.market.pricing import imply_volatility
 
@@ -38,7 +38,7 @@ def describe_ticker(market: Market, of: Instrument) -> Data:
     closed = of.state != "open"
     ticker: dict[str, Any] = {"timestamp": market.now, "state": of.state}
     ticker |= {"stats": _describe_stats(market, of), "index_price": index, "instrument_name": of.name}
-    ticker |= {"last_price": day.last_price}
+    ticker["last_price"] = day.last_price
     if day.settlement_price and not closed and of.kind != "spot":
         ticker["settlement_price"] = day.settlement_price
     band = max(abs(mark) * 0.015, of.tick * 50)
@@ -126,7 +126,7 @@ def list_levels(market: Market, of: Instrument, side: int, depth: int, group: fl
         levels, sums = sums, Counter()
         for tick, lots in levels.items():
             sums[tick // width if side == BID else -(-tick // width)] += lots
-    places = sort_levels(side, list(sums))[:depth]
+    places = sort_levels(side, sums)[:depth]
     return [[of.to_price(place * width), of.to_amount(sums[place])] for place in places]
 
 
@@ -156,11 +156,8 @@ def describe_summary(market: Market, of: Instrument) -> Data:
 
 def describe_perpetual(market: Market, of: Instrument) -> Data:
     """Data of `perpetual.*`."""
-    return {
-        "index_price": market.index_price(of.index),
-        "interest": _draw_interest(market, of),
-        "timestamp": market.now,
-    }
+    price, interest = market.index_price(of.index), _draw_interest(market, of)
+    return {"index_price": price, "interest": interest, "timestamp": market.now}
 
 
 def describe_marks(market: Market, index: str) -> Data:
@@ -176,8 +173,7 @@ def describe_marks(market: Market, index: str) -> Data:
 
 def describe_expiration(market: Market, index: str) -> Data:
     """Data of `estimated_expiration_price.*`: the next 08:00 UTC; estimated in its last half hour."""
-    day = 86_400_000
-    left = (8 * 3_600_000 - market.now) % day // 1000
+    left = (8 * 3_600_000 - market.now) % DAY // 1000
     data: dict[str, Any] = {"seconds": left, "price": market.index_price(index), "is_estimated": left < 1800}
     if left < 1800:
         data |= {"left_ticks": left, "total_ticks": 1800}

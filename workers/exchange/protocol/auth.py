@@ -20,7 +20,7 @@ MAX_TOKENS = 10_000
 DEFAULT_KEYS = {"practice": "practice"}
 """Client id and secret that are accepted unless others are given."""
 
-_DEFAULT_SCOPE = "block_trade:read connection trade:read_write account:read_write wallet:read mainaccount"
+_DEFAULT_SCOPE = "block_trade:read trade:read_write account:read_write wallet:read mainaccount"
 _ALPHABET = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_-"
 
 
@@ -140,7 +140,7 @@ class Authority:
 def _grant_scope(asked: str, connection: bool) -> str:
     words = asked.split()
     if not [word for word in words if not word.startswith(("session:", "expires:", "ip:", "connection"))]:
-        words += [word for word in _DEFAULT_SCOPE.split() if word != "connection"]
+        words += _DEFAULT_SCOPE.split()
     if connection and "connection" not in words:
         words.append("connection")
     if "mainaccount" not in words:

@@ -173,12 +173,7 @@ def make_nonsense(kind: str, rng: Random, number: float = 0.0) -> list[tuple[boo
     if kind == "garbage":
         return [(True, b"%d hello \xc3\xa9 {]" % rng.randrange(10**9)), (False, rng.randbytes(64))]
     if kind == "bad_json":
-        return [
-            (
-                True,
-                b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"trades.BTC-PERPETUAL.raw","data":[{"trade',
-            )
-        ]
+        return [(True, _BROKEN)]
     if kind == "deep_json":
         return [(True, b'{"jsonrpc":"2.0","method":"subscription","params":' + b"[" * 100_000 + b"]" * 100_000 + b"}")]
     if kind == "odd_json":
@@ -187,6 +182,7 @@ def make_nonsense(kind: str, rng: Random, number: float = 0.0) -> list[tuple[boo
     return [(True, encode(filler))]
 
 
+_BROKEN = b'{"jsonrpc":"2.0","method":"subscription","params":{"channel":"trades.BTC-PERPETUAL.raw","data":[{"trade'
 _ODD_MESSAGES: tuple[Any, ...] = (
     None, [], "text", 17, {}, {"jsonrpc": "2.0"}, {"jsonrpc": "2.0", "id": [1], "result": "ok"},
     {"jsonrpc": "2.0", "id": 10**15, "result": "ok"}, {"jsonrpc": "2.0", "method": "subscription"},

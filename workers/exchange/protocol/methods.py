@@ -7,12 +7,7 @@ from workers.exchange.channels.feeds import list_indices
 from workers.exchange.channels.names import CURRENCIES, KINDS
 from workers.exchange.market.instruments import COINS, Instrument, format_date
 from workers.exchange.market.market import Market
-from workers.exchange.market.payloads import (
-    Data,
-    describe_order_book,
-    describe_summary,
-    describe_ticker,
-)
+from workers.exchange.market.payloads import Data, describe_order_book, describe_summary, describe_ticker
 from workers.exchange.protocol.rpc import RpcError, refuse_param
 
 VERSION = "1.2.26"

@@ -176,11 +176,9 @@ def _read_currency(call: Context) -> str:
 
 
 def get_account_summary(call: Context) -> Reply:
-    limits = {"non_matching_engine": {"rate": 20, "burst": 100}}
-    summary = call.exchange.account.describe(_read_currency(call))
-    return Reply(
-        {**summary, "limits": limits, "id": 7, "system_name": "practice", "type": "main", "username": "practice"}
-    )
+    more = {"id": 7, "system_name": "practice", "type": "main", "username": "practice"}
+    limits = {"limits": {"non_matching_engine": {"rate": 20, "burst": 100}}}
+    return Reply(call.exchange.account.describe(_read_currency(call)) | limits | more)
 
 
 def get_account_summaries(call: Context) -> Reply:
