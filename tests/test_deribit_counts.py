@@ -4,7 +4,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -716,15 +716,14 @@ def test_a_practice_exchange_that_is_killed_and_started_anew_counts_anew(tmp_pat
         future = list_futures(url, "BTC")[-1]  # a new market begins these, and options, with the same number again
         channels = [f"trades.{future}.100ms", f"book.{future}.100ms", "trades.option.any.100ms"]
         table = {"url": url, "channels": channels, "retry_count": patience, "retry_delay": 0.05}
-        with collected({"w": table}, exchange=None) as run:
-            recorder = Recorder({"w": run.wait_state("w")["publish"]})
-            try:
-                wait_until(lambda: len(read_trades(recorder, 0)) > 100, "trades of the old market")
-                old.process.kill()
-                old.wait_exit()
-                since = time.time_ns()
-                with exchange(port, "--rate", "1500", "--oracle", str(tmp_path / "oracle")):
-                    check_anew(url, tmp_path / "oracle", recorder, future, since)
-                    assert (run.get_state("w")["restarts"] > 0) == (patience == 1)
-            finally:
-                recorder.end()
+        with (
+            collected({"w": table}, exchange=None) as run,
+            closing(Recorder({"w": run.wait_state("w")["publish"]})) as recorder,
+        ):
+            wait_until(lambda: len(read_trades(recorder, 0)) > 100, "trades of the old market")
+            old.process.kill()
+            old.wait_exit()
+            since = time.time_ns()
+            with exchange(port, "--rate", "1500", "--oracle", str(tmp_path / "oracle")):
+                check_anew(url, tmp_path / "oracle", recorder, future, since)
+                assert (run.get_state("w")["restarts"] > 0) == (patience == 1)

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,15 +120,14 @@ def round_of_two() -> Iterator[Round]:
         options = ("--host", THERE, "--port", "9000", "--oracle", str(directory / "oracle"), "--rate", "400")
         with running(*there.under, *collector("exchange", *options)) as exchange:
             exchange.wait_line("^listening on")
-            with collected({"a": CONNECTION}, exchange=None, log_level="info", under=here.under) as run:
-                recorder = Recorder({"a": f"ipc://{run.runtime_dir}/a.pub"})
-                try:
-                    run.wait_state("a")
-                    opened = Round(there, here, directory / "oracle", run, recorder)
-                    opened.wait_trade()
-                    yield opened
-                finally:
-                    recorder.end()
+            with (
+                collected({"a": CONNECTION}, exchange=None, log_level="info", under=here.under) as run,
+                closing(Recorder({"a": f"ipc://{run.runtime_dir}/a.pub"})) as recorder,
+            ):
+                run.wait_state("a")
+                opened = Round(there, here, directory / "oracle", run, recorder)
+                opened.wait_trade()
+                yield opened
 
 
 def test_a_link_that_is_down_for_a_moment_costs_nothing(round_of_two: Round) -> None:

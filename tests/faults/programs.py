@@ -5,7 +5,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from random import Random
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from collector.client.stream import read_message
 from tests.certificate import make_certificate, trusted
 from tests.collected import Collected, collected
 from tests.exchange_client import apply_book, connect, exchange, get
+from tests.faults.exchange import sort_levels
 from tests.faults.judge import Received, Traded, Truth, judge
 from tests.pipeline import short_directory
 
@@ -100,7 +101,7 @@ class Recorder:
                 self.records[names[socket]].append(Received(topic, payload, time.time_ns()))
         context.destroy(linger=0)
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -133,11 +134,9 @@ class Witness:
         channel, data = message["params"]["channel"], message["params"]["data"]
         book = levels.setdefault(channel, {"bids": {}, "asks": {}})
         apply_book(book, data)
-        state = tuple(sorted(book["bids"].items(), reverse=True)), tuple(sorted(book["asks"].items()))
-        topic = f"deribit.book.{channel.split('.')[1]}.{channel.split('.')[2]}"
-        self.books.setdefault(topic, {})[data["change_id"]] = state
+        self.books.setdefault(f"deribit.{channel}", {})[data["change_id"]] = sort_levels((book["bids"], book["asks"]))
 
-    def end(self) -> None:
+    def close(self) -> None:
         self._ended.set()
         self._thread.join()
 
@@ -177,18 +176,9 @@ def run_exchange(seed: int, scenarios: tuple[Scenario, ...], *more: str) -> dict
         keys = {"PRACTICE_KEYS": ",".join(f"account{number}:account{number}" for number in range(len(scenarios)))}
         with exchange(*options, *faults, *more, env=keys) as (url, _):
             named = tuple(name_future(each, url) for each in scenarios)
-            with watching(url, named) as witness:
+            books = [name for each in named for name in each.channels if name.startswith("book.")]
+            with closing(Witness(url, books)) as witness:
                 return run_collector(url, oracle, witness, named, rng)
-
-
-@contextmanager
-def watching(url: str, scenarios: tuple[Scenario, ...]) -> Iterator[Witness]:
-    """A witness for the length of a block."""
-    witness = Witness(url, [name for each in scenarios for name in each.channels if name.startswith("book.")])
-    try:
-        yield witness
-    finally:
-        witness.end()
 
 
 def run_collector(
@@ -205,17 +195,13 @@ def run_collector(
     }  # fmt: skip
     with collected(tables, exchange=None, log_level="info", env=write_secrets(scenarios)) as running:
         endpoints = {each.name: f"ipc://{running.runtime_dir}/{each.name}.pub" for each in scenarios}
-        recorders = [Recorder(endpoints)]
-        try:
+        with closing(Recorder(endpoints)) as whole:
             running.wait_state(scenarios[-1].name)
             kill_workers(running, scenarios, rng)
-            recorders.append(Recorder(endpoints))
-            time.sleep(1.5)
-            assert get(url, "practice/freeze")[0] == 200
-            return judge_round(scenarios, recorders, oracle, witness)
-        finally:
-            for recorder in recorders:
-                recorder.end()
+            with closing(Recorder(endpoints)) as late:
+                time.sleep(1.5)
+                assert get(url, "practice/freeze")[0] == 200
+                return judge_round(scenarios, [whole, late], oracle, witness)
 
 
 def write_secrets(scenarios: tuple[Scenario, ...]) -> dict[str, str]:
@@ -278,8 +264,9 @@ def build_truth(scenario: Scenario, record: list[Received], events: list[dict[st
         topic = f"deribit.book.{scenario.instrument}.100ms"
         truth.final[topic] = {max(truth.books[topic])}
     if "crossed" in scenario.allowed:
+        (end,) = truth.final[topic]
         truth.books.clear()  # what it sent was not the true book; the end is
-        truth.books.update({topic: {max(witness.books[topic]): witness.books[topic][max(witness.books[topic])]}})
+        truth.books[topic] = {end: witness.books[topic][end]}
     note_trades(truth, [event for event in events if is_wanted(event.get("instrument_name", ""))], find_live(record))
     return truth
 
