@@ -287,7 +287,6 @@ class Connection:
         self._faults.clear()
         self.silent = False
         self._release(FOREVER)
-        self._periodic.clear()
         self._done.clear()
 
     def _run_endings(self) -> None:
