@@ -294,6 +294,18 @@ def test_a_clock_that_is_set_makes_nothing_later_or_earlier(step: float) -> None
     assert not line.is_cut
 
 
+@pytest.mark.parametrize(("faults", "end"), [("maintenance:1,until:1.5", 2), ("half_open:1,until:30", 31)])
+def test_what_is_over_has_left_nothing_behind(faults: str, end: int) -> None:
+    """Neither refusals, nor a heartbeat that nobody could answer."""
+    connection = Connection(Exchange(Settings(options=0), 0), parse_faults(faults), Line(), 0.0, "")
+    connection.receive('{"id":1,"method":"public/set_heartbeat","params":{"interval":10}}', 0.0)
+    for halves in range(2 * end):
+        connection.tick(halves / 2)
+    connection.receive('{"id":2,"method":"public/test"}', end)
+    answer = json.loads(connection.outbox[-1].payload)
+    assert (answer["id"], "result" in answer) == (2, True)
+
+
 @in_loop
 async def test_a_connection_is_well_again_in_the_end(url: str) -> None:
     async with (
@@ -389,6 +401,7 @@ async def test_gaps_break_the_chain_and_the_oracle_knows_them(url: str, oracle: 
         assert breaks
         assert {frames[place]["prev_change_id"] for place in breaks} <= lost
         assert not lost & {frame["change_id"] for frame in frames}
+        assert len(lost) < len(frames)
         if rate.endswith("@1"):
             assert len(breaks) == len(lost) == 1
 
@@ -462,6 +475,17 @@ def test_a_crossed_book_is_put_right_and_keeps_its_true_levels(faults: str) -> N
     assert client.wrong == 0
 
 
+def test_faults_of_the_data_leave_alone_what_is_not_theirs() -> None:
+    """A frame is the same object for all who listen, and of another kind no trade is lost."""
+    market = Market(1, 1_765_541_474_000, options=0)
+    (frame,) = Hub(market, Account(market)).subscribe("ticker.BTC-PERPETUAL.100ms", Follower(""))
+    true = json.loads(json.dumps(frame.data))
+    for faults, is_changed in (("wrong_types:1", True), ("clock:5,unknown_fields", True), ("lost_trades:1", False)):
+        (text,) = Distortion(parse_faults(faults), Random(1), lambda fault, of: None).apply(frame)
+        assert (json.loads(text)["params"]["data"] != true) is is_changed
+        assert frame.data == true
+
+
 @in_loop
 async def test_a_snapshot_is_missing_and_a_channel_is_left_out_of_the_ack(url: str) -> None:
     async with connect(url, f"no_snapshot:1,drop_subscribe:{BOOK}@1") as client:
@@ -482,7 +506,7 @@ async def test_data_come_before_the_ack(url: str) -> None:
 
 
 @in_loop
-async def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
+async def test_lost_trades_leave_holes_that_http_fills_and_the_oracle_knows(url: str, oracle: Path) -> None:
     async with connect(url, "lost_trades:3") as client:
         channel = "trades.BTC-PERPETUAL.100ms"
         await client.subscribe(channel)
@@ -492,6 +516,9 @@ async def test_lost_trades_leave_holes_that_http_fills(url: str) -> None:
     page = {"instrument_name": "BTC-PERPETUAL", "start_seq": min(holes), "end_seq": max(holes), "count": 1000}
     found = get(url, "public/get_last_trades_by_instrument", **page)[1]["result"]["trades"]
     assert holes <= {trade["trade_seq"] for trade in found}
+    number = find_connection(oracle, "lost_trades:3")
+    lost = read_oracle(oracle, event="fault", connection=number, fault="lost_trades")
+    assert holes <= {seq for line in lost for name, seq in line["trades"] if name == "BTC-PERPETUAL"}
 
 
 PAIR, FAR = "BTC_USDC", "BTC-PERPETUAL"
@@ -720,12 +747,33 @@ async def test_delay_is_added_each_way(url: str) -> None:
         assert [m["id"] for m in client.messages() if m["id"] >= 500] == list(range(500, 500 + count))
 
 
+def mask(body: bytes) -> bytes:
+    """A short text frame of a client."""
+    return struct.pack("!BB4s", 0x81, 0x80 | len(body), b"\0\0\0\0") + body
+
+
+@in_loop
+async def test_a_frame_comes_in_two_fragments_with_a_ping_between_them(url: str) -> None:
+    reader, writer = await open_raw(url, "fragments:0")
+    await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
+    writer.write(mask(b'{"id":1,"method":"public/test"}'))
+    async with asyncio.timeout(10):
+        found = []
+        for _ in range(3):
+            first, size = await reader.readexactly(2)
+            found.append((first, await reader.readexactly(size)))
+    (begun, one), ping, (ended, other) = found
+    assert (begun, ping, ended) == (0x01, (0x89, b""), 0x80)
+    assert "result" in json.loads(one + other)
+    writer.close()
+
+
 async def open_deaf(url: str, faults: str) -> asyncio.StreamWriter:
     """A client that subscribes to a ticker and never reads what comes."""
     _, writer = await open_raw(url, faults)
     writer.transport.pause_reading()  # type: ignore[attr-defined]
     body = b'{"jsonrpc":"2.0","id":1,"method":"public/subscribe","params":{"channels":["ticker.BTC-PERPETUAL.100ms"]}}'
-    writer.write(struct.pack("!BB4s", 0x81, 0x80 | len(body), b"\0\0\0\0") + body)
+    writer.write(mask(body))
     return writer
 
 

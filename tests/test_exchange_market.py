@@ -202,6 +202,8 @@ def test_channels_say_what_has_changed_and_nothing_of_what_is_over() -> None:
     ticker, change, quote = f"ticker.{option.name}.100ms", "incremental_ticker.BTC-PERPETUAL", "quote.BTC-PERPETUAL"
     for channel in (ticker, change, quote):
         hub.subscribe(channel, told)
+        hub.subscribe(channel, other := Listener())
+        hub.unsubscribe(channel, other)  # which leaves it to the first
 
     def list_told(channel: str, seconds: int) -> list[dict[str, object]]:
         told.seen.clear()

@@ -109,6 +109,13 @@ def test_a_tickers_figures_are_those_of_the_trades(told: Told) -> None:
                 assert stats["price_change"] == pytest.approx((prices[-1] / prices[0] - 1) * 100, abs=1e-3)
         assert ticker["min_price"] < ticker["mark_price"] < ticker["max_price"] or of.kind == "option"
         assert ("volume_notional" in stats) is of.perpetual
+        if of.perpetual:  # who is long pays where the price is above the index
+            above, interest = ticker["mark_price"] > ticker["index_price"], ticker["interest_value"]
+            assert (interest > 0) is (ticker["funding_8h"] > 0) is above
+            assert abs(ticker["funding_8h"]) < abs(interest) / 10
+        full = MARKET_METHODS["public/get_order_book"](told.market, {"instrument_name": name})
+        for side, levels in (("bid", full["bids"]), ("ask", full["asks"])):
+            assert [[ticker[f"best_{side}_price"], ticker[f"best_{side}_amount"]]] == (levels[:1] or [[0.0, 0.0]])
         if of.legs:
             assert ticker["combo_state"] == "active"
             assert ticker["implied_bid"] == ticker["best_bid_price"]
@@ -132,6 +139,8 @@ def test_volatilities_are_percent_but_in_the_list_of_marks(told: Told) -> None:
             near += 1
     assert near > 5
     assert dated == {True, False}
+    for index in ("btc_usd", "eth_usd"):
+        assert 15 <= open_channel(told, f"deribit_volatility_index.{index}")["volatility"] <= 300
 
 
 def list_marks(told: Told, index: str) -> list[dict[str, Any]]:
@@ -222,7 +231,8 @@ def test_the_next_index_follows_in_platform_state(told: Told) -> None:
 def test_an_empty_side_is_0_in_a_ticker_and_null_in_a_summary() -> None:
     market = Market(1, START, options=60)
     of = next(of for of in market.catalogue.by_name.values() if of.kind == "option")
-    book = market.books[of.name]
+    book, whole = market.books[of.name], describe_summary(market, of)
+    assert whole["bid_price"] < whole["mid_price"] < whole["ask_price"]
     for tick in list(book.sides[ASK]):
         book.set_level(ASK, tick, 0)
     ticker, summary = describe_ticker(market, of), describe_summary(market, of)
@@ -236,7 +246,8 @@ def test_an_empty_side_is_0_in_a_ticker_and_null_in_a_summary() -> None:
 
 def test_what_is_listed_begins_anew_and_what_ends_ends_in_order() -> None:
     told = Told("instrument.state.any.any")
-    made = [event.instrument for event in told.market.list_option()]
+    made = [event.instrument for _ in range(2) for event in told.market.list_option()]
+    assert {of.base for of in made} == {"BTC", "ETH"}
     for of in made:
         assert (told.market.days[of.name].trade_seq, of.row["creation_timestamp"]) == (0, told.market.now)
         assert "settlement_price" not in describe_ticker(told.market, of)
@@ -404,7 +415,9 @@ def test_what_has_expired_is_told_of_but_not_traded(exchange: Exchange) -> None:
     caller = Caller(exchange)
     caller.log_in()
     assert caller.ask("public/get_instrument", instrument_name=gone)["state"] == "delivered"
-    assert caller.ask("public/ticker", instrument_name=gone)["estimated_delivery_price"] == "expired"
+    ticker = caller.ask("public/ticker", instrument_name=gone)
+    assert ticker["estimated_delivery_price"] == "expired"
+    assert ticker["delivery_price"] == ticker["index_price"]
     assert caller.ask("private/buy", instrument_name=gone, amount=1)["data"]["reason"] == "instrument not found"
     assert [row["instrument_name"] for row in caller.ask("public/get_instruments", expired=True)] == [gone]
     assert {row["id"].split("-")[0] for row in caller.ask("public/get_combos", currency="ETH")} == {"ETH"}
