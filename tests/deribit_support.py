@@ -220,7 +220,7 @@ class Hearer(Subscriber):
     ) -> list[dict[str, Any]]:
         """Receive until so many such messages are there; return all of them."""
         found: list[dict[str, Any]] = await self.hear(
-            lambda: (f := self.find(prefix, **keys)) if len(self.find(prefix, **keys)) >= least else None,
+            lambda: f if len(f := self.find(prefix, **keys)) >= least else None,
             f"{least} of {prefix} with {keys}", timeout,
         )  # fmt: skip
         return found

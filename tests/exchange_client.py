@@ -106,7 +106,7 @@ class Client:
     async def wait_data(self, channel: str, count: int = 1) -> list[Any]:
         """Wait until a channel has sent so many frames; return them all."""
         found: list[Any] = await self.wait(
-            lambda: (d := self.data(channel)) if len(self.data(channel)) >= count else None, f"{count} of {channel}"
+            lambda: d if len(d := self.data(channel)) >= count else None, f"{count} of {channel}"
         )
         return found
 
@@ -132,6 +132,17 @@ class Client:
     async def log_in(self) -> dict[str, Any]:
         result: dict[str, Any] = (await self.ask("public/auth", KEYS))["result"]
         return result
+
+
+class Line:
+    """Where a connection without a socket would send; `is_cut` once it has been cut."""
+
+    is_cut = False
+
+    def wake(self) -> None: ...
+
+    def cut(self, reset: bool) -> None:
+        self.is_cut = True
 
 
 @asynccontextmanager

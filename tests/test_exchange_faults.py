@@ -15,7 +15,7 @@ import aiohttp
 import pytest
 
 from collector.faults import CONNECTION_FAULTS, EXCHANGE_FAULTS, parse_faults
-from tests.exchange_client import KEYS, Client, apply_book, connect, exchange, get
+from tests.exchange_client import KEYS, Client, Line, apply_book, connect, exchange, get
 from tests.support import collector, in_loop, running, wait_until
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
@@ -245,17 +245,6 @@ async def test_what_is_late_is_bounded(url: str, oracle: Path) -> None:
         await client.wait(lambda: client.closed, "the cut")
         assert client.data(BOOK) == []
         assert read_oracle(oracle, event="ended", reason="connection_too_slow", connection=number)
-
-
-class Line:
-    """The bytes of a connection go nowhere."""
-
-    is_cut = False
-
-    def wake(self) -> None: ...
-
-    def cut(self, reset: bool) -> None:
-        self.is_cut = True
 
 
 def test_a_client_is_idle_since_its_last_request() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from collector.faults import parse_faults
+from tests.exchange_client import KEYS, Line
 from tests.support import FRAMES
 from workers.exchange.channels.account import Account
 from workers.exchange.channels.hub import Frame, Hub
@@ -331,28 +332,16 @@ def test_subscribe_has_one_pool_however_it_is_called_and_get_instruments_another
 
 def test_tokens_end_when_and_how_they_say() -> None:
     authority, now = Authority(DEFAULT_KEYS, Market(1, START, options=0).rng), START
-    keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
-    login, result = authority.grant(keys | {"scope": "session:s expires:30"}, now, 1, 900.0)
+    login, result = authority.grant(KEYS | {"scope": "session:s expires:30"}, now, 1, 900.0)
     assert (result["expires_in"], result["sid"], login.expires) == (30, "s", now + 30_000)
     assert authority.check_token(result["access_token"], now + 29_999, 2) == login
     with pytest.raises(RpcError):
         authority.check_token(result["access_token"], now + 30_000, 1)
-    plain = authority.grant(keys, now, 1, 900.0)[1]
+    plain = authority.grant(KEYS, now, 1, 900.0)[1]
     assert "sid" not in plain
     assert {"connection", "mainaccount", "trade:read_write"} <= set(plain["scope"].split())
-    narrow = authority.grant(keys | {"scope": "trade:read"}, now, 1, 900.0)[1]
+    narrow = authority.grant(KEYS | {"scope": "trade:read"}, now, 1, 900.0)[1]
     assert narrow["scope"].split() == ["trade:read", "connection", "mainaccount"]
-
-
-class Line:
-    """Where a connection would send; `is_cut` once it has been cut."""
-
-    is_cut = False
-
-    def wake(self) -> None: ...
-
-    def cut(self, reset: bool) -> None:
-        self.is_cut = True
 
 
 class Caller:
@@ -371,8 +360,7 @@ class Caller:
         return answer.get("result", answer.get("error"))
 
     def log_in(self, **more: Any) -> Any:
-        keys = {"grant_type": "client_credentials", "client_id": "practice", "client_secret": "practice"}
-        return self.ask("public/auth", **keys, **more)
+        return self.ask("public/auth", **KEYS, **more)
 
 
 @pytest.fixture
