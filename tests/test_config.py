@@ -216,15 +216,20 @@ REFUSED: dict[str, tuple[str, str]] = {
     ),
     "relative path": (
         HEAD + 'publish = "ipc://a.pub"',
-        "publish ipc://a.pub needs an absolute path; write for example ipc:///run/collector/NAME.pub",
+        "publish ipc://a.pub needs an absolute path; write for example ipc:///run/user/7/collector/a.pub",
     ),
     "abstract socket": (
         HEAD + 'publish = "ipc://@a"',
-        "publish ipc://@a needs an absolute path; write for example ipc:///run/collector/NAME.pub",
+        "publish ipc://@a needs an absolute path; write for example ipc:///run/user/7/collector/a.pub",
     ),
     "directory": (
         HEAD + 'publish = "ipc:///tmp/"',
-        "publish ipc:///tmp/ names a directory; write for example ipc:///run/collector/NAME.pub",
+        "publish ipc:///tmp/ names a directory; write for example ipc:///run/user/7/collector/a.pub",
+    ),
+    "relative path of control": (
+        '[collector]\ncontrol = "ipc://control"\n' + HEAD,
+        "[collector]: control ipc://control needs an absolute path; write for example "
+        "ipc:///run/user/7/collector/control",
     ),
     "path too long": (
         HEAD + f'publish = "ipc:///{"p" * 107}"',

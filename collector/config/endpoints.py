@@ -30,26 +30,26 @@ class Endpoint(NamedTuple):
         return self.scheme == "ipc" or self.port != 0
 
 
-def parse_endpoint(text: str) -> Endpoint:
+def parse_endpoint(text: str, example: str = "ipc:///run/collector/NAME.pub") -> Endpoint:
     """Read an endpoint to listen on, in one spelling for each (localhost is 127.0.0.1, paths are normalised).
 
-    Raises ValueError, in words that follow the endpoint and say what to write instead.
+    Raises ValueError, in words that follow the endpoint and say what to write instead: a path as in `example`.
     """
     scheme, found, rest = text.partition("://")
     if found and scheme == "ipc":
-        return Endpoint("ipc", _check_path(rest), 0)
+        return Endpoint("ipc", _check_path(rest, example), 0)
     if found and scheme == "tcp":
         return _parse_tcp(rest)
-    raise ValueError("is no endpoint to listen on; write tcp://127.0.0.1:5601 or ipc:///run/collector/NAME.pub")
+    raise ValueError(f"is no endpoint to listen on; write tcp://127.0.0.1:5601 or {example}")
 
 
-def _check_path(path: str) -> str:
+def _check_path(path: str, example: str) -> str:
     if not path.isprintable():
         raise ValueError("has characters in its path that cannot be shown; write another path")
     if not path.startswith("/"):
-        raise ValueError("needs an absolute path; write for example ipc:///run/collector/NAME.pub")
+        raise ValueError(f"needs an absolute path; write for example {example}")
     if path.endswith("/"):
-        raise ValueError("names a directory; write for example ipc:///run/collector/NAME.pub")
+        raise ValueError(f"names a directory; write for example {example}")
     size = len(os.fsencode(path))
     if size > MAX_IPC_PATH:
         raise ValueError(f"has a path of {size} bytes, the system takes {MAX_IPC_PATH}; write a shorter path")

@@ -152,7 +152,7 @@ def _read_exchange(tables: Mapping[str, Any]) -> Exchange | None:
 
 def _read_endpoint(text: str, default: str, name: str, runtime_dir: Path) -> str:
     try:
-        endpoint = parse_endpoint(text or default)
+        endpoint = parse_endpoint(text or default, default)
     except ValueError as error:
         cure = "" if text else " (it is the default: write another runtime_dir under [collector])"
         raise ConfigError(f"{name} {show_endpoint(text or default)} {error}{cure}") from None
