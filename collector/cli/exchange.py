@@ -27,7 +27,12 @@ PACE = click.FloatRange(0, 100_000)
 )
 @click.option("--options", default=240, type=click.IntRange(0), show_default=True, help="How many options are listed.")
 @click.option("--oracle", type=click.Path(dir_okay=False), help="Append to this file what really happens (JSON lines).")
-@click.option("--replay", multiple=True, type=click.Path(dir_okay=False), help="Send the recorded frames of this file.")
+@click.option(
+    "--replay",
+    multiple=True,
+    type=click.Path(exists=True, dir_okay=False),
+    help="Send the recorded frames of this file.",
+)
 @click.option("--speed", default=1.0, type=PACE, show_default=True, help="Pace of the replay; 0 is all at once.")
 @click.option("--own-credits", is_flag=True, help="No connection draws on another's request credits.")
 @click.option(
