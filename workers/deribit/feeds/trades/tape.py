@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 from msgspec.structs import replace
 
 from collector.messages import EXCHANGE
@@ -128,27 +128,15 @@ class Tape:
         stream.gap = gap
         return gap
 
-    def describe_rest(self, tail: Hole, now: int) -> Gap:
-        """What may have come after all that was fetched of a tail, and will not be asked for any more."""
-        gap = self.describe_gap(now)
-        gap.missing_from = self.stream.last_id + 1
-        if tail.gap is not None:
-            gap.reason = tail.gap.reason
-        else:
-            self._date_back(gap, now)
-        return gap
-
-    def _describe_missing(self, first: int, last: int, now: int) -> Gap:
-        """What may have come before the first trade of an instrument, or before the subscription: that is not known."""
+    def _describe_missing(self, first: int, last: int | UnsetType, now: int, told: Gap | None = None) -> Gap:
+        """What may have come, and is not asked for any more: a gap `told` why, or nothing was told of it yet."""
         gap = self.describe_gap(now)
         gap.missing_from, gap.missing_to = first, last
-        self._date_back(gap, now)
-        return gap
-
-    def _date_back(self, gap: Gap, now: int) -> None:
-        """An instrument that is new to us may have traded first while the connection was lost."""
-        if (since := self.losses.unanswered_from) is not None:
+        if told is not None:
+            gap.reason = told.reason
+        elif (since := self.losses.unanswered_from) is not None:  # it may have traded first while we were away
             gap.reason, gap.from_ts = "disconnect", min(since, gap.from_ts or now)
+        return gap
 
     # -- holes --------------------------------------------------------------------------------------------------------
 
@@ -272,7 +260,7 @@ class Tape:
         """No trade follows: say what is not known to have come, what was lost last after all repairs."""
         tail, said = self.tail, self.end_healing(self.holes, now)
         if tail is not None:
-            said.append(self.describe_rest(tail, now))
+            said.append(self._describe_missing(self.stream.last_id + 1, UNSET, now, tail.gap))
         elif is_unfinished and not self.stream.is_over and (gap := self.take_last(now)):
             said.append(gap)
         return said
