@@ -291,26 +291,23 @@ class Patrol:
         return time.monotonic() >= self._ask_at
 
     async def _ask_for_life(self) -> bool:
-        """Prove life, not twice at a time; an exchange that cannot prove it is let alone for a while."""
-        again, proven = time.monotonic() + QUIET / SECOND, False
-        self._ask_at = NEVER
-        try:
-            proven = await self._prove_life()
-        finally:
-            self._ask_at = 0.0 if proven else again
-        return proven
+        """Whether the exchange answers and says that it is open: only then is silence the channel's own.
 
-    async def _prove_life(self) -> bool:
-        """Whether the exchange answers and says that it is open: only then is silence the channel's own."""
-        await pay(self._client.session.credits, 2 * CALL_COST)
+        Not twice at a time; one that does not is let alone for a while.
+        """
+        again, self._ask_at, is_open = time.monotonic() + QUIET / SECOND, NEVER, False
         try:
+            await pay(self._client.session.credits, 2 * CALL_COST)
             await self._client.send("public/test")
             status = await self._client.send("public/status")
+            is_open = not (isinstance(status, dict) and str(status.get("locked", "")).lower() == "true")
         except ExchangeError as error:
-            return find_reaction(error.code) is not Reaction.BACK_OFF  # that is: not now, not for anybody
+            is_open = find_reaction(error.code) is not Reaction.BACK_OFF  # that is: not now, not for anybody
         except (TimeoutError, Lost):
-            return False
-        return not (isinstance(status, dict) and str(status.get("locked", "")).lower() == "true")
+            pass
+        finally:
+            self._ask_at = 0.0 if is_open else again
+        return is_open
 
     # -- books --------------------------------------------------------------------------------------------------------
 
