@@ -103,10 +103,11 @@ class Patrol:
                 await self._forget_all_old()
             if self._client.is_live:
                 self._topics.ledger.cells[HEARD] = time.time_ns()
-                self._judge_lag(time.monotonic_ns())
+                now = time.monotonic_ns()
+                self._judge_lag(now)
                 self._note_heard()
-                self._judge_whole(time.monotonic_ns())
-                self._judge_books(time.monotonic_ns())
+                self._judge_whole(now)
+                self._judge_books(now)
             self._statuses.repeat_others(second % REPEAT)
             await self._look_at_all(second % REPEAT)
 
