@@ -30,11 +30,23 @@ def set_levels(levels: Levels, changes: list[Change]) -> Side:
     return side
 
 
-class BookFeed(Feed):
-    """A full book: checks the chain of change ids and keeps the levels. Deltas are taken only while `is_complete`."""
+class SnapshotFeed(Feed):
+    """A book of either kind: after each loss it waits for a snapshot, which says what it is for."""
 
     is_complete = False
     _reason = "subscribe"  # what the next snapshot is for
+
+    def lose(self, reason: str, now: int) -> None:
+        """The connection is gone, or the channel was left for a resync: the next snapshot is for what follows."""
+        super().lose(reason, now)
+        self.is_complete = self.changed = False
+        self.stream.current = None
+        self._reason = "resync" if reason == "sequence" else "subscribe"
+
+
+class BookFeed(SnapshotFeed):
+    """A full book: checks the chain of change ids and keeps the levels. Deltas are taken only while `is_complete`."""
+
     _exchange_ts = 0
 
     def __init__(self, channel: Channel, topics: Topics) -> None:
@@ -99,18 +111,9 @@ class BookFeed(Feed):
             self.lose("sequence", now)
             self.changed = True
 
-    def lose(self, reason: str, now: int) -> None:
-        """The connection is gone, or the channel was left for a resync: the next snapshot is for what follows."""
-        super().lose(reason, now)
-        self.is_complete = self.changed = False
-        self._reason = "resync" if reason == "sequence" else "subscribe"
 
-
-class WindowFeed(Feed):
+class WindowFeed(SnapshotFeed):
     """A grouped book: each frame is the whole window, so each is a snapshot; a lost frame can not be seen."""
-
-    is_complete = False
-    _reason = "subscribe"
 
     def take(self, frame: bytes, receive_ts: int) -> Published:
         """One snapshot."""
@@ -132,10 +135,3 @@ class WindowFeed(Feed):
         super().skip(frame, now)
         if self.is_complete:
             self._reason = "resync"
-
-    def lose(self, reason: str, now: int) -> None:
-        """The connection is gone, or the channel was left for a resync: the next window is for what follows."""
-        super().lose(reason, now)
-        self.is_complete = self.changed = False
-        self.stream.current = None
-        self._reason = "resync" if reason == "sequence" else "subscribe"
