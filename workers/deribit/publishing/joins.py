@@ -89,12 +89,10 @@ class Joins:
     def _repeat_once(self, stream: Stream) -> None:
         """Answer a topic, unless it was answered just now: then it waits on."""
         now = time.monotonic()
-        if now - stream.answered >= ONCE_IN:
-            del self._waiting[stream]
-            stream.answered = now
-            self._repeat(stream)
-
-    def _repeat(self, stream: Stream) -> None:
+        if now - stream.answered < ONCE_IN:
+            return
+        del self._waiting[stream]
+        stream.answered = now
         for message in (stream.gap, stream.status, stream.describe()):
             if message is not None:
                 self._publisher.repeat(stream, message)
