@@ -6,7 +6,6 @@ New trades are not held up: healing is requests beside the stream, on the same c
 import asyncio
 import logging
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from itertools import count
 from typing import Any
@@ -15,7 +14,7 @@ from collector.limits import CALL_BURST, CALL_COST
 from workers.deribit.connection.client import Client
 from workers.deribit.connection.credits import pay
 from workers.deribit.connection.together import together
-from workers.deribit.feeds.frames import TradeData, convert_trades
+from workers.deribit.feeds.frames import convert_trades
 from workers.deribit.feeds.trades.feed import TradeFeed
 from workers.deribit.feeds.trades.tape import Tape
 from workers.deribit.healing.fetch import Ask, Healed, Healing, Page, heal_feed, heal_known
@@ -178,15 +177,11 @@ def read_page(answer: Any) -> Page:
     try:
         return Page(convert_trades(rows), has_more)
     except ValueError as error:
-        trades = list(read_rows(rows))
+        trades = []
+        for row in rows:  # one that cannot be read must not cost all that came with it
+            with suppress(ValueError):
+                trades += convert_trades([row])
         if not trades:
             raise ValueError(f"the answer holds no trades: {error}") from None
         log.warning("%d fetched trades could not be read: %s", len(rows) - len(trades), error)
         return Page(trades, has_more)
-
-
-def read_rows(rows: list[Any]) -> Iterator[TradeData]:
-    """The trades among these: one that cannot be read must not cost all that came with it."""
-    for row in rows:
-        with suppress(ValueError):
-            yield from convert_trades([row])
