@@ -25,21 +25,13 @@ LAST_HEALING = 10.0
 
 
 class Commands:
-    """Carries commands out until `end`; `get_state` says how the connection is, also after that."""
+    """Carries commands out until `end`."""
 
-    def __init__(
-        self,
-        client: Client,
-        channels: Channels,
-        healer: Healer,
-        publisher: Publisher,
-        get_state: Callable[[], dict[str, Any]],
-    ) -> None:
+    def __init__(self, client: Client, channels: Channels, healer: Healer, publisher: Publisher) -> None:
         self._client = client
         self._channels = channels
         self._healer = healer
         self._publisher = publisher
-        self._get_state = get_state
         self._has_ended = False
         self._turn = asyncio.Lock()
         self._ops: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
@@ -52,8 +44,6 @@ class Commands:
 
     async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
         """Carry out one command. Raises ControlError."""
-        if op == "get_state":
-            return self._get_state()
         if op not in self._ops:
             raise ControlError("unknown_op", f"a connection has no op {op!r}")
         if self._has_ended:

@@ -91,7 +91,7 @@ class Worker(Listener):
             self.name, self.feeds, self.client, self.publisher, self.statuses, self.topics, self.channels.take_up
         )
         self.intake = Intake(self.channels, self.publisher, self.patrol, self.client.session, self._attend)
-        self.commands = Commands(self.client, self.channels, self.healer, self.publisher, self.get_state)
+        self.commands = Commands(self.client, self.channels, self.healer, self.publisher)
         self._is_following = bool(spec.get("follow"))
         self.channels.add(spec["channels"])
         if self._is_following:
@@ -177,7 +177,9 @@ class Worker(Listener):
         )
 
     async def answer(self, op: str, arguments: dict[str, Any]) -> Any:
-        """Carry out one command. Raises ControlError."""
+        """Carry out one command, or say how the connection is, also after its end. Raises ControlError."""
+        if op == "get_state":
+            return self.get_state()
         return await self.commands.answer(op, arguments)
 
     # -- what the client tells (see connection.listener) --------------------------------------------------------------
