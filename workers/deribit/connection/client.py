@@ -89,8 +89,7 @@ class Client:
         secret = login.client_secret if login is not None else ""
         self.traffic = Traffic(self.listener, self._heed_error, timeout, read_pause, secret)
         self.session = Session(self.traffic.send, calls, login, heartbeat_interval, cancel_on_disconnect)
-        confirm, refuse = self.listener.confirm_channels, self.listener.refuse_channels
-        self.reconciler = Reconciler(self.traffic.send, self.session, subscribing, confirm, refuse, self.spawn)
+        self.reconciler = Reconciler(self.traffic.send, self.session, subscribing, self.listener, self.spawn)
         self.machine = Machine(CONNECTION, "closed")
         self.since = time.time_ns()
         self._tasks: set[asyncio.Task[Any]] = set()

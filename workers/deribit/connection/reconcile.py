@@ -9,6 +9,7 @@ from collector.channels import has_expired
 from collector.lifecycle import Exit
 from collector.limits import CALL_COST, SUBSCRIBE_COST, chunk_channels
 from workers.deribit.connection.credits import Pool, pay
+from workers.deribit.connection.listener import Listener
 from workers.deribit.connection.session import NEVER, Send, Session
 from workers.deribit.connection.subscriptions import EXPIRED, TRIES, Call, Subscriptions
 from workers.deribit.connection.together import do_together
@@ -29,7 +30,7 @@ key was reset), and a new connection logs in anew."""
 
 
 class Reconciler:
-    """Sends the calls of one connection's subscriptions. Tells `confirm(names)` and `refuse(names, reason)`.
+    """Sends the calls of one connection's subscriptions. Tells the listener what is confirmed, and what refused.
 
     What waits here, and what it has `spawn` do beside that, must be cancelled before `end`: no call of one connection
     may go on in the next.
@@ -40,15 +41,13 @@ class Reconciler:
         send: Send,
         session: Session,
         credits: Pool,
-        confirm: Callable[[list[str]], None],
-        refuse: Callable[[list[str], str], None],
+        listener: Listener,
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
         self.subscriptions = Subscriptions()
         self._send = send
         self._session = session
-        self._confirm = confirm
-        self._refuse = refuse
+        self._listener = listener
         self._spawn = spawn
         self.credits = credits
         self._turn = asyncio.Lock()
@@ -140,7 +139,7 @@ class Reconciler:
         names = [name for name in answered if isinstance(name, str)] if isinstance(answered, list) else []
         gained, refused = self.subscriptions.take_answer(call, names)
         self._denied.difference_update(gained)
-        self._confirm(gained)
+        self._listener.confirm_channels(gained)
         reasons = {name: self.subscriptions.refused[name] for name in refused}
         for reason in dict.fromkeys(reasons.values()):
             self._tell_refused([name for name in refused if reasons[name] == reason], reason)
@@ -208,9 +207,9 @@ class Reconciler:
         expired = [name for name in names if has_expired(self.subscriptions.asked[name].instrument, now)]
         self.expire(expired, by_clock=True)
         if others := [name for name in names if name not in expired]:
-            self._refuse(others, reason)
+            self._listener.refuse_channels(others, reason)
 
     def expire(self, names: list[str], by_clock: bool = False) -> None:
         """The lives of the instruments of these channels have ended: leave them, and do not ask for them again."""
         if ended := self.subscriptions.expire(names, by_clock):
-            self._refuse(ended, EXPIRED)
+            self._listener.refuse_channels(ended, EXPIRED)
