@@ -83,8 +83,7 @@ class Worker(Listener):
         self.joins = Joins(self.publisher, self.topics)
         self.client = create_client(spec, self)
         self.healer = Healer(self.client, self.publisher)
-        clocks = self.client.read_clock, self.client.session.read_exchange_clock
-        self.statuses = Statuses(self.publisher, self.topics, self.name, *clocks)
+        self.statuses = Statuses(self.publisher, self.topics, self.name, self.client)
         self.channels = Channels(self.client.reconciler.subscriptions, self.topics, self.statuses, self.healer)
         self.feeds = self.channels.feeds
         self.patrol = Patrol(

@@ -1,8 +1,9 @@
 """What is said of states: of each channel on its topics, of the connection on its own topic."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from collector.messages import EXCHANGE
+from workers.deribit.connection.client import Client
 from workers.deribit.connection.subscriptions import EXPIRED
 from workers.deribit.feeds.feed import Feed
 from workers.deribit.feeds.trades.feed import TradeFeed
@@ -39,15 +40,11 @@ class Statuses:
 
     heard_until = 0
 
-    def __init__(
-        self, publisher: Publisher, topics: Topics, name: str,
-        read_clock: Callable[[], int], read_exchange_clock: Callable[[], int],
-    ) -> None:  # fmt: skip
+    def __init__(self, publisher: Publisher, topics: Topics, name: str, client: Client) -> None:
         self._publisher = publisher
         self._topics = topics
         self._name = name
-        self._read_clock = read_clock
-        self._read_exchange_clock = read_exchange_clock
+        self._client = client
         self._connection = topics.find("status", name, "connection")
         self._left: dict[Stream, tuple[Status, int]] = {}
 
@@ -78,8 +75,8 @@ class Statuses:
 
     def end(self, stream: Stream) -> None:
         """A topic of an earlier life has no channel any more; what was lost of its trades is not fetched."""
-        is_over = not stream.last_ts or stream.has_expired(self._read_exchange_clock())
-        if stream.type == "trade" and (gap := stream.lose("restart", self._topics, self._read_clock())):
+        is_over = not stream.last_ts or stream.has_expired(self._client.session.read_exchange_clock())
+        if stream.type == "trade" and (gap := stream.lose("restart", self._topics, self._client.read_clock())):
             gap.healing = False
             self._publisher.say(stream, gap)
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
@@ -117,7 +114,7 @@ class Statuses:
         if isinstance(feed, TradeFeed):
             if not feed.channel.instrument and self._is_over(feed, stream):
                 condition = OVER
-            if condition == OVER and not stream.is_over and (gap := feed.take_last(stream, self._read_clock())):
+            if condition == OVER and not stream.is_over and (gap := feed.take_last(stream, self._client.read_clock())):
                 self._publisher.say(stream, gap)
         self._say(stream, *condition)
 
@@ -135,7 +132,7 @@ class Statuses:
         self._publisher.say(stream, stream.status)
 
     def _build(self, stream: Stream, state: str, reason: str) -> Status:
-        now = self._read_clock()
+        now = self._client.read_clock()
         return Status(EXCHANGE, stream.instrument, stream.epoch, 0, 0, now, state, reason, self._name)
 
 
