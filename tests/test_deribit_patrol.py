@@ -18,9 +18,9 @@ from tests.support import in_loop
 from workers.deribit.connection.session import NEVER
 from workers.deribit.feeds.rhythm import SAMPLES, SECOND
 from workers.deribit.rpc.codec import DATA_PREFIX
-from workers.deribit.watching.patrol import PATIENCE, REFILL, RESYNCS, SLICE
+from workers.deribit.watching.lag import LASTING
+from workers.deribit.watching.patrol import PATIENCE, RECONNECT_ONCE_IN, REFILL, RESYNCS, SLICE
 from workers.deribit.watching.statuses import REPEAT, UNSUBSCRIBED
-from workers.deribit.watching.watch import LASTING, RECONNECT_ONCE_IN
 from workers.deribit.worker import Worker
 
 CHANNELS = [f"quote.BTC-{number}" for number in range(3 * SLICE)]

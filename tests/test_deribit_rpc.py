@@ -20,7 +20,7 @@ from workers.deribit.connection.bootstrap import Login, build_auth, build_first_
 from workers.deribit.connection.session import Session
 from workers.deribit.rpc.codec import DATA_PREFIX, Data, Heartbeat, Reply, decode_frame, encode_request
 from workers.deribit.rpc.errors import MAX_WORDS, PAUSES, REACTIONS, ExchangeError, Reaction, find_reaction
-from workers.deribit.watching.samples import Samples
+from workers.deribit.watching.lag import Samples
 
 # -- requests and frames ----------------------------------------------------------------------------------------------
 

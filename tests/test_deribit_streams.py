@@ -45,7 +45,7 @@ from workers.deribit.publishing.ledger import (
     Ledger,
 )
 from workers.deribit.publishing.streams import ANY_ID, DAY, LONG_LEFT, MAX_TOPICS, SLICE, Malformed, Topics
-from workers.deribit.watching.samples import Samples
+from workers.deribit.watching.lag import Samples
 from workers.deribit.watching.statuses import LAST_DATA, OVER, REPEAT, UNSUBSCRIBED
 from workers.deribit.worker import Worker
 

@@ -3,7 +3,7 @@
 from collector.channels import parse_channel
 from workers.deribit.connection.pace import Pace
 from workers.deribit.feeds.rhythm import QUIET, SAMPLES, SECOND, Rhythm, is_never_quiet
-from workers.deribit.watching.watch import LAGGING, LASTING, LagWatch
+from workers.deribit.watching.lag import LAGGING, LASTING, LagWatch
 
 
 def come(rhythm: Rhythm, now: int) -> None:

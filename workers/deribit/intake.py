@@ -12,8 +12,8 @@ from workers.deribit.publishing.payloads import Book
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Published
 from workers.deribit.rpc.codec import START, Data, decode_frame
+from workers.deribit.watching.lag import Samples
 from workers.deribit.watching.patrol import Patrol
-from workers.deribit.watching.samples import Samples
 
 log = logging.getLogger("deribit")
 

@@ -21,11 +21,13 @@ from workers.deribit.publishing.payloads import ConnectionHeartbeat
 from workers.deribit.publishing.publisher import Publisher
 from workers.deribit.publishing.streams import Topics
 from workers.deribit.rpc.errors import ExchangeError, Lost, Reaction, Refused, find_reaction
-from workers.deribit.watching.samples import Samples
+from workers.deribit.watching.lag import LagWatch, Samples
 from workers.deribit.watching.statuses import LAST_DATA, MUTE, REPEAT, Statuses
-from workers.deribit.watching.watch import RECONNECT_ONCE_IN, LagWatch
 
 log = logging.getLogger("deribit")
+
+RECONNECT_ONCE_IN = 60 * SECOND
+"""Time between reconnections that nothing but our own judgement asks for."""
 
 SNAPSHOT_WAIT = 5.0
 """Seconds after which a book that is subscribed to and has no snapshot is asked for anew."""

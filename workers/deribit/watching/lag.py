@@ -1,6 +1,7 @@
-"""When lag is more than chance: judged on what was seen before. No I/O, no clock; times are ns."""
+"""How late data come, and when that is more than chance. No I/O, no clock; times are ns."""
 
 import math
+from collections import deque
 
 from workers.deribit.feeds.rhythm import SECOND
 
@@ -13,8 +14,28 @@ LASTING = 5
 RISEN = 3 * SECOND
 """Lag rises once it is so much above its least: less is a busy machine, or the clock's error."""
 
-RECONNECT_ONCE_IN = 60 * SECOND
-"""Time between reconnections that nothing but our own judgement asks for."""
+
+class Samples:
+    """The last 1,000 samples of one quantity, in ns."""
+
+    def __init__(self) -> None:
+        self._samples: deque[int] = deque(maxlen=1000)
+
+    def add(self, sample: int) -> None:
+        """Take one sample."""
+        self._samples.append(sample)
+
+    @property
+    def newest(self) -> int:
+        """The last sample; 0 if there is none."""
+        return self._samples[-1] if self._samples else 0
+
+    def describe(self) -> dict[str, float]:
+        """Median and 99th percentile in seconds; empty without samples."""
+        ordered = sorted(self._samples)
+        if not ordered:
+            return {}
+        return {"p50": ordered[len(ordered) // 2] / 1e9, "p99": ordered[len(ordered) * 99 // 100] / 1e9}
 
 
 class LagWatch:
