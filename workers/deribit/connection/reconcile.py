@@ -104,7 +104,11 @@ class Reconciler:
         """Send a call once there are credits for it. What was sent is seen through, whoever gives up waiting for it."""
         sent = None
         try:
-            await self._wait_for_credits(call)
+            if call.leaves:
+                await pay(self._session.credits, CALL_COST)
+            else:
+                async with self._turn:  # calls keep their order
+                    await pay(self.credits, SUBSCRIBE_COST)
             sent = self._spawn(self._see_through(call))
             await asyncio.shield(sent)
         finally:
@@ -143,13 +147,6 @@ class Reconciler:
         reasons = {name: self.subscriptions.refused[name] for name in refused}
         for reason in dict.fromkeys(reasons.values()):
             self._tell_refused([name for name in refused if reasons[name] == reason], reason)
-
-    async def _wait_for_credits(self, call: Call) -> None:
-        if call.leaves:
-            await pay(self._session.credits, CALL_COST)
-        else:
-            async with self._turn:  # calls keep their order
-                await pay(self.credits, SUBSCRIBE_COST)
 
     async def _take_error(self, call: Call, error: ExchangeError, reaction: Reaction, awaited_login: bool) -> None:
         said = f"{call.method}: {error}"
