@@ -1,6 +1,5 @@
 """The channels of one connection and their feeds: taken over from an earlier life, taken up, given up."""
 
-import time
 from typing import Any
 
 from collector.channels import Channel, parse_channel, share_topic
@@ -74,8 +73,7 @@ class Channels:
             if stream not in held:  # given up while no worker was there to say so
                 self._topics.go_back(stream, epoch)
                 self._statuses.end(stream)
-                self._statuses.note_left(stream)
-                self._topics.leave(stream, time.monotonic_ns())
+                self._statuses.leave(stream)
 
     def take_up(self, names: list[str], epoch: int) -> None:
         """Somebody asks for these. Raises ValueError for text that is no channel.
@@ -119,8 +117,7 @@ class Channels:
         self._leave_shared(feed)
         self.say_last(feed, condition)
         for stream in feed.streams.values():
-            self._statuses.note_left(stream)
-            self._topics.leave(stream, time.monotonic_ns(), is_over=condition == OVER)
+            self._statuses.leave(stream, is_over=condition == OVER)
         if isinstance(feed, TradeFeed):
             self._topics.ledger.free_slot(name)  # it has a place of its own
 

@@ -1,5 +1,6 @@
 """What is said of states: of each channel on its topics, of the connection on its own topic."""
 
+import time
 from collections.abc import Iterable
 
 from collector.messages import EXCHANGE
@@ -81,10 +82,11 @@ class Statuses:
             self._publisher.say(stream, gap)
         self._say(stream, *(OVER if is_over else UNSUBSCRIBED))
 
-    def note_left(self, stream: Stream) -> None:
-        """A topic is about to be left: its last status is said again FAREWELLS times."""
+    def leave(self, stream: Stream, is_over: bool = False) -> None:
+        """Nobody asks for a topic any more (see Topics.leave): its last status is said again FAREWELLS times."""
         if stream.status is not None:
             self._left[stream] = stream.status, FAREWELLS
+        self._topics.leave(stream, time.monotonic_ns(), is_over)
 
     def repeat(self, feeds: Iterable[Feed], part: int) -> None:
         """Say again one part in REPEAT of all topics; called each second with the next part, it covers all in a minute.
