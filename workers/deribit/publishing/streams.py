@@ -185,7 +185,7 @@ class Topics:
         self.gaps = self.repaired = self.missing = 0
         self._latest = epoch
         self._streams: dict[tuple[str, str, str], Stream] = {}
-        self._left: dict[Stream, int] = {}
+        self._left: set[Stream] = set()
 
     def begin_epoch(self, epoch: int) -> None:
         """What is made from now on has this epoch at least. The supervisor's is newer than all that anybody said."""
@@ -272,7 +272,7 @@ class Topics:
         stream.reset(now)
         if is_over:
             self.ledger.cells[stream.slot + LAST_TS] = HAS_ENDED
-        self._left[stream] = now
+        self._left.add(stream)
 
     def go_back(self, stream: Stream, epoch: int) -> None:
         """What is said of a topic that had this epoch in an earlier life, and for which nobody asks, is older than what
@@ -282,8 +282,8 @@ class Topics:
 
     def forget_left(self, now: int) -> None:
         """Let a later life know nothing of the topics whose last word is surely out (`now` is monotonic)."""
-        for stream in [stream for stream, since in self._left.items() if now - since > SURE * 1e9]:
-            del self._left[stream]
+        for stream in [stream for stream in self._left if now - stream.left_since > SURE * 1e9]:
+            self._left.remove(stream)
             self.ledger.clear(stream.slot)
 
     def number_gap(self) -> int:
