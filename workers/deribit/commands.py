@@ -1,7 +1,7 @@
 """The commands that one connection takes from the supervisor: what control asks for, what patterns bring and end."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -34,9 +34,7 @@ class Commands:
         self._publisher = publisher
         self._has_ended = False
         self._turn = asyncio.Lock()
-        self._ops: dict[str, Callable[[dict[str, Any]], Awaitable[Any]]] = {
-            "subscribe": self._subscribe, "unsubscribe": self._unsubscribe, "send": self._send,
-        }  # fmt: skip
+        self._ops = {"subscribe": self._subscribe, "unsubscribe": self._unsubscribe, "send": self._send}
 
     def end(self) -> None:
         """The connection has ended: nothing is carried out any more."""
