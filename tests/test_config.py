@@ -23,7 +23,7 @@ from collector.config import (
     read_connection,
     take_secrets,
 )
-from collector.config.clashes import Places
+from collector.config.clashes import Placed, Places
 from collector.config.keys import KEYS
 from collector.defaults import default_control, default_runtime_dir
 from tests.support import REPOSITORY
@@ -786,29 +786,29 @@ CLASHING = st.builds(
 @given(st.lists(CLASHING, unique=True), CLASHING)
 def test_what_feeds_the_same_topics_is_what_that_comparing_each_pair_finds(names: list[str], name: str) -> None:
     places = Places()
-    placed = [(f"owner of {each}", parse_channel(each)) for each in names]
+    placed = [Placed(f"owner of {each}", parse_channel(each)) for each in names]
     for each in placed:
         places.add(each)
     channel = parse_channel(name)
-    assert sorted(places.find(channel)) == sorted(each for each in placed if share_topic(each[1], channel))
+    assert sorted(places.find(channel)) == sorted(each for each in placed if share_topic(each.channel, channel))
 
 
 def test_what_a_connection_is_leaving_stands_in_the_way_of_others_and_of_itself_once_it_is_wanted_again() -> None:
     narrow, wide = parse_channel("trades.BTC-PERPETUAL.100ms"), parse_channel("trades.future.BTC.100ms")
     places = Places()
-    places.add(("a", narrow), is_leaving=True)
-    assert places.find_clash(("b", narrow)) == ("a", narrow)
-    assert places.find_clash(("b", wide)) == ("a", narrow)
-    places.place("a", wide)
-    places.place("a", wide)  # what stands already may be asked for again
+    places.add(Placed("a", narrow), is_leaving=True)
+    assert places.find_clash(Placed("b", narrow)) == Placed("a", narrow)
+    assert places.find_clash(Placed("b", wide)) == Placed("a", narrow)
+    places.place(Placed("a", wide))
+    places.place(Placed("a", wide))  # what stands already may be asked for again
     with pytest.raises(ValueError, match=r"^trades.future.BTC.100ms of a feeds the same topics$"):
-        places.place("a", narrow)
+        places.place(Placed("a", narrow))
 
     places = Places()
-    places.add(("a", narrow), is_leaving=True)
-    places.place("a", narrow)
+    places.add(Placed("a", narrow), is_leaving=True)
+    places.place(Placed("a", narrow))
     with pytest.raises(ValueError, match=r"^trades.BTC-PERPETUAL.100ms of a feeds the same topics$"):
-        places.place("a", wide)
+        places.place(Placed("a", wide))
 
 
 VALUES = st.recursive(

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from collector.channels import parse_channel
 from collector.config import Connection, read_connection
-from collector.config.clashes import Places
+from collector.config.clashes import Placed, Places
 from collector.config.endpoints import parse_endpoint
 from collector.config.keys import ConfigError
 from collector.config.patterns import (
@@ -290,7 +290,7 @@ def test_what_others_have_is_left_to_them() -> None:
     named = {"quote.BTC-PERPETUAL", "ticker.BTC_USDC-PERPETUAL.100ms", "quote.NEW"}
     taken = Places()
     for name in named:
-        taken.add(("other", parse_channel(name)))
+        taken.add(Placed("other", parse_channel(name)))
     found, (only,), left = spread(connection, LISTED, NOW, taken)
     assert left == named - {"quote.NEW"}
     assert found["quote.*"] == len(LISTED) - 1

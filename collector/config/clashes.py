@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Container, Sequence
+from typing import NamedTuple
 
 from collector.channels import Channel, guess_currencies, parse_channel, share_topic
 from collector.config.endpoints import Endpoint, parse_endpoint
@@ -9,14 +10,18 @@ from collector.config.keys import ConfigError
 from collector.config.values import Connection
 from collector.limits import MAX_CONNECTIONS
 
-Placed = tuple[str, Channel]
-"""A channel with the name of its connection."""
-
 _Key = tuple[str, str, str]
 """Type, interval and currency."""
 
 _EACH = "*"
 """Stands for each currency, where all channels of a type and interval are wanted."""
+
+
+class Placed(NamedTuple):
+    """A channel, and the name of the connection that has it."""
+
+    owner: str
+    channel: Channel
 
 
 def check_together(
@@ -41,7 +46,7 @@ def check_together(
             raise ConfigError(f"[[connection]] {name}: url practice needs the practice exchange; write [exchange]")
     _check_endpoints(connections, control, exchange_port)
     _check_repeats(connections, running)
-    _check_topics([(c.name, parse_channel(name)) for c in connections for name in c.channels], running)
+    _check_topics([Placed(c.name, parse_channel(name)) for c in connections for name in c.channels], running)
 
 
 def _check_endpoints(connections: Sequence[Connection], control: str, exchange_port: int | None) -> None:
@@ -79,8 +84,12 @@ def _check_repeats(connections: Sequence[Connection], running: Container[str]) -
 def _check_topics(placed: list[Placed], running: Container[str]) -> None:
     places = Places()
     for here in placed:
-        if here[0] not in running and (other := places.find_clash(here)):
-            _refuse_pair(other, here)
+        if here.owner not in running and (other := places.find_clash(here)):
+            place = "" if other.owner == here.owner else f" of connection {other.owner}"
+            raise ConfigError(
+                f"[[connection]] {here.owner}: channels: {here.channel.name} would feed the same topics as "
+                f"{other.channel.name}{place}; write one of them"
+            )
         places.add(here)
 
 
@@ -88,7 +97,7 @@ class Clash(ValueError):
     """A channel may not stand beside `other`, of another connection."""
 
     def __init__(self, other: Placed) -> None:
-        super().__init__(f"{other[1].name} of {other[0]} feeds the same topics")
+        super().__init__(f"{other.channel.name} of {other.owner} feeds the same topics")
         self.other = other
 
 
@@ -106,7 +115,7 @@ class Places:
 
     def add(self, placed: Placed, is_leaving: bool = False) -> None:
         """Add a channel of a connection, which it may just be leaving."""
-        channel = placed[1]
+        channel = placed.channel
         if is_leaving:
             self._leaving.add(placed)
         else:
@@ -117,16 +126,16 @@ class Places:
         for currency in (*_list_currencies(channel), _EACH):
             index[channel.type, channel.interval, currency].append(placed)
 
-    def place(self, owner: str, channel: Channel) -> None:
+    def place(self, here: Placed) -> None:
         """Add a channel of a connection. Raises Clash if another one would feed a topic of it too."""
-        if other := self.find_clash((owner, channel)):
+        if other := self.find_clash(here):
             raise Clash(other)
-        self.add((owner, channel))
+        self.add(here)
 
     def find_clash(self, here: Placed) -> Placed | None:
         """One beside which a channel may not stand; what its connection is leaving is none: it is told in order."""
-        for other in self.find(here[1]):
-            is_left = other[0] == here[0] and other in self._leaving
+        for other in self.find(here.channel):
+            is_left = other.owner == here.owner and other in self._leaving
             if other != here and not is_left and not _may_share(other, here):
                 return other
         return None
@@ -142,7 +151,7 @@ class Places:
             near += self._wide.get(key, ())
             if channel.topic is None:
                 near += self._narrow.get(key, ())
-        return [other for other in dict.fromkeys(near) if share_topic(other[1], channel)]  # some stand in two places
+        return [each for each in dict.fromkeys(near) if share_topic(each.channel, channel)]  # some stand in two places
 
 
 def _list_currencies(channel: Channel) -> frozenset[str]:
@@ -154,16 +163,8 @@ def _list_currencies(channel: Channel) -> frozenset[str]:
 
 def _may_share(one: Placed, other: Placed) -> bool:
     """Different events of one connection on one topic are numbered in one row, so they may stand together."""
-    if one[0] != other[0]:
+    if one.owner != other.owner:
         return False
-    if one[1].type == "instrument":
-        return one[1].name.split(".")[1] != other[1].name.split(".")[1]
-    return one[1].type == "platform" and one[1].name != other[1].name
-
-
-def _refuse_pair(one: Placed, other: Placed) -> None:
-    place = "" if one[0] == other[0] else f" of connection {one[0]}"
-    raise ConfigError(
-        f"[[connection]] {other[0]}: channels: {other[1].name} would feed the same topics as "
-        f"{one[1].name}{place}; write one of them"
-    )
+    if one.channel.type == "instrument":
+        return one.channel.name.split(".")[1] != other.channel.name.split(".")[1]
+    return one.channel.type == "platform" and one.channel.name != other.channel.name

@@ -8,7 +8,7 @@ from msgspec import Struct
 
 from collector.channels import LISTINGS, parse_channel
 from collector.config import Config, Connection, Credentials, check_together
-from collector.config.clashes import Places
+from collector.config.clashes import Placed, Places
 from collector.config.keys import within
 from collector.config.patterns import Instrument
 from collector.config.urls import name_host
@@ -133,7 +133,7 @@ def _expand(config: Config, listing: Listing) -> list[tuple[Connection, Spread]]
     for connection in config.connections:
         for channel in map(parse_channel, connection.channels):
             if channel.topic is not None:
-                named.add((connection.name, channel))
+                named.add(Placed(connection.name, channel))
     return [(connection, _spread(connection, listing, named)) for connection in config.connections]
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from collector.channels import LISTINGS, Channel, parse_channel
 from collector.config import ConfigError, Connection, read_connection
+from collector.config.clashes import Placed
 from collector.config.patterns import is_pattern
 from collector.config.reader import check_family, check_login
 from collector.config.urls import hide_secrets
@@ -185,7 +186,7 @@ class Commands:
         places = self._supervisor.list_places()
         for name in asked:
             try:
-                places.place(entry.keeper.name, _read_channel(name, bool(entry.connection.credentials)))
+                places.place(Placed(entry.keeper.name, _read_channel(name, bool(entry.connection.credentials))))
                 if name not in entry.channels and len(entry.channels) >= MAX_ON_ONE:
                     raise ValueError(f"{MAX_ON_ONE} channels are asked for on {entry.keeper.name} already")
             except ValueError as error:

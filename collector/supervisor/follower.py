@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
-from collector.config.clashes import Clash
+from collector.config.clashes import Clash, Placed
 from collector.config.patterns import expand, is_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
@@ -159,7 +159,7 @@ class Follower:
 
     def count_left(self) -> dict[str, int]:
         """How many channels that its patterns stand for are left to which other connection."""
-        return dict(Counter(clash.other[0] for clash in self._held_elsewhere.values()))
+        return dict(Counter(clash.other.owner for clash in self._held_elsewhere.values()))
 
     def leave(self, names: Iterable[str]) -> None:
         """Let go of those that only a pattern has brought: another connection names them."""
@@ -276,7 +276,7 @@ class Follower:
         for name in new:
             shard = living[numbers[find_unit(name)]]
             try:
-                taken.place(shard.connection.name, parse_channel(name))
+                taken.place(Placed(shard.connection.name, parse_channel(name)))
             except Clash as clash:
                 left[name] = clash
                 continue
@@ -300,7 +300,7 @@ class Follower:
         news: dict[str, list[str]] = defaultdict(list)
         for name, clash in left.items():
             if name not in self._held_elsewhere:
-                news[clash.other[0]].append(name)
+                news[clash.other.owner].append(name)
         for other, names in news.items():
             count, some = say_count(len(names), "channel"), " ".join(names[:5])
             log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self.name, count, other, some)

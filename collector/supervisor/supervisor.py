@@ -209,17 +209,17 @@ class Supervisor:
         places = Places()
         for entry in self._list_lasting():
             for channel in entry.channels:
-                places.add((entry.keeper.name, parse_channel(channel)))
+                places.add(Placed(entry.keeper.name, parse_channel(channel)))
             for channel in entry.list_leaving():
-                places.add((entry.keeper.name, parse_channel(channel)), is_leaving=True)
+                places.add(Placed(entry.keeper.name, parse_channel(channel)), is_leaving=True)
         return places
 
     def holds(self, placed: Placed) -> bool:
         """Whether a connection still has a channel, or may still feed it."""
-        name, channel = placed
-        if (entry := self.entries.get(name)) is None or entry.keeper.is_over:
+        entry, name = self.entries.get(placed.owner), placed.channel.name
+        if entry is None or entry.keeper.is_over:
             return False
-        return channel.name in entry.channels or channel.name in entry.list_leaving()
+        return name in entry.channels or name in entry.list_leaving()
 
     def list_lasting_shards(self, name: str) -> list[str]:
         """The connections over which one of that name is spread, without those that have ended for good."""
