@@ -9,6 +9,7 @@ A pattern is a channel name whose instrument is a glob, conditions in braces, or
 
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from fnmatch import filter as filter_names
@@ -39,6 +40,7 @@ _NAME = re.compile(r"[A-Za-z0-9_-]{1,100}\Z")
 _PATTERN = re.compile(r"([a-z_.]+\.)((?:[\w*?-]|\[!?[\w-]+\])*)(?:\{([^{}]*)\})?((?:\.[A-Za-z0-9]+)*)\Z", re.ASCII)
 _CONDITION = re.compile(r"([a-z_]+)\s*(<=|>=|<|>|=)([^<>=]*)\Z")
 _WORD = re.compile(r"[A-Za-z0-9_]{1,30}\Z")
+_NUMBER = re.compile(r"\d{1,12}(\.\d{1,9})?\Z")
 _SPAN = re.compile(r"(\d{1,6}(?:\.\d{1,6})?)([dh])\Z")
 _HOURS = {"d": 24, "h": 1}
 _EQUAL = ("=",)
@@ -96,20 +98,21 @@ def read_instrument(row: Any) -> Instrument | None:
     if not isinstance(row, dict) or not is_instrument(row.get("instrument_name")):
         return None
     expiry, strike = row.get("expiration_timestamp"), row.get("strike")
-    words = {
-        key: value if isinstance(value := row.get(source), str) else ""
-        for key, source in (
-            ("kind", "kind"), ("base", "base_currency"), ("quote", "quote_currency"),
-            ("settlement", "settlement_currency"), ("option_type", "option_type"),
-        )
-    }  # fmt: skip
+
+    def word(key: str, default: str = "") -> str:
+        return value if isinstance(value := row.get(key), str) else default
+
     return Instrument(
         name=row["instrument_name"],
-        state=state if isinstance(state := row.get("state"), str) else "open",
+        kind=word("kind"),
+        state=word("state", "open"),
+        base=word("base_currency"),
+        quote=word("quote_currency"),
+        settlement=word("settlement_currency"),
         expiry=expiry if isinstance(expiry, int) and 0 < expiry < _NEVER else 0,
         strike=float(strike) if isinstance(strike, (int, float)) and abs(strike) < 1e15 else None,
-        has_trades=words["kind"] != "spot" or not any(row.get(key) is True for key in ROUTED),
-        **words,
+        option_type=word("option_type"),
+        has_trades=word("kind") != "spot" or not any(row.get(key) is True for key in ROUTED),
     )
 
 
@@ -153,7 +156,10 @@ def parse_pattern(text: str) -> Pattern:
     channel = _parse_example(head, tail, text)
     if channel is None or channel.instrument != "INSTRUMENT" or len(head + tail) > MAX_AROUND:
         raise ValueError(f"{show(text)}: the pattern must stand for the instrument; write for example book.BTC-*.100ms")
-    conditions = tuple(_parse_condition(part.strip(), text) for part in (braces or "").split(",") if part.strip())
+    try:
+        conditions = tuple(_parse_condition(part.strip()) for part in (braces or "").split(",") if part.strip())
+    except ValueError as error:
+        raise ValueError(f"{show(text)}: {error}") from None
     if not glob and not conditions:
         raise ValueError(f"{show(text)}: names no condition; write for example {{kind=option}}, or * for all")
     keys = [each.key for each in conditions if CONDITIONS[each.key][0] == _EQUAL]
@@ -173,43 +179,35 @@ def _parse_example(head: str, tail: str, pattern: str) -> Channel | None:
         raise ValueError(str(error).replace(repr(name), show(pattern))) from None
 
 
-def _parse_condition(text: str, pattern: str) -> Condition:
+def _parse_condition(text: str) -> Condition:
     match = _CONDITION.match(text)
     key = re.split(r"[^A-Za-z_]", text)[0]
     if key not in CONDITIONS:
         close = suggest(key, CONDITIONS, 0.7)
         advice = f"did you mean {close}?" if close else f"there are {', '.join(CONDITIONS)}"
-        raise ValueError(f"{show(pattern)}: no condition is called {show(key)}; {advice}")
+        raise ValueError(f"no condition is called {show(key)}; {advice}")
     signs, example, _ = CONDITIONS[key]
     if match is None or match[2] not in signs:
-        raise ValueError(
-            f"{show(pattern)}: {show(text)} is no condition; write for example {example}, a comma between two"
-        )
+        raise ValueError(f"{show(text)} is no condition; write for example {example}, a comma between two")
     sign, value = match[2], match[3].strip()
     if key == "expiry":
-        return _parse_expiry(sign, value, pattern)
-    if key == "strike":
-        return Condition(key, sign, _parse_number(value, pattern))
-    return Condition(key, sign, _parse_word(key, value, pattern))
+        return _parse_expiry(sign, value)
+    if key != "strike":
+        return Condition(key, sign, _parse_word(key, value))
+    if not _NUMBER.match(value):
+        raise ValueError(f"strike {show(value)} is no number; write for example {example}")
+    return Condition(key, sign, float(value))
 
 
-def _parse_number(value: str, pattern: str) -> float:
-    if not re.fullmatch(r"\d{1,12}(\.\d{1,9})?", value):
-        raise ValueError(f"{show(pattern)}: strike {show(value)} is no number; write for example strike>=80000")
-    return float(value)
-
-
-def _parse_expiry(sign: str, value: str, pattern: str) -> Condition:
+def _parse_expiry(sign: str, value: str) -> Condition:
     if (span := _SPAN.match(value)) and sign != "=":
         return Condition("expiry", sign, float(span[1]) * _HOURS[span[2]] * 3_600_000, is_span=True)
     for form in ("%Y-%m-%d", "%d%b%y"):
-        try:
+        with suppress(ValueError):
             day = datetime.strptime(value, form)
-        except ValueError:
-            continue
-        return Condition("expiry", sign, day.replace(hour=8, tzinfo=UTC).timestamp() * 1000)
+            return Condition("expiry", sign, day.replace(hour=8, tzinfo=UTC).timestamp() * 1000)
     raise ValueError(
-        f"{show(pattern)}: expiry{sign}{show(value)[:40]} is neither a time nor a date; "
+        f"expiry{sign}{show(value)[:40]} is neither a time nor a date; "
         "write for example expiry<45d, expiry<12h or expiry=2026-12-25"
     )
 
@@ -217,15 +215,15 @@ def _parse_expiry(sign: str, value: str, pattern: str) -> Condition:
 _CHOICES = {"kind": _KINDS, "option_type": ("call", "put")}
 
 
-def _parse_word(key: str, value: str, pattern: str) -> str:
+def _parse_word(key: str, value: str) -> str:
     if not _WORD.match(value):
-        raise ValueError(f"{show(pattern)}: {key} {show(value)} is no word; write for example {CONDITIONS[key][1]}")
+        raise ValueError(f"{key} {show(value)} is no word; write for example {CONDITIONS[key][1]}")
     if key not in _CHOICES:
         return value.lower() if key == "state" else value.upper()
     if value.lower() not in _CHOICES[key]:
         close = suggest(value, _CHOICES[key])
         advice = f"did you mean {close}?" if close else f"there are {', '.join(_CHOICES[key])}"
-        raise ValueError(f"{show(pattern)}: no {key} is called {show(value)}; {advice}")
+        raise ValueError(f"no {key} is called {show(value)}; {advice}")
     return value.lower()
 
 
