@@ -2,6 +2,7 @@
 
 import time
 from collections import deque
+from itertools import zip_longest
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -73,10 +74,9 @@ class Row:
             return describe(self.message) if self.message is not None else ""
         if not self.book.in_sync:
             return "not in sync"
-        bid, ask = self.book.best()
-        sides = [show_level(*reversed(level)) if level else "-" for level in (bid, ask)]
-        depth = self.book.get_depth(None)
-        return f"bid {sides[0]}  ask {sides[1]}  ({len(depth[0])} + {len(depth[1])} levels)"
+        bids, asks = self.book.get_depth(None)
+        bid, ask = (show_level(*reversed(side[0])) if side else "-" for side in (bids, asks))
+        return f"bid {bid}  ask {ask}  ({len(bids)} + {len(asks)} levels)"
 
 
 class Board:
@@ -212,7 +212,7 @@ class Board:
         """The busiest that there is room for, in an order that does not jump about."""
         rows = list(self.rows.values())
         if len(rows) > room:
-            rows = sorted(rows, key=lambda row: -row.count)[: max(1, room - 1)]
+            rows = sorted(rows, key=lambda row: -row.count)[: room - 1]  # the last line says how many more there are
         places = {name: place for place, name in enumerate(ORDER)}
         return sorted(rows, key=lambda row: (places.get(row.topic.type, len(ORDER)), row.topic))
 
@@ -227,15 +227,14 @@ class Board:
         table = Table(box=box.SIMPLE_HEAD, expand=True, header_style="bold", padding=(0, 1), pad_edge=False)
         table.add_column("TRADES (UTC)", no_wrap=True, overflow="ellipsis", ratio=1)
         table.add_column("EVENTS (UTC)", no_wrap=True, overflow="ellipsis", ratio=1)
-        trades = [self._draw_trade(trade) for trade in list(self._trades)[-room:]][::-1]
-        events = list(self._events)[-room:][::-1] or [Text("none: no gap, no loss, no change of state", style="dim")]
-        for at in range(max(len(trades), len(events), 1)):
-            table.add_row(*(lines[at] if at < len(lines) else "" for lines in (trades, events)))
+        trades = [
+            Text(f"{show_clock(each.receive_ts)[:8]} {each.instrument}  {describe(each)}", STYLES.get(each["side"], ""))
+            for each in list(self._trades)[-room:]
+        ]
+        events = list(self._events)[-room:] or [Text("none: no gap, no loss, no change of state", style="dim")]
+        for cells in zip_longest(reversed(trades), reversed(events), fillvalue=""):
+            table.add_row(*cells)
         return table
-
-    def _draw_trade(self, trade: Message) -> Text:
-        text = f"{show_clock(trade.receive_ts)[:8]} {trade.instrument}  {describe(trade)}"
-        return Text(text, style=STYLES.get(trade["side"], ""))
 
 
 def _shorten_loss(loss: Loss) -> str:
