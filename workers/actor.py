@@ -228,19 +228,17 @@ class Actor:
             self._worker.stop()
 
     async def _answer(self, number: int, op: str, arguments: dict[str, Any], deadline: int) -> None:
+        refused = {"kind": "reply", "id": number, "ok": False}
         try:
-            result = await self._carry_out(op, arguments, deadline)
-            reply = {"kind": "reply", "id": number, "ok": True, "result": result}
+            reply = refused | {"ok": True, "result": await self._carry_out(op, arguments, deadline)}
         except ControlError as error:
-            reply = {"kind": "reply", "id": number, "ok": False, "error": error.to_map()}
+            reply = refused | {"error": error.to_map()}
         except Exception:
             log.exception("%s failed", op)
-            refusal = ControlError("internal", "the worker failed to answer; see its log").to_map()
-            reply = {"kind": "reply", "id": number, "ok": False, "error": refusal}
+            reply = refused | {"error": ControlError("internal", "the worker failed to answer; see its log").to_map()}
         if why := self._send(reply):
             words = f"it was carried out, but MessagePack cannot hold the answer: {why}"
-            failure = ControlError("internal", words).to_map()
-            self._send({"kind": "reply", "id": number, "ok": False, "error": failure})
+            self._send(refused | {"error": ControlError("internal", words).to_map()})
 
     def _send(self, message: dict[str, Any]) -> str:
         """Send what may hold anything that the exchange wrote; return why not, if that has no form in MessagePack."""
