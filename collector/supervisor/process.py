@@ -146,11 +146,11 @@ def _hidden_main() -> Iterator[None]:
 class Child:
     """One life of one child. Made by `start_child`; ends with `wait`."""
 
-    def __init__(self, process: ForkServerProcess, pidfd: int, receive: Callable[[dict[str, Any]], None]) -> None:
+    def __init__(self, process: ForkServerProcess, receive: Callable[[dict[str, Any]], None]) -> None:
         assert process.pid is not None
         self.pid = process.pid
         self._process = process
-        self._pidfd = pidfd
+        self._pidfd = os.pidfd_open(process.pid)
         self._receive = receive
         self._link: Link
         self._is_gone = False
@@ -208,9 +208,7 @@ async def start_child(spawner: Spawner, kind: str, receive: Callable[[dict[str, 
     """Start a child of that kind; `receive` gets what it says. Raises OSError if it cannot be started."""
     ours, theirs = socket.socketpair()
     try:
-        process = await spawner.spawn(kind, theirs)
-        assert process.pid is not None
-        child = Child(process, os.pidfd_open(process.pid), receive)
+        child = Child(await spawner.spawn(kind, theirs), receive)
         await child.connect(ours)
     except BaseException:
         ours.close()  # the end of file is the end of the child as well
