@@ -93,14 +93,6 @@ def _check_topics(placed: list[Placed], running: Container[str]) -> None:
         places.add(here)
 
 
-class Clash(ValueError):
-    """A channel may not stand beside `other`, of another connection."""
-
-    def __init__(self, other: Placed) -> None:
-        super().__init__(f"{other.channel.name} of {other.owner} feeds the same topics")
-        self.other = other
-
-
 class Places:
     """Channels in such order that those which feed a topic of another one are found without comparing each pair.
 
@@ -127,9 +119,9 @@ class Places:
             index[channel.type, channel.interval, currency].append(placed)
 
     def place(self, here: Placed) -> None:
-        """Add a channel of a connection. Raises Clash if another one would feed a topic of it too."""
+        """Add a channel of a connection. Raises ValueError if another one would feed a topic of it too."""
         if other := self.find_clash(here):
-            raise Clash(other)
+            raise ValueError(f"{other.channel.name} of {other.owner} feeds the same topics")
         self.add(here)
 
     def find_clash(self, here: Placed) -> Placed | None:

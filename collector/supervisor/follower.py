@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from collector.channels import parse_channel
 from collector.config import ConfigError, Connection
-from collector.config.clashes import Clash, Placed
+from collector.config.clashes import Placed
 from collector.config.patterns import expand, is_instrument
 from collector.lifecycle import MAX_RESTARTS, Exit, backoff_delay
 from collector.planning.catalogue import Catalogue, Unreachable
@@ -66,7 +66,6 @@ class Follower:
     def __init__(self, supervisor: "Supervisor", entry: "Entry") -> None:
         self._supervisor = supervisor
         self._entry = entry
-        self._connection = entry.connection
         self.name = entry.connection.name
         self.patterns = entry.connection.patterns
         self._catalogue: Catalogue
@@ -74,7 +73,7 @@ class Follower:
         self._shards: list[Entry] = []  # the connections that carry the channels
         self._named: set[str] = set()  # the channels that are asked for whatever the patterns are
         self._ours: dict[str, Entry] = {}  # the channels, and the shard of each
-        self._held_elsewhere: dict[str, Clash] = {}  # channels that another connection's stand in the way of
+        self._held_elsewhere: dict[str, Placed] = {}  # channels in whose way another connection's stands
         self._rows: list[dict[str, Any]] = []  # what was told and is still to be taken
         self._woken = asyncio.Event()  # there is something to take, or what is wanted may have changed
         self._outdated = asyncio.Event()  # something has happened that nobody told
@@ -86,7 +85,7 @@ class Follower:
 
         It takes as many attempts as a connection that was never live may make.
         """
-        connection = self._connection
+        connection = self._entry.connection
         self._catalogue = self._supervisor.find_catalogue(connection)
         attempts = connection.retry_count * (MAX_RESTARTS + 1)
         for attempt in count(1):
@@ -107,11 +106,11 @@ class Follower:
         if self._entry.keeper.is_stopping:  # in this very turn of the loop
             return None
         # What was wished while the list was waited for, somebody was told to be kept.
-        self._connection = replace(self._connection, channels=tuple(self._entry.channels))
+        connection = replace(self._entry.connection, channels=tuple(self._entry.channels))
         self._named.update(self._entry.channels)
         now, taken = self._catalogue.read_ms(), self._supervisor.list_places()
         try:
-            found, shards, _ = spread(self._connection, self._instruments.known, now, taken)
+            found, shards, _ = spread(connection, self._instruments.known, now, taken)
             if len(shards) > 1 and not self._entry.from_file:
                 raise ConfigError(f"{self.name}: patterns that need {len(shards)} connections must stand in the file")
             self._supervisor.check_beside(shards, self._entry)
@@ -159,7 +158,7 @@ class Follower:
 
     def count_left(self) -> dict[str, int]:
         """How many channels that its patterns stand for are left to which other connection."""
-        return dict(Counter(clash.other.owner for clash in self._held_elsewhere.values()))
+        return dict(Counter(other.owner for other in self._held_elsewhere.values()))
 
     def leave(self, names: Iterable[str]) -> None:
         """Let go of those that only a pattern has brought: another connection names them."""
@@ -211,7 +210,7 @@ class Follower:
 
     async def _wait(self) -> None:
         """Wait until there is something to take, or to be had of another connection."""
-        while not self._woken.is_set() and all(self._supervisor.holds(c.other) for c in self._held_elsewhere.values()):
+        while not self._woken.is_set() and all(map(self._supervisor.holds, self._held_elsewhere.values())):
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), RECHECK if self._held_elsewhere else None)
 
@@ -272,14 +271,14 @@ class Follower:
         numbers = assign(weigh([*held, *new]), len(living), {find_unit(name): held[name] for name in held})
         taken = self._supervisor.list_places()
         placed: dict[str, Entry] = {}
-        left: dict[str, Clash] = {}
+        left: dict[str, Placed] = {}
         for name in new:
             shard = living[numbers[find_unit(name)]]
-            try:
-                taken.place(Placed(shard.connection.name, parse_channel(name)))
-            except Clash as clash:
-                left[name] = clash
+            here = Placed(shard.connection.name, parse_channel(name))
+            if other := taken.find_clash(here):
+                left[name] = other
                 continue
+            taken.add(here)
             shard.channels[name] = None
             placed[name] = self._ours[name] = shard
         self._note_held_elsewhere(left)
@@ -296,14 +295,14 @@ class Follower:
                 self.name, say_count(len(channels), "channel"), say_count(count, "connection"), needed,
             )  # fmt: skip
 
-    def _note_held_elsewhere(self, left: dict[str, Clash]) -> None:
+    def _note_held_elsewhere(self, left: dict[str, Placed]) -> None:
         news: dict[str, list[str]] = defaultdict(list)
-        for name, clash in left.items():
+        for name, other in left.items():
             if name not in self._held_elsewhere:
-                news[clash.other.owner].append(name)
-        for other, names in news.items():
+                news[other.owner].append(name)
+        for owner, names in news.items():
             count, some = say_count(len(names), "channel"), " ".join(names[:5])
-            log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self.name, count, other, some)
+            log.warning("%s: %s not asked for now: %s feeds the same topics: %s", self.name, count, owner, some)
         self._held_elsewhere = left
 
     def _let_go(self, names: list[str], why: str, reason: str = "") -> None:
