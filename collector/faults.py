@@ -19,19 +19,11 @@ class Fault(NamedTuple):
 RATE = "RATE is a share below 1 (0.01), or every n-th from 1 on (50); TIMES bounds how often."
 
 CONNECTION_FAULTS = (
-    Fault(
-        "first",
-        "N",
-        None,
-        "only the first N connections that name these same faults have them; the later ones are well",
-    ),
+    Fault("first", "N", None,
+          "only the first N connections that name these same faults have them; the later ones are well"),
     Fault("skip", "N", None, "the first N connections that name these same faults are well"),
-    Fault(
-        "until",
-        "SECONDS",
-        None,
-        "so long after opening the connection is well again (but for delay and credits); what waited comes at once",
-    ),
+    Fault("until", "SECONDS", None,
+          "so long after opening the connection is well again (but for delay and credits); what waited comes at once"),
     Fault("seed", "N", None, "seed of this connection's chance; else the exchange's seed and the connection's number"),
     Fault("refuse", "STATUS", "503", "the upgrade is refused with this HTTP status"),
     Fault("429", "", "", "the upgrade is refused as if 32 connections were open"),
@@ -41,40 +33,26 @@ CONNECTION_FAULTS = (
     Fault("reset", "SECONDS", "5", "the TCP connection is reset"),
     Fault("drop", "SECONDS", "5", "the TCP connection is closed without a close frame"),
     Fault("half_open", "SECONDS", "5", "from then on nothing is sent, not even pongs and answers; the socket stays"),
-    Fault(
-        "mute", "CHANNEL@SECONDS", "*@5", "from then on no data of the channel (* all); heartbeats and answers go on"
-    ),
-    Fault(
-        "lag",
-        "SECONDS@START",
-        "8@5",
-        "from START on data come SECONDS late, in order; heartbeats and answers are in time",
-    ),
+    Fault("mute", "CHANNEL@SECONDS", "*@5",
+          "from then on no data of the channel (* all); heartbeats and answers go on"),
+    Fault("lag", "SECONDS@START", "8@5",
+          "from START on data come SECONDS late, in order; heartbeats and answers are in time"),
     Fault("backlog", "SHARE@START", "0.1@5", "from START on data run at this share of the true speed: later and later"),
-    Fault(
-        "maintenance", "SECONDS", "5", "platform_state says so, requests get 11051, and a second later the socket drops"
-    ),
+    Fault("maintenance", "SECONDS", "5",
+          "platform_state says so, requests get 11051, and a second later the socket drops"),
     Fault("garbage", "SECONDS", "1", "every SECONDS a text frame that is no JSON and a binary frame"),
     Fault("bad_json", "SECONDS", "1", "every SECONDS a notification that breaks off in the middle"),
     Fault("deep_json", "SECONDS", "1", "every SECONDS a frame of 100,000 nested arrays"),
-    Fault(
-        "odd_json",
-        "SECONDS",
-        "1",
-        "every SECONDS frames of valid JSON that are no messages (null, a list, wrong members)",
-    ),
+    Fault("odd_json", "SECONDS", "1",
+          "every SECONDS frames of valid JSON that are no messages (null, a list, wrong members)"),
     Fault("oversized", "BYTES@SECONDS", "17000000@2", "one frame of so many bytes"),
     Fault("fragments", "SECONDS", "1", "from then on each frame comes in two fragments, a ping between them"),
     Fault("wrong_id", "METHOD@TIMES", None, "answers to the method bear an id that nobody asked with"),
     Fault("no_reply", "METHOD@TIMES", None, "the method is never answered (nor carried out)"),
     Fault("error", "METHOD=CODE@TIMES", None, "the method is answered with this error (10028 also cuts)"),
     Fault("slow", "METHOD=SECONDS@TIMES", None, "the method is answered SECONDS late; what comes behind it waits"),
-    Fault(
-        "heartbeat_floor",
-        "SECONDS",
-        None,
-        "heartbeat intervals from here on are taken (Deribit: 10); grace is the interval",
-    ),
+    Fault("heartbeat_floor", "SECONDS", None,
+          "heartbeat intervals from here on are taken (Deribit: 10); grace is the interval"),
     Fault("no_heartbeat", "", "", "set_heartbeat is answered but no heartbeat and no test_request is ever sent"),
     Fault("deaf", "", "", "answers to test_request do not count: closed with 4000 although answered"),
     Fault("idle", "SECONDS", None, "idle sockets are cut after SECONDS instead of 60.5"),
@@ -96,28 +74,20 @@ CONNECTION_FAULTS = (
     Fault("expired_token", "", "", "tokens are dead when they are given"),
     Fault("token_life", "SECONDS", "60", "expires_in, and tokens die then"),
     Fault("login_only", "", "", "public requests without login get 11056"),
-    Fault(
-        "routed_spot",
-        "",
-        "",
-        "spot pairs are matched at Coinbase: channels with trades of one are left out, requests for them get 11060",
-    ),
+    Fault("routed_spot", "", "",
+          "spot pairs are matched at Coinbase: channels with trades of one are left out, requests for them get 11060"),
     Fault("drop_subscribe", "CHANNEL@TIMES", "*@1", "the channel (* any) is silently left out of the ack so often"),
     Fault("ack_late", "", "", "the first data of a subscription come before its ack"),
     Fault("slow_reader", "BYTES", "16000000", "a client that lets so many bytes wait is cut"),
-)
+)  # fmt: skip
 
 EXCHANGE_FAULTS = (
     Fault("listing", "SECONDS", "10", "every SECONDS a new option is listed"),
     Fault("expiry", "SECONDS", "10", "every SECONDS an option expires"),
-    Fault(
-        "retention",
-        "SECONDS",
-        "86400",
-        "older trades are gone: from an earlier number the others come, from an earlier time none (Deribit: 24 h)",
-    ),
+    Fault("retention", "SECONDS", "86400",
+          "older trades are gone: from an earlier number the others come, from an earlier time none (Deribit: 24 h)"),
     Fault("connections", "N", "32", "so many connections of one address at most, the next gets HTTP 429 (0: no limit)"),
-)
+)  # fmt: skip
 """Only for the whole exchange, not in a URL."""
 
 TABLE = {fault.name: fault for fault in (*CONNECTION_FAULTS, *EXCHANGE_FAULTS)}
