@@ -315,7 +315,8 @@ class Keeper:
             case {"kind": "reply", "id": number, "ok": bool()} if (answer := self._asked.pop(number, None)) is not None:
                 _settle(answer, message)
             case {"kind": "reply"}:
-                log.debug("%s: a late answer: %s", self.name, _name_outcome(message))
+                outcome = error.get("code") if isinstance(error := message.get("error"), dict) else "ok"
+                log.debug("%s: a late answer: %s", self.name, outcome)
             case {"kind": "ready", "endpoints": dict(endpoints)} if self.machine.state == "starting":
                 self.endpoints = endpoints
                 log.info("%s: ready, pid %s, %s", self.name, self.pid, _write_endpoints(endpoints))
@@ -388,11 +389,6 @@ def _settle(answer: asyncio.Future[Any], message: dict[str, Any]) -> None:
     if not isinstance(error, dict):
         error = {"code": "internal", "message": "the worker answered with garbage"}
     answer.set_exception(ControlError(str(error.get("code")), str(error.get("message")), error.get("data")))
-
-
-def _name_outcome(message: dict[str, Any]) -> str:
-    error = message.get("error")
-    return "ok" if not isinstance(error, dict) else str(error.get("code"))
 
 
 def _write_endpoints(endpoints: dict[str, Any]) -> str:
