@@ -114,13 +114,7 @@ SCHEMA: Mapping[str, Mapping[str, str]] = {
     },
     "repair": {"gap": "count", "repaired": "count", "missing": "ranges"},
     "status": {"state": "str", "reason?": "str", "connection": "str"},
-    "heartbeat": {
-        "wire": "count",
-        "connection": "str",
-        "state": "str",
-        "published": "count",
-        "lag": "float or nil",
-    },
+    "heartbeat": {"wire": "count", "connection": "str", "state": "str", "published": "count", "lag": "float or nil"},
 }
 """The further keys of each type of payload. Prices and amounts are floats; counts and times are ints from 0."""
 

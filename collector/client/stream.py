@@ -39,17 +39,8 @@ class Message(Mapping[str, Any]):
     """
 
     __slots__ = (
-        "epoch",
-        "exchange_ts",
-        "instrument",
-        "interval",
-        "is_join",
-        "payload",
-        "receive_ts",
-        "seq",
-        "topic",
-        "type",
-    )
+        "epoch", "exchange_ts", "instrument", "interval", "is_join", "payload", "receive_ts", "seq", "topic", "type"
+    )  # fmt: skip
 
     def __init__(self, topic: Topic, payload: dict[str, Any]) -> None:
         self.topic = topic
