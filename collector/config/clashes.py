@@ -53,21 +53,15 @@ def _check_endpoints(connections: Sequence[Connection], control: str, exchange_p
     owners: dict[Endpoint, str] = {}
     if exchange_port:
         owners[Endpoint("tcp", "127.0.0.1", exchange_port)] = "port under [exchange]"
-    if control:
-        _claim(owners, control, "control under [collector]", "[collector]: control")
-    for connection in connections:
-        who = f"publish of {connection.name}"
-        _claim(owners, connection.publish, who, f"[[connection]] {connection.name}: publish")
-
-
-def _claim(owners: dict[Endpoint, str], text: str, who: str, where: str) -> None:
-    endpoint = parse_endpoint(text)
-    if not endpoint.is_fixed:
-        return
-    if endpoint in owners:
-        advice = "another path" if endpoint.scheme == "ipc" else "another port"
-        raise ConfigError(f"{where} {endpoint} is also {owners[endpoint]}; write {advice}")
-    owners[endpoint] = who
+    claims = [("control under [collector]", "[collector]: control", control)] if control else []
+    claims += [(f"publish of {c.name}", f"[[connection]] {c.name}: publish", c.publish) for c in connections]
+    for who, where, text in claims:
+        endpoint = parse_endpoint(text)
+        if endpoint in owners:
+            advice = "another path" if endpoint.scheme == "ipc" else "another port"
+            raise ConfigError(f"{where} {endpoint} is also {owners[endpoint]}; write {advice}")
+        if endpoint.is_fixed:  # else the system chooses one that is free
+            owners[endpoint] = who
 
 
 def _check_repeats(connections: Sequence[Connection], running: Container[str]) -> None:
@@ -137,8 +131,7 @@ class Places:
         near: list[Placed] = []
         if channel.topic is not None:
             near += self._topics.get(channel.topic, ())
-        is_any = channel.currency == "any"
-        for currency in [_EACH] if is_any else [*_list_currencies(channel), "any"]:
+        for currency in [_EACH] if channel.currency == "any" else [*_list_currencies(channel), "any"]:
             key = channel.type, channel.interval, currency
             near += self._wide.get(key, ())
             if channel.topic is None:
