@@ -157,13 +157,9 @@ def _read_number(value: float, name: str, key: Key) -> float:
     if not key.low <= value <= key.high:  # also catches nan
         if key.type == "seconds" and value >= 100 and 1000 * key.low <= value <= 1000 * key.high:
             raise ConfigError(f"{name} = {value} looks like milliseconds; times are in seconds, write {value / 1000}")
-        raise ConfigError(f"{name} = {show(value)} is out of range; write {_say_range(key)}, for example {key.example}")
+        span = f"{key.low:.10g} to {key.high:.10g}{' seconds' if key.type == 'seconds' else ''}"
+        raise ConfigError(f"{name} = {show(value)} is out of range; write {span}, for example {key.example}")
     return float(value) if key.type == "seconds" else value
-
-
-def _say_range(key: Key) -> str:
-    unit = " seconds" if key.type == "seconds" else ""
-    return f"{key.low:.10g} to {key.high:.10g}{unit}"
 
 
 def _read_list(value: list[Any], name: str, key: Key) -> tuple[str, ...]:
