@@ -160,7 +160,8 @@ class Keeper:
             self.exit_code = code = await self._live()
             if self.is_stopping:
                 return
-            failures = 1 if self._was_steady() else failures + 1
+            was_steady = self._live_since is not None and time.monotonic() - self._live_since >= STEADY_AFTER
+            failures = 1 if was_steady else failures + 1
             if self._is_hopeless(code, failures):
                 return self._apply("give_up")
             await self._back_off(code, failures)
@@ -222,9 +223,6 @@ class Keeper:
         self._asked.clear()
         self._apply("exited")
         return code
-
-    def _was_steady(self) -> bool:
-        return self._live_since is not None and time.monotonic() - self._live_since >= STEADY_AFTER
 
     def _is_hopeless(self, code: int, failures: int) -> bool:
         # What has run as configured can run so again: that somebody sits on its endpoint passes.
@@ -383,8 +381,7 @@ def _settle(answer: asyncio.Future[Any], message: dict[str, Any]) -> None:
     if answer.done():
         return
     if message["ok"]:
-        answer.set_result(message.get("result"))
-        return
+        return answer.set_result(message.get("result"))
     error = message.get("error")
     if not isinstance(error, dict):
         error = {"code": "internal", "message": "the worker answered with garbage"}
