@@ -85,8 +85,8 @@ class Board:
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
         self.rows: dict[Topic, Row] = {}
-        self.connections: dict[str, Message] = {}
-        self._statuses: dict[str, Message] = {}  # the newest of each connection, by its name
+        self._heartbeats: dict[str, Message] = {}  # the newest of each connection, by its name
+        self._statuses: dict[str, Message] = {}  # likewise
         self._reasons: dict[str, str] = {}  # why it is not live
         self.endpoints: dict[str, str] = {}
         self.lifeless: set[str] = set()
@@ -104,11 +104,11 @@ class Board:
             self._events.append(Text(_shorten_loss(item), style="red"))
             return
         if item.topic.type == "heartbeat":
-            self.connections[item.instrument] = item
+            self._heartbeats[item.instrument] = item
             return
         self.count += 1
         if item.type in ON_DATA_TOPICS and not item.is_join:
-            self.note_event(item)
+            self._note_event(item)
         if item.topic.type == "status":
             if item.type == "status":
                 self._note_status(item)
@@ -121,7 +121,7 @@ class Board:
         if item.type == "trade":
             self._trades.append(item)
 
-    def note_event(self, message: Message) -> None:
+    def _note_event(self, message: Message) -> None:
         """Remember a gap, a repair or a change of state; a status that says nothing new is left out."""
         topic = message.topic
         known = self.rows[topic].state if topic in self.rows else ""
@@ -170,11 +170,11 @@ class Board:
         return Text.assemble(("collector  ", "bold"), facts)
 
     def _draw_connections(self) -> list[Text]:
-        names = sorted(self.endpoints or self.connections)  # of one that is closed no endpoint is named any more
+        names = sorted(self.endpoints or self._heartbeats)  # of one that is closed no endpoint is named any more
         return [self._draw_connection(name, max(map(len, names))) for name in names]
 
     def _draw_connection(self, name: str, width: int) -> Text:
-        heartbeat = self.connections.get(name)
+        heartbeat = self._heartbeats.get(name)
         heard = [each for each in (heartbeat, self._statuses.get(name)) if each is not None]
         line = Text(f"  {printable(name).ljust(width)}  ")
         if not heard and name in self.lifeless:
