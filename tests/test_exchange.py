@@ -644,7 +644,7 @@ def test_a_port_that_is_taken_is_refused() -> None:
         ("--speed", "inf", 2, "inf is not in the range 0<=x<=100000"),
         ("--certificate", "/no/such.pem", 1, "certificate /no/such.pem: No such file"),
         ("--certificate", __file__, 1, f"certificate {__file__}: "),
-        ("--replay", "/no/such.jsonl", 1, "No such file or directory: '/no/such.jsonl'"),
+        ("--replay", "/no/such.jsonl", 2, "File '/no/such.jsonl' does not exist"),
     ],
 )
 def test_what_it_cannot_run_with_is_refused_in_words(option: str, value: str, code: int, words: str) -> None:
