@@ -8,7 +8,7 @@ run: $(VENV)/.ready            ## the demo: the practice exchange, two connectio
 	$(BIN)/collector run configs/demo.toml --watch
 
 test: lint                     ## everything that needs no network
-	$(BIN)/pytest -n 4
+	$(BIN)/pytest -n 6 --dist worksteal
 
 lint: $(VENV)/.test            ## what needs no running
 	$(BIN)/ruff check .

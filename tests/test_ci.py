@@ -16,7 +16,7 @@ test -e failed || {{ touch failed; echo '{}'; exit {}; }}
 """
 
 FAILED = "FAILED tests/test_a.py::test_b - assert 0"
-ALL, AGAIN = "-n 4", "--last-failed --last-failed-no-failures none"
+ALL, AGAIN = "-n 6 --dist worksteal", "--last-failed --last-failed-no-failures none"
 
 
 @pytest.mark.parametrize(
