@@ -218,13 +218,9 @@ def share_topic(one: Channel, other: Channel) -> bool:
         return False
     if one.instrument and other.instrument:
         return one.instrument == other.instrument
-    if one.type == "platform":
+    if one.type == "platform":  # of all: its topics are named after indices, which have no kind
         return True
-    return _overlap(one, other)
-
-
-def _overlap(one: Channel, other: Channel) -> bool:
-    wide, narrow = (one, other) if not one.instrument else (other, one)
+    wide, narrow = (other, one) if one.instrument else (one, other)
     if narrow.instrument:
         return _kinds_meet(wide.kind, guess_kind(narrow.instrument)) and (
             wide.currency == "any" or wide.currency in guess_currencies(narrow.instrument)

@@ -1023,6 +1023,17 @@ def test_a_later_life_knows_when_a_topic_spoke_last(tmp_path: Path, channel: str
         assert (feed.stream.due.reason, feed.stream.due.from_ts) == ("restart", 9)
 
 
+def test_a_later_life_goes_on_with_the_topics_of_the_platform(tmp_path: Path) -> None:
+    """They are named after indices, of which no kind or currency can be guessed."""
+    with living(tmp_path, "platform_state", fresh=True) as worker:
+        for more in ({}, {"price_index": "btc_usd"}):
+            worker.take_frames([encode_data("platform_state", {"locked": False, **more})], 9)
+    with living(tmp_path, "platform_state") as worker:
+        (feed,) = worker.feeds.values()
+        gaps = {name: stream.due and (stream.due.reason, stream.due.from_ts) for name, stream in feed.streams.items()}
+        assert gaps == {"all": ("restart", 9), "btc_usd": ("restart", 9)}
+
+
 def test_what_a_late_subscriber_was_told_of_a_topic_without_data_is_no_loss_to_a_later_life(tmp_path: Path) -> None:
     with living(tmp_path, QUOTE, fresh=True) as worker:
         (feed,) = worker.feeds.values()
