@@ -228,17 +228,18 @@ class Actor:
             self._worker.stop()
 
     async def _answer(self, number: int, op: str, arguments: dict[str, Any], deadline: int) -> None:
-        refused = {"kind": "reply", "id": number, "ok": False}
+        head = {"kind": "reply", "id": number}
         try:
-            reply = refused | {"ok": True, "result": await self._carry_out(op, arguments, deadline)}
+            reply = head | {"ok": True, "result": await self._carry_out(op, arguments, deadline)}
         except ControlError as error:
-            reply = refused | {"error": error.to_map()}
+            reply = head | {"ok": False, "error": error.to_map()}
         except Exception:
             log.exception("%s failed", op)
-            reply = refused | {"error": ControlError("internal", "the worker failed to answer; see its log").to_map()}
+            failure = ControlError("internal", "the worker failed to answer; see its log")
+            reply = head | {"ok": False, "error": failure.to_map()}
         if why := self._send(reply):
-            words = f"it was carried out, but MessagePack cannot hold the answer: {why}"
-            self._send(refused | {"error": ControlError("internal", words).to_map()})
+            failure = ControlError("internal", f"it was carried out, but MessagePack cannot hold the answer: {why}")
+            self._send(head | {"ok": False, "error": failure.to_map()})
 
     def _send(self, message: dict[str, Any]) -> str:
         """Send what may hold anything that the exchange wrote; return why not, if that has no form in MessagePack."""
