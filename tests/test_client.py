@@ -227,9 +227,12 @@ def test_who_asks_on_and_on_where_nobody_listens_is_told_so_each_time() -> None:
                 control.get_state()
 
 
-def test_no_endpoint_is_refused_with_what_to_write() -> None:
+@pytest.mark.parametrize(
+    "endpoint", ["nonsense", "tcp://127.0.0.1", *(f"tcp://127.0.0.1:{n}" for n in (0, 65_536, 10**20))]
+)
+def test_no_endpoint_is_refused_with_what_to_write(endpoint: str) -> None:
     with pytest.raises(ValueError, match="write ipc:///path or tcp://host:port"):
-        Control("nonsense")
+        Control(endpoint)
 
 
 @pytest.mark.parametrize("timeout", [None, "5", 0, -1.0, 1e10, float("nan")])

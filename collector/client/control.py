@@ -45,7 +45,10 @@ class OwnSocket:
         self.socket.setsockopt(zmq.LINGER, 0)
 
     def _connect_socket(self, endpoint: str) -> None:
+        port = endpoint.rpartition(":")[2]
         try:
+            if endpoint.startswith("tcp://") and port.isdecimal() and not 0 < int(port[:6]) < 65536:
+                raise zmq.ZMQError(errno.EINVAL, "there is no such port")  # libzmq would wait for it for ever
             self.socket.connect(endpoint)
         except zmq.ZMQError as error:
             raise ValueError(f"{endpoint!r} is no endpoint ({error}); write ipc:///path or tcp://host:port") from None
